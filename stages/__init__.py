@@ -1,0 +1,16 @@
+"""The stages of the pipeline, one package each, and beside them what siblings share.
+
+Importing this package checks that the interpreter can run a stage at all: DVC starts `python` from PATH, which need not be the
+interpreter of the project's environment, and one line that says so is worth more than a traceback from the middle of an import.
+"""
+
+import sys
+from importlib.util import find_spec
+
+_missing = [name for name in ("torch", "numpy", "yaml") if find_spec(name) is None]
+if _missing:
+    sys.stderr.write(
+        f"error: {sys.executable} lacks {', '.join(_missing)}; activate the project's environment"
+        " (`make environment`, then `. .venv/bin/activate`) and run the command again\n"
+    )
+    raise SystemExit(2)

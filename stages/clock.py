@@ -1,0 +1,103 @@
+"""The one clock: training seconds, evaluation seconds, and everything else that is measured.
+
+Training seconds run from the first read of training data to the last (calibration included: Hessians on training data are
+training, #1868). Evaluation seconds run from the start of the process. Measured values go to `timing.json` and the log and nowhere else, so
+that every other byte of an artifact can be reproduced.
+"""
+
+import importlib.metadata
+import os
+import platform
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+VERSIONED_PACKAGES = ("torch", "numpy", "sentencepiece", "brotli", "safetensors", "triton")
+
+
+@dataclass
+class Interval:
+    """A stopwatch that is started by the first event it measures: `start` is idempotent, `mark` moves the end.
+
+    >>> interval = Interval(); interval.seconds
+    0.0
+    """
+
+    started: float | None = None
+    ended: float | None = field(default=None, repr=False)
+
+    def start(self) -> None:
+        """Begin now, unless the interval has begun."""
+        if self.started is None:
+            self.started = time.monotonic()
+
+    def mark(self) -> None:
+        """Let the interval reach to now."""
+        assert self.started is not None, "an interval is marked before it starts"
+        self.ended = time.monotonic()
+
+    def elapsed(self) -> float:
+        """Seconds from the start to now; 0 before the start."""
+        return 0.0 if self.started is None else time.monotonic() - self.started
+
+    @property
+    def seconds(self) -> float:
+        """Seconds from the start to the last mark."""
+        return 0.0 if self.started is None or self.ended is None else self.ended - self.started
+
+
+def process_seconds() -> float:
+    """Seconds since the operating system started this process (Linux: from /proc, in clock ticks)."""
+    stat = Path("/proc/self/stat")
+    if not stat.exists():
+        return time.monotonic() - _IMPORTED
+    ticks = int(stat.read_text().rpartition(")")[2].split()[19])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+
+
+def facts(device: torch.device | None = None) -> dict[str, Any]:
+    """What was measured on: hardware, interpreter and package versions, the date. For timing.json only."""
+    return {
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "hardware": hardware(device),
+        "versions": versions(),
+    }
+
+
+def hardware(device: torch.device | None = None) -> dict[str, Any]:
+    """Processor, cores, and the accelerator when `device` is one."""
+    seen: dict[str, Any] = {"machine": platform.machine(), "processor": _processor(), "cores": os.cpu_count()}
+    if device is not None and device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        seen["accelerator"] = properties.name
+        seen["accelerator_memory_bytes"] = properties.total_memory
+        seen["accelerators"] = torch.cuda.device_count()
+    return seen
+
+
+def versions() -> dict[str, str]:
+    """Python and the packages that can change a result."""
+    found = {"python": platform.python_version()}
+    for name in VERSIONED_PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    if torch.version.cuda:
+        found["cuda"] = torch.version.cuda
+    return found
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+_IMPORTED = time.monotonic()
