@@ -84,12 +84,15 @@ def override(raw: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
         if not separator:
             raise ValueError(f"--set {assignment}: expected key.path=value")
         *parents, leaf = path.split(".")
-        node = merged
+        node: Any = merged
         for parent in parents:
-            node = node.get(parent) if isinstance(node, dict) else None  # type: ignore[assignment]
+            node = node.get(parent) if isinstance(node, dict) else None
         if not isinstance(node, dict) or leaf not in node:
             raise ValueError(f"{path}: unknown key; --set only changes keys that the parameter file has")
-        node[leaf] = yaml.safe_load(value)
+        try:
+            node[leaf] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path}: {value!r} is not YAML: {' '.join(str(error).split())}") from error
     return merged
 
 
@@ -151,7 +154,7 @@ def _scalar(raw: Any, hint: type, key: str) -> Any:
         raise ValueError(f"{key}: saw the string {raw!r}, expected a number; YAML 1.1 wants a dot in it, as in 1.0e-4")
     if type(raw) is not hint:
         raise ValueError(f"{key}: saw {raw!r} ({type(raw).__name__}), expected {hint.__name__}")
-    if hint is float and not math.isfinite(raw):
+    if isinstance(raw, float) and not math.isfinite(raw):
         raise ValueError(f"{key}: saw {raw!r}, expected a finite number")
     return raw
 

@@ -83,11 +83,12 @@ class World:
             torch.cuda.synchronize(self.device)
 
 
-def relaunch_under_torchrun(params: ParallelParams, module: str, arguments: list[str]) -> None:
-    """Replace this process by torchrun when `nproc` asks for several processes and none of them is this one."""
+def relaunch_under_torchrun(params: ParallelParams, program: str, arguments: list[str]) -> None:
+    """Replace this process by torchrun over `program`, a module or a .py file, when `nproc` asks for several and this is none of them."""
     if params.nproc == 1 or "RANK" in os.environ:
         return
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={params.nproc}", "-m", module]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={params.nproc}"]
+    torchrun += [program] if program.endswith(".py") else ["-m", program]
     os.execv(sys.executable, [sys.executable, *torchrun, *arguments])
 
 

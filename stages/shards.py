@@ -1,7 +1,7 @@
 """Token shards in the challenge's format, readable by its scripts and ours both ways.
 
-A shard is 256 little-endian int32 header words (20240520, 1, token count, zeros) and then that many little-endian uint16 tokens. Every document
-starts with BOS.
+A shard is 256 little-endian int32 header words (20240520, 1, token count, zeros) and then that many little-endian uint16 tokens.
+Every document starts with BOS.
 """
 
 from collections.abc import Iterator

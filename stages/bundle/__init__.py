@@ -1,0 +1,1 @@
+"""bundle: the counted code as one file."""

@@ -1,0 +1,1 @@
+"""calibrate: what the inputs of every matrix look like on training data, for GPTQ."""

@@ -1,0 +1,1 @@
+"""pack: weights and Hessians to model.bin. GPTQ, the byte budget, the codec, the container."""

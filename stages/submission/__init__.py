@@ -1,0 +1,1 @@
+"""submission: the folder to hand in."""

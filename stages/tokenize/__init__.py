@@ -1,0 +1,1 @@
+"""tokenize: documents to shards, a tokenizer, and the hashes that prove val is not in train."""

@@ -1,0 +1,45 @@
+# The commands of the project. `make help` lists them.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help environment repro test lint format bench preset clean
+
+PYTHON ?= python3# any 3.11 or 3.12 with venv and pip; `make environment PYTHON=python3.12`
+ARGS ?=# more arguments for dvc repro or pytest: `make repro ARGS=--force`, `make test ARGS=--slow`
+VENV := .venv
+STAMP := $(VENV)/.installed
+# DVC starts `python` from PATH, and must find this one.
+ACTIVATE := . $(VENV)/bin/activate
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+environment: $(STAMP)  ## .venv with the exact versions of requirements-dev.lock
+
+# Made anew when a lock file changes, so that nothing of the last one stays behind.
+$(STAMP): requirements.lock requirements-dev.lock
+	@$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info[:2] <= (3, 12) else "error: $(PYTHON) is %d.%d, expected 3.11 or 3.12; name one with PYTHON=" % sys.version_info[:2])'
+	$(PYTHON) -m venv --clear $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.lock
+	@touch $(STAMP)
+
+repro: environment  ## run the pipeline of params.yaml; stages that are up to date are skipped
+	$(ACTIVATE) && dvc repro $(ARGS)
+
+test: environment  ## the tests, on two processes
+	$(ACTIVATE) && pytest -n 2 $(ARGS)
+
+lint: environment  ## format, lint, types, spelling
+	$(ACTIVATE) && ruff format --check . && ruff check . && mypy && codespell
+
+format: environment  ## lay out the source and mend what ruff can
+	$(ACTIVATE) && ruff check --fix . && ruff format .
+
+bench: environment  ## the CPU benchmarks (benchmarks/README.md)
+	$(ACTIVATE) && for file in benchmarks/[a-z]*.py; do python -m "benchmarks.$$(basename "$$file" .py)"; done
+
+preset: environment  ## lay a preset over params.yaml: make preset NAME=record
+	$(ACTIVATE) && python -m stages.preset $(if $(NAME),$(NAME),--help)
+
+clean:  ## remove the environment and the caches of the tools; artifacts and the DVC cache stay
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

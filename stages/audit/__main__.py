@@ -1,0 +1,159 @@
+"""audit: prove or refute, on this run, that the scores are lawful and the number is right.
+
+A failed audit exits with 1 and one line. Its report is no output of the stage (a pipeline must not go on from it) but is kept for a person
+as failed-report.md and failed-report.json in the output folder, until the next audit starts.
+"""
+
+import hashlib
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stages import bpb, command, shards
+from stages.audit import coverage, files, render
+from stages.audit.params import Params
+from stages.audit.positions import Edges, key_of
+from stages.audit.verb import Claim, Stream, audit_scorer
+from stages.audit.verdict import Verdict, convicted, reason
+from stages.pack.artifact import load_model
+from stages.parallel import World, relaunch_under_torchrun, world
+from stages.sliding_eval.scorer import SlidingScorer
+from stages.ttt_eval.scorer import TTTScorer
+
+STAGE = command.Stage(
+    name="audit",
+    summary="Audit both scorers, their ledgers, the counted files, the data and the clocks.",
+    params=Params,
+    reads={
+        "model": Path("artifacts/pack/model.bin"),
+        "code": Path("artifacts/bundle/train_gpt.py"),
+        "val": Path("artifacts/tokenize/val"),
+        "tokenizer": Path("artifacts/tokenize/tokenizer.model"),
+        "documents": Path("artifacts/tokenize/documents.u64"),
+        "manifest": Path("artifacts/tokenize/manifest.json"),
+        "sliding": Path("artifacts/sliding_eval"),
+        "ttt": Path("artifacts/ttt_eval"),
+        "train_timing": Path("artifacts/train/timing.json"),
+        "calibrate_timing": Path("artifacts/calibrate/timing.json"),
+    },
+    writes=("report.json", "report.md", "metrics.json"),
+)
+FAILED = ("failed-report.json", "failed-report.md")
+BUDGETED = {"sliding_eval": "sliding", "ttt_eval": "ttt"}  # scorer and the option that names its folder
+
+
+def main(run: command.Run[Params]) -> None:
+    """Load what is audited, judge the files, then walk each scorer; write the report, or keep it and exit 1."""
+    paths = {name: run.path(name) for name in STAGE.reads}
+    relaunch_under_torchrun(run.params.parallel, "stages.audit", sys.argv[1:])
+    if run.is_main:
+        for name in FAILED:
+            (run.output.parent / name).unlink(missing_ok=True)
+    stream = read_stream(paths)
+    key = key_of([paths["model"], paths["code"], *shards.find(paths["val"])])
+    verdicts = audit_files(run, paths, stream)
+    with world(run.params.parallel) as here:
+        verdicts += audit_scorers(run, paths, stream, key, here)
+    declared = {"targets": len(stream.tokens) - 1, "bytes": int(stream.target_bytes.sum()), "positions' key": key.hex()}
+    guilty = convicted(verdicts)
+    names = FAILED if guilty else ("report.json", "report.md")
+    folder = ".." if guilty else "."
+    run.write_json(f"{folder}/{names[0]}", render.as_json(verdicts, declared))
+    run.write_text(f"{folder}/{names[1]}", render.as_markdown(verdicts, declared))
+    for verdict in verdicts:
+        run.report.log(f"audit: {verdict.outcome}: {verdict.subject} {verdict.check} {verdict.name}: {verdict.evidence}")
+    if guilty:
+        if run.is_main:
+            sys.stderr.write(f"error: audit: {reason(guilty[0])}; {len(guilty)} failed, see {run.output.parent / FAILED[1]}\n")
+        raise SystemExit(1)
+    run.write_json("metrics.json", render.summary(verdicts))
+
+
+def read_stream(paths: Mapping[str, Path]) -> Stream:
+    """The validation stream, its bytes by the table and by decoding."""
+    tokenizer = bpb.load_tokenizer(paths["tokenizer"])
+    table = bpb.byte_table(tokenizer)
+    for path in shards.find(paths["val"]):
+        shards.check_ids(path, table.vocab_size)
+    tokens = shards.stream(paths["val"])
+    return Stream(tokens, table.bos, bpb.target_bytes(tokens, table), coverage.count_documents(tokens, tokenizer))
+
+
+def audit_files(run: command.Run[Params], paths: Mapping[str, Path], stream: Stream) -> list[Verdict]:
+    """Bytes, clocks, denominator, data."""
+    params, manifest = run.params, read_json(paths["manifest"])
+    documents = np.frombuffer(paths["documents"].read_bytes(), dtype="<u8")
+    training = [files.seconds_of(read_json(paths[name]), "training_seconds") for name in ("train_timing", "calibrate_timing")]
+    whole = None if None in training else sum(seconds for seconds in training if seconds is not None)
+    verdicts = [
+        files.check_sizes({paths[name].name: paths[name].stat().st_size for name in ("model", "code")}, params.pack.budget_bytes),
+        files.check_clock("training", "files", whole, params.train.seconds),
+    ]
+    for subject, option in BUDGETED.items():
+        seconds = files.seconds_of(read_json(paths[option] / "timing.json"), "process_seconds")
+        verdicts.append(files.check_clock("evaluation", subject, seconds, params.audit.evaluation_budget_seconds))
+    recorded, counts = files.manifest_entries(manifest)
+    found = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in shards.find(paths["val"])}
+    return [
+        *verdicts,
+        coverage.check_denominator(stream.tokens, stream.bos, stream.target_bytes, stream.document_bytes),
+        files.check_shards(recorded, found),
+        files.check_disjoint(files.document_hashes(stream.tokens, stream.bos), documents, *counts),
+    ]
+
+
+def audit_scorers(run: command.Run[Params], paths: Mapping[str, Path], stream: Stream, key: bytes, here: World) -> list[Verdict]:
+    """Both scorers of the pipeline, each against its own ledger."""
+    params = run.params
+    model = load_model(paths["model"], here.device, here.dtype)
+    sliding, ttt = params.sliding_eval, params.ttt_eval
+    return [
+        *audit_scorer(
+            "sliding_eval",
+            lambda n_targets: SlidingScorer(model, sliding, here),
+            stream,
+            read_claim(paths["sliding"], "sliding_bpb"),
+            Edges(window=sliding.stride, chunk=None),
+            key,
+            params.audit,
+            run.report,
+        ),
+        *audit_scorer(
+            "ttt_eval",
+            lambda n_targets: TTTScorer(model, sliding, ttt, here, n_targets),
+            stream,
+            read_claim(paths["ttt"], "ttt_bpb"),
+            Edges(window=sliding.stride, chunk=ttt.chunk),
+            key,
+            params.audit,
+            run.report,
+        ),
+    ]
+
+
+def read_claim(folder: Path, metric: str) -> Claim:
+    """What an evaluation left in its folder; a ledger of the wrong shape is a finding, one that is no array an error."""
+    try:
+        nll = np.load(folder / "nll.npy", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{folder / 'nll.npy'} is not a ledger: {error}") from error
+    return Claim(nll, (folder / "chunks.tsv").read_text(encoding="utf-8"), read_json(folder / "metrics.json").get(metric))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; a ValueError that names the file when it is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds {type(value).__name__}, expected an object")
+    return value
+
+
+if __name__ == "__main__":
+    command.launch(STAGE, main)

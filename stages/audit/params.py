@@ -1,0 +1,46 @@
+"""Parameters of the audit: how many positions it probes, how closely two numbers must agree, what is over budget."""
+
+from dataclasses import dataclass
+
+from stages.config import reject, require_fraction, require_positive
+from stages.pack.params import PackParams
+from stages.parallel import ParallelParams
+from stages.sliding_eval.params import SlidingEvalParams
+from stages.train.params import TrainParams
+from stages.ttt_eval.params import TttEvalParams
+
+
+@dataclass(frozen=True)
+class AuditParams:
+    """The section `audit`; the byte budget is pack's and the training budget train's, so that each number has one owner."""
+
+    perturbations: int  # positions t after which the future is replaced (B1)
+    segment_targets: int  # targets scored around each of them: how far beyond t a leak within the segment is seen
+    recomputed_share: float  # of the targets, scored again by a scorer that has not seen what follows, and held against the ledger
+    distributions: int  # positions at which predict() is read, half of them in the last quarter (B2, B3)
+    substitutions: int  # ids put in the place of x_t at each of those; a vocabulary no larger is put there whole
+    loss_tolerance: float  # nats, between two ways to compute one loss; float32 sums in batches of other shapes differ by 1e-5
+    mean_tolerance: float  # nats, between the means of two such sets: a small gain at every target shows here
+    sum_tolerance: float  # of |log of the sum of all probabilities|, which must be 0
+    evaluation_budget_seconds: float  # of one evaluation process, from its start (challenge: 600)
+
+    def __post_init__(self) -> None:
+        require_positive(self, "perturbations", "segment_targets", "distributions", "substitutions", "evaluation_budget_seconds")
+        require_positive(self, "loss_tolerance", "mean_tolerance", "sum_tolerance")
+        require_fraction(self, "recomputed_share")
+        if self.substitutions < 4:
+            reject("substitutions", f"{self.substitutions} is too few: the target, the likeliest id and two drawn ones need 4")
+        if self.segment_targets < 8:
+            reject("segment_targets", f"{self.segment_targets} is too short: an edge, its neighbours and a future need 8")
+
+
+@dataclass(frozen=True)
+class Params:
+    """What audit reads of params.yaml; the model's parameters come from the artifact."""
+
+    parallel: ParallelParams
+    train: TrainParams
+    pack: PackParams
+    sliding_eval: SlidingEvalParams
+    ttt_eval: TttEvalParams
+    audit: AuditParams

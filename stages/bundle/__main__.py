@@ -1,0 +1,43 @@
+"""bundle: the counted code, one file made from the sources that the run needs and the parameters without the seed."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from stages import command
+from stages.bundle import carrier
+from stages.bundle.params import Params
+
+PACKAGE = carrier.ENTRY.partition(".")[0]
+STAGE = command.Stage(
+    name="bundle",
+    summary="Packs the needed modules of stages/ and the parameters into one file that runs.",
+    params=Params,
+    reads={"source": Path("stages")},
+    writes=("train_gpt.py", "metrics.json"),
+)
+
+
+def main(run: command.Run[Params]) -> None:
+    """Strip, compress, write; the source is only read."""
+    source = run.path("source").absolute()
+    if source.name != PACKAGE:
+        raise ValueError(f"--source {source} is not a folder called {PACKAGE}: the modules are carried under that name")
+    if run.output.resolve().is_relative_to(source.resolve()):
+        raise ValueError(f"--output {run.arguments.output} lies in the source that is packed; name a folder outside {source}")
+    carried = carrier.sources(source.parent)
+    text = carrier.render(carried, embedded(run.params), run.params.bundle.brotli_quality)
+    run.report.log(f"bundle: {len(carried)} modules, {sum(map(len, carried.values())):,} characters stripped, {len(text):,} bytes packed")
+    run.write_text("train_gpt.py", text)
+    run.write_json("metrics.json", {"bytes_code": len(text.encode("utf-8")), "modules": len(carried)})
+
+
+def embedded(params: Params) -> dict[str, Any]:
+    """The parameters that train_gpt.py carries: of the submission only the scorer's name, of the bundle none."""
+    raw = asdict(params)
+    del raw["bundle"]
+    return raw | {"submission": {"scorer": params.submission.scorer}}
+
+
+if __name__ == "__main__":
+    command.launch(STAGE, main)

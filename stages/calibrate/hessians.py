@@ -1,0 +1,84 @@
+"""Hessians of the layer-wise error: for a matrix W with inputs x, the mean of x x^T over calibration tokens (GPTQ, arXiv 2210.17323).
+
+The error that rounding adds to a layer's output is tr(dW H dW^T), so H is all that GPTQ needs to know of the data. Observers hang on the one
+forward definition, with looping on, so that a looped block's Hessian is the sum over its visits, each weighted by its tokens. The tied
+embedding is measured where it is the head: on the normalised residual stream (#1394).
+
+Shapes: N tokens, C columns of a matrix, which are its inputs.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from stages.calibrate.params import Params
+from stages.clock import Interval
+from stages.parallel import World
+from stages.report import Report
+from stages.train.data import Windows, micro_batch_size, to_device
+from stages.train.model import Model, is_matrix, load_
+
+EMBEDDING = "embedding.weight"
+
+
+def hessian_name(matrix_name: str) -> str:
+    """Under which name the Hessian of a quantised matrix is kept: query, key and value see the same input, so they share one."""
+    for projection in (".key.", ".value."):
+        matrix_name = matrix_name.replace(projection, ".query.")
+    return matrix_name
+
+
+def accumulate_(hessian_CC: Tensor, inputs: Tensor) -> None:
+    """Add the sum of x x^T over all leading dimensions of inputs (..., C), in float32."""
+    x_NC = inputs.detach().flatten(0, -2).float()
+    hessian_CC.addmm_(x_NC.T, x_NC)
+
+
+@torch.no_grad()
+def collect(
+    state: dict[str, Tensor], params: Params, shard_folder: Path, world: World, report: Report, clock: Interval
+) -> dict[str, Tensor]:
+    """The Hessians by matrix name, float32 on the CPU; the clock runs from the first read of training data to the last."""
+    model = Model(params.model, world.dtype).to(world.device)
+    load_(model, state)
+    sums = observe_(model)
+    sequences = params.calibrate.tokens // params.model.context
+    if sequences % world.size:
+        raise ValueError(f"calibrate.tokens: {sequences} windows do not divide over {world.size} ranks")
+    local = sequences // world.size
+    micro = micro_batch_size(local, params.calibrate.micro_batch_tokens // params.model.context)
+    clock.start()
+    windows = Windows(shard_folder, params.model.context, params.model.vocab_size, params.seed)
+    with report.progress("calibrate", local) as progress:
+        for first in range(world.rank * local, (world.rank + 1) * local, micro):
+            inputs, targets = to_device(windows.batch(first, micro), world.device)
+            clock.mark()
+            model(inputs, targets, looped=True)
+            progress.advance(micro)
+    for hessian in sums.values():
+        world.sum_(hessian).div_(params.calibrate.tokens)
+    return {name: hessian.cpu() for name, hessian in sums.items()}
+
+
+def observe_(model: Model) -> dict[str, Tensor]:
+    """Hang an observer on every distinct input of a quantised matrix; the returned sums fill as the model runs."""
+    device = model.embedding.weight.device
+    sums: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        weight = f"{name}.weight"
+        if is_matrix(weight) and hasattr(module, "weight") and hessian_name(weight) == weight:
+            columns = module.weight.shape[1]
+            sums[weight] = torch.zeros(columns, columns, device=device)
+            module.register_forward_pre_hook(_observer(sums[weight]))
+    sums[EMBEDDING] = torch.zeros(model.params.width, model.params.width, device=device)
+    model.head.register_forward_pre_hook(_observer(sums[EMBEDDING]))
+    return sums
+
+
+def _observer(hessian: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def observe(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        accumulate_(hessian, arguments[0])
+
+    return observe

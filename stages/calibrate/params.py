@@ -1,0 +1,32 @@
+"""Parameters of calibration."""
+
+from dataclasses import dataclass
+
+from stages.config import reject, require_positive
+from stages.parallel import ParallelParams
+from stages.train.params import ModelParams
+
+
+@dataclass(frozen=True)
+class CalibrateParams:
+    """The section `calibrate`."""
+
+    tokens: int  # training tokens whose activations are measured, over all ranks; the first ones of the training order
+    micro_batch_tokens: int  # most tokens of one forward pass
+
+    def __post_init__(self) -> None:
+        require_positive(self, "tokens", "micro_batch_tokens")
+
+
+@dataclass(frozen=True)
+class Params:
+    """What calibrate reads of params.yaml; the seed fixes which windows are the first ones."""
+
+    seed: int
+    parallel: ParallelParams
+    model: ModelParams
+    calibrate: CalibrateParams
+
+    def __post_init__(self) -> None:
+        if self.calibrate.tokens % self.model.context:
+            reject("calibrate.tokens", f"{self.calibrate.tokens} is not a multiple of model.context ({self.model.context})")

@@ -1,0 +1,253 @@
+"""The file format of model.bin.
+
+    offset  bytes
+    0       8     magic
+    8       4     version, little-endian
+    12      32    sha256 of everything after it
+    44      4     H, length of the compressed header
+    48      H     header: brotli over canonical JSON
+    48+H          streams, one after another, in the header's order, to the end of the file
+
+    header  {"model": {...}, "tensors": [{"name", "shape", "kind", "bits", "streams": [{"codec", "bytes"}, ...]}, ...]}
+
+A quantised tensor has two streams, int8 values row by row and float16 steps, one for each row; a tensor of kind `rest` has one, float16
+values. How long a stream is when decoded follows from kind and shape, so that no length can contradict another.
+
+The checksum catches damage; it cannot catch malice, so a reader believes nothing: the header must be exactly the canonical bytes of what it
+says, within the limits below, and all is checked before anything is decoded. What is wrong is a ValueError.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from stages.pack import codec
+from stages.pack.roles import KINDS, REST_BITS, Kind
+
+MAGIC = b"\x89CADDIE\n"
+VERSION = 1
+CHECKSUM_START = len(MAGIC) + 4
+HEADER_START = CHECKSUM_START + 32
+MAX_HEADER_BYTES = 1 << 20  # decompressed; a record-size header takes 20 kB
+MAX_TENSORS = 5_000  # a hundred and odd in the record's model
+MAX_DIMENSIONS = 4
+MAX_RAW_BYTES = 1 << 28  # of all decoded streams together: seven times the record's model
+MAX_DIGITS = 15  # of an integer in the header
+NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
+MAX_NAME_LENGTH = 200
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Encoded bytes and the name of their codec."""
+
+    codec: str
+    payload: bytes
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of the file."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: Kind
+    bits: int
+    streams: tuple[Stream, ...]
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes of the file that are this tensor's."""
+        return sum(len(stream.payload) for stream in self.streams)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a file holds: the model's parameters as they were written, and the tensors, still encoded."""
+
+    model: Mapping[str, Any]
+    entries: tuple[Entry, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a stream decodes to."""
+
+    item_bytes: int
+    items: int
+
+    @property
+    def raw_bytes(self) -> int:
+        """Bytes once decoded."""
+        return self.item_bytes * self.items
+
+
+def layouts(kind: Kind, shape: Sequence[int]) -> tuple[Layout, ...]:
+    """The streams of a tensor: float16 values, or int8 values and float16 steps."""
+    items = 1
+    for size in shape:
+        items *= size
+    return (Layout(2, items),) if kind == "rest" else (Layout(1, items), Layout(2, shape[0]))
+
+
+def write(contents: Contents) -> bytes:
+    """The file's bytes; the same contents give the same bytes. Contents beyond the limits of `read` are a ValueError."""
+    described = _header(contents)
+    _records(described["tensors"])
+    header = codec.encode("brotli", _canonical(described), 1, 11)
+    streams = [stream.payload for entry in contents.entries for stream in entry.streams]
+    covered = b"".join([len(header).to_bytes(4, "little"), header, *streams])
+    return b"".join([MAGIC, VERSION.to_bytes(4, "little"), hashlib.sha256(covered).digest(), covered])
+
+
+def read(blob: bytes) -> Contents:
+    """Check the file and cut it into its encoded streams; a ValueError when it is not whole and well-formed."""
+    covered = _check_frame(blob)
+    header_end = 4 + int.from_bytes(covered[:4], "little")
+    if header_end > len(covered):
+        _refuse("its header is longer than the file")
+    header = _parse(_inflate_header(covered[4:header_end]))
+    _check_keys(header, ("model", "tensors"), "the header")
+    if not isinstance(header["model"], dict):
+        _refuse("its model parameters are not a mapping")
+    entries = _cut(_records(header["tensors"]), covered[header_end:])
+    return Contents(header["model"], entries)
+
+
+def decode_streams(entry: Entry) -> tuple[bytes, ...]:
+    """The raw bytes of each stream of a tensor."""
+    try:
+        return tuple(
+            codec.decode(stream.codec, stream.payload, layout.item_bytes, layout.raw_bytes)
+            for stream, layout in zip(entry.streams, layouts(entry.kind, entry.shape), strict=True)
+        )
+    except ValueError as error:
+        raise ValueError(f"damaged model file: tensor {entry.name}: {error}") from error
+
+
+def _header(contents: Contents) -> dict[str, Any]:
+    tensors = [
+        {
+            "name": entry.name,
+            "shape": list(entry.shape),
+            "kind": entry.kind,
+            "bits": entry.bits,
+            "streams": [{"codec": stream.codec, "bytes": len(stream.payload)} for stream in entry.streams],
+        }
+        for entry in contents.entries
+    ]
+    return {"model": dict(contents.model), "tensors": tensors}
+
+
+def _canonical(header: Any) -> bytes:
+    return json.dumps(header, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
+
+
+def _check_frame(blob: bytes) -> bytes:
+    """What the checksum covers, once magic, version and checksum are right."""
+    if blob[: len(MAGIC)] != MAGIC:
+        raise ValueError(f"not a model file: it begins with {blob[: len(MAGIC)]!r}, expected {MAGIC!r}")
+    if len(blob) < HEADER_START + 4:
+        _refuse(f"it ends after {len(blob)} bytes")
+    version = int.from_bytes(blob[len(MAGIC) : CHECKSUM_START], "little")
+    if version != VERSION:
+        raise ValueError(f"model file of version {version}; this program reads version {VERSION}")
+    covered = blob[HEADER_START:]
+    if hashlib.sha256(covered).digest() != blob[CHECKSUM_START:HEADER_START]:
+        _refuse("its sha256 does not match; copy it again, or make it again with `dvc repro pack`")
+    return covered
+
+
+def _inflate_header(payload: bytes) -> bytes:
+    try:
+        return codec.inflate(payload, MAX_HEADER_BYTES)
+    except ValueError as error:
+        raise ValueError(f"damaged model file: header: {error}") from error
+
+
+def _parse(raw: bytes) -> dict[str, Any]:
+    try:
+        header = json.loads(raw.decode("ascii"), parse_int=_small_integer)
+        canonical = _canonical(header)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"damaged model file: its header is not lawful JSON: {error}") from error
+    if canonical != raw or not isinstance(header, dict):
+        _refuse("its header is not a mapping in canonical form")
+    return header
+
+
+def _small_integer(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"an integer of {len(digits)} digits")
+    return int(digits)
+
+
+def _records(tensors: Any) -> list[dict[str, Any]]:
+    """The records of the tensors, checked one by one and together."""
+    if not isinstance(tensors, list) or len(tensors) > MAX_TENSORS:
+        _refuse(f"its tensors are not a list of at most {MAX_TENSORS}")
+    seen: set[str] = set()
+    raw_bytes = 0
+    for record in tensors:
+        _check_record(record)
+        if record["name"] in seen:
+            _refuse(f"tensor {record['name']} appears twice")
+        seen.add(record["name"])
+        raw_bytes += sum(layout.raw_bytes for layout in layouts(record["kind"], record["shape"]))
+        if raw_bytes > MAX_RAW_BYTES:
+            _refuse(f"its tensors declare more than {MAX_RAW_BYTES} bytes")
+    return tensors
+
+
+def _check_record(record: Any) -> None:
+    _check_keys(record, ("name", "shape", "kind", "bits", "streams"), "the record of a tensor")
+    name, shape, kind, bits, streams = (record[key] for key in ("name", "shape", "kind", "bits", "streams"))
+    if not isinstance(name, str) or len(name) > MAX_NAME_LENGTH or not NAME.fullmatch(name):
+        _refuse("the name of a tensor is not words joined by dots")
+    if kind not in KINDS:
+        _refuse(f"tensor {name} is of an unknown kind")
+    if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(_is_size(size) for size in shape):
+        _refuse(f"the shape of tensor {name} is not a list of at most {MAX_DIMENSIONS} sizes")
+    if kind != "rest" and len(shape) != 2:
+        _refuse(f"tensor {name} is quantised and has {len(shape)} dimensions, expected 2")
+    if type(bits) is not int or not (bits == REST_BITS if kind == "rest" else 2 <= bits <= 8):
+        _refuse(f"tensor {name} has an impossible bit width")
+    expected = len(layouts(kind, shape))
+    if not isinstance(streams, list) or len(streams) != expected:
+        _refuse(f"tensor {name} does not have {expected} streams")
+    for stream in streams:
+        _check_keys(stream, ("codec", "bytes"), f"a stream of tensor {name}")
+        if not isinstance(stream["codec"], str) or stream["codec"] not in codec.CODECS:
+            _refuse(f"a stream of tensor {name} has an unknown codec; known are {', '.join(codec.CODECS)}")
+        if not _is_size(stream["bytes"]):
+            _refuse(f"a stream of tensor {name} has an impossible length")
+
+
+def _cut(records: list[dict[str, Any]], body: bytes) -> tuple[Entry, ...]:
+    declared = sum(stream["bytes"] for record in records for stream in record["streams"])
+    if declared != len(body):
+        _refuse(f"its streams take {len(body)} bytes, the header declares {declared}")
+    entries, position = [], 0
+    for record in records:
+        streams = []
+        for stream in record["streams"]:
+            streams.append(Stream(stream["codec"], body[position : position + stream["bytes"]]))
+            position += stream["bytes"]
+        entries.append(Entry(record["name"], tuple(record["shape"]), record["kind"], record["bits"], tuple(streams)))
+    return tuple(entries)
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= MAX_RAW_BYTES
+
+
+def _check_keys(value: Any, keys: tuple[str, ...], what: str) -> None:
+    if not isinstance(value, dict) or set(value) != set(keys):
+        _refuse(f"{what} does not have exactly the keys {', '.join(keys)}")
+
+
+def _refuse(what: str) -> NoReturn:
+    raise ValueError(f"damaged model file: {what}")

@@ -1,0 +1,52 @@
+"""What becomes of each tensor: decided by its role, never by its size.
+
+Block matrices and the embedding are quantised, each kind to its own bit width; gains, scales, mixes and skips are kept in float16.
+"""
+
+from typing import Literal, NamedTuple, get_args
+
+from stages.pack.params import PackParams
+from stages.train.model import is_matrix
+
+Kind = Literal["matrix", "embedding", "rest"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+REST_BITS = 16
+
+
+class Grid(NamedTuple):
+    """The uniform grid of a quantised kind: integers within +-qmax, of which the largest stands for `clip` standard deviations."""
+
+    bits: int
+    clip: float
+
+    @property
+    def qmax(self) -> int:
+        """The largest magnitude; symmetric, so that one code of the 2^bits is unused."""
+        return largest_value(self.bits)
+
+
+def largest_value(bits: int) -> int:
+    """31 for six bits, 127 for eight."""
+    return (1 << (bits - 1)) - 1
+
+
+def kind_of(name: str) -> Kind:
+    """The role of a tensor of the state dict.
+
+    >>> kind_of("blocks.3.mlp.up.weight"), kind_of("embedding.weight"), kind_of("blocks.3.mix")
+    ('matrix', 'embedding', 'rest')
+    """
+    if name == "embedding.weight":
+        return "embedding"
+    return "matrix" if is_matrix(name) else "rest"
+
+
+def grid(kind: Kind, params: PackParams, clip_factor: float) -> Grid:
+    """The grid of a quantised kind with every clip width multiplied by `clip_factor`."""
+    assert kind != "rest", "float16 tensors have no grid"
+    return Grid(bits_of(kind, params), clip_factor * (params.matrix_clip if kind == "matrix" else params.embedding_clip))
+
+
+def bits_of(kind: Kind, params: PackParams) -> int:
+    """The bit width of a value of this kind."""
+    return {"matrix": params.matrix_bits, "embedding": params.embedding_bits, "rest": REST_BITS}[kind]

@@ -1,0 +1,52 @@
+"""Work on many tensors at once, with results that do not depend on how many threads there are.
+
+A sum that torch splits over threads depends on their number in its last bits, and those decide roundings, and so the bytes of the
+artifact. Here every tensor is worked on by one thread with one torch thread, and the tensors are spread over threads.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def usable_cores() -> int:
+    """Cores this process may run on; they decide the speed and nothing else."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def in_threads(work: Callable[[T], R], items: Sequence[T], size: Callable[[T], int], threads: int) -> list[R]:
+    """`work` done on every item, the largest first so that none of them is left for the end; results in the order of the items.
+
+    The first error, in that order, is raised once the work that has begun is done.
+    """
+    if threads == 1 or len(items) < 2:
+        return [work(item) for item in items]
+    with ThreadPoolExecutor(min(threads, len(items))) as pool:
+        futures = {}
+        for index in sorted(range(len(items)), key=lambda i: size(items[i]), reverse=True):
+            futures[index] = pool.submit(work, items[index])
+        try:
+            return [futures[index].result() for index in range(len(items))]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+@contextlib.contextmanager
+def exact_operations() -> Iterator[None]:
+    """Let each torch operation run on the thread that calls it, and on CUDA multiply float32 as float32 (no TF32); undone at the end."""
+    threads, tf32 = torch.get_num_threads(), torch.backends.cuda.matmul.allow_tf32
+    torch.set_num_threads(1)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.backends.cuda.matmul.allow_tf32 = tf32

@@ -1,0 +1,42 @@
+"""sliding_eval: the artifact and the validation stream to the ledger of the sliding scorer."""
+
+import sys
+from pathlib import Path
+
+from stages import clock, command
+from stages.pack.artifact import load_model
+from stages.parallel import relaunch_under_torchrun, world
+from stages.sliding_eval.evaluate import read_stream, score, write_results
+from stages.sliding_eval.params import Params
+from stages.sliding_eval.scorer import SlidingScorer
+
+STAGE = command.Stage(
+    name="sliding_eval",
+    summary="Score every target of the validation stream with overlapping windows.",
+    params=Params,
+    reads={
+        "model": Path("artifacts/pack/model.bin"),
+        "val": Path("artifacts/tokenize/val"),
+        "tokenizer": Path("artifacts/tokenize/tokenizer.model"),
+    },
+    writes=("nll.npy", "chunks.tsv", "metrics.json"),
+)
+
+
+def main(run: command.Run[Params]) -> None:
+    """Load the artifact, score the stream, write the ledger and what follows from it."""
+    params = run.params.sliding_eval
+    files = {name: run.path(name) for name in STAGE.reads}
+    relaunch_under_torchrun(run.params.parallel, "stages.sliding_eval", sys.argv[1:])
+    with world(run.params.parallel) as here:
+        model = load_model(files["model"], here.device, here.dtype)
+        stream = read_stream(files["val"], files["tokenizer"], model.params.vocab_size, params.window)
+        nll = score(SlidingScorer(model, params, here, run.report), stream)
+        if here.is_main:
+            bpb = write_results(run.output, "sliding", nll, stream, params.chunk, run.write_json)
+            run.report.log(f"sliding_eval: {bpb:.6f} bpb over {stream.targets:,} targets, {int(stream.counted_bytes.sum()):,} bytes")
+        run.timing |= {"evaluation_seconds": clock.process_seconds(), "hardware": clock.hardware(here.device), "ranks": here.size}
+
+
+if __name__ == "__main__":
+    command.launch(STAGE, main)

@@ -1,0 +1,64 @@
+"""From a scorer to results: run it over the official stream, once, and write what every later number is computed from."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from stages import ledger, shards
+from stages.bpb import ByteTable, bits_per_byte, byte_table, load_tokenizer, target_bytes
+from stages.scorer import Scorer
+
+
+class Stream(NamedTuple):
+    """The validation stream: its N tokens, the bytes of its N-1 targets, and the table that counted them."""
+
+    tokens: np.ndarray  # (N,) uint16
+    counted_bytes: np.ndarray  # (N-1,) int64
+    table: ByteTable
+
+    @property
+    def targets(self) -> int:
+        """The number of targets, N-1."""
+        return len(self.tokens) - 1
+
+
+def read_stream(val_folder: Path, tokenizer_file: Path, vocab_size: int, window: int) -> Stream:
+    """The stream of a folder of shards; a ValueError when it cannot be scored."""
+    table = byte_table(load_tokenizer(tokenizer_file))
+    if table.vocab_size != vocab_size:
+        raise ValueError(f"{tokenizer_file} has {table.vocab_size} ids, but the model was trained on {vocab_size}")
+    for path in shards.find(val_folder):
+        shards.check_ids(path, vocab_size)
+    tokens = shards.stream(val_folder)
+    shards.document_starts(tokens, table.bos)
+    if len(tokens) - 1 < window:
+        raise ValueError(f"{val_folder}: {len(tokens) - 1} targets are fewer than one window of {window}; give more validation text")
+    return Stream(tokens, target_bytes(tokens, table), table)
+
+
+def score(scorer: Scorer, stream: Stream) -> np.ndarray:
+    """The ledger of the whole stream, (N-1,) float32; coverage is checked, not assumed."""
+    nll = scorer.score_stream(stream.tokens)
+    if nll.shape != (stream.targets,):
+        raise ValueError(f"the scorer returned {nll.shape} losses for {stream.targets} targets: every target is scored exactly once")
+    ledger.check(nll)
+    return nll
+
+
+def write_results(output: Path, prefix: str, nll: np.ndarray, stream: Stream, chunk: int, write_json: Callable[[str, Any], None]) -> float:
+    """Write nll.npy, chunks.tsv and metrics.json with `<prefix>_bpb`; returns the bpb."""
+    ledger.write(output / "nll.npy", nll)
+    ledger.write_chunks(output / "chunks.tsv", nll, stream.counted_bytes, chunk)
+    bpb = bits_per_byte(nll, stream.counted_bytes)
+    write_json(
+        "metrics.json",
+        {
+            f"{prefix}_bpb": bpb,
+            f"{prefix}_nats_per_token": float(nll.mean(dtype=np.float64)),
+            f"{prefix}_targets": stream.targets,
+            f"{prefix}_bytes": int(stream.counted_bytes.sum()),
+        },
+    )
+    return bpb

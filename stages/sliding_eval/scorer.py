@@ -1,0 +1,116 @@
+"""The sliding scorer: a fixed model, a window of context, one score for each target.
+
+It keeps only as much of the observed prefix as the next window needs, so forks are cheap. Inputs behind the last observed token are padded
+to the window's length, which a causal model cannot see: every pass of one run has one shape.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from stages.parallel import World
+from stages.report import Report
+from stages.sliding_eval.params import SlidingEvalParams
+from stages.sliding_eval.windows import Window, plan, window_of
+from stages.train.model import Model
+
+
+class SlidingScorer:
+    """A lawful scorer (stages/scorer.py) over a fixed model; all ranks call it alike and all get every score."""
+
+    def __init__(self, model: Model, params: SlidingEvalParams, world: World, report: Report | None = None) -> None:
+        self.params = params
+        self.world = world
+        self.report = report or Report(is_main=False)
+        self.replace_model(model)
+        self.observed = 0  # tokens of the prefix
+        self.kept = np.empty(0, dtype=np.int64)  # its last tokens, as many as a window can need
+
+    def replace_model(self, model: Model) -> None:
+        """Score with another model from now on."""
+        self.model = model
+        self.loss_of = torch.compile(model, dynamic=False, fullgraph=True) if self.world.compile else model
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of token ids a distribution is over."""
+        return self.model.params.vocab_size
+
+    def fork(self) -> "SlidingScorer":
+        """An independent copy; the model is shared, nothing changes it."""
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        return twin
+
+    def observe(self, token: int) -> None:
+        """Append a token to the prefix."""
+        self._keep(np.array([token], dtype=np.int64))
+
+    def predict(self) -> np.ndarray:
+        """Natural log-probabilities of the next token, (V,) float64."""
+        target = self.observed - 1
+        if target < 0:
+            raise ValueError("nothing is observed yet: the first token of a stream is given, not predicted")
+        start = window_of(target, self.params.window, self.params.stride)
+        inputs = self._inputs([Window(start, target, target + 1)])
+        with torch.no_grad():
+            logits = self.model.logits(inputs, looped=True)[0, target - start]
+        return torch.log_softmax(logits.double(), dim=-1).cpu().numpy()
+
+    def score_stream(self, tokens: np.ndarray) -> np.ndarray:
+        """Score and observe tokens in order; nats, float32 (see the protocol for what the first call leaves out)."""
+        first = max(0, self.observed - 1)
+        given = 1 if self.observed == 0 and len(tokens) else 0
+        self._keep(tokens.astype(np.int64), trim=False)
+        scores = self.score_targets(first, first + len(tokens) - given)
+        self._trim()
+        return scores
+
+    @torch.no_grad()
+    def score_targets(self, first: int, end: int) -> np.ndarray:
+        """The losses of targets first ... end - 1, whose tokens are observed and kept; nats, float32."""
+        windows = plan(first, end, self.params.window, self.params.stride)
+        scores = torch.zeros(end - first, device=self.world.device)
+        batches = self._batches(windows)
+        with self.report.progress("score", len(windows)) as progress:
+            for batch in batches[self.world.rank :: self.world.size]:
+                self._score_batch(batch, first, scores)
+                progress.advance(len(batch) * self.world.size)
+        return self.world.sum_(scores).cpu().numpy()
+
+    def _batches(self, windows: list[Window]) -> list[list[Window]]:
+        """Windows that score only their last stride are batched; one that scores more (the stream's first) goes alone."""
+        stride, size = self.params.stride, self.params.batch_windows
+        alone = [[window] for window in windows if window.first - window.start < self.params.window - stride]
+        rest = windows[len(alone) :]
+        return alone + [rest[i : i + size] for i in range(0, len(rest), size)]
+
+    def _score_batch(self, batch: list[Window], first: int, scores: torch.Tensor) -> None:
+        inputs, targets = self._inputs(batch), self._inputs(batch, shift=1)
+        scored_from = min(self.params.window - self.params.stride, batch[0].first - batch[0].start)
+        losses = self.loss_of(inputs, targets, looped=True, scored_from=scored_from)
+        for row, window in zip(losses, batch, strict=False):
+            begin = window.first - window.start - scored_from
+            scores[window.first - first : window.end - first] = row[begin : begin + window.end - window.first]
+
+    def _inputs(self, batch: Sequence[Window], shift: int = 0) -> torch.Tensor:
+        """The tokens of each window's positions, moved on by `shift`, padded with zeros to (rows, window)."""
+        rows = self.params.batch_windows if self.world.compile and len(batch) > 1 else len(batch)
+        padded = np.zeros((rows, self.params.window), dtype=np.int64)
+        offset = self.observed - len(self.kept)
+        for row, window in enumerate(batch):
+            piece = self.kept[window.start + shift - offset : window.end + shift - offset]
+            padded[row, : len(piece)] = piece
+        return torch.from_numpy(padded).to(self.world.device)
+
+    def _keep(self, tokens: np.ndarray, trim: bool = True) -> None:
+        self.kept = np.concatenate((self.kept, tokens))
+        self.observed += len(tokens)
+        if trim:
+            self._trim()
+
+    def _trim(self) -> None:
+        """Forget what no later window reaches."""
+        next_start = window_of(max(0, self.observed - 1), self.params.window, self.params.stride)
+        self.kept = self.kept[max(0, next_start - (self.observed - len(self.kept))) :]

@@ -1,0 +1,31 @@
+"""What the submission states of params.yaml; its own section is defined with the bundle, which needs the name of the scorer first."""
+
+from dataclasses import dataclass
+
+from stages.audit.params import AuditParams
+from stages.bundle.params import BundleParams, SubmissionParams
+from stages.calibrate.params import CalibrateParams
+from stages.pack.params import PackParams
+from stages.parallel import ParallelParams
+from stages.sliding_eval.params import SlidingEvalParams
+from stages.tokenize.params import TokenizeParams
+from stages.train.params import ModelParams, TrainParams
+from stages.ttt_eval.params import TttEvalParams
+
+
+@dataclass(frozen=True)
+class Params:
+    """All of params.yaml: the submission states every effective parameter."""
+
+    seed: int
+    parallel: ParallelParams
+    model: ModelParams
+    tokenize: TokenizeParams
+    train: TrainParams
+    calibrate: CalibrateParams
+    pack: PackParams
+    sliding_eval: SlidingEvalParams
+    ttt_eval: TttEvalParams
+    bundle: BundleParams
+    audit: AuditParams
+    submission: SubmissionParams

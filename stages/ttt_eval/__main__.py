@@ -1,0 +1,49 @@
+"""ttt_eval: the artifact and the validation stream to the ledger of the test-time-training scorer."""
+
+import sys
+from pathlib import Path
+
+from stages import clock, command, ledger
+from stages.pack.artifact import load_model
+from stages.parallel import relaunch_under_torchrun, world
+from stages.sliding_eval.evaluate import read_stream, score, write_results
+from stages.ttt_eval.params import Params
+from stages.ttt_eval.scorer import TTTScorer
+
+STAGE = command.Stage(
+    name="ttt_eval",
+    summary="Score every target, training on each chunk after it is scored, and compare with the sliding ledger.",
+    params=Params,
+    reads={
+        "model": Path("artifacts/pack/model.bin"),
+        "val": Path("artifacts/tokenize/val"),
+        "tokenizer": Path("artifacts/tokenize/tokenizer.model"),
+        "sliding": Path("artifacts/sliding_eval/nll.npy"),
+    },
+    writes=("nll.npy", "chunks.tsv", "metrics.json"),
+)
+
+
+def main(run: command.Run[Params]) -> None:
+    """Load the artifact, score and train through the stream, write the ledger, and compare it with the sliding one."""
+    params = run.params
+    files = {name: run.path(name) for name in STAGE.reads}
+    relaunch_under_torchrun(params.parallel, "stages.ttt_eval", sys.argv[1:])
+    with world(params.parallel) as here:
+        model = load_model(files["model"], here.device, here.dtype)
+        stream = read_stream(files["val"], files["tokenizer"], model.params.vocab_size, params.sliding_eval.window)
+        scorer = TTTScorer(model, params.sliding_eval, params.ttt_eval, here, stream.targets, run.report)
+        nll = score(scorer, stream)
+        run.timing |= {"evaluation_seconds": clock.process_seconds(), "hardware": clock.hardware(here.device), "ranks": here.size}
+        if here.is_main:
+            bpb = write_results(run.output, "ttt", nll, stream, params.ttt_eval.chunk, run.write_json)
+            documents = ledger.document_of_target(stream.tokens, stream.table.bos)
+            gain = ledger.paired_difference(ledger.read(files["sliding"], stream.targets), nll, stream.counted_bytes, documents)
+            run.report.log(
+                f"ttt_eval: {bpb:.6f} bpb over {stream.targets:,} targets; against sliding {gain.bpb:+.6f}"
+                f" (95 % interval {gain.low:+.6f} to {gain.high:+.6f}, paired over documents)"
+            )
+
+
+if __name__ == "__main__":
+    command.launch(STAGE, main)

@@ -1,0 +1,137 @@
+"""Score-first test-time training by SGD on whole chunks (#549, #1413, #1493).
+
+The stream is cut into chunks of targets. Chunk c is scored with weights that have seen chunks 0 ... c-1, and only then trained on, in stream
+order; the last chunk is not trained on, since nothing follows it. A chunk's training targets are exactly its scored targets. All
+parameters are trained; the loss is computed in float32 like everywhere.
+"""
+
+import copy
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stages.parallel import World
+from stages.report import Report
+from stages.sliding_eval.params import SlidingEvalParams
+from stages.sliding_eval.scorer import SlidingScorer
+from stages.train.data import to_device
+from stages.train.model import Model
+from stages.ttt_eval.params import TttEvalParams
+
+
+def chunk_lr(chunk: int, chunks: int, lr: float) -> float:
+    """Half a cosine from lr at the first chunk to 0 at the last."""
+    return lr * 0.5 * (1 + math.cos(math.pi * chunk / max(1, chunks - 1)))
+
+
+def sgd_(parameters: list[Tensor], momenta: list[Tensor], lr: float, momentum: float) -> None:
+    """buffer <- momentum * buffer + gradient; parameter <- parameter - lr * buffer; both in place."""
+    gradients = [parameter.grad for parameter in parameters]
+    torch._foreach_mul_(momenta, momentum)
+    torch._foreach_add_(momenta, gradients)
+    torch._foreach_add_(parameters, momenta, alpha=-lr)
+
+
+class TTTScorer:
+    """A lawful scorer that wraps the sliding scorer and trains its model after each chunk.
+
+    `n_targets` is the length of the stream, a public constant that the learning-rate schedule needs. The model given is never changed:
+    the scorer trains a copy, and forks copy it again when one of them goes on to train.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        sliding: SlidingEvalParams,
+        params: TttEvalParams,
+        world: World,
+        n_targets: int,
+        report: Report | None = None,
+    ) -> None:
+        self.params = params
+        self.world = world
+        self.window = sliding.window
+        self.report = report or Report(is_main=False)
+        self.chunks = math.ceil(n_targets / params.chunk)
+        self.scorer = SlidingScorer(copy.deepcopy(model), sliding, world)
+        self.momenta = [torch.zeros_like(parameter) for parameter in self.scorer.model.parameters()]
+        self.is_shared = False  # whether a fork holds the same weights and momenta
+        self.chunk = 0  # the one that is being scored
+        self.pending = np.empty(0, dtype=np.int64)  # tokens of this chunk so far, from its first input on
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of token ids a distribution is over."""
+        return self.scorer.vocab_size
+
+    def fork(self) -> "TTTScorer":
+        """An independent copy; weights are shared until one of the two trains."""
+        self.is_shared = True
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        twin.scorer = self.scorer.fork()
+        return twin
+
+    def predict(self) -> np.ndarray:
+        """Natural log-probabilities of the next token, (V,) float64."""
+        return self.scorer.predict()
+
+    def observe(self, token: int) -> None:
+        """Append a token to the prefix; the last one of a chunk starts its training."""
+        self.scorer.observe(token)
+        self._append(np.array([token], dtype=np.int64))
+
+    def score_stream(self, tokens: np.ndarray) -> np.ndarray:
+        """Score and observe tokens in order, chunk by chunk; nats, float32."""
+        scores = []
+        with self.report.progress("score and train", len(tokens)) as progress:
+            while len(tokens):
+                part = tokens[: self.params.chunk + 1 - len(self.pending)]
+                scores.append(self.scorer.score_stream(part))
+                self._append(part.astype(np.int64))
+                tokens = tokens[len(part) :]
+                progress.advance(len(part), f"chunk {self.chunk}/{self.chunks}")
+        return np.concatenate(scores) if scores else np.empty(0, dtype=np.float32)
+
+    def _append(self, tokens: np.ndarray) -> None:
+        self.pending = np.concatenate((self.pending, tokens))
+        assert len(self.pending) <= self.params.chunk + 1, "a chunk was appended to beyond its end"
+        if len(self.pending) == self.params.chunk + 1:
+            if self.chunk < self.chunks - 1:
+                self._train_on(self.pending)
+            self.chunk += 1
+            self.pending = self.pending[-1:]
+
+    def _train_on(self, tokens: np.ndarray) -> None:
+        """Train on the scored chunk: tokens (chunk + 1,)."""
+        self._own_weights()
+        parameters = list(self.scorer.model.parameters())
+        lr = chunk_lr(self.chunk, self.chunks, self.params.lr)
+        rows = np.lib.stride_tricks.sliding_window_view(tokens, self.window + 1)[:: self.window]
+        per_step = min(len(rows), self.params.batch_tokens // self.window)
+        for _ in range(self.params.epochs):
+            for first in range(0, len(rows), per_step):
+                self._gradients(rows[first : first + per_step])
+                torch.nn.utils.clip_grad_norm_(parameters, self.params.clip_norm)
+                with torch.no_grad():
+                    sgd_(parameters, self.momenta, lr, self.params.momentum)
+                self.scorer.model.zero_grad(set_to_none=True)
+
+    def _gradients(self, rows: np.ndarray) -> None:
+        """The mean loss's gradients over all ranks; each rank takes every size-th sequence."""
+        mine = np.ascontiguousarray(rows[self.world.rank :: self.world.size])
+        inputs, targets = to_device(mine, self.world.device)
+        with torch.enable_grad():
+            (self.scorer.loss_of(inputs, targets, looped=True).sum() / (len(rows) * self.window)).backward()
+        for parameter in self.scorer.model.parameters():
+            assert parameter.grad is not None
+            self.world.sum_(parameter.grad)
+
+    def _own_weights(self) -> None:
+        if not self.is_shared:
+            return
+        self.scorer.replace_model(copy.deepcopy(self.scorer.model))
+        self.momenta = [momentum.clone() for momentum in self.momenta]
+        self.is_shared = False

@@ -1,0 +1,64 @@
+"""Options, fixtures and the clean-up that every test gets."""
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+ROOT = Path(__file__).resolve().parent.parent
+OPTIONS = {"slow": "run it with `make test ARGS=--slow`", "gpu": "run it on a machine with a CUDA device, with `make test ARGS=--gpu`"}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    for name in OPTIONS:
+        parser.addoption(f"--{name}", action="store_true", help=f"also run the tests marked {name}")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for name, how in OPTIONS.items():
+        if not config.getoption(f"--{name}"):
+            skip = pytest.mark.skip(reason=f"marked {name}: {how}")
+            for item in items:
+                if name in item.keywords:
+                    item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _clean_torch() -> Iterator[None]:
+    """Give each test the same start, and take back what it set: default dtype, random states, threads, determinism, process group."""
+    dtype, deterministic = torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    precision, threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
+    torch_state, numpy_state, python_state = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    torch.set_num_threads(1)  # the tests run side by side
+    yield
+    torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision(precision)
+    torch.set_default_dtype(dtype)
+    torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+    torch.set_rng_state(torch_state)
+    np.random.set_state(numpy_state)
+    random.setstate(python_state)
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root of the working tree under test."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real text and tokenizers, kept beside the repository and not in it."""
+    folder = ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("no shared data: this test reads ../shared/data beside the repository")
+    return folder

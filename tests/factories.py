@@ -1,0 +1,89 @@
+"""Small parameters, shards and models that several test files need."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from stages import shards
+from stages.parallel import ParallelParams, World
+from stages.train.model import Model, initialise_
+from stages.train.params import ModelParams, Params, TrainParams
+
+PARALLEL = ParallelParams(nproc=1, threads=1, device="cpu", dtype="auto", deterministic=True, compile=False)
+TINY = ModelParams(
+    vocab_size=37,
+    context=16,
+    width=24,
+    layers=5,
+    heads=4,
+    kv_heads=2,
+    hidden=40,
+    rope_dims=4,
+    rope_base=10000.0,
+    logit_softcap=30.0,
+    query_gain=5.25,
+    parallel_from=3,
+    loop_first=1,
+    loop_last=2,
+    loops=2,
+    embedding_std=0.005,
+)
+TRAIN = TrainParams(
+    budget="steps",
+    steps=8,
+    seconds=60.0,
+    reserve_seconds=1.0,
+    batch_tokens=64,
+    micro_batch_tokens=32,
+    loop_from=0.35,
+    warmdown=0.72,
+    min_lr=0.0,
+    clip_norm=0.3,
+    embedding_lr=0.03,
+    embedding_weight_decay=0.085,
+    matrix_lr=0.022,
+    matrix_weight_decay=0.095,
+    scalar_lr=0.02,
+    scalar_weight_decay=0.02,
+    adam_beta1=0.9,
+    adam_beta2=0.95,
+    adam_eps=1e-8,
+    muon_momentum=0.99,
+    muon_momentum_start=0.92,
+    muon_momentum_warmup_steps=1500,
+    newton_schulz_steps=5,
+    ema_decay=0.9,
+    checkpoint_every=0,
+)
+
+
+def world(rank: int = 0, size: int = 1) -> World:
+    return World(rank, size, torch.device("cpu"), torch.float32, compile=False, host_group=None)
+
+
+def params(seed: int = 42, **train: object) -> Params:
+    return Params(seed, PARALLEL, TINY, replace(TRAIN, **train))
+
+
+def random_model(seed: int = 0, model_params: ModelParams = TINY) -> Model:
+    """A model whose every parameter is random, so that nothing is hidden by a zero or a one."""
+    model = Model(model_params)
+    initialise_(model, seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    return model
+
+
+def write_shards(folder: Path, lengths: tuple[int, ...] = (700, 900), vocab: int = TINY.vocab_size, seed: int = 0) -> Path:
+    """Shards of a learnable stream: a noisy cycle over the vocabulary, BOS (1) now and then."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = np.random.Generator(np.random.PCG64(seed))
+    for number, length in enumerate(lengths):
+        tokens = (np.arange(length) * 3 + generator.integers(0, 3, length)) % (vocab - 4) + 4
+        tokens[::50] = 1
+        shards.write(folder / f"train_{number:06d}.bin", tokens.astype(np.uint16))
+    return folder

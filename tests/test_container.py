@@ -1,0 +1,273 @@
+"""The container and its codec: round trips, damage, malice."""
+
+import hashlib
+import json
+import math
+import tracemalloc
+from typing import Any
+
+import brotli
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stages.pack import codec, container
+from stages.pack.container import Contents, Entry, Stream
+from stages.pack.roles import KINDS
+
+EXAMPLES = settings(max_examples=60, deadline=None)
+NAMES = st.from_regex(r"[a-z0-9_]{1,6}(\.[a-z0-9_]{1,6}){0,2}", fullmatch=True)
+
+
+@st.composite
+def entries(draw: st.DrawFn) -> tuple[tuple[Entry, ...], list[tuple[bytes, ...]]]:
+    """Tensors of random bytes, and those bytes."""
+    made, raws = [], []
+    for name in draw(st.lists(NAMES, max_size=4, unique=True)):
+        kind = draw(st.sampled_from(KINDS))
+        dimensions = st.integers(0, 4) if kind == "rest" else st.just(2)
+        shape = tuple(draw(st.lists(st.integers(0, 5), min_size=(n := draw(dimensions)), max_size=n)))
+        bits = 16 if kind == "rest" else draw(st.integers(2, 8))
+        raw = tuple(draw(st.binary(min_size=y.raw_bytes, max_size=y.raw_bytes)) for y in container.layouts(kind, shape))
+        streams = tuple(
+            Stream("brotli", codec.encode("brotli", part, layout.item_bytes, 5))
+            for part, layout in zip(raw, container.layouts(kind, shape), strict=True)
+        )
+        made.append(Entry(name, shape, kind, bits, streams))
+        raws.append(raw)
+    return tuple(made), raws
+
+
+def example() -> Contents:
+    """Two tensors, three streams."""
+
+    def stream(raw: bytes, item_bytes: int) -> Stream:
+        return Stream("brotli", codec.encode("brotli", raw, item_bytes, 11))
+
+    matrix = Entry("blocks.0.weight", (3, 4), "matrix", 6, (stream(bytes(range(12)), 1), stream(bytes(6), 2)))
+    return Contents({"layers": 1, "rope_base": 10000.0}, (matrix, Entry("gain", (2,), "rest", 16, (stream(b"abcd", 2),))))
+
+
+def header_of(blob: bytes) -> Any:
+    length = int.from_bytes(blob[44:48], "little")
+    return json.loads(brotli.decompress(blob[48 : 48 + length]))
+
+
+def forge(header: bytes, streams: bytes = b"") -> bytes:
+    """A file with any header, and a checksum that is right."""
+    packed = brotli.compress(header, quality=1)
+    covered = len(packed).to_bytes(4, "little") + packed + streams
+    return container.MAGIC + (1).to_bytes(4, "little") + hashlib.sha256(covered).digest() + covered
+
+
+def canonical(header: Any) -> bytes:
+    return json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
+
+
+def read_all(blob: bytes) -> list[tuple[bytes, ...]]:
+    return [container.decode_streams(entry) for entry in container.read(blob).entries]
+
+
+@EXAMPLES
+@given(entries())
+def test_round_trip(case: tuple[tuple[Entry, ...], list[tuple[bytes, ...]]]) -> None:
+    made, raws = case
+    contents = Contents({"width": 8, "base": 0.5}, made)
+    blob = container.write(contents)
+    assert container.write(contents) == blob
+    assert container.read(blob) == contents
+    assert read_all(blob) == raws
+
+
+@EXAMPLES
+@given(st.integers(1, 4), st.binary(max_size=60))
+def test_codec_round_trip(item_bytes: int, raw: bytes) -> None:
+    raw = raw[: len(raw) // item_bytes * item_bytes]
+    assert codec.unshuffle(codec.shuffle(raw, item_bytes), item_bytes) == raw
+    payload = codec.encode("brotli", raw, item_bytes, 11)
+    assert codec.decode("brotli", payload, item_bytes, len(raw)) == raw
+    for wrong in {len(raw) + item_bytes, max(0, len(raw) - item_bytes)} - {len(raw)}:
+        with pytest.raises(ValueError, match="declared"):
+            codec.decode("brotli", payload, item_bytes, wrong)
+
+
+def test_every_truncation_and_every_addition_is_refused() -> None:
+    blob = container.write(example())
+    for length in range(len(blob)):
+        with pytest.raises(ValueError, match="model file"):
+            container.read(blob[:length])
+    with pytest.raises(ValueError, match="sha256"):
+        container.read(blob + b"\0")
+
+
+def test_every_bit_flip_is_refused() -> None:
+    blob = container.write(example())
+    for position in range(8 * len(blob)):
+        flipped = bytearray(blob)
+        flipped[position // 8] ^= 1 << position % 8
+        with pytest.raises(ValueError, match="model file"):
+            container.read(bytes(flipped))
+
+
+@EXAMPLES
+@given(st.data())
+def test_damage_below_a_right_checksum_is_refused_or_harmless(data: st.DataObject) -> None:
+    """The worst a forger can do with random bytes: an error, or tensors of the sizes declared."""
+    blob = container.write(example())
+    covered = bytearray(blob[container.HEADER_START :])
+    for _ in range(data.draw(st.integers(1, 3))):
+        covered[data.draw(st.integers(0, len(covered) - 1))] = data.draw(st.integers(0, 255))
+    covered = covered[: data.draw(st.integers(0, len(covered)))]
+    forged = blob[: len(container.MAGIC) + 4] + hashlib.sha256(covered).digest() + bytes(covered)
+    _refused_or_sized(forged)
+
+
+@EXAMPLES
+@given(st.data())
+def test_any_json_in_the_header_is_refused_or_sized(data: st.DataObject) -> None:
+    leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.lists(st.integers(-3, 2**40), max_size=3)
+    header = header_of(container.write(example()))
+    record = data.draw(st.sampled_from(header["tensors"]))
+    target = data.draw(st.sampled_from([header, record, record["streams"][0]]))
+    target[data.draw(st.sampled_from(sorted(target)))] = data.draw(leaves)
+    streams = b"".join(stream.payload for entry in example().entries for stream in entry.streams)
+    _refused_or_sized(forge(canonical(header), streams))
+
+
+def _refused_or_sized(blob: bytes) -> None:
+    try:
+        contents = container.read(blob)
+        raws = read_all(blob)
+    except ValueError:
+        return
+    for entry, raw in zip(contents.entries, raws, strict=True):
+        assert [len(part) for part in raw] == [layout.raw_bytes for layout in container.layouts(entry.kind, entry.shape)]
+        assert entry.kind != "rest" or len(raw[0]) == 2 * math.prod(entry.shape)
+
+
+def hostile(change: str) -> bytes:
+    """A forged file: the header of the example with one thing changed."""
+    header = header_of(container.write(example()))
+    first = header["tensors"][0]
+    match change:
+        case "duplicate name":
+            header["tensors"][1]["name"] = first["name"]
+        case "too large":
+            first["shape"] = [2**28, 1]
+        case "overflowing product":
+            first["shape"] = [2**27, 2**27]
+        case "many large":
+            header["tensors"] = [first | {"name": f"t{i}", "shape": [2**14, 2**13]} for i in range(3)]
+        case "steps without weights":
+            first["shape"] = [2**28, 0]
+        case "negative size":
+            first["shape"] = [-3, -4]
+        case "negative length":
+            first["streams"][0]["bytes"] = -1
+        case "length beyond the file":
+            first["streams"][0]["bytes"] += 1
+        case "unknown codec":
+            first["streams"][0]["codec"] = "pickle"
+        case "unknown kind":
+            first["kind"] = "object"
+        case "missing stream":
+            first["streams"].pop()
+        case "odd name":
+            first["name"] = "../\ud800"
+        case "long name":
+            first["name"] = "a" * 201
+        case "boolean bits":
+            first["bits"] = True
+        case "wide bits":
+            first["bits"] = 9
+        case "extra key":
+            first["pickle"] = "x"
+        case "five dimensions":
+            header["tensors"][1]["shape"] = [1, 1, 1, 1, 2]
+        case "too many tensors":
+            header["tensors"] = [first | {"name": f"t{i}"} for i in range(container.MAX_TENSORS + 1)]
+        case "list header":
+            header = [header]
+    streams = b"".join(stream.payload for entry in example().entries for stream in entry.streams)
+    return forge(canonical(header), streams)
+
+
+CHANGES = {
+    "duplicate name": "appears twice",
+    "too large": "declare more than",
+    "overflowing product": "declare more than",
+    "many large": "declare more than",
+    "steps without weights": "declare more than",
+    "negative size": "is not a list of at most",
+    "negative length": "impossible length",
+    "length beyond the file": "the header declares",
+    "unknown codec": "unknown codec",
+    "unknown kind": "unknown kind",
+    "missing stream": "does not have 2 streams",
+    "odd name": "words joined by dots",
+    "long name": "words joined by dots",
+    "boolean bits": "impossible bit width",
+    "wide bits": "impossible bit width",
+    "extra key": "exactly the keys",
+    "five dimensions": "is not a list of at most",
+    "too many tensors": "list of at most 5000",
+    "list header": "not a mapping",
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_hostile_headers_are_refused(change: str) -> None:
+    with pytest.raises(ValueError, match=CHANGES[change]):
+        container.read(hostile(change))
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"[" * 500_000,
+        b'{"model":' * 100_000,
+        b'{"model":{},"tensors":[] }',
+        b'{"model":{},"model":{},"tensors":[]}',
+        b'{"model":{"a":NaN},"tensors":[]}',
+        b'{"model":{"a":1e999},"tensors":[]}',
+        b'{"model":{"a":' + b"9" * 5000 + b'},"tensors":[]}',
+        b"\xff\xfe",
+        b"",
+    ],
+)
+def test_headers_that_are_not_canonical_json_are_refused(header: bytes) -> None:
+    with pytest.raises(ValueError, match="damaged model file"):
+        container.read(forge(header))
+
+
+def test_decompression_bombs_stop_at_what_is_declared() -> None:
+    bomb = brotli.compress(bytes(1 << 28), quality=1)
+    header = header_of(container.write(example()))
+    header["tensors"] = [header["tensors"][1]]
+    header["tensors"][0]["streams"][0]["bytes"] = len(bomb)
+    stream_bomb, header_bomb = forge(canonical(header), bomb), forge(b"")
+    covered = len(bomb).to_bytes(4, "little") + bomb
+    header_bomb = header_bomb[:12] + hashlib.sha256(covered).digest() + covered
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="more than the 4 bytes declared"):
+        read_all(stream_bomb)
+    with pytest.raises(ValueError, match="more than the 1048576 bytes declared"):
+        read_all(header_bomb)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 23, f"{peak} bytes at the peak"
+
+
+def test_bytes_after_the_end_of_a_brotli_stream_are_refused() -> None:
+    payload = codec.encode("brotli", b"abcd", 2, 11)
+    for tail in (b"\0", payload):
+        with pytest.raises(ValueError, match="damaged"):
+            codec.decode("brotli", payload + tail, 2, 4)
+
+
+def test_another_version_and_another_file_say_so() -> None:
+    blob = container.write(example())
+    with pytest.raises(ValueError, match="version 2; this program reads version 1"):
+        container.read(blob[:8] + (2).to_bytes(4, "little") + blob[12:])
+    with pytest.raises(ValueError, match="not a model file: it begins with b'PK"):
+        container.read(b"PK\3\4" + blob)

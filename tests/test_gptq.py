@@ -1,0 +1,164 @@
+"""GPTQ: parity with a slow float64 version, the worked case, properties, errors."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from stages.pack import gptq
+
+SHAPES = [(24, 16), (16, 48), (5, 130), (40, 300)]  # the last two are wider than a block of 128
+
+
+def layer(rows: int, columns: int, seed: int = 0, dead: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
+    """Weights, and the Hessian of strongly correlated inputs."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=generator) * torch.rand(rows, 1, generator=generator)
+    inputs = torch.randn(4 * columns, columns, generator=generator) @ torch.randn(columns, columns, generator=generator)
+    inputs *= torch.rand(columns, generator=generator) + 0.05
+    for column in dead:
+        inputs[:, column] = 0
+    return weight, inputs.T @ inputs / len(inputs)
+
+
+def slow_gptq(weight: Tensor, hessian: Tensor, qmax: int, clip: float, damping: float) -> tuple[Tensor, Tensor]:
+    """GPTQ by its definition: one column at a time, H^-1 of what is still free computed afresh, everything float64.
+
+    Fixing column j at q moves the free columns k by -(w_j - q) [H_F^-1]_jk / [H_F^-1]_jj, with F the columns not yet fixed.
+    """
+    steps = (clip * weight.double().std(dim=1).float() / qmax).half().double()
+    left, hessian = weight.double().clone(), hessian.double().clone()
+    for column in range(left.shape[1]):
+        if hessian[column, column] == 0:
+            hessian[column, column] = 1
+            left[:, column] = 0
+    order = sorted(range(left.shape[1]), key=lambda column: -float(hessian[column, column]))
+    hessian += damping * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=torch.float64)
+    values = torch.zeros_like(left)
+    for position, column in enumerate(order):
+        free = order[position:]
+        inverse = torch.linalg.inv(hessian[free][:, free])
+        values[:, column] = torch.round(left[:, column] / steps).clamp(-qmax, qmax)
+        error = left[:, column] - values[:, column] * steps
+        left[:, free] -= error[:, None] * inverse[0] / inverse[0, 0]
+    return values, steps
+
+
+def pack(weight: Tensor, hessian: Tensor, block_columns: int = 128, qmax: int = 31, clip: float = 12.85) -> gptq.Quantised:
+    return gptq.gptq(weight, hessian, qmax=qmax, clip=clip, damping=0.01, block_columns=block_columns)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dead", [(), (3, 7)])
+def test_equals_the_slow_version(shape: tuple[int, int], dead: tuple[int, ...]) -> None:
+    weight, hessian = layer(*shape, dead=dead)
+    expected, steps = slow_gptq(weight, hessian, 31, 12.85, 0.01)
+    got = pack(weight, hessian)
+    assert torch.equal(got.steps_R.double(), steps)
+    # A value that lies within float32 rounding of a half may go either way, and its row then takes another path; hardly any does.
+    rows_that_differ = (got.values_RC.double() != expected).any(dim=1).sum()
+    assert rows_that_differ <= shape[0] // 10, f"{rows_that_differ} of {shape[0]} rows differ"
+
+
+@pytest.mark.parametrize("block_columns", [1, 7, 128])
+def test_block_size_does_not_matter(block_columns: int) -> None:
+    weight, hessian = layer(16, 48)
+    whole = gptq.dequantise(pack(weight, hessian, block_columns=48))
+    blocks = gptq.dequantise(pack(weight, hessian, block_columns=block_columns))
+    assert (whole != blocks).any(dim=1).sum() <= 1
+
+
+def test_the_worked_case_of_the_docstring() -> None:
+    weight, hessian = torch.tensor([[0.4, 0.4]]), torch.tensor([[1.0, 0.9], [0.9, 1.0]])
+    known = gptq.feedback(hessian, 0.0, "case")
+    torch.testing.assert_close(known.upper_CC, torch.tensor([[2.2942, -2.0647], [0.0, 1.0]]), atol=1e-4, rtol=0)
+    torch.testing.assert_close(known.upper_CC.T @ known.upper_CC, torch.linalg.inv(hessian))
+    values = gptq.quantise(weight, known, torch.ones(1).half(), 31, 128)
+    assert values.tolist() == [[0, 1]]
+    assert gptq.cost(weight, hessian) == pytest.approx(0.608)
+    assert gptq.cost(weight - values, hessian) == pytest.approx(0.088)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_better_than_rounding_to_nearest(shape: tuple[int, int]) -> None:
+    weight, hessian = layer(*shape)
+    got = pack(weight, hessian)
+    steps = got.steps_R.float()[:, None]
+    nearest = torch.round(weight / steps).clamp(-31, 31) * steps
+    assert gptq.cost(gptq.dequantise(got) - weight, hessian) < 0.8 * gptq.cost(nearest - weight, hessian)
+
+
+def test_is_nearest_rounding_when_inputs_are_independent() -> None:
+    weight, _ = layer(8, 32)
+    got = pack(weight, torch.eye(32))
+    assert torch.equal(got.values_RC.float(), torch.round(weight / got.steps_R.float()[:, None]).clamp(-31, 31))
+
+
+def test_same_input_same_bits_and_inputs_untouched() -> None:
+    weight, hessian = layer(40, 300, dead=(0,))
+    before = weight.clone(), hessian.clone()
+    first, second = pack(weight, hessian), pack(weight, hessian)
+    assert torch.equal(first.values_RC, second.values_RC)
+    assert torch.equal(first.steps_R, second.steps_R)
+    assert torch.equal(weight, before[0])
+    assert torch.equal(hessian, before[1])
+
+
+def test_dead_columns_and_zero_rows_become_zero() -> None:
+    weight, hessian = layer(12, 20, dead=(4, 19))
+    weight[5] = 0
+    got = gptq.dequantise(pack(weight, hessian))
+    assert not got[:, [4, 19]].any()
+    assert not got[5].any()
+    assert got.isfinite().all()
+    assert not gptq.dequantise(pack(weight, torch.zeros(20, 20))).any()
+
+
+def test_values_stay_on_the_grid() -> None:
+    weight, hessian = layer(12, 20)
+    weight[0, 0] = 100 * weight.abs().max()
+    for qmax, clip in ((1, 2.0), (31, 2.0), (127, 20.0)):
+        values = pack(weight, hessian, qmax=qmax, clip=clip).values_RC
+        assert values.dtype == torch.int8
+        assert int(values.abs().max()) <= qmax
+
+
+def test_steps_are_sdclip() -> None:
+    weight, hessian = layer(6, 20)
+    expected = (12.85 * weight.numpy().std(axis=1, ddof=1) / 31).astype("float16")
+    assert torch.equal(pack(weight, hessian).steps_R, torch.from_numpy(expected))
+
+
+def indefinite() -> Tensor:
+    hessian = torch.eye(20)
+    hessian[0, 1] = hessian[1, 0] = 3
+    return hessian
+
+
+@pytest.mark.parametrize("hessian", [indefinite(), torch.full((20, 20), float("nan")), -torch.eye(20)])
+def test_a_hessian_that_is_not_positive_definite_names_the_layer(hessian: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"blocks\.3\.mlp\.up\.weight: its Hessian is not positive definite"):
+        gptq.feedback(hessian, 0.01, "blocks.3.mlp.up.weight")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
+def test_weights_beyond_float16_steps_name_the_layer(bad: float) -> None:
+    weight, hessian = layer(6, 20)
+    weight[2, 3] = bad
+    with pytest.raises(ValueError, match="matrix: the step of a row is not a finite float16"):
+        pack(weight, hessian)
+
+
+def test_a_hessian_of_another_size_is_refused() -> None:
+    weight, _ = layer(6, 20)
+    with pytest.raises(ValueError, match=r"shape \(3, 3\) does not fit"):
+        pack(weight, torch.eye(3))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_is_as_good_as_the_cpu() -> None:
+    weight, hessian = layer(64, 300)
+    on_cpu = gptq.dequantise(pack(weight, hessian)) - weight
+    first, second = (gptq.dequantise(pack(weight.cuda(), hessian.cuda())) for _ in range(2))
+    assert torch.equal(first, second)
+    assert gptq.cost(first.cpu() - weight, hessian) == pytest.approx(gptq.cost(on_cpu, hessian), rel=0.02)
