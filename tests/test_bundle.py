@@ -12,9 +12,12 @@ from pathlib import Path
 import brotli
 import pytest
 
-from stages.bundle import carrier, strip
+from stages import config
+from stages.bundle import carrier, entry, strip
+from stages.bundle.__main__ import embedded
 from stages.bundle.carrier import ENTRY
 from stages.bundle.closure import closure, module_name
+from stages.bundle.params import Params
 
 ROOT = Path(__file__).resolve().parent.parent
 TOY = {
@@ -241,3 +244,37 @@ def test_the_file_has_a_readable_shape(toy: Path) -> None:
     assert carried == carrier.sources(toy)
     assert parameters == {"a": [1.5, None, "caf\u00e9"]}
     assert len(text.split('"""\n', 3)[-1].splitlines()) <= 32
+
+
+# --- what the entry does
+
+
+@pytest.mark.parametrize("seed", ["x", "-1", "1.5", "", "\u0661"])
+def test_a_seed_that_is_no_integer_is_an_error(seed: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("SEED", seed)
+    with pytest.raises(SystemExit) as stopped:
+        entry.main({})
+    assert stopped.value.code == 2
+    assert f"SEED is {seed!r}, expected an integer" in capsys.readouterr().err
+
+
+def test_training_reads_no_validation_data_and_scoring_no_training_data() -> None:
+    assert set(entry.TRAIN.reads) == {"train"}
+    assert set(entry.EVAL.reads) == {"model", "val", "tokenizer"}
+
+
+def test_the_bundle_carries_every_parameter_that_runs_and_no_seed() -> None:
+    params = config.build(config.read(ROOT / "params.yaml"), Params)
+    carried = embedded(params)
+    assert "seed" not in carried
+    assert carried["submission"] == {"scorer": params.submission.scorer}
+    built = config.build(json.loads(json.dumps(carried)) | {"seed": 7}, entry.Params)
+    assert (built.model, built.train, built.pack, built.ttt_eval) == (params.model, params.train, params.pack, params.ttt_eval)
+
+
+def test_an_error_of_the_bundle_is_one_line(tmp_path: Path) -> None:
+    params = config.build(config.read(ROOT / "params.yaml"), Params)
+    done = run_alone(carrier.render(carrier.sources(ROOT), embedded(params), 5), tmp_path / "empty", "eval")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: train_gpt: model.bin does not exist: check the path\n"
+    assert sorted(path.name for path in (tmp_path / "empty").rglob("*")) == ["eval", "train_gpt.py"]

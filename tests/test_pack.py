@@ -1,6 +1,7 @@
 """pack: state and Hessians to model.bin and back, the byte budget, the stage and its table."""
 
 import dataclasses
+import itertools
 import json
 import math
 from pathlib import Path
@@ -145,7 +146,7 @@ def test_the_search_is_short_and_close_on_a_model_of_record_size(share: float) -
         tried.append(factor)
         spread = 31 / 12.85 / factor
         edges = [0.5 * (1 + math.erf((value - 0.5) / spread / math.sqrt(2))) for value in range(-40, 42)]
-        shares = [high - low for low, high in zip(edges, edges[1:], strict=False) if high > low]
+        shares = [high - low for low, high in itertools.pairwise(edges) if high > low]
         return int(weights / 8 * -sum(p * math.log2(p) for p in shares)) + 100_000 + hash(factor) % 3000
 
     allowed = int(share * size(1.0))
@@ -253,7 +254,7 @@ def test_values_beyond_their_bits_are_refused(state: dict[str, Tensor], hessians
         ("code_reserve_bytes", 10**9),
     ],
 )
-def test_impossible_parameters_name_their_key(key: str, value: float) -> None:
+def test_impossible_parameters_name_their_key(key: str, value: Any) -> None:
     with pytest.raises(config.InvalidKey, match=key):
         dataclasses.replace(PACK, **{key: value})
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
 import pytest
 import sentencepiece
@@ -30,7 +31,11 @@ from stages.tokenize.params import TokenizeParams
 from stages.ttt_eval.params import TttEvalParams
 from tests import factories
 
-TEXT = [f"the {word} of the {other} is a {word} and 1{i} more" for i, word in enumerate("abc dog sun") for other in ("cat", "day", "sea")]
+TEXT = [
+    f"the {word} of the {other} is a {word} and 1{i} more"
+    for i, word in enumerate(("abc", "dog", "sun"))
+    for other in ("cat", "day", "sea")
+]
 MODEL = b"\x89model" * 50
 CODE = b"print('hello')\n" * 20
 CLAIM = SubmissionParams("ttt_eval", "An Author", "author", "A name", "non-record-16mb", "What it is.")
@@ -259,8 +264,8 @@ def test_over_the_byte_budget_is_an_error(tree: Path, capsys: pytest.CaptureFixt
 
 def test_plots_are_pictures_of_the_same_bytes_whatever_the_users_settings(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = files_of(run(tree, output="first") / "plots")
-    monkeypatch.setitem(plots.mpl.rcParams, "font.size", 20.0)
-    monkeypatch.setitem(plots.mpl.rcParams, "axes.facecolor", "red")
+    monkeypatch.setitem(mpl.rcParams, "font.size", 20.0)
+    monkeypatch.setitem(mpl.rcParams, "axes.facecolor", "red")
     assert files_of(run(tree, output="second") / "plots") == first
     assert set(first) == {"bpb_by_chunk.png", "bytes_by_part.png", "loss.png"}
     for picture in first.values():

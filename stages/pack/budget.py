@@ -33,7 +33,7 @@ def fit(attempt: Callable[[float], T], size: Callable[[T], int], budget: int, we
     if low.excess <= 0:
         return factor, result
     for attempts in range(1, MAX_ATTEMPTS):
-        factor = round(2 ** (_further(low, weights, attempts) if high is None else _between(low, high, budget)), 6)
+        factor = round(2 ** (_further(low, budget, weights, attempts) if high is None else _between(low, high, budget)), 6)
         result = attempt(factor)
         point = Point(math.log2(factor), size(result) - budget)
         if point.excess > 0:
@@ -52,9 +52,9 @@ def fit(attempt: Callable[[float], T], size: Callable[[T], int], budget: int, we
     return best
 
 
-def _further(low: Point, weights: int, attempts: int) -> float:
+def _further(low: Point, budget: int, weights: int, attempts: int) -> float:
     """Beyond a point that is over the budget: a bit a weight for a doubling, and twice as bold at each attempt."""
-    step = 1.1 * max(8 * low.excess / max(1, weights), 10 * NARROWEST)
+    step = 1.1 * max(8 * (low.excess + TOLERANCE * budget / 2) / max(1, weights), NARROWEST)
     return min(low.x + step * 2 ** (attempts - 1), math.log2(MAX_FACTOR))
 
 

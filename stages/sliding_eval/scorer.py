@@ -96,7 +96,8 @@ class SlidingScorer:
 
     def _inputs(self, batch: Sequence[Window], shift: int = 0) -> torch.Tensor:
         """The tokens of each window's positions, moved on by `shift`, padded with zeros to (rows, window)."""
-        rows = self.params.batch_windows if self.world.compile and len(batch) > 1 else len(batch)
+        scores_a_stride = batch[0].first - batch[0].start >= self.params.window - self.params.stride
+        rows = self.params.batch_windows if self.world.compile and scores_a_stride else len(batch)
         padded = np.zeros((rows, self.params.window), dtype=np.int64)
         offset = self.observed - len(self.kept)
         for row, window in enumerate(batch):

@@ -126,7 +126,7 @@ class Attention(nn.Module):
         k = rotate(rms_norm(k), cos, sin)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         y = exclude_own_value(y, v)
-        return self.output(y.transpose(1, 2).reshape(batch, tokens, self.params.heads * dim))  # type: ignore[no-any-return]
+        return self.output(y.transpose(1, 2).reshape(batch, tokens, self.params.heads * dim))
 
 
 class MLP(nn.Module):
@@ -139,7 +139,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., D) to (..., D)."""
-        return self.down(F.leaky_relu(self.up(x), NEGATIVE_SLOPE).square())  # type: ignore[no-any-return]
+        return self.down(F.leaky_relu(self.up(x), NEGATIVE_SLOPE).square())
 
 
 class Block(nn.Module):
@@ -224,7 +224,7 @@ class Model(nn.Module):
     def logits(self, tokens_BT: Tensor, looped: bool = True, scored_from: int = 0) -> Tensor:
         """Logits of the positions from `scored_from` on, (B, T - scored_from, V) float32."""
         x = self.features(tokens_BT, looped)[:, scored_from:]
-        return self.head(x, self.embedding.weight)  # type: ignore[no-any-return]
+        return self.head(x, self.embedding.weight)
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor, looped: bool = True, scored_from: int = 0) -> Tensor:
         """Negative log-likelihood in nats of the targets from `scored_from` on, (B, T - scored_from) float32."""
