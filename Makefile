@@ -7,6 +7,7 @@ SHELL := /bin/bash
 PYTHON ?= python3# any 3.11 or 3.12 with venv and pip; `make environment PYTHON=python3.12`
 ARGS ?=# more arguments for dvc repro or pytest: `make repro ARGS=--force`, `make test ARGS=--slow`
 VENV := .venv
+BENCHMARKS := scoring training# those that need no GPU and no data
 STAMP := $(VENV)/.installed
 # DVC starts `python` from PATH, and must find this one.
 ACTIVATE := . $(VENV)/bin/activate
@@ -36,7 +37,7 @@ format: environment  ## lay out the source and mend what ruff can
 	$(ACTIVATE) && ruff check --fix . && ruff format .
 
 bench: environment  ## the CPU benchmarks (benchmarks/README.md)
-	$(ACTIVATE) && for file in benchmarks/[a-z]*.py; do python -m "benchmarks.$$(basename "$$file" .py)"; done
+	$(ACTIVATE) && for name in $(BENCHMARKS); do python -m benchmarks.$$name; done
 
 preset: environment  ## lay a preset over params.yaml: make preset NAME=record
 	$(ACTIVATE) && python -m stages.preset $(if $(NAME),$(NAME),--help)

@@ -7,18 +7,27 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from stages import bpb, ledger, shards
+from stages import bpb, command, ledger, shards
+from stages.audit import __main__ as stage
 from stages.audit import coverage, files, positions, render, walk
 from stages.audit.params import AuditParams
 from stages.audit.verb import Claim, Stream, audit_scorer
 from stages.audit.verdict import Verdict, convicted, reason
+from stages.calibrate.hessians import hessian_name
+from stages.pack import artifact, roles
+from stages.pack.params import PackParams
 from stages.report import Report
 from stages.scorer import Scorer
-from tests import cheats
+from stages.sliding_eval import __main__ as sliding_stage
+from stages.tokenize import disjoint, tokenizer
+from stages.ttt_eval import __main__ as ttt_stage
+from tests import cheats, factories
 
 PARAMS = AuditParams(
     perturbations=21,
@@ -302,3 +311,83 @@ def test_the_report_repeats_and_reads(tmp_path: Path) -> None:
     for verdict in verdicts:
         assert verdict.sees in text
         assert verdict.blind in text
+
+
+SECTIONS: dict[str, Any] = {
+    "parallel": dataclasses.asdict(factories.PARALLEL),
+    "train": dataclasses.asdict(factories.TRAIN),
+    "pack": {
+        "matrix_bits": 6,
+        "embedding_bits": 8,
+        "matrix_clip": 12.85,
+        "embedding_clip": 20.0,
+        "damping": 0.01,
+        "block_columns": 16,
+        "brotli_quality": 4,
+        "budget_bytes": 1_000_000,
+        "code_reserve_bytes": 1_000,
+    },
+    "sliding_eval": {"window": 16, "stride": 4, "batch_windows": 8, "chunk": 128},
+    "ttt_eval": {"chunk": 256, "epochs": 1, "batch_tokens": 64, "lr": 0.01, "momentum": 0.9, "clip_norm": 1.0},
+    "audit": dataclasses.asdict(PARAMS) | {"segment_targets": 24, "substitutions": 6},
+}
+
+
+def made_artifacts(folder: Path) -> list[str]:
+    """What the stages before audit leave behind, small, and the arguments that point the stage at it."""
+    for name in ("train", "val", "sliding", "ttt"):
+        (folder / name).mkdir(parents=True)
+    texts = [f"Document {i} says that {i * i} is the square of {i}, and nothing more.\n" * 2 for i in range(40)]
+    (folder / "tokenizer.model").write_bytes(tokenizer.train(texts, 320, 1))
+    processor = bpb.load_tokenizer(folder / "tokenizer.model")
+    documents = [np.array([processor.bos_id(), *processor.encode(text)], dtype=np.uint16) for text in texts]
+    sides = {"train": documents[:25], "val": documents[25:]}
+    listed = {}
+    for side, held in sides.items():
+        shards.write(folder / side / f"{side}_000000.bin", np.concatenate(held))
+        digest = hashlib.sha256((folder / side / f"{side}_000000.bin").read_bytes()).hexdigest()
+        listed[f"{side}/{side}_000000.bin"] = {"documents": len(held), "sha256": digest}
+    (folder / "manifest.json").write_text(json.dumps({"shards": listed}))
+    hashes = [np.sort(np.array([disjoint.hash64(document) for document in sides[side]], dtype=np.uint64)) for side in ("train", "val")]
+    disjoint.write(folder / "documents.u64", *hashes)
+    model_params = dataclasses.replace(factories.TINY, vocab_size=320)
+    state = {name: tensor.detach() for name, tensor in factories.random_model(3, model_params).state_dict().items()}
+    hessians = {hessian_name(name): torch.eye(tensor.shape[1]) for name, tensor in state.items() if roles.kind_of(name) != "rest"}
+    pack_params = PackParams(**SECTIONS["pack"])
+    (folder / "model.bin").write_bytes(artifact.pack(state, hessians, model_params, pack_params, Report(is_main=False)).blob)
+    (folder / "train_gpt.py").write_text("# the counted code\n")
+    for name in ("train_timing", "calibrate_timing"):
+        (folder / f"{name}.json").write_text(json.dumps({"training_seconds": 5.0}))
+    arguments = [f"--{name}={folder / name}" for name in ("val", "sliding", "ttt")]
+    files_ = ("model.bin", "tokenizer.model", "documents.u64", "manifest.json", "train_timing.json", "calibrate_timing.json")
+    arguments += [f"--{name.partition('.')[0].replace('_', '-')}={folder / name}" for name in files_]
+    common = [f"--{name.partition('.')[0]}={folder / name}" for name in ("model.bin", "tokenizer.model")] + [f"--val={folder / 'val'}"]
+    command.launch(sliding_stage.STAGE, sliding_stage.main, [*common, f"--output={folder / 'sliding'}"], SECTIONS)
+    sliding = f"--sliding={folder / 'sliding' / 'nll.npy'}"
+    command.launch(ttt_stage.STAGE, ttt_stage.main, [*common, sliding, f"--output={folder / 'ttt'}"], SECTIONS)
+    return [*arguments, f"--code={folder / 'train_gpt.py'}"]
+
+
+def test_the_stage_passes_twice_alike_and_fails_with_one_line_and_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = made_artifacts(tmp_path)
+    reports = []
+    for name in ("a", "b"):
+        command.launch(stage.STAGE, stage.main, [*arguments, f"--output={tmp_path / name}"], SECTIONS)
+        reports.append([(tmp_path / name / file).read_bytes() for file in stage.STAGE.writes])
+    assert reports[0] == reports[1]
+    metrics = json.loads(reports[0][2])
+    assert (metrics["audit_passed"], metrics["audit_fail"], metrics["audit_cannot_tell"]) == (1, 0, 0)
+    assert {verdict["subject"] for verdict in json.loads(reports[0][0])["verdicts"]} == {"files", "sliding_eval", "ttt_eval"}
+
+    nll = np.load(tmp_path / "ttt" / "nll.npy")
+    np.save(tmp_path / "ttt" / "nll.npy", nll * np.float32(0.9))
+    capsys.readouterr()
+    output = tmp_path / "failed"
+    with pytest.raises(SystemExit) as ended:
+        command.launch(stage.STAGE, stage.main, [*arguments, f"--output={output}"], SECTIONS)
+    assert ended.value.code == 1
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 1
+    assert errors[0].startswith("error: audit: ttt_eval fails B6 (reported bits per byte)")
+    assert sorted(path.name for path in output.iterdir()) == sorted(stage.FAILED)
+    assert "**fail**" in (output / "failed-report.md").read_text()

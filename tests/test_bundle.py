@@ -183,10 +183,9 @@ def test_the_stage_builds_one_file_whatever_happened_before(tmp_path: Path) -> N
     shutil.copytree(ROOT / "stages", tree / "stages", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "params.yaml", tree)
     sources = {path: path.read_bytes() for path in tree.rglob("*.py")}
-    outputs = [tree / "artifacts/bundle", tree / "artifacts/bundle", tmp_path / "copied"]
-    seeds = ["42", "999", "7"]
+    output = tree / "artifacts/bundle"
     built = []
-    for output, seed in zip(outputs, seeds, strict=True):
+    for seed in ("42", "999"):
         done = run_bundle("--set", f"seed={seed}", "--output", str(output), cwd=tree, SEED=seed)
         assert done.returncode == 0, done.stderr
         built.append((output / "train_gpt.py").read_bytes())

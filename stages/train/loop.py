@@ -178,9 +178,11 @@ def _batch_shape(params: Params, world: World) -> tuple[int, int]:
 def _warm_up(loss_of: Callable[..., Tensor], model: Model, micro: int, world: World) -> None:
     """Compile both graphs on random tokens, before any data is read; only gradients are touched, and they are cleared."""
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(model.params.vocab_size, (micro, model.params.context), generator=generator).to(world.device)
+    shape = (2, micro, model.params.context)
+    # Two tensors, not one twice: a graph compiled for inputs that share memory does not serve inputs that do not.
+    inputs, targets = torch.randint(model.params.vocab_size, shape, generator=generator).to(world.device).unbind()
     for looped in (False, True):
-        loss_of(tokens, tokens, looped).mean().backward()
+        loss_of(inputs, targets, looped).mean().backward()
         model.zero_grad(set_to_none=True)
     with suppress(AttributeError):
         torch.cuda.reset_peak_memory_stats(world.device)
