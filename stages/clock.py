@@ -50,8 +50,9 @@ class Interval:
 
 
 def process_seconds() -> float:
-    """Seconds since the operating system started this process (Linux: from /proc, in clock ticks)."""
-    stat = Path("/proc/self/stat")
+    """Seconds since the operating system started this process, or the torchrun that started it (Linux: from /proc, in clock ticks)."""
+    under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    stat = Path(f"/proc/{os.getppid() if under_torchrun else 'self'}/stat")
     if not stat.exists():
         return time.monotonic() - _IMPORTED
     ticks = int(stat.read_text().rpartition(")")[2].split()[19])

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -63,7 +64,7 @@ def world(rank: int = 0, size: int = 1) -> World:
     return World(rank, size, torch.device("cpu"), torch.float32, compile=False, host_group=None)
 
 
-def params(seed: int = 42, **train: object) -> Params:
+def params(seed: int = 42, **train: Any) -> Params:
     return Params(seed, PARALLEL, TINY, replace(TRAIN, **train))
 
 

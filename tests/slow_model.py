@@ -1,4 +1,4 @@
-"""An independent, slow forward pass in float64 NumPy, written from the description of the architecture, one token and one head at a time."""
+"""An independent, slow forward pass in float64 NumPy, written from the description of the architecture, token by token."""
 
 import math
 

@@ -1,8 +1,8 @@
 """Hessians of the layer-wise error: for a matrix W with inputs x, the mean of x x^T over calibration tokens (GPTQ, arXiv 2210.17323).
 
-The error that rounding adds to a layer's output is tr(dW H dW^T), so H is all that GPTQ needs to know of the data. Observers hang on the one
-forward definition, with looping on, so that a looped block's Hessian is the sum over its visits, each weighted by its tokens. The tied
-embedding is measured where it is the head: on the normalised residual stream (#1394).
+The error that rounding adds to a layer's output is tr(dW H dW^T), so H is all that GPTQ needs to know of the data. Observers hang on the
+one forward definition, with looping on, so that a looped block's Hessian is the sum over its visits. The tied embedding is measured where
+it is the head: on the normalised residual stream (#1394).
 
 Shapes: N tokens, C columns of a matrix, which are its inputs.
 """

@@ -1,7 +1,7 @@
 """The window plan: which tokens each forward pass sees and which targets it scores.
 
-Windows start at 0, S, 2S, ... The first scores all its targets, every other only its last S, and the last one what is left of the stream: each
-target is scored exactly once, by the first window that reaches it, and none is dropped at the tail.
+Windows start at 0, S, 2S, ... The first scores all its targets, every other only its last S, and the last one what is left of the stream:
+each target is scored exactly once, by the first window that reaches it, and none is dropped at the tail.
 """
 
 from typing import NamedTuple

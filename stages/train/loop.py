@@ -58,13 +58,12 @@ def train(
     loop = _Loop(params, model, loss_of, windows, world, checkpoints)
     loop.resume(report)
     next_fraction = pacing(params.train, replay, lambda: world.max_of(clock.elapsed()))
-    with report.progress("train", params.train.steps if params.train.budget == "steps" else 1.0) as progress:
+    with report.progress("train: % of the budget", 100) as progress:
         while (fraction := next_fraction(loop.steps_done)) is not None:
-            now = settings(loop.steps_done, fraction, params.train)
-            loop.step(now, local, micro)
+            progress.advance(100 * fraction - progress.done, loop.note())
+            loop.step(settings(loop.steps_done, fraction, params.train), local, micro)
             clock.mark()
             loop.tell(report)
-            progress.advance(1 if params.train.budget == "steps" else max(0.0, fraction - progress.done), loop.note())
     losses = loop.all_losses()
     clock.mark()
     checkpoints.remove()
@@ -135,8 +134,9 @@ class _Loop:
 
     def note(self) -> str:
         """A loss that the device has certainly computed, for the progress line."""
-        settled = max(0, len(self.local_losses) - 1 - HOST_LEAD)
-        return f"loss {float(self.local_losses[settled]):.4f}{' looped' if self.schedule[-1].looped else ''}"
+        if self.steps_done <= HOST_LEAD:
+            return ""
+        return f"step {self.steps_done} loss {float(self.local_losses[-1 - HOST_LEAD]):.4f}{' looped' if self.schedule[-1].looped else ''}"
 
     def measured(self, clock: Interval) -> dict[str, Any]:
         """Speed and memory, for timing.json."""

@@ -74,7 +74,7 @@ class Muon:
         mine = self._mine(group)
         updates = torch.zeros((len(group), *group[0].shape), device=group[0].device, dtype=self.world.dtype)
         if mine:
-            gradient = torch.stack([matrix.grad for matrix in mine])
+            gradient = torch.stack([matrix.grad for matrix in mine if matrix.grad is not None])
             update, self.momenta[index] = muon_update(gradient, self.momenta[index], momentum, self.steps, self.world.dtype)
             updates[self.world.rank :: self.world.size] = update.to(updates.dtype)
         return self.world.sum_(updates).to(group[0].dtype)

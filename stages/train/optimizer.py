@@ -1,5 +1,6 @@
 """The three optimizer groups, the averaging of gradients over ranks, and the moving average of the weights (#1493)."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ class Optimizers:
         self.params = params
         self.world = world
         self.parameters = list(model.parameters())
-        matrices = [parameter for name, parameter in model.named_parameters() if is_matrix(name)]
+        matrices: list[Tensor] = [parameter for name, parameter in model.named_parameters() if is_matrix(name)]
         scalars = [parameter for name, parameter in model.named_parameters() if not is_matrix(name) and name != "embedding.weight"]
         self.muon = Muon(matrices, params.matrix_weight_decay, params.newton_schulz_steps, world)
         self.embedding = self._adam([model.embedding.weight], params.embedding_weight_decay)
@@ -50,7 +51,7 @@ class Optimizers:
         self.scalars.load_state_dict(state["scalars"])
         self.muon.momenta = [momentum.to(self.world.device) for momentum in state["momenta"]]
 
-    def _adam(self, parameters: list[Tensor], weight_decay: float) -> torch.optim.AdamW:
+    def _adam(self, parameters: Sequence[Tensor], weight_decay: float) -> torch.optim.AdamW:
         betas = (self.params.adam_beta1, self.params.adam_beta2)
         fused = self.world.device.type == "cuda"
         return torch.optim.AdamW(parameters, lr=0.0, betas=betas, eps=self.params.adam_eps, weight_decay=weight_decay, fused=fused)

@@ -1,7 +1,7 @@
 """Score-first test-time training by SGD on whole chunks (#549, #1413, #1493).
 
-The stream is cut into chunks of targets. Chunk c is scored with weights that have seen chunks 0 ... c-1, and only then trained on, in stream
-order; the last chunk is not trained on, since nothing follows it. A chunk's training targets are exactly its scored targets. All
+The stream is cut into chunks of targets. Chunk c is scored with weights that have seen chunks 0 ... c-1, and only then trained on, in
+stream order; the last chunk is not trained on, since nothing follows it. A chunk's training targets are exactly its scored targets. All
 parameters are trained; the loss is computed in float32 like everywhere.
 """
 
@@ -26,9 +26,8 @@ def chunk_lr(chunk: int, chunks: int, lr: float) -> float:
     return lr * 0.5 * (1 + math.cos(math.pi * chunk / max(1, chunks - 1)))
 
 
-def sgd_(parameters: list[Tensor], momenta: list[Tensor], lr: float, momentum: float) -> None:
+def sgd_(parameters: list[Tensor], gradients: list[Tensor], momenta: list[Tensor], lr: float, momentum: float) -> None:
     """buffer <- momentum * buffer + gradient; parameter <- parameter - lr * buffer; both in place."""
-    gradients = [parameter.grad for parameter in parameters]
     torch._foreach_mul_(momenta, momentum)
     torch._foreach_add_(momenta, gradients)
     torch._foreach_add_(parameters, momenta, alpha=-lr)
@@ -59,7 +58,8 @@ class TTTScorer:
         self.momenta = [torch.zeros_like(parameter) for parameter in self.scorer.model.parameters()]
         self.is_shared = False  # whether a fork holds the same weights and momenta
         self.chunk = 0  # the one that is being scored
-        self.pending = np.empty(0, dtype=np.int64)  # tokens of this chunk so far, from its first input on
+        self.pending: list[np.ndarray] = []  # tokens of this chunk so far, from its first input on, in pieces
+        self.pending_tokens = 0
 
     @property
     def vocab_size(self) -> int:
@@ -72,6 +72,7 @@ class TTTScorer:
         twin = object.__new__(type(self))
         twin.__dict__.update(self.__dict__)
         twin.scorer = self.scorer.fork()
+        twin.pending = list(self.pending)
         return twin
 
     def predict(self) -> np.ndarray:
@@ -88,7 +89,7 @@ class TTTScorer:
         scores = []
         with self.report.progress("score and train", len(tokens)) as progress:
             while len(tokens):
-                part = tokens[: self.params.chunk + 1 - len(self.pending)]
+                part = tokens[: self.params.chunk + 1 - self.pending_tokens]
                 scores.append(self.scorer.score_stream(part))
                 self._append(part.astype(np.int64))
                 tokens = tokens[len(part) :]
@@ -96,18 +97,21 @@ class TTTScorer:
         return np.concatenate(scores) if scores else np.empty(0, dtype=np.float32)
 
     def _append(self, tokens: np.ndarray) -> None:
-        self.pending = np.concatenate((self.pending, tokens))
-        assert len(self.pending) <= self.params.chunk + 1, "a chunk was appended to beyond its end"
-        if len(self.pending) == self.params.chunk + 1:
-            if self.chunk < self.chunks - 1:
-                self._train_on(self.pending)
-            self.chunk += 1
-            self.pending = self.pending[-1:]
+        self.pending.append(tokens)
+        self.pending_tokens += len(tokens)
+        assert self.pending_tokens <= self.params.chunk + 1, "a chunk was appended to beyond its end"
+        if self.pending_tokens < self.params.chunk + 1:
+            return
+        whole = np.concatenate(self.pending)
+        if self.chunk < self.chunks - 1:
+            self._train_on(whole)
+        self.chunk += 1
+        self.pending, self.pending_tokens = [whole[-1:]], 1
 
     def _train_on(self, tokens: np.ndarray) -> None:
         """Train on the scored chunk: tokens (chunk + 1,)."""
         self._own_weights()
-        parameters = list(self.scorer.model.parameters())
+        parameters: list[Tensor] = list(self.scorer.model.parameters())
         lr = chunk_lr(self.chunk, self.chunks, self.params.lr)
         rows = np.lib.stride_tricks.sliding_window_view(tokens, self.window + 1)[:: self.window]
         per_step = min(len(rows), self.params.batch_tokens // self.window)
@@ -116,12 +120,13 @@ class TTTScorer:
                 self._gradients(rows[first : first + per_step])
                 torch.nn.utils.clip_grad_norm_(parameters, self.params.clip_norm)
                 with torch.no_grad():
-                    sgd_(parameters, self.momenta, lr, self.params.momentum)
+                    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+                    sgd_(parameters, gradients, self.momenta, lr, self.params.momentum)
                 self.scorer.model.zero_grad(set_to_none=True)
 
     def _gradients(self, rows: np.ndarray) -> None:
         """The mean loss's gradients over all ranks; each rank takes every size-th sequence."""
-        mine = np.ascontiguousarray(rows[self.world.rank :: self.world.size])
+        mine = rows[self.world.rank :: self.world.size].copy()  # the rows are a read-only view of overlapping windows
         inputs, targets = to_device(mine, self.world.device)
         with torch.enable_grad():
             (self.scorer.loss_of(inputs, targets, looped=True).sum() / (len(rows) * self.window)).backward()
