@@ -81,7 +81,7 @@ def make_repository(folder: Path) -> Path:
             shutil.copy(source, folder / name)
     (folder / ".dvc").mkdir()
     shutil.copy(ROOT / ".dvc/config", folder / ".dvc/config")
-    params, _ = overlay((folder / "params.yaml").read_text(), yaml.safe_dump(TINY, default_flow_style=None))
+    params = overlay((folder / "params.yaml").read_text(), yaml.safe_dump(TINY, default_flow_style=None))
     (folder / "params.yaml").write_text(params)
     generator = np.random.Generator(np.random.PCG64(0))
     documents = [" ".join(generator.choice(WORDS, 60)) + f". Note {number}." for number in range(120)]
