@@ -22,8 +22,6 @@ ROOT = Path(__file__).resolve().parent.parent
 ORDER = ("tokenize", "train", "calibrate", "pack", "sliding_eval", "ttt_eval", "bundle", "audit", "submission")
 # Commands above the stages, which no stage imports: they may import any of them.
 ABOVE = {"stages/preset.py"}
-# Outside the DAG because it aggregates several runs of it (three seeds), so it alone asks DVC for them.
-MERGE = "stages/submission/merge.py"
 # Where the environment is read: torchrun's variables, and the bundle's SEED.
 ENVIRONMENT_READERS = {"stages/command.py", "stages/parallel.py"}
 # Modules that need a package which a CPU machine does not have; their stage imports them behind a check.
@@ -186,8 +184,6 @@ def test_imports_point_upstream_only(source: str) -> None:
 
 @each_source
 def test_no_stage_needs_dvc(source: str) -> None:
-    if source == MERGE:
-        return
     packages = {name.partition(".")[0] for name in imported(source)}
     assert not packages & {"dvc", "dvclive", "hydra", "omegaconf", "ruamel"}
 
@@ -235,7 +231,7 @@ def test_no_broad_except_and_no_pickle(source: str) -> None:
 
 def test_every_module_imports_in_a_fresh_interpreter_and_does_nothing() -> None:
     """One interpreter imports all: nothing printed, no process group, no thread setting, no device."""
-    modules = [module_name(Path(source)) for source in SOURCES if source != MERGE]
+    modules = [module_name(Path(source)) for source in SOURCES]
     program = f"""
 import importlib, sys
 import torch

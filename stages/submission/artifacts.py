@@ -13,12 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import brotli
 import numpy as np
+from sentencepiece import SentencePieceProcessor
 
 from stages import ledger, shards
 from stages.bpb import bits_per_byte, byte_table, load_tokenizer, target_bytes
 
 STAGES = ("tokenize", "train", "calibrate", "pack", "sliding_eval", "ttt_eval", "bundle", "audit")
+REFERENCE_BYTES = 4_000_000  # brotli 11 takes about 2 s for a megabyte
 SCORERS = {"sliding_eval": "sliding_bpb", "ttt_eval": "ttt_bpb"}
 
 Row = dict[str, str]
@@ -43,6 +46,14 @@ class Coverage:
 
 
 @dataclass(frozen=True)
+class Reference:
+    """What a general compressor makes of the same text: a scale for the score, and no claim."""
+
+    brotli_bpb: float  # brotli, quality 11, one stream over the documents in order
+    bytes: int  # of text that it was given: all, or the first REFERENCE_BYTES
+
+
+@dataclass(frozen=True)
 class Artifacts:
     """The inputs of a submission."""
 
@@ -58,6 +69,7 @@ class Artifacts:
     logs: dict[str, str]
     requirements: bytes
     coverage: Coverage
+    reference: Reference
     scores: dict[str, Score]
     gain: ledger.Difference  # bpb of ttt_eval minus that of sliding_eval
 
@@ -69,7 +81,9 @@ class Artifacts:
 
 def load(folders: Mapping[str, Path], requirements: Path, claimed: str) -> Artifacts:
     """Read the artifact folders of all stages; `claimed` is the scorer whose audit must have passed."""
-    counted_bytes, documents = _stream(folders["tokenize"])
+    tokenizer = load_tokenizer(file(folders, "tokenize", "tokenizer.model"))
+    tokens, counted_bytes = _stream(folders["tokenize"], tokenizer)
+    documents = ledger.document_of_target(tokens, tokenizer.bos_id())
     metrics = {stage: _json(file(folders, stage, "metrics.json")) for stage in STAGES if stage != "tokenize"}
     ledgers = {scorer: ledger.read(file(folders, scorer, "nll.npy"), len(counted_bytes)) for scorer in SCORERS}
     code, model = (file(folders, *name).read_bytes() for name in (("bundle", "train_gpt.py"), ("pack", "model.bin")))
@@ -101,6 +115,7 @@ def load(folders: Mapping[str, Path], requirements: Path, claimed: str) -> Artif
         logs={stage: file(folders, stage, "log.txt").read_text(encoding="utf-8") for stage in STAGES},
         requirements=requirements.read_bytes(),
         coverage=Coverage(len(counted_bytes), int(counted_bytes.sum()), int(documents.max()) + 1),
+        reference=brotli_reference(tokens, tokenizer),
         scores=scores,
         gain=ledger.paired_difference(ledgers["sliding_eval"], ledgers["ttt_eval"], counted_bytes, documents),
     )
@@ -128,14 +143,25 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _stream(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Bytes and document of each target."""
-    byte_counts = byte_table(load_tokenizer(folder / "tokenizer.model"))
+def brotli_reference(tokens: np.ndarray, tokenizer: SentencePieceProcessor) -> Reference:
+    """Bits per byte of brotli 11 over the documents' text, which starts with its own dictionary of English and nothing else."""
+    text = bytearray()
+    for document in shards.documents(tokens, tokenizer.bos_id()):
+        text += tokenizer.decode(document[1:].tolist()).encode("utf-8")
+        if len(text) >= REFERENCE_BYTES:
+            break
+    given = bytes(text[:REFERENCE_BYTES])
+    return Reference(8 * len(brotli.compress(given, quality=11)) / max(1, len(given)), len(given))
+
+
+def _stream(folder: Path, tokenizer: SentencePieceProcessor) -> tuple[np.ndarray, np.ndarray]:
+    """The validation stream and the bytes of each target."""
+    byte_counts = byte_table(tokenizer)
     for path in shards.find(folder / "val"):
         shards.check_ids(path, byte_counts.vocab_size)
     tokens = shards.stream(folder / "val")
     shards.document_starts(tokens, byte_counts.bos)
-    return target_bytes(tokens, byte_counts), ledger.document_of_target(tokens, byte_counts.bos)
+    return tokens, target_bytes(tokens, byte_counts)
 
 
 def _json(path: Path) -> dict[str, Any]:

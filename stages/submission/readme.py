@@ -40,6 +40,7 @@ def _figures(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
             for name, score in summary["scores"].items()
         ),
         ("TTT minus sliding, bpb", f"{gain['bpb']:+.6f} (95 % interval {gain['low']:+.6f} to {gain['high']:+.6f}, paired over documents)"),
+        ("brotli 11 on the same text, bpb, for scale", f"{summary['reference']['brotli_bpb']:.4f}"),
         ("targets, bytes, documents scored", f"{covered['targets']:,}, {covered['bytes']:,}, {covered['documents']:,}"),
         ("bytes_code (train_gpt.py)", f"{summary['bytes_code']:,}"),
         ("bytes_model (model.bin)", f"{summary['bytes_model']:,}"),

@@ -45,6 +45,7 @@ def submission(params: Params, made: Artifacts) -> dict[str, Any]:
         "scores": {name: {"bpb": score.bpb, "nats_per_token": score.nats_per_token} for name, score in made.scores.items()},
         "ttt_minus_sliding_bpb": made.gain._asdict(),
         "coverage": asdict(made.coverage),
+        "reference": asdict(made.reference),
         "val_bpb_note": note(claim.scorer, made),
         "parameters": asdict(params),
         "source_sha256": made.hashes["train_gpt.py"],
