@@ -28,7 +28,7 @@ repro: environment  ## run the pipeline of params.yaml; stages that are up to da
 	$(ACTIVATE) && dvc repro $(ARGS)
 
 test: environment  ## the tests, on two processes
-	$(ACTIVATE) && pytest -n 2 $(ARGS)
+	$(ACTIVATE) && pytest -n 2 --dist loadgroup $(ARGS)
 
 lint: environment  ## format, lint, types, spelling
 	$(ACTIVATE) && ruff format --check . && ruff check . && mypy && codespell

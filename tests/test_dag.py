@@ -23,7 +23,7 @@ ORDER = ("tokenize", "train", "calibrate", "pack", "sliding_eval", "ttt_eval", "
 # Commands above the stages, which no stage imports: they may import any of them.
 ABOVE = {"stages/preset.py"}
 # Where the environment is read: torchrun's variables, and the bundle's SEED.
-ENVIRONMENT_READERS = {"stages/command.py", "stages/parallel.py"}
+ENVIRONMENT_READERS = {"stages/clock.py", "stages/command.py", "stages/parallel.py"}
 # Modules that need a package which a CPU machine does not have; their stage imports them behind a check.
 OPTIONAL_PACKAGES = {"triton"}
 

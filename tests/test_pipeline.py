@@ -29,28 +29,7 @@ TINY = {
     "audit": {"distributions": 16, "segment_targets": 32},
 }
 MEASURED = {"log.txt", "timing.json", "train.log"}  # and the fields that submission.json itself lists
-WORDS = [
-    "tensor",
-    "gradient",
-    "matrix",
-    "vector",
-    "returns",
-    "shape",
-    "loss",
-    "the",
-    "of",
-    "a",
-    "to",
-    "in",
-    "and",
-    "is",
-    "for",
-    "with",
-    "step",
-    "rate",
-    "norm",
-    "scale",
-]
+WORDS = ["tensor", "gradient", "matrix", "returns", "shape", "loss", "the", "of", "a", "to", "in", "and", "is", "for", "with", "norm"]
 
 pytestmark = pytest.mark.xdist_group("pipeline")
 
@@ -194,7 +173,7 @@ def test_another_seed_changes_train_and_what_follows_and_nothing_before(reposito
 def test_plots_are_shown(repository, tmp_path):
     call(repository, "dvc", "plots", "show", "-o", str(tmp_path / "plots"))
     page = (tmp_path / "plots/index.html").read_text()
-    for name in ("loss.png", "bytes.png", "bpb"):
+    for name in ("loss.png", "bytes_by_part.png", "bpb_by_chunk.png"):
         assert name in page, name
 
 

@@ -51,7 +51,7 @@ def test_all_presets_set_the_same_keys() -> None:
     assert {name: sorted(first ^ found) for name, found in keys.items() if found != first} == {}
 
 
-@pytest.mark.parametrize(("first", "second"), itertools.permutations(NAMES, 2))
+@pytest.mark.parametrize(("first", "second"), list(itertools.permutations(NAMES, 2)))
 def test_one_preset_after_another_is_the_other(first: str, second: str) -> None:
     direct = preset.overlay(params_text(), text(second))
     assert preset.overlay(preset.overlay(params_text(), text(first)), text(second)) == direct
