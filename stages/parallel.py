@@ -98,7 +98,7 @@ def world(params: ParallelParams) -> Iterator[World]:
     end_with_parent()
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     device = _device(params, int(os.environ.get("LOCAL_RANK", "0")))
-    dtype = _dtype(params, device)
+    dtype = activation_dtype(params, device)
     set_determinism(params, device)
     host_group = None
     if size > 1:
@@ -144,7 +144,8 @@ def _device(params: ParallelParams, local_rank: int) -> torch.device:
     return device
 
 
-def _dtype(params: ParallelParams, device: torch.device) -> torch.dtype:
+def activation_dtype(params: ParallelParams, device: torch.device) -> torch.dtype:
+    """The dtype of activations that `parallel.dtype` means on a device."""
     if params.dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     if params.dtype == "bfloat16" and device.type == "cpu":

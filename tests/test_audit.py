@@ -36,6 +36,8 @@ PARAMS = AuditParams(
     distributions=16,
     substitutions=cheats.VOCAB,
     loss_tolerance=1e-4,
+    bfloat16_loss_tolerance=0.5,
+    bfloat16_mean_tolerance=1e-3,
     mean_tolerance=1e-6,
     sum_tolerance=1e-5,
     evaluation_budget_seconds=600.0,
@@ -67,7 +69,7 @@ def audit(
     """All verdicts on a scorer whose ledger is its own run over the whole stream, edited."""
     nll = edit(scorer(len(TOKENS) - 1).score_stream(TOKENS))
     whole = nll if len(nll) == len(BYTES) else np.resize(nll, len(BYTES))
-    claim = Claim(nll, chunk_table(whole, tmp_path), bpb.bits_per_byte(whole, BYTES))
+    claim = Claim(nll, chunk_table(whole, tmp_path), bpb.bits_per_byte(whole, BYTES), (1e-4, 1e-6))
     stream = Stream(TOKENS, cheats.BOS, BYTES, counted())
     return audit_scorer(scorer.__name__, scorer, stream, claim, EDGES, key, params, Report(is_main=False))
 

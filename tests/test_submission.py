@@ -50,7 +50,7 @@ PARAMS = Params(
     sliding_eval=SlidingEvalParams(16, 4, 4, 32),
     ttt_eval=TttEvalParams(32, 1, 16, 0.01, 0.9, 1.0),
     bundle=BundleParams(11),
-    audit=AuditParams(20, 64, 0.1, 16, 16, 1e-3, 1e-4, 1e-6, 600.0),
+    audit=AuditParams(20, 64, 0.1, 16, 16, 1e-3, 1e-4, 0.5, 1e-3, 1e-6, 600.0),
     submission=CLAIM,
 )
 TIMING = {

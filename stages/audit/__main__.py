@@ -4,6 +4,7 @@ A failed audit exits with 1 and one line. Its report is no output of the stage (
 as failed-report.md and failed-report.json in the output folder, until the next audit starts.
 """
 
+import dataclasses
 import hashlib
 import json
 import sys
@@ -20,7 +21,7 @@ from stages.audit.positions import Edges, key_of
 from stages.audit.verb import Claim, Stream, audit_scorer
 from stages.audit.verdict import Verdict, convicted, reason
 from stages.pack.artifact import load_model
-from stages.parallel import World, relaunch_under_torchrun, world
+from stages.parallel import World, activation_dtype, relaunch_under_torchrun, world
 from stages.sliding_eval.scorer import SlidingScorer
 from stages.ttt_eval.scorer import TTTScorer
 
@@ -56,7 +57,9 @@ def main(run: command.Run[Params]) -> None:
     stream = read_stream(paths)
     key = key_of([paths["model"], paths["code"], *shards.find(paths["val"])])
     verdicts = audit_files(run, paths, stream)
-    with world(run.params.parallel) as here:
+    # float32 and deterministic kernels, whatever the evaluation used: then a moved bit is a dependence, and not the order of some sum.
+    exact = dataclasses.replace(run.params.parallel, dtype="float32", deterministic=True, compile=False)
+    with world(exact) as here:
         verdicts += audit_scorers(run, paths, stream, key, here)
     declared = {"targets": len(stream.tokens) - 1, "bytes": int(stream.target_bytes.sum()), "positions' key": key.hex()}
     guilty = convicted(verdicts)
@@ -111,12 +114,15 @@ def audit_scorers(run: command.Run[Params], paths: Mapping[str, Path], stream: S
     params = run.params
     model = load_model(paths["model"], here.device, here.dtype)
     sliding, ttt = params.sliding_eval, params.ttt_eval
+    tolerances = (params.audit.loss_tolerance, params.audit.mean_tolerance)
+    if activation_dtype(params.parallel, here.device) != here.dtype:
+        tolerances = (params.audit.bfloat16_loss_tolerance, params.audit.bfloat16_mean_tolerance)
     return [
         *audit_scorer(
             "sliding_eval",
             lambda n_targets: SlidingScorer(model, sliding, here),
             stream,
-            read_claim(paths["sliding"], "sliding_bpb"),
+            read_claim(paths["sliding"], "sliding_bpb", tolerances),
             Edges(window=sliding.stride, chunk=None),
             key,
             params.audit,
@@ -126,7 +132,7 @@ def audit_scorers(run: command.Run[Params], paths: Mapping[str, Path], stream: S
             "ttt_eval",
             lambda n_targets: TTTScorer(model, sliding, ttt, here, n_targets),
             stream,
-            read_claim(paths["ttt"], "ttt_bpb"),
+            read_claim(paths["ttt"], "ttt_bpb", tolerances),
             Edges(window=sliding.stride, chunk=ttt.chunk),
             key,
             params.audit,
@@ -135,13 +141,13 @@ def audit_scorers(run: command.Run[Params], paths: Mapping[str, Path], stream: S
     ]
 
 
-def read_claim(folder: Path, metric: str) -> Claim:
+def read_claim(folder: Path, metric: str, tolerances: tuple[float, float]) -> Claim:
     """What an evaluation left in its folder; a ledger of the wrong shape is a finding, one that is no array an error."""
     try:
         nll = np.load(folder / "nll.npy", allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise ValueError(f"{folder / 'nll.npy'} is not a ledger: {error}") from error
-    return Claim(nll, (folder / "chunks.tsv").read_text(encoding="utf-8"), read_json(folder / "metrics.json").get(metric))
+    return Claim(nll, (folder / "chunks.tsv").read_text(encoding="utf-8"), read_json(folder / "metrics.json").get(metric), tolerances)
 
 
 def read_json(path: Path) -> dict[str, Any]:

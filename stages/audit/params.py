@@ -21,12 +21,15 @@ class AuditParams:
     substitutions: int  # ids put in the place of x_t at each of those; a vocabulary no larger is put there whole
     loss_tolerance: float  # nats, between two ways to compute one loss; float32 sums in batches of other shapes differ by 1e-5
     mean_tolerance: float  # nats, between the means of two such sets: a small gain at every target shows here
+    bfloat16_loss_tolerance: float  # the same where the ledger was written with bfloat16 activations, which the audit does not use
+    bfloat16_mean_tolerance: float
     sum_tolerance: float  # of |log of the sum of all probabilities|, which must be 0
     evaluation_budget_seconds: float  # of one evaluation process, from its start (challenge: 600)
 
     def __post_init__(self) -> None:
         require_positive(self, "perturbations", "segment_targets", "distributions", "substitutions", "evaluation_budget_seconds")
         require_positive(self, "loss_tolerance", "mean_tolerance", "sum_tolerance")
+        require_positive(self, "bfloat16_loss_tolerance", "bfloat16_mean_tolerance")
         require_fraction(self, "recomputed_share")
         if self.substitutions < 4:
             reject("substitutions", f"{self.substitutions} is too few: the target, the likeliest id and two drawn ones need 4")

@@ -36,6 +36,7 @@ class Claim:
     ledger: np.ndarray  # as read: whether it is whole is a finding, not an assumption
     chunks: str  # chunks.tsv
     reported_bpb: Any  # from metrics.json
+    tolerances: tuple[float, float]  # nats, for one loss and for the mean: how closely the auditor's arithmetic can repeat the evaluation's
 
 
 def audit_scorer(
@@ -50,7 +51,7 @@ def audit_scorer(
         coverage.check_chunks(name, claim.chunks, ledger, stream.target_bytes),
     ]
     try:
-        return on_files + _walked(name, factory, stream, ledger, edges, key, params, report)
+        return on_files + _walked(name, factory, stream, ledger, claim.tolerances, edges, key, params, report)
     except walk.BrokenProtocol as error:
         return [*on_files, _broken(name, error)]
 
@@ -60,6 +61,7 @@ def _walked(
     factory: Factory,
     stream: Stream,
     ledger: np.ndarray | None,
+    tolerances: tuple[float, float],
     edges: positions.Edges,
     key: bytes,
     params: AuditParams,
@@ -76,14 +78,13 @@ def _walked(
     with report.progress(f"audit of {name}", count) as progress:
         losses, findings = walk.walk(scorer, tokens, [*futures, *commitments], stretches, segment, progress.advance)
     segments, seen = findings[: len(futures)], findings[len(futures) :]
-    tolerances = (params.loss_tolerance, params.mean_tolerance)
     return [
         causality.judge_perturbation(name, groups, segments),
         causality.judge_recomputation(name, ledger, losses, groups, segments, tolerances),
         normalisation.judge_independence(name, seen),
         normalisation.judge_sum(name, seen, params.sum_tolerance),
         normalisation.judge_substitution(name, seen, scorer.vocab_size, params.loss_tolerance),
-        normalisation.judge_commitment(name, ledger, seen, params.loss_tolerance),
+        normalisation.judge_commitment(name, ledger, seen, tolerances[0]),
     ]
 
 
