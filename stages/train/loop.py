@@ -1,7 +1,6 @@
 """The training loop: the next batch, forward and backward, one step of the optimizers, one of the average, until the budget is spent."""
 
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -184,7 +183,6 @@ def _warm_up(loss_of: Callable[..., Tensor], model: Model, micro: int, world: Wo
     for looped in (False, True):
         loss_of(inputs, targets, looped).mean().backward()
         model.zero_grad(set_to_none=True)
-    with suppress(AttributeError):
-        torch.cuda.reset_peak_memory_stats(world.device)
+    torch.cuda.reset_peak_memory_stats(world.device)
     world.synchronize()
     world.barrier()
