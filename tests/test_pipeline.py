@@ -135,7 +135,7 @@ def test_nothing_to_do_is_quick(repository):
     started = time.monotonic()
     result = call(repository, "dvc", "repro")
     assert "Data and pipelines are up to date" in result.stdout
-    assert time.monotonic() - started < 4  # 2 s on an idle machine; the tests run side by side
+    assert time.monotonic() - started < 8  # under 2 s on an idle machine; here other tests run beside it
 
 
 def test_the_same_seed_in_another_folder_gives_the_same_bytes(repository, tmp_path):
