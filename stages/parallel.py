@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,9 @@ import torch.distributed as dist
 from stages.config import reject, require_positive
 
 _PR_SET_PDEATHSIG = 1  # prctl(2)
+# torch 2.13 renamed both, and warns when it is called by the names that 2.11 has.
+_reduce_scatter = dist.reduce_scatter_single if hasattr(dist, "reduce_scatter_single") else dist.reduce_scatter_tensor
+_all_gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,20 @@ class ParallelParams:
         require_positive(self, "nproc", "threads")
         if self.device == "cpu" and self.dtype == "bfloat16":
             reject("dtype", "bfloat16 needs device cuda; on CPU everything is float32")
+
+
+class Handle(Protocol):
+    """A collective under way: its tensors are the caller's again after `wait`."""
+
+    def wait(self) -> object:
+        """Until the result is there, for whatever is asked of the device next."""
+
+
+class _Done:
+    """The handle of what had not to be asked of anyone."""
+
+    def wait(self) -> None:
+        """Nothing is under way."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +80,18 @@ class World:
     def mean_(self, tensor: torch.Tensor) -> torch.Tensor:
         """All-reduce `tensor` in place with the mean over all ranks."""
         return self.sum_(tensor).div_(self.size) if self.size > 1 else tensor
+
+    def reduce_scatter_mean(self, output: torch.Tensor, input: torch.Tensor) -> Handle:
+        """Begin to fill `output` (n, ...) with the mean over all ranks of this rank's rows of `input` (W * n, ...)."""
+        if self.size > 1:
+            return _reduce_scatter(output, input, op=dist.ReduceOp.AVG, async_op=True)
+        return _copy(output, input)
+
+    def all_gather(self, output: torch.Tensor, input: torch.Tensor) -> Handle:
+        """Begin to fill `output` (W * n, ...) with every rank's `input` (n, ...), which may be this rank's rows of `output`."""
+        if self.size > 1:
+            return _all_gather(output, input, async_op=True)
+        return _copy(output, input)
 
     def max_of(self, value: float) -> float:
         """The largest of a host value over all ranks, agreed on the host."""
@@ -130,6 +159,12 @@ def end_with_parent() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
     if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _copy(output: torch.Tensor, input: torch.Tensor) -> Handle:
+    if output.data_ptr() != input.data_ptr():
+        output.copy_(input)
+    return _Done()
 
 
 def _device(params: ParallelParams, local_rank: int) -> torch.device:
