@@ -2,7 +2,7 @@
 
 A stage declares what it reads and writes (`Stage`) and a `main(run)` that does it. `launch` gives that main a `Run`, whose `output` is a
 staging folder inside the real one; only when main returns is each output renamed into place, so that a failed or killed stage leaves
-nothing half-written. A ValueError or a missing file becomes one line and exit code 2.
+nothing half-written. A ValueError or a missing file becomes one line and exit code 2, the death of another rank one line and exit code 1.
 """
 
 import argparse
@@ -14,9 +14,9 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
-from stages import clock, config
+from stages import clock, config, parallel
 from stages.report import Report
 
 P = TypeVar("P")
@@ -107,9 +107,21 @@ def launch(
         params = config.build(config.override(raw, arguments.set), stage.params)
         _run(stage, main, params, arguments)
     except (ValueError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
-        if _is_main_process():
-            sys.stderr.write(f"error: {stage.name}: {' '.join(str(error).split())}\n")
-        raise SystemExit(2) from None
+        _end(stage, error, parallel.USER_ERROR)
+    except (ConnectionError, ChildProcessError) as error:
+        _end(stage, error, 1)
+
+
+def _end(stage: Stage[Any], error: Exception, code: int) -> NoReturn:
+    """Say why in one line: once what every rank may see, once on each machine that a rank is lost."""
+    reason = " ".join(str(error).split())
+    own = code == parallel.USER_ERROR
+    if _is_main_process() if own else parallel.speaks_for_its_machine():
+        sys.stderr.write(f"error: {stage.name}: {reason}\n")
+    parallel.leave_word(reason)
+    if own:
+        parallel.excuse(reason)
+    raise SystemExit(code) from None
 
 
 def _run(stage: Stage[P], main: Callable[[Run[P]], None], params: P, arguments: argparse.Namespace) -> None:
@@ -119,7 +131,7 @@ def _run(stage: Stage[P], main: Callable[[Run[P]], None], params: P, arguments: 
         main(Run(stage, params, arguments, staging, Report(is_main=False)))
         return
     shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
+    staging.mkdir(parents=True, exist_ok=True)  # NFS keeps a removed file, and its folder, while the process that runs torchrun has it open
     try:
         with (staging / "log.txt").open("w", encoding="utf-8") as log_file:
             run = Run(stage, params, arguments, staging, Report(log_file=log_file))

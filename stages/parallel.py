@@ -1,23 +1,45 @@
 """Processes, devices and determinism: everything that differs between one CPU, one GPU and torchrun.
 
-A stage with `parallel.nproc` above 1 that was not started by torchrun replaces itself with torchrun over the same command, so that
-`python -m stages.train` and `torchrun --nproc-per-node=8 -m stages.train` are the same run.
+A stage with `parallel.nproc` above 1 that was not started by torchrun runs torchrun over the same command, so that
+`python -m stages.train` and `torchrun --nproc-per-node=8 -m stages.train` are the same run. Over several machines torchrun is started by
+hand, on each; rank 0 alone writes.
 """
 
 import contextlib
 import ctypes
+import json
 import os
 import signal
+import socket
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
 from typing import Literal, Protocol
 
 import torch
 import torch.distributed as dist
+from torch.distributed import run as torchrun
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.rendezvous import rendezvous
 
 from stages.config import reject, require_positive
+from stages.lifeline import Lifeline, connect
 
+# From the first rank's start to the last one's. They start together and import torch; the audit reads the validation text as well.
+MEETING = timedelta(minutes=2)
+ANSWER_SECONDS = 10.0  # of a machine that is known to be there
+# Of a collective. A rank that dies is noticed at once (stages/lifeline.py), so these are for one that hangs, and may be generous: ranks
+# compile side by side, and wait on the host for rank 0 while it packs.
+DEVICE_PATIENCE, HOST_PATIENCE = timedelta(minutes=10), timedelta(minutes=30)
+# How long a rank says nothing of the end of one on its machine: torchrun sees that end too, stops the others, and names the cause; a
+# rank that spoke at once would be taken for it. torchrun looks ten times a second, but a killed process that held a GPU is slow to go.
+SILENCE_SECONDS = 4.0
+USER_ERROR = 2  # the exit code of a stage that stops for what a user can mend
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 # torch 2.13 renamed both, and warns when it is called by the names that 2.11 has.
 _reduce_scatter = dist.reduce_scatter_single if hasattr(dist, "reduce_scatter_single") else dist.reduce_scatter_tensor
@@ -113,12 +135,22 @@ class World:
 
 
 def relaunch_under_torchrun(params: ParallelParams, program: str, arguments: list[str]) -> None:
-    """Replace this process by torchrun over `program`, a module or a .py file, when `nproc` asks for several and this is none of them."""
+    """Run `program`, a module or a .py file, under torchrun and exit, when `nproc` asks for several and this is none of them.
+
+    What a rank says of a user's error is an error of this process too; a rank that dies in another way is a ChildProcessError.
+    """
     if params.nproc == 1 or "RANK" in os.environ:
         return
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={params.nproc}"]
-    torchrun += [program] if program.endswith(".py") else ["-m", program]
-    os.execv(sys.executable, [sys.executable, *torchrun, *arguments])
+    end_with_parent()
+    os.environ.setdefault("OMP_NUM_THREADS", str(params.threads))  # torchrun warns when it chooses
+    module = [] if program.endswith(".py") else ["-m"]
+    try:
+        torchrun.run(torchrun.parse_args(["--standalone", f"--nproc-per-node={params.nproc}", *module, program, *arguments]))
+    except ChildFailedError as failed:
+        raise _reason(failed) from None
+    except SignalException as stopped:
+        raise SystemExit(128 + stopped.sigval) from None
+    raise SystemExit(0)
 
 
 @contextlib.contextmanager
@@ -129,15 +161,8 @@ def world(params: ParallelParams) -> Iterator[World]:
     device = _device(params, int(os.environ.get("LOCAL_RANK", "0")))
     dtype = activation_dtype(params, device)
     set_determinism(params, device)
-    host_group = None
-    if size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None)
-        host_group = dist.new_group(backend="gloo")
-    try:
+    with _company(rank, size, device) as host_group:
         yield World(rank, size, device, dtype, params.compile and device.type == "cuda", host_group)
-    finally:
-        if size > 1:
-            dist.destroy_process_group()
 
 
 def set_determinism(params: ParallelParams, device: torch.device) -> None:
@@ -151,6 +176,25 @@ def set_determinism(params: ParallelParams, device: torch.device) -> None:
     torch.use_deterministic_algorithms(deterministic)
 
 
+def leave_word(reason: str) -> None:
+    """Leave the reason of this rank's end where torchrun, if it started this process, finds it for its summary."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        record = {"message": {"message": reason, "extraInfo": {"timestamp": str(int(time.time()))}}}
+        Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(record), encoding="utf-8")
+
+
+def excuse(reason: str) -> None:
+    """Tell the ranks that wait for this one, if there are any, why it will not come."""
+    if _torchrun_holds_the_store():
+        with contextlib.suppress(ConnectionError, dist.DistError):  # its machine may be gone
+            _store().set(f"ready/{os.environ['RANK']}", reason)
+
+
+def speaks_for_its_machine() -> bool:
+    """Whether this process, of all ranks on its machine, says what every one of them knows."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def end_with_parent() -> None:
     """Ask the kernel to end this process with its parent: a killed `dvc` must not leave a training behind (treeverse/dvc#5818)."""
     if sys.platform != "linux":
@@ -159,6 +203,90 @@ def end_with_parent() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
     if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def _company(rank: int, size: int, device: torch.device) -> Iterator[dist.ProcessGroup | None]:
+    """The process groups and the lifeline of several ranks; gives the group of the hosts, None for a rank alone."""
+    if size == 1:
+        yield None
+        return
+    try:
+        store = _meet(rank, size)
+        lines = connect(rank, size, os.environ["MASTER_ADDR"], store, MEETING.total_seconds())
+    except dist.DistNetworkError as error:
+        raise ConnectionError(_unreachable(error)) from None
+    with Lifeline(rank, lines, _stay, _speak):
+        gpu = device if device.type == "cuda" else None
+        dist.init_process_group("nccl" if gpu else "gloo", store=store, rank=rank, world_size=size, timeout=DEVICE_PATIENCE, device_id=gpu)
+        yield dist.new_group(backend="gloo", timeout=HOST_PATIENCE)
+        dist.destroy_process_group()  # not after an error: NCCL would wait for the others; the process ends and its groups with it
+
+
+def _meet(rank: int, size: int) -> Store:
+    """Wait until every rank is there; a ConnectionError with the reason of one that will not come."""
+    keys = [f"ready/{other}" for other in range(size)]
+    store = _store()
+    store.set(keys[rank], "")
+    try:
+        store.wait(keys, MEETING)
+    except dist.DistStoreError:
+        absent = [other for other, key in enumerate(keys) if not store.check([key])]
+        waited = f"{MEETING.total_seconds():.0f} s"
+        raise ConnectionError(f"ranks {absent} of {size} did not come within {waited}; the output on their machine may say why") from None
+    for other, key in enumerate(keys):
+        if word := store.get(key).decode():
+            time.sleep(_stay(other))
+            raise ConnectionError(f"rank {other} failed: {word}")
+    store.set_timeout(DEVICE_PATIENCE)
+    return store
+
+
+def _store() -> Store:
+    """What rank 0's machine keeps for all ranks."""
+    if _torchrun_holds_the_store():  # then it is there by now, and torch's own client would knock for long, and loudly
+        try:
+            socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), ANSWER_SECONDS).close()
+        except OSError as error:
+            raise ConnectionError(_unreachable(error)) from None
+    store, _, _ = next(rendezvous("env://", timeout=MEETING))
+    return PrefixStore(f"caddie/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _unreachable(error: Exception) -> str:
+    return f"rank 0's machine, {os.environ['MASTER_ADDR']}, does not answer ({str(error).splitlines()[0]}); the output there may say why"
+
+
+def _torchrun_holds_the_store() -> bool:
+    """Whether the store is there before any rank is; else rank 0 makes it."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _stay(other: int) -> float:
+    """Seconds that this rank outlives another's end; those that do not speak for their machine leave the one that does the time to."""
+    first = int(os.environ["RANK"]) - int(os.environ.get("LOCAL_RANK", "0"))
+    beside = first <= other < first + int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return (SILENCE_SECONDS if beside else 0.0) + (0.0 if speaks_for_its_machine() else 1.0)
+
+
+def _speak(reason: str) -> None:
+    with contextlib.suppress(OSError):  # a full disk or a closed terminal must not keep this rank alive
+        if speaks_for_its_machine():
+            sys.stderr.write(f"error: {reason}\n")
+            sys.stderr.flush()
+        leave_word(reason)
+
+
+def _reason(failed: ChildFailedError) -> BaseException:
+    """The exception that says in one line which rank ended first, and how."""
+    rank, first = failed.get_first_failure()
+    record = first.error_file_data["message"]
+    if first.exitcode == USER_ERROR and isinstance(record, dict):  # what `leave_word` left
+        said = 0 in failed.failures and failed.failures[0].exitcode == USER_ERROR
+        return SystemExit(USER_ERROR) if said else ValueError(f"rank {rank} failed: {record['message']}")
+    if first.exitcode < 0:
+        return ChildProcessError(f"rank {rank} (process {first.pid}) was killed by {first.signal_name()}")
+    return ChildProcessError(f"rank {rank} (process {first.pid}) ended with exit code {first.exitcode}; the lines above say why")
 
 
 def _copy(output: torch.Tensor, input: torch.Tensor) -> Handle:

@@ -1,16 +1,35 @@
 """Processes that work together: collectives, runs over several machines, and what happens when a process dies."""
 
+import contextlib
+import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import yaml
 
-from tests.factories import world
+from stages import shards
+from stages.train.checkpoint import MARKER, Checkpoints
+from stages.train.data import Windows
+from tests.factories import TINY, params, world, write_shards
 
 ROOT = Path(__file__).resolve().parent.parent
+END_SECONDS = 30.0  # from a rank's death to the end of every command of the run
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+# Collectives
+
 COLLECTIVES = """
 import sys
 import torch
@@ -40,9 +59,8 @@ with world(PARALLEL) as here:
 def test_slices_of_a_mean_and_all_slices_on_every_rank(ranks: int, tmp_path: Path) -> None:
     script = tmp_path / "collectives.py"
     script.write_text(COLLECTIVES, encoding="utf-8")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", str(script)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    command = [*TORCHRUN, "--standalone", f"--nproc-per-node={ranks}", str(script)]
+    result = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=120)
     assert result.returncode == 0, result.stderr
     assert sorted(result.stdout.splitlines()) == [f"rank {rank} of {ranks} agrees" for rank in range(ranks)]
     assert "deprecated" not in result.stderr
@@ -57,3 +75,259 @@ def test_alone_a_process_copies_only_what_lies_elsewhere() -> None:
         before = rows._version
         collective(rows, rows.view(2, 3)).wait()
         assert rows._version == before
+
+
+# The lifeline, between processes that need no torch
+
+RANK = """
+import sys, time
+from pathlib import Path
+from stages import lifeline
+
+lifeline.UNWIND_SECONDS = 0.3
+rank, size, folder, role = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]
+
+class Board:
+    def set(self, key, value):
+        (folder / "new").write_text(value)
+        (folder / "new").rename(folder / key)
+    def get(self, key):
+        while not (folder / key).exists():
+            time.sleep(0.01)
+        return (folder / key).read_bytes()
+
+def speak(reason):
+    (folder / f"spoken-{rank}").write_text(reason)
+
+lines = lifeline.connect(rank, size, "localhost", Board(), 20.0)
+with lifeline.Lifeline(rank, lines, lambda other: 0.1 * (other == 1), speak):
+    (folder / f"ready-{rank}").touch()
+    while not (folder / "go").exists():
+        time.sleep(0.01)
+    if role == "well":
+        time.sleep(0.1 * rank)
+    elif role == "error":
+        raise ValueError("a shard\\nis corrupt")
+    elif role == "broken":
+        raise RuntimeError("connection reset by peer")
+    else:
+        time.sleep(60)
+print("left the context")
+"""
+
+
+@contextlib.contextmanager
+def running(*commands: Sequence[object]) -> Iterator[list[subprocess.Popen[str]]]:
+    """The commands side by side; what still runs at the end is killed."""
+    with contextlib.ExitStack() as stack:
+        started = []
+        for command in commands:
+            process = stack.enter_context(
+                subprocess.Popen([*map(str, command)], cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            )
+            stack.callback(process.kill)
+            started.append(process)
+        yield started
+
+
+def rank_command(folder: Path, rank: int, size: int, role: str) -> list[object]:
+    folder.mkdir(exist_ok=True)
+    (folder / "rank.py").write_text(RANK, encoding="utf-8")
+    return [sys.executable, folder / "rank.py", rank, size, folder, role]
+
+
+def ranks(folder: Path, *roles: str) -> contextlib.AbstractContextManager[list[subprocess.Popen[str]]]:
+    return running(*(rank_command(folder, rank, len(roles), role) for rank, role in enumerate(roles)))
+
+
+def begin(folder: Path, processes: Sequence[subprocess.Popen[str]]) -> None:
+    """Wait until every rank is in its context, then let them go on."""
+    wait_for(lambda: len(list(folder.glob("ready-*"))) == len(processes), processes)
+    (folder / "go").touch()
+
+
+def wait_for(condition, processes: Sequence[subprocess.Popen[str]]) -> None:
+    deadline = time.monotonic() + 90
+    while not condition():
+        assert time.monotonic() < deadline
+        assert all(process.poll() is None for process in processes), [process.communicate() for process in processes]
+        time.sleep(0.02)
+
+
+def spoken(folder: Path) -> dict[int, str]:
+    return {int(path.name.partition("-")[2]): path.read_text() for path in folder.glob("spoken-*")}
+
+
+def test_ranks_that_end_well_one_after_the_other_say_nothing(tmp_path: Path) -> None:
+    with ranks(tmp_path, "well", "well", "well") as processes:
+        begin(tmp_path, processes)
+        assert [(process.communicate(timeout=20), process.returncode) for process in processes] == [(("left the context\n", ""), 0)] * 3
+    assert spoken(tmp_path) == {}
+
+
+@pytest.mark.parametrize("victim", [0, 2])
+def test_a_killed_rank_ends_those_that_hang(tmp_path: Path, victim: int) -> None:
+    with ranks(tmp_path, "hang", "hang", "hang") as processes:
+        begin(tmp_path, processes)
+        processes[victim].kill()
+        codes = [process.wait(timeout=20) for process in processes]
+    assert codes == [-signal.SIGKILL if rank == victim else 1 for rank in range(3)]
+    reason = f"rank {victim} is gone without a word; the output on its machine may say why"
+    assert spoken(tmp_path) == {rank: reason for rank in range(3) if rank != victim}
+
+
+def test_the_reason_of_a_failed_rank_reaches_all(tmp_path: Path) -> None:
+    with ranks(tmp_path, "hang", "error", "broken") as processes:
+        begin(tmp_path, processes)
+        errors = [process.communicate(timeout=20)[1] for process in processes]
+    assert [process.returncode for process in processes] == [1, 1, 1]
+    assert spoken(tmp_path) == dict.fromkeys((0, 2), "rank 1 failed: a shard is corrupt")
+    assert "ValueError: a shard" in errors[1]
+    assert "Traceback" not in errors[2], "an error that only follows from another rank's end"
+
+
+def test_an_error_of_a_collective_that_no_death_explains_is_the_rank_s_own(tmp_path: Path) -> None:
+    with ranks(tmp_path, "broken", "hang") as processes:
+        begin(tmp_path, processes)
+        error = processes[0].communicate(timeout=20)[1]
+        processes[1].wait(timeout=20)
+    assert "RuntimeError: connection reset by peer" in error
+    assert spoken(tmp_path) == {1: "rank 0 failed: RuntimeError('connection reset by peer')"}
+
+
+def test_a_stranger_at_the_door_is_no_rank(tmp_path: Path) -> None:
+    with running(rank_command(tmp_path, 0, 2, "well")) as first:
+        wait_for((tmp_path / "lifeline").exists, first)
+        port = int((tmp_path / "lifeline").read_text().split()[0])
+        with socket.create_connection(("localhost", port), timeout=20) as stranger:
+            stranger.sendall(b"GET 1\n")
+            assert stranger.recv(1) == b""
+            with running(rank_command(tmp_path, 1, 2, "well")) as second:
+                begin(tmp_path, [*first, *second])
+                assert [process.wait(timeout=20) for process in (*first, *second)] == [0, 0]
+    assert spoken(tmp_path) == {}
+
+
+# Training
+
+
+def stage(folder: Path, output: str, *options: str, train: str = "train") -> list[object]:
+    """The arguments of the train stage on small parameters, its shards and files below `folder`."""
+    file = folder / "small.yaml"
+    file.write_text(yaml.safe_dump(asdict(params())), encoding="utf-8")
+    arguments = ["--params", file, "--train", folder / train, "--output", folder / output, "--scratch", folder / "scratch", *options]
+    return ["-m", "stages.train", *arguments]
+
+
+def two_machines(*arguments: Sequence[object]) -> list[list[object]]:
+    """torchrun's command on each of two machines, here two agents of one rank each that meet on the loopback."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+    return [
+        [*TORCHRUN, "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", *own] for own in arguments
+    ]
+
+
+def ranks_below(agent: subprocess.Popen[str]) -> dict[int, int]:
+    """The process of each rank that a torchrun started."""
+    found = {}
+    for child in Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split():
+        environment = dict(item.partition("=")[::2] for item in Path(f"/proc/{child}/environ").read_text().split("\0"))
+        found[int(environment["RANK"])] = int(child)
+    return found
+
+
+def in_training(folder: Path, processes: Sequence[subprocess.Popen[str]]) -> dict[int, int]:
+    """Wait for a checkpoint; the process of each rank."""
+    wait_for(lambda: list((folder / "scratch").glob(f"*/{MARKER}")), processes)
+    return {rank: process for agent in processes for rank, process in ranks_below(agent).items()}
+
+
+def ends(processes: Sequence[subprocess.Popen[str]]) -> list[tuple[int, str]]:
+    """Exit code and standard error of each, which must come in time."""
+    deadline = time.monotonic() + END_SECONDS
+    errors = [process.communicate(timeout=deadline - time.monotonic())[1] for process in processes]
+    return [(process.returncode, error) for process, error in zip(processes, errors, strict=True)]
+
+
+LONG = ("--set", "train.steps=1000000", "--set", "train.checkpoint_every=20")
+
+
+def test_two_machines_train_like_one_process_and_one_of_them_writes(tmp_path: Path) -> None:
+    write_shards(tmp_path / "train")
+    subprocess.run([sys.executable, *map(str, stage(tmp_path, "one"))], cwd=ROOT, check=True, capture_output=True, timeout=120)
+    with running(*two_machines(stage(tmp_path, "first"), stage(tmp_path, "second"))) as agents:
+        for agent in agents:
+            _, error = agent.communicate(timeout=120)
+            assert agent.returncode == 0, error
+    written = [tmp_path / name for name in ("first", "second") if (tmp_path / name).exists()]
+    assert len(written) == 1
+    assert {path.name for path in written[0].iterdir()} == {path.name for path in (tmp_path / "one").iterdir()}
+    losses = [np.loadtxt(folder / "loss.tsv", skiprows=1)[:, 1] for folder in (tmp_path / "one", written[0])]
+    np.testing.assert_allclose(losses[1], losses[0], atol=1e-4)
+    assert json.loads((written[0] / "timing.json").read_text())["ranks"] == 2
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_killed_rank_ends_the_command_with_its_name_and_the_signal(tmp_path: Path, device: str) -> None:
+    write_shards(tmp_path / "train")
+    options = ("--set", "parallel.nproc=2", "--set", f"parallel.device={device}", *LONG)
+    with running([sys.executable, *stage(tmp_path, "out", *options)]) as processes:
+        victim = in_training(tmp_path, processes)[0]
+        os.kill(victim, signal.SIGKILL)
+        ((code, error),) = ends(processes)
+    assert code == 1
+    assert error.splitlines()[-1] == f"error: train: rank 0 (process {victim}) was killed by SIGKILL"
+    assert "Traceback" not in error
+    assert not any((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_killed_rank_ends_both_machines(tmp_path: Path, device: str) -> None:
+    write_shards(tmp_path / "train")
+    commands = two_machines(*(stage(tmp_path, "out", "--set", f"parallel.device={device}", *LONG) for _ in range(2)))
+    if device == "cuda":
+        commands = [["env", f"CUDA_VISIBLE_DEVICES={number}", *command] for number, command in enumerate(commands)]
+    with running(*commands) as agents:
+        in_training(tmp_path, agents)
+        ((rank, victim),) = ranks_below(agents[1]).items()
+        os.kill(victim, signal.SIGKILL)
+        (first_code, first_error), (second_code, second_error) = ends(agents)
+    assert (first_code, second_code) == (1, 1)
+    assert first_error.splitlines()[0] == f"error: rank {rank} is gone without a word; the output on its machine may say why"
+    assert f"Signal 9 (SIGKILL) received by PID {victim}" in second_error
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_the_error_of_one_rank_is_the_command_s(tmp_path: Path) -> None:
+    """The last window of step 11 belongs to rank 1, and no other step before the data is over has it."""
+    folder = write_shards(tmp_path / "train")
+    windows = Windows(folder, TINY.context, TINY.vocab_size, params().seed)
+    tokens_of_window = windows.batch(43, 1)[0, 1:-1].astype("<u2").tobytes()
+    for path in shards.find(folder):
+        path.write_bytes(path.read_bytes().replace(tokens_of_window, b"\xff\x00" * (TINY.context - 1)))
+    with running([sys.executable, *stage(tmp_path, "out", "--set", "parallel.nproc=2", *LONG)]) as processes:
+        ((code, error),) = ends(processes)
+    assert code == 2
+    assert error.splitlines()[-1] == f"error: train: rank 1 failed: {folder}: token id 255, but model.vocab_size is {TINY.vocab_size}"
+    assert "Traceback" not in error
+    assert not any((tmp_path / "out").iterdir())
+
+
+def test_a_machine_without_shards_ends_both(tmp_path: Path) -> None:
+    write_shards(tmp_path / "train")
+    with running(*two_machines(stage(tmp_path, "out", *LONG), stage(tmp_path, "out", *LONG, train="nowhere"))) as agents:
+        (first_code, _), (second_code, second_error) = ends(agents)
+    assert (first_code, second_code) == (1, 1)
+    assert f"{tmp_path / 'nowhere'} does not exist" in second_error
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_checkpoint_of_which_this_rank_lacks_its_part_is_refused(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path / "run", 2, world())
+    checkpoints.save(2, {"step": torch.tensor(2)})
+    assert checkpoints.load() == {"step": torch.tensor(2)}
+    (tmp_path / "run" / "step000002-rank0.pt").unlink()
+    with pytest.raises(ValueError, match=r"--scratch: the run has a checkpoint of step 2, but not .*step000002-rank0\.pt of rank 0"):
+        checkpoints.load()

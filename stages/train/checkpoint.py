@@ -18,7 +18,7 @@ import torch
 
 from stages import shards
 from stages.command import canonical_json
-from stages.parallel import World
+from stages.parallel import World, speaks_for_its_machine
 from stages.train.params import Params
 
 MARKER = "resume-from"
@@ -64,17 +64,28 @@ class Checkpoints:
                 old.unlink()
 
     def load(self) -> dict[str, Any] | None:
-        """This rank's state at the step to resume from; None when the run begins."""
-        if self.folder is None or not (self.folder / MARKER).exists():
+        """This rank's state at the step to resume from; None when the run begins.
+
+        The marker is on the disk of rank 0's machine, which other machines may not see.
+        """
+        if self.folder is None:
             return None
-        steps_done = int((self.folder / MARKER).read_text(encoding="ascii"))
+        marker = self.folder / MARKER
+        steps_done = int(self.world.max_of(int(marker.read_text(encoding="ascii")) if marker.exists() else 0))
+        if not steps_done:
+            return None
+        if not self._path(steps_done).exists():
+            raise ValueError(
+                f"--scratch: the run has a checkpoint of step {steps_done}, but not {self._path(steps_done)} of rank {self.world.rank};"
+                " give machines that may change places a folder that they share, or remove it on each to begin anew"
+            )
         state: dict[str, Any] = torch.load(self._path(steps_done), map_location=self.world.device, weights_only=True)
         return state
 
     def remove(self) -> None:
         """Forget the run: it has ended well."""
         self.world.barrier()
-        if self.folder is not None and self.world.is_main:
+        if self.folder is not None and speaks_for_its_machine():
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def _path(self, steps_done: int) -> Path:
