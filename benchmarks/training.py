@@ -8,7 +8,7 @@ import torch
 from benchmarks._measure import measure
 from stages import config
 from stages.train.model import Model, initialise_
-from stages.train.muon import orthogonalise
+from stages.train.muon import coefficients, orthogonalise
 from stages.train.params import ModelParams
 
 THREADS = 2
@@ -44,8 +44,8 @@ def main() -> None:
 
         measure(what, inputs.numel(), "tokens", step)
         measure(what.replace("forward and backward", "forward"), inputs.numel(), "tokens", score)
-    matrix = torch.randn(params.hidden, params.width, generator=torch.Generator().manual_seed(0))
-    measure(f"orthogonalise, {params.hidden} x {params.width}, 5 steps", 1, "matrices", lambda: orthogonalise(matrix, 5, torch.float32))
+    matrix = torch.randn(1, params.hidden, params.width, generator=torch.Generator().manual_seed(0))
+    measure(f"orthogonalise, {params.hidden} x {params.width}, 5 steps", 1, "matrices", lambda: orthogonalise(matrix, coefficients("fixed", 5), torch.float32))
 
 
 if __name__ == "__main__":

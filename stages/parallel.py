@@ -56,6 +56,7 @@ class ParallelParams:
     dtype: Literal["auto", "float32", "bfloat16"]  # of activations; auto is float32 on CPU, bfloat16 on CUDA
     deterministic: bool  # deterministic kernels only; on CPU always on
     compile: bool  # torch.compile on CUDA; on CPU never
+    kernels: bool  # fused kernels, on CUDA in bfloat16; elsewhere the plain operations
 
     def __post_init__(self) -> None:
         require_positive(self, "nproc", "threads")
@@ -87,6 +88,7 @@ class World:
     dtype: torch.dtype
     compile: bool
     host_group: dist.ProcessGroup | None  # gloo: for host values, so that agreeing on them does not wait for the GPU
+    kernels: bool = False  # fused kernels instead of plain operations
 
     @property
     def is_main(self) -> bool:
@@ -162,7 +164,7 @@ def world(params: ParallelParams) -> Iterator[World]:
     dtype = activation_dtype(params, device)
     set_determinism(params, device)
     with _company(rank, size, device) as host_group:
-        yield World(rank, size, device, dtype, params.compile and device.type == "cuda", host_group)
+        yield World(rank, size, device, dtype, params.compile and device.type == "cuda", host_group, kernels=uses_kernels(params, device))
 
 
 def set_determinism(params: ParallelParams, device: torch.device) -> None:
@@ -305,6 +307,11 @@ def _device(params: ParallelParams, local_rank: int) -> torch.device:
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
+
+
+def uses_kernels(params: ParallelParams, device: torch.device) -> bool:
+    """Whether the fused kernels run: they are written for bfloat16 on CUDA."""
+    return params.kernels and device.type == "cuda" and activation_dtype(params, device) == torch.bfloat16
 
 
 def activation_dtype(params: ParallelParams, device: torch.device) -> torch.dtype:

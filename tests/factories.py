@@ -12,7 +12,7 @@ from stages.parallel import ParallelParams, World
 from stages.train.model import Model, initialise_
 from stages.train.params import ModelParams, Params, TrainParams
 
-PARALLEL = ParallelParams(nproc=1, threads=1, device="cpu", dtype="auto", deterministic=True, compile=False)
+PARALLEL = ParallelParams(nproc=1, threads=1, device="cpu", dtype="auto", deterministic=True, compile=False, kernels=False)
 TINY = ModelParams(
     vocab_size=37,
     context=16,
@@ -21,6 +21,8 @@ TINY = ModelParams(
     heads=4,
     kv_heads=2,
     hidden=40,
+    attention="windows",
+    bos_id=1,
     rope_dims=4,
     rope_base=10000.0,
     logit_softcap=30.0,
@@ -54,6 +56,7 @@ TRAIN = TrainParams(
     muon_momentum=0.99,
     muon_momentum_start=0.92,
     muon_momentum_warmup_steps=1500,
+    newton_schulz="fixed",
     newton_schulz_steps=5,
     ema_decay=0.9,
     checkpoint_every=0,

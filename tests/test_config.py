@@ -210,4 +210,4 @@ def test_a_batch_that_is_no_multiple_of_the_context_is_refused() -> None:
 
 def test_bfloat16_on_the_cpu_is_refused() -> None:
     with pytest.raises(config.InvalidKey, match=r"^dtype: bfloat16 needs device cuda"):
-        ParallelParams(nproc=1, threads=1, device="cpu", dtype="bfloat16", deterministic=True, compile=False)
+        ParallelParams(nproc=1, threads=1, device="cpu", dtype="bfloat16", deterministic=True, compile=False, kernels=True)

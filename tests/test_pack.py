@@ -22,8 +22,11 @@ from stages.pack.params import PackParams
 from stages.report import Report
 from stages.train.model import Model, initialise_
 from stages.train.params import ModelParams
+from tests.factories import world
 
 MODEL = ModelParams(
+    attention="windows",
+    bos_id=1,
     vocab_size=96, context=16, width=32, layers=3, heads=4, kv_heads=2, hidden=64, rope_dims=4, rope_base=1.0e4, logit_softcap=30.0,
     query_gain=5.25, parallel_from=2, loop_first=1, loop_last=1, loops=2, embedding_std=0.005,
 )  # fmt: skip
@@ -108,7 +111,7 @@ def test_same_weights_same_bytes_whatever_the_threads(
 def test_load_model_gives_the_model_in_the_file(state: dict[str, Tensor], hessians: dict[str, Tensor], tmp_path: Path) -> None:
     blob = pack(state, hessians, MODEL, PACK, SILENT).blob
     (tmp_path / "model.bin").write_bytes(blob)
-    model = artifact.load_model(tmp_path / "model.bin", torch.device("cpu"), torch.float32)
+    model = artifact.load_model(tmp_path / "model.bin", world())
     assert all(torch.equal(unpack(blob)[1][name], tensor) for name, tensor in model.state_dict().items())
     original = Model(MODEL)
     original.load_state_dict(state)

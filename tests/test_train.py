@@ -20,9 +20,9 @@ from stages.report import Report
 from stages.train.checkpoint import open_checkpoints
 from stages.train.data import Windows, micro_batch_size
 from stages.train.loop import _batch_shape, train
-from stages.train.model import Model, initialise_, load_, visit_plan
-from stages.train.muon import Muon, muon_update, normalise_rows, orthogonalise
-from stages.train.optimizer import MovingAverage, Optimizers
+from stages.train.model import Model, initialise_, visit_plan
+from stages.train.muon import coefficients, muon_update, normalise_rows, orthogonalise
+from stages.train.optimizer import Optimizers
 from stages.train.params import ModelParams, Params
 from stages.train.schedule import pacing, read_fractions, settings
 from tests.factories import TINY, TRAIN, params, random_model, world, write_shards
@@ -90,15 +90,14 @@ def test_initial_values():
     assert (state["blocks.2.mix"] == torch.tensor([[1.0], [0.0]])).all()
 
 
-def test_with_bfloat16_activations_matrices_start_rounded_and_the_embedding_is_bfloat16():
+def test_with_bfloat16_activations_matrices_start_rounded_and_every_weight_is_float32():
     model = Model(TINY, torch.bfloat16)
     initialise_(model, 42)
-    query = model.state_dict()["blocks.0.attention.query.weight"]
-    assert query.dtype == torch.float32
-    assert torch.equal(query, query.bfloat16().float())
-    assert model.embedding.weight.dtype == torch.bfloat16
-    load_(model, random_model(0).state_dict())
-    assert model.embedding.weight.dtype == torch.bfloat16
+    for name in ("blocks.0.attention.query.weight", "embedding.weight"):
+        weight = model.state_dict()[name]
+        assert weight.any()
+        assert torch.equal(weight, weight.bfloat16().float())
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
 def test_the_model_is_causal():
@@ -141,7 +140,7 @@ def slow_muon(gradient, momentum, beta, steps):
 def test_muon_equals_a_slow_float64_version(shape):
     generator = np.random.Generator(np.random.PCG64(0))
     gradient, momentum = generator.normal(size=shape), generator.normal(size=shape)
-    update, kept = muon_update(torch.from_numpy(gradient)[None], torch.from_numpy(momentum)[None], 0.95, 5, torch.float64)
+    update, kept = muon_update(torch.from_numpy(gradient)[None], torch.from_numpy(momentum)[None], 0.95, coefficients("fixed", 5), torch.float64)
     slow_update, slow_kept = slow_muon(gradient, momentum, 0.95, 5)
     np.testing.assert_allclose(update[0].numpy(), slow_update, atol=1e-12)
     np.testing.assert_allclose(kept[0].numpy(), slow_kept, atol=1e-12)
@@ -149,37 +148,9 @@ def test_muon_equals_a_slow_float64_version(shape):
 
 def test_newton_schulz_brings_singular_values_near_one():
     matrices = torch.randn(3, 20, 50, generator=torch.Generator().manual_seed(0))
-    values = torch.linalg.svdvals(orthogonalise(normalise_rows(matrices), 5, torch.float32))
+    values = torch.linalg.svdvals(orthogonalise(normalise_rows(matrices), coefficients("fixed", 5), torch.float32))
     assert values.min() > 0.6
     assert values.max() < 1.3
-
-
-def test_muon_decays_weights_at_the_current_rate():
-    weight = torch.nn.Parameter(torch.ones(4, 4))
-    weight.grad = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
-    muon = Muon([weight], weight_decay=0.1, newton_schulz_steps=5, world=world())
-    expected, _ = muon_update(weight.grad[None], torch.zeros(1, 4, 4), 0.9, 5, torch.float32)
-    muon.step(lr=0.5, momentum=0.9)
-    torch.testing.assert_close(weight.detach(), torch.ones(4, 4) * (1 - 0.5 * 0.1) - 0.5 * expected[0])
-
-
-def test_three_groups_cover_every_parameter_once():
-    model = Model(TINY)
-    optimizers = Optimizers(model, TRAIN, world())
-    held = [p for group in optimizers.muon.groups for p in group]
-    held += optimizers.embedding.param_groups[0]["params"] + optimizers.scalars.param_groups[0]["params"]
-    assert sorted(map(id, held)) == sorted(map(id, model.parameters()))
-    assert sum(len(group) for group in optimizers.muon.groups) == 6 * TINY.layers
-
-
-def test_the_moving_average_follows_its_recurrence():
-    model = random_model(0)
-    average = MovingAverage(model, 0.9)
-    first = model.skip_weight.detach().clone()
-    with torch.no_grad():
-        model.skip_weight.add_(1)
-    average.update()
-    torch.testing.assert_close(average.state()["skip_weight"], first + 0.1)
 
 
 # Schedule

@@ -112,7 +112,7 @@ def audit_files(run: command.Run[Params], paths: Mapping[str, Path], stream: Str
 def audit_scorers(run: command.Run[Params], paths: Mapping[str, Path], stream: Stream, key: bytes, here: World) -> list[Verdict]:
     """Both scorers of the pipeline, each against its own ledger."""
     params = run.params
-    model = load_model(paths["model"], here.device, here.dtype)
+    model = load_model(paths["model"], here)
     sliding, ttt = params.sliding_eval, params.ttt_eval
     tolerances = (params.audit.loss_tolerance, params.audit.mean_tolerance)
     if activation_dtype(params.parallel, here.device) != here.dtype:

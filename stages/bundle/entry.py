@@ -126,7 +126,7 @@ def evaluate(run: command.Run[Params]) -> None:
     files = {option: run.path(option) for option in EVAL.reads}
     relaunch_under_torchrun(params.parallel, sys.argv[0], sys.argv[1:])
     with world(params.parallel) as here:
-        model = load_model(files["model"], here.device, here.dtype)
+        model = load_model(files["model"], here)
         stream = read_stream(files["val"], files["tokenizer"], model.params.vocab_size, params.sliding_eval.window)
         scorer, prefix, chunk = _scorer(name, params, model, stream, here, run)
         nll = score(scorer, stream)

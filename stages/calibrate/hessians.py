@@ -18,7 +18,8 @@ from stages.clock import Interval
 from stages.parallel import World
 from stages.report import Report
 from stages.train.data import Windows, micro_batch_size, to_device
-from stages.train.model import Model, is_matrix, load_
+from stages.train.model import Model, is_matrix
+from stages.train.operations import operations
 
 EMBEDDING = "embedding.weight"
 
@@ -41,8 +42,8 @@ def collect(
     state: dict[str, Tensor], params: Params, shard_folder: Path, world: World, report: Report, clock: Interval
 ) -> dict[str, Tensor]:
     """The Hessians by matrix name, float32 on the CPU; the clock runs from the first read of training data to the last."""
-    model = Model(params.model, world.dtype).to(world.device)
-    load_(model, state)
+    model = Model(params.model, world.dtype, operations(world.kernels)).to(world.device)
+    model.load_state_dict(state)
     sums = observe_(model)
     sequences = params.calibrate.tokens // params.model.context
     if sequences % world.size:
@@ -71,7 +72,8 @@ def observe_(model: Model) -> dict[str, Tensor]:
         if is_matrix(weight) and hasattr(module, "weight") and hessian_name(weight) == weight:
             columns = module.weight.shape[1]
             sums[weight] = torch.zeros(columns, columns, device=device)
-            module.register_forward_pre_hook(_observer(sums[weight]))
+            seen_by = model.get_submodule(name.removesuffix(".query"))  # query, key and value are one product of the attention's input
+            seen_by.register_forward_pre_hook(_observer(sums[weight]))
     sums[EMBEDDING] = torch.zeros(model.params.width, model.params.width, device=device)
     model.head.register_forward_pre_hook(_observer(sums[EMBEDDING]))
     return sums

@@ -19,8 +19,10 @@ from stages.pack.container import Contents, Entry, Stream
 from stages.pack.gptq import Feedback, Quantised
 from stages.pack.params import PackParams
 from stages.pack.workers import exact_operations, in_threads, usable_cores
+from stages.parallel import World
 from stages.report import Report
-from stages.train.model import Model, load_
+from stages.train.model import Model
+from stages.train.operations import operations
 from stages.train.params import ModelParams
 
 CODEC = "brotli"
@@ -92,11 +94,11 @@ def unpack(blob: bytes) -> tuple[ModelParams, dict[str, Tensor]]:
     return params, {entry.name: tensor for entry, tensor in zip(contents.entries, state, strict=True)}
 
 
-def load_model(path: Path, device: torch.device, dtype: torch.dtype) -> Model:
-    """The model in a file, on `device`, with activations of type `dtype`."""
+def load_model(path: Path, world: World) -> Model:
+    """The model in a file, on the world's device and in its manner of computing."""
     params, state = unpack(path.read_bytes())
-    model = Model(params, dtype).to(device)
-    load_(model, state)
+    model = Model(params, world.dtype, operations(world.kernels)).to(world.device)
+    model.load_state_dict(state)
     return model
 
 

@@ -29,7 +29,7 @@ def main(run: command.Run[Params]) -> None:
     files = {name: run.path(name) for name in STAGE.reads}
     relaunch_under_torchrun(run.params.parallel, "stages.sliding_eval", sys.argv[1:])
     with world(run.params.parallel) as here:
-        model = load_model(files["model"], here.device, here.dtype)
+        model = load_model(files["model"], here)
         stream = read_stream(files["val"], files["tokenizer"], model.params.vocab_size, params.window)
         nll = score(SlidingScorer(model, params, here, run.report), stream)
         if here.is_main:

@@ -14,6 +14,7 @@ from stages.report import Report
 from stages.sliding_eval.params import SlidingEvalParams
 from stages.sliding_eval.windows import Window, plan, window_of
 from stages.train.model import Model
+from stages.train.operations import compiled
 
 
 class SlidingScorer:
@@ -30,7 +31,7 @@ class SlidingScorer:
     def replace_model(self, model: Model) -> None:
         """Score with another model from now on."""
         self.model = model
-        self.loss_of = torch.compile(model, dynamic=False, fullgraph=True) if self.world.compile else model
+        self.loss_of = compiled(model, self.world)
 
     @property
     def vocab_size(self) -> int:

@@ -4,13 +4,19 @@ Each epoch cuts every shard into windows of T + 1 tokens that overlap by one, fr
 random order; windows ignore document boundaries (#1493). A step's global batch is the next run of that order, whatever the number of ranks.
 """
 
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from stages import shards
+
+READ_AHEAD = 2  # batches: enough to hide the reading, little enough that a run reads hardly past its end
 
 
 class Windows:
@@ -61,13 +67,49 @@ class Windows:
         self._epoch, self._epoch_start = epoch, start
 
 
+class Prefetched:
+    """Batches read ahead of the steps that use them, in order, by one thread; for a GPU into pinned memory.
+
+    `first` gives the number of a step's first window. Used as a context, whose end stops the thread.
+    """
+
+    def __init__(self, windows: Windows, first: Callable[[int], int], count: int, step: int, device: torch.device) -> None:
+        self._windows, self._first, self._count, self._device = windows, first, count, device
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
+        self._next = step
+        self._ahead = deque(self._begin() for _ in range(READ_AHEAD))
+
+    def next(self) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of the next step, each (count, T) int64 on the device; the copy is asynchronous."""
+        host = self._ahead.popleft().result()
+        self._ahead.append(self._begin())
+        return split(host.to(self._device, non_blocking=True))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def _begin(self) -> Future[Tensor]:
+        step = self._next
+        self._next += 1
+        return self._thread.submit(self._read, step)
+
+    def _read(self, step: int) -> Tensor:
+        host = torch.from_numpy(self._windows.batch(self._first(step), self._count).astype(np.int32))
+        return host.pin_memory() if self._device.type == "cuda" else host
+
+
+def split(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Inputs and targets of windows (n, T + 1), each (n, T) int64 and contiguous."""
+    return rows[:, :-1].long().contiguous(), rows[:, 1:].long().contiguous()
+
+
 def to_device(rows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
     """Inputs and targets of windows (n, T + 1), each (n, T) int64 on the device, copied without waiting."""
     host = torch.from_numpy(rows)
-    if device.type == "cuda":
-        host = host.pin_memory()
-    held = host.to(device, non_blocking=True)
-    return held[:, :-1].contiguous(), held[:, 1:].contiguous()
+    return split((host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True))
 
 
 def micro_batch_size(local_sequences: int, most: int) -> int:

@@ -12,7 +12,8 @@ Unusual here (#1493 and what it builds on):
 
 Weights are float32 and are cast to the dtype of the activations where they are used; losses are computed in float32.
 
-Shapes: B batch, T tokens, D width, H query heads, K key-value heads, C head dimension, F hidden, V vocabulary, S skips.
+Shapes: B batch, T tokens, D width, H query heads, K key-value heads, C head dimension, E = (H + 2K) C, R half the rotated dimensions,
+N = BT, V vocabulary, S skips.
 """
 
 import math
@@ -22,10 +23,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stages.train.operations import PLAIN, Operations
 from stages.train.params import ModelParams
+from stages.train.plain import Documents, Term, documents_of, rms_norm, softcapped, squared_leaky
 
-NORM_EPS = torch.finfo(torch.float32).eps
-NEGATIVE_SLOPE = 0.5
+
+class Places(NamedTuple):
+    """Where the tokens of a batch stand: the angles of every position, and the documents that attention keeps to, if it does."""
+
+    cos_TR: Tensor
+    sin_TR: Tensor
+    documents: Documents | None
+
+
+Stream = list[Term]  # the residual stream, kept as a weighted sum until it is read
+
+
+def weighed(stream: Stream, weight: Tensor) -> Stream:
+    """The stream times a vector (D,)."""
+    return [Term(x, weight if w is None else w * weight) for x, w in stream]
 
 
 class VisitPlan(NamedTuple):
@@ -53,11 +69,6 @@ def skip_count(params: ModelParams) -> int:
     return min(len(plan.encoder), len(plan.decoder))
 
 
-def rms_norm(x: Tensor) -> Tensor:
-    """x over its root mean square along the last dimension; no weight."""
-    return F.rms_norm(x, (x.shape[-1],), eps=NORM_EPS)
-
-
 def rotary(tokens: int, params: ModelParams, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rotary angles, each (T, rope_dims / 2) float32.
 
@@ -71,24 +82,6 @@ def rotary(tokens: int, params: ModelParams, device: torch.device) -> tuple[Tens
     frequency = base ** (-torch.arange(0, dims, 2, device=device, dtype=torch.float32) / dims)
     angle = torch.arange(tokens, device=device, dtype=torch.float32)[:, None] * frequency
     return angle.cos(), angle.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the leading dimensions of x (B, heads, T, C) by the angles (T, rope_dims / 2), as two halves; the rest is untouched."""
-    half = cos.shape[-1]
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    return torch.cat((first * cos + second * sin, second * cos - first * sin, rest), dim=-1)
-
-
-def exclude_own_value(y: Tensor, v: Tensor) -> Tensor:
-    """y (B, H, T, C) without its component along the token's own value v (B, K, T, C); head h belongs to group h // (H / K)."""
-    batch, heads, tokens, dim = y.shape
-    groups = v.shape[1]
-    direction = F.normalize(v, dim=-1)[:, :, None]
-    y = y.view(batch, groups, heads // groups, tokens, dim)
-    y = y - (y * direction).sum(-1, keepdim=True) * direction
-    return y.reshape(batch, heads, tokens, dim)
 
 
 class Matrix(nn.Module):
@@ -106,64 +99,64 @@ class Matrix(nn.Module):
 class Attention(nn.Module):
     """Causal grouped-query attention with normalised q and k, a gain on q, partial rotation, and own-value exclusion."""
 
-    def __init__(self, params: ModelParams) -> None:
+    def __init__(self, params: ModelParams, operations: Operations) -> None:
         super().__init__()
         self.params = params
+        self.operations = operations
         self.query = Matrix(params.width, params.heads * params.head_dim)
         self.key = Matrix(params.width, params.kv_heads * params.head_dim)
         self.value = Matrix(params.width, params.kv_heads * params.head_dim)
         self.output = Matrix(params.heads * params.head_dim, params.width)
         self.gain = nn.Parameter(torch.full((params.heads,), params.query_gain))
 
-    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """The layer's output, (B, T, D)."""
-        batch, tokens, _ = x_BTD.shape
-        dim = self.params.head_dim
-        q = self.query(x_BTD).view(batch, tokens, self.params.heads, dim).transpose(1, 2)
-        k = self.key(x_BTD).view(batch, tokens, self.params.kv_heads, dim).transpose(1, 2)
-        v = self.value(x_BTD).view(batch, tokens, self.params.kv_heads, dim).transpose(1, 2)
-        q = rotate(rms_norm(q), cos, sin) * self.gain.to(q.dtype)[:, None, None]
-        k = rotate(rms_norm(k), cos, sin)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        y = exclude_own_value(y, v)
-        return self.output(y.transpose(1, 2).reshape(batch, tokens, self.params.heads * dim))
+    def forward(self, x_BTD: Tensor, places: Places) -> Tensor:
+        """The layer's output, (B, T, D). The three projections of one input are one product."""
+        weight_ED = torch.cat((self.query.weight, self.key.weight, self.value.weight)).to(x_BTD.dtype)
+        starts = places.documents.starts_BT if places.documents else None
+        joint = F.linear(x_BTD, weight_ED)
+        q, k, v = self.operations.split_heads(joint, self.gain, places.cos_TR, places.sin_TR, starts, self.params.kv_heads)
+        y = self.operations.attend(q, k, v, places.documents)
+        return self.output(y.flatten(2))
 
 
 class MLP(nn.Module):
     """down(leaky_relu(up(x))^2): z^2 above zero, z^2 / 4 below."""
 
-    def __init__(self, params: ModelParams) -> None:
+    def __init__(self, params: ModelParams, operations: Operations) -> None:
         super().__init__()
+        self.operations = operations
         self.up = Matrix(params.width, params.hidden)
         self.down = Matrix(params.hidden, params.width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., D) to (..., D)."""
-        return self.down(F.leaky_relu(self.up(x), NEGATIVE_SLOPE).square())
+        """x (..., D) to (..., D); the fused form is for training, the modules' own for whoever observes the hidden layer."""
+        if torch.is_grad_enabled() and self.operations.mlp is not None:
+            return self.operations.mlp(x, self.up.weight.to(x.dtype), self.down.weight.to(x.dtype))
+        return self.down(squared_leaky(self.up(x)))
 
 
 class Block(nn.Module):
     """One physical layer; its input scale depends on its index, also when it is visited again."""
 
-    def __init__(self, params: ModelParams, index: int) -> None:
+    def __init__(self, params: ModelParams, index: int, operations: Operations) -> None:
         super().__init__()
-        self.attention = Attention(params)
-        self.mlp = MLP(params)
+        self.operations = operations
+        self.attention = Attention(params, operations)
+        self.mlp = MLP(params, operations)
         self.attention_scale = nn.Parameter(torch.ones(params.width))
         self.mlp_scale = nn.Parameter(torch.ones(params.width))
         self.mix = nn.Parameter(torch.stack((torch.ones(params.width), torch.zeros(params.width))))
         self.input_scale = 1 / math.sqrt(index + 1)
         self.parallel = index >= params.parallel_from
 
-    def forward(self, x: Tensor, x0: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x and x0 (B, T, D) to the next residual stream."""
-        mix = self.mix.to(x.dtype)
-        u = mix[0] * x + mix[1] * x0
-        h = rms_norm(u) * self.input_scale
-        y = u + self.attention_scale.to(x.dtype) * self.attention(h, cos, sin)
-        if not self.parallel:
-            h = rms_norm(y) * self.input_scale
-        return y + self.mlp_scale.to(x.dtype) * self.mlp(h)
+    def forward(self, stream: Stream, x0: Tensor, places: Places) -> Stream:
+        """The stream (B, T, D) and x0 to the next stream; neither is summed before it is read."""
+        u, h = self.operations.combine_norm([*weighed(stream, self.mix[0]), Term(x0, self.mix[1])], self.input_scale)
+        attended = Term(self.attention(h, places), self.attention_scale)
+        if self.parallel:
+            return [Term(u), attended, Term(self.mlp(h), self.mlp_scale)]
+        y, h = self.operations.combine_norm([Term(u), attended], self.input_scale)
+        return [Term(y), Term(self.mlp(h), self.mlp_scale)]
 
 
 class Embedding(nn.Module):
@@ -179,62 +172,65 @@ class Embedding(nn.Module):
 
 
 class Head(nn.Module):
-    """Softcapped logits; a module of its own so that its input can be observed (calibration)."""
-
-    def __init__(self, params: ModelParams) -> None:
-        super().__init__()
-        self.softcap = params.logit_softcap
+    """The product with the tied table; a module of its own so that its input can be observed (calibration)."""
 
     def forward(self, x: Tensor, table_VD: Tensor) -> Tensor:
-        """x (..., D) to logits (..., V) float32 within +-softcap."""
-        z = F.linear(x, table_VD.to(x.dtype)).float()
-        return self.softcap * torch.tanh(z / self.softcap)
+        """x (..., D) to logits (..., V) before the softcap, in the dtype of x."""
+        return F.linear(x, table_VD.to(x.dtype))
 
 
 class Model(nn.Module):
     """The whole network; `dtype` is that of the activations."""
 
-    def __init__(self, params: ModelParams, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, params: ModelParams, dtype: torch.dtype = torch.float32, operations: Operations = PLAIN) -> None:
         super().__init__()
         self.params = params
         self.dtype = dtype
+        self.operations = operations
         self.embedding = Embedding(params)
-        self.blocks = nn.ModuleList(Block(params, index) for index in range(params.layers))
+        self.blocks = nn.ModuleList(Block(params, index, operations) for index in range(params.layers))
         skips = skip_count(params)
         self.skip_weight = nn.Parameter(torch.ones(skips, params.width))
         self.skip_gate = nn.Parameter(torch.zeros(skips, params.width))
-        self.head = Head(params)
+        self.head = Head()
         self.plans = {looped: visit_plan(params, looped) for looped in (False, True)}
 
     def features(self, tokens_BT: Tensor, looped: bool) -> Tensor:
         """The normalised residual stream before the head, (B, T, D)."""
-        cos, sin = rotary(tokens_BT.shape[1], self.params, tokens_BT.device)
-        x0 = x = rms_norm(self.embedding(tokens_BT).to(self.dtype))
+        cos_TR, sin_TR = rotary(tokens_BT.shape[1], self.params, tokens_BT.device)
+        within = self.params.attention == "documents"
+        places = Places(cos_TR, sin_TR, documents_of(tokens_BT, self.params.bos_id) if within else None)
+        x0 = rms_norm(self.embedding(tokens_BT).to(self.dtype))
         plan = self.plans[looped]
+        stream: Stream = [Term(x0)]
         pushed = []
         for index in plan.encoder:
-            x = self.blocks[index](x, x0, cos, sin)
+            x = self.operations.combine(self.blocks[index](stream, x0, places))
             pushed.append(x)
+            stream = [Term(x)]
         for step, index in enumerate(plan.decoder):
             if pushed:
-                x = self._skip(step, x, pushed.pop())
-            x = self.blocks[index](x, x0, cos, sin)
-        return rms_norm(x)
+                stream = self._with_skip(step, stream, pushed.pop())
+            stream = self.blocks[index](stream, x0, places)
+        return self.operations.combine_norm(stream, 1.0)[1]
 
     def logits(self, tokens_BT: Tensor, looped: bool = True, scored_from: int = 0) -> Tensor:
-        """Logits of the positions from `scored_from` on, (B, T - scored_from, V) float32."""
-        x = self.features(tokens_BT, looped)[:, scored_from:]
-        return self.head(x, self.embedding.weight)
+        """Softcapped logits of the positions from `scored_from` on, (B, T - scored_from, V) float32."""
+        return softcapped(self._uncapped(tokens_BT, looped, scored_from), self.params.logit_softcap)
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor, looped: bool = True, scored_from: int = 0) -> Tensor:
         """Negative log-likelihood in nats of the targets from `scored_from` on, (B, T - scored_from) float32."""
-        logits = self.logits(tokens_BT, looped, scored_from)
+        z_NV = self._uncapped(tokens_BT, looped, scored_from).flatten(0, 1)
         targets = targets_BT[:, scored_from:]
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+        return self.operations.cross_entropy(z_NV, targets.flatten(), self.params.logit_softcap).view(targets.shape)
 
-    def _skip(self, step: int, x: Tensor, skipped: Tensor) -> Tensor:
-        gate = torch.sigmoid(self.skip_gate[step]).to(x.dtype)
-        return (1 - gate) * (self.skip_weight[step].to(x.dtype) * skipped) + gate * x
+    def _uncapped(self, tokens_BT: Tensor, looped: bool, scored_from: int) -> Tensor:
+        return self.head(self.features(tokens_BT, looped)[:, scored_from:], self.embedding.weight)
+
+    def _with_skip(self, step: int, stream: Stream, skipped: Tensor) -> Stream:
+        """(1 - g) w s + g x, with g the sigmoid of the slot's gate."""
+        gate = torch.sigmoid(self.skip_gate[step])
+        return [*weighed(stream, gate), Term(skipped, (1 - gate) * self.skip_weight[step])]
 
 
 def is_matrix(name: str) -> bool:
@@ -246,20 +242,14 @@ def is_matrix(name: str) -> bool:
 def initialise_(model: Model, seed: int) -> None:
     """Initial weights from the seed: orthogonal matrices, zero output projections, a small normal embedding.
 
-    Drawn on the CPU in float32, so that every device starts from the same values. With bfloat16 activations the matrices start from
-    bfloat16-rounded values and the embedding is held in bfloat16, as in #1493.
+    Drawn on the CPU in float32, so that every device starts from the same values; with bfloat16 activations they start bfloat16-rounded, as
+    in #1493 (which also holds the embedding in bfloat16: here all weights are float32).
     """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if name == "embedding.weight":
             table = torch.empty(parameter.shape).normal_(0, model.params.embedding_std, generator=generator)
-            parameter.data = table.to(model.dtype).to(parameter.device)
+            parameter.copy_(table.to(model.dtype))
         elif is_matrix(name) and not name.endswith(("attention.output.weight", "mlp.down.weight")):
             matrix = nn.init.orthogonal_(torch.empty(parameter.shape), generator=generator)
             parameter.copy_(matrix.to(model.dtype))
-
-
-def load_(model: Model, state: dict[str, Tensor]) -> None:
-    """Put a float32 state into a model of the same parameters; the embedding takes the dtype of the activations."""
-    model.load_state_dict({name: tensor.float() for name, tensor in state.items()})
-    model.embedding.weight.data = state["embedding.weight"].to(model.dtype).to(model.embedding.weight.device)

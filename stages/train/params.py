@@ -18,6 +18,8 @@ class ModelParams:
     heads: int  # H, query heads; D / H is the head dimension C
     kv_heads: int  # K, key-value heads
     hidden: int  # F, of the MLP
+    attention: Literal["windows", "documents"]  # documents: a token sees its own document only, positions counted from its start
+    bos_id: int  # the id that begins a document; read where attention is documents
     rope_dims: int  # leading dimensions of each head that rotate
     rope_base: float
     logit_softcap: float  # logits are softcap * tanh(z / softcap)
@@ -43,6 +45,8 @@ class ModelParams:
             reject("loop_first", f"blocks {self.loop_first} to {self.loop_last} are not a segment of {self.layers} layers")
         if self.loops < 0:
             reject("loops", f"{self.loops} is negative")
+        if not 0 <= self.bos_id < self.vocab_size:
+            reject("bos_id", f"{self.bos_id} is not an id of the vocabulary of {self.vocab_size}")
         if self.parallel_from < 0:
             reject("parallel_from", f"{self.parallel_from} is negative")
 
@@ -78,6 +82,7 @@ class TrainParams:
     muon_momentum: float
     muon_momentum_start: float
     muon_momentum_warmup_steps: int
+    newton_schulz: Literal["fixed", "polar_express"]  # one triple of coefficients for all iterations, or one for each (#1344)
     newton_schulz_steps: int
     ema_decay: float
     checkpoint_every: int  # steps between checkpoints for resuming; 0 is none

@@ -30,7 +30,7 @@ def main(run: command.Run[Params]) -> None:
     files = {name: run.path(name) for name in STAGE.reads}
     relaunch_under_torchrun(params.parallel, "stages.ttt_eval", sys.argv[1:])
     with world(params.parallel) as here:
-        model = load_model(files["model"], here.device, here.dtype)
+        model = load_model(files["model"], here)
         stream = read_stream(files["val"], files["tokenizer"], model.params.vocab_size, params.sliding_eval.window)
         scorer = TTTScorer(model, params.sliding_eval, params.ttt_eval, here, stream.targets, run.report)
         nll = score(scorer, stream)

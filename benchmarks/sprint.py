@@ -1,0 +1,85 @@
+"""Settings of a short training, compared by their loss on held-out training text.
+
+    python -m benchmarks.sprint --train SHARDS --held-out SHARDS --results FILE --variant "KEY=VALUE ..." [--variant ...] [--set KEY=VALUE]
+
+Each variant is the preset (`sprint`) with its changes, trained in this process from shards of `stages.tokenize`; its averaged weights are
+scored, looped, on windows of shards that it did not train on. These are shards of training text: nothing is chosen on validation text.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stages import clock, config
+from stages.clock import Interval
+from stages.parallel import World, world
+from stages.report import Report
+from stages.train.data import Windows, to_device
+from stages.train.loop import train
+from stages.train.model import Model
+from stages.train.operations import operations
+from stages.train.params import Params
+
+HELD_OUT_WINDOWS = 512
+WINDOWS_AT_ONCE = 32
+
+
+@torch.no_grad()
+def held_out_loss(state: dict[str, torch.Tensor], params: Params, folder: Path, here: World) -> float:
+    """Mean nats a token over windows of `folder`, the same for every variant."""
+    model = Model(params.model, here.dtype, operations(here.kernels)).to(here.device)
+    model.load_state_dict(state)
+    windows = Windows(folder, params.model.context, params.model.vocab_size, seed=0)
+    total = 0.0
+    for first in range(0, HELD_OUT_WINDOWS, WINDOWS_AT_ONCE):
+        total += float(model(*to_device(windows.batch(first, WINDOWS_AT_ONCE), here.device)).double().sum())
+    return total / (HELD_OUT_WINDOWS * params.model.context)
+
+
+def run(params: Params, changes: list[str], arguments: argparse.Namespace, here: World) -> dict[str, Any]:
+    """Train one variant and score it."""
+    interval = Interval()
+    trained = train(params, arguments.train, here, Report(is_main=False), interval)
+    row = {
+        "changes": changes,
+        "held_out_nats": held_out_loss(trained.state, params, arguments.held_out, here),
+        "steps": len(trained.losses),
+        "tokens": trained.tokens,
+        "train_nats_last_20": sum(trained.losses[-20:]) / len(trained.losses[-20:]),
+        "seconds": interval.seconds,
+    }
+    print(json.dumps(row), flush=True)
+    return row
+
+
+def main() -> None:
+    """One line for each variant, and the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="sprint")
+    parser.add_argument("--train", type=Path, required=True)
+    parser.add_argument("--held-out", type=Path, required=True)
+    parser.add_argument("--variant", action="append", required=True, metavar="CHANGES")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--results", type=Path, required=True, help="the JSON file to write; rows are added as they come")
+    arguments = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "params.yaml"
+        subprocess.run([sys.executable, "-m", "stages.preset", arguments.preset, "--output", str(file)], check=True, stdout=subprocess.DEVNULL)
+        variants = [(config.load(file, Params, [*arguments.set, *variant.split()]), variant.split()) for variant in arguments.variant]
+    with world(variants[0][0].parallel) as here:
+        for params, changes in variants:
+            assert isinstance(params, Params)
+            rows.append(run(params, changes, arguments, here))
+            result = {"preset": arguments.preset, "changes": arguments.set, "variants": rows} | clock.facts(here.device)
+            arguments.results.write_text(json.dumps(result, indent=2, sort_keys=True) + "\n")
+
+
+if __name__ == "__main__":
+    main()

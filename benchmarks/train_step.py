@@ -1,0 +1,236 @@
+"""A training step by part, against floors computed from operations and bytes.
+
+    python -m benchmarks.train_step --preset sprint --results FILE [--batch TOKENS ...] [--micro TOKENS] [--set KEY=VALUE ...]
+
+Runs the training loop's own step on random documents, unlooped and looped. On a GPU the parts are the step's kernels by kind, from the
+profiler, and `host gaps` is what remains of the measured time; on a CPU they are operators by kind. Floors: operations of the products and of
+causal attention over the rate of a large product measured in the same run, bytes that must move over the rate of a large copy.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from stages import clock, config
+from stages.parallel import World, world
+from stages.train.checkpoint import Checkpoints
+from stages.train.loop import _Loop
+from stages.train.model import Model, initialise_, is_matrix, visit_plan
+from stages.train.operations import operations
+from stages.train.params import ModelParams, Params
+from stages.train.schedule import settings
+
+KINDS = (  # the first whose words are in a kernel's or operator's name
+    ("attention", ("_attend", "_delta", "fmha", "flash", "cudnn", "scaled_dot_product")),
+    ("heads", ("_split_forward", "_split_backward", "_exclude")),
+    ("loss", ("_loss_", "log_softmax", "nll_loss")),
+    ("communication", ("nccl", "c10d", "gloo")),
+    ("products", ("nvjet", "gemm", "cublas", "splitk", "_up_forward", "_down_backward", "aten::mm", "aten::bmm", "baddbmm", "addmm")),
+    ("copies", ("memcpy", "memset")),
+    ("elementwise", ("",)),
+)
+MEAN_DOCUMENT = 750  # tokens: FineWeb's
+ACTIVATION_BYTES = {torch.float32: 4, torch.bfloat16: 2}
+
+
+def seconds_of(work: Callable[[], object], here: World, repetitions: int) -> list[float]:
+    """Seconds of each repetition after one to warm up."""
+    work()
+    found = []
+    for _ in range(repetitions):
+        here.synchronize()
+        started = time.perf_counter()
+        work()
+        here.synchronize()
+        found.append(time.perf_counter() - started)
+    return found
+
+
+def ceilings(here: World) -> dict[str, float]:
+    """Operations a second of a large product, and bytes a second (read and written) of a large copy."""
+    size, numbers = (8192, 2**30) if here.device.type == "cuda" else (2048, 2**26)
+    a, b = (torch.randn(size, size, device=here.device, dtype=here.dtype) for _ in range(2))
+    source = torch.randn(numbers, device=here.device, dtype=here.dtype)
+    target = torch.empty_like(source)
+    return {
+        "product_rate": 2 * size**3 / min(seconds_of(lambda: a @ b, here, 10)),
+        "copy_rate": 2 * source.numel() * source.element_size() / min(seconds_of(lambda: target.copy_(source), here, 10)),
+    }
+
+
+def floors(params: ModelParams, tokens: int, passes: int, looped: bool, dtype: torch.dtype, rates: dict[str, float]) -> dict[str, float]:
+    """Seconds of a step that no implementation with these products goes below, by part.
+
+    Forward and backward are three products for each weight; causal attention over a whole window has two products forward and five
+    backward over half of the pairs. Elementwise: each visit reads the stream, its input x0, and the attention and MLP outputs once and
+    writes the new stream and the two normalised inputs, and as much again twice backward; the hidden layer is written before and after its
+    activation and read and written once backward. Optimizer: gradient read; weights, average and two states (Muon: one) read and written.
+    """
+    visits = sum(map(len, visit_plan(params, looped)))
+    with torch.device("meta"):
+        shapes = {name: parameter.shape for name, parameter in Model(params).named_parameters()}
+    block = sum(shape.numel() for name, shape in shapes.items() if is_matrix(name)) / params.layers
+    table = params.vocab_size * params.width
+    pairs = tokens * (params.context + 1) / 2
+    size = ACTIVATION_BYTES[dtype]
+    matrices = block * params.layers
+    others = sum(shape.numel() for shape in shapes.values()) - matrices
+    elementwise = 3 * visits * tokens * 7 * params.width * size + visits * tokens * 4 * params.hidden * size
+    return {
+        "products": 6 * tokens * (visits * block + table) / rates["product_rate"],
+        "attention": visits * 7 * 2 * pairs * params.heads * params.head_dim / rates["product_rate"],
+        "loss": tokens * params.vocab_size * size * 3 / rates["copy_rate"],
+        "elementwise": elementwise / rates["copy_rate"],
+        "optimizer": 4 * (7 * matrices + 9 * others) / rates["copy_rate"],
+        "data": tokens * 2 * 8 / rates["copy_rate"],
+        "gradients": passes * 4 * (matrices + others) / rates["copy_rate"],
+    }
+
+
+def batch(params: Params, here: World) -> tuple[Tensor, Tensor]:
+    """A step's inputs and targets: random ids, a document's first now and then."""
+    generator = torch.Generator().manual_seed(here.rank)
+    shape = (2, params.train.batch_tokens // here.size // params.model.context, params.model.context)
+    ids = torch.randint(params.model.vocab_size, shape, generator=generator)
+    begins = torch.rand(shape, generator=generator) < 1 / MEAN_DOCUMENT
+    return ids.masked_fill(begins, params.model.bos_id).to(here.device).unbind()
+
+
+def kind_of(name: str) -> str:
+    return next(kind for kind, words in KINDS if any(word in name.lower() for word in words))
+
+
+def parts(step: Callable[[], object], here: World) -> tuple[dict[str, float], list[tuple[str, float, int]]]:
+    """Seconds by kind of one step, and its costliest kernels with seconds and calls."""
+    on_gpu = here.device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
+        step()
+        here.synchronize()
+    found: dict[str, float] = defaultdict(float)
+    rows = []
+    for event in profiler.key_averages():
+        spent = (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6
+        if spent > 0:
+            found[kind_of(event.key)] += spent
+            rows.append((event.key[:100], spent, event.count))
+    return dict(found), sorted(rows, key=lambda row: -row[1])
+
+
+def case(params: Params, looped: bool, here: World, rates: dict[str, float], repetitions: int, show: int) -> dict[str, Any]:
+    """One row of the table."""
+    if here.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    torch.compiler.reset()
+    model = Model(params.model, here.dtype, operations(here.kernels)).to(here.device)
+    initialise_(model, 0)
+    local = params.train.batch_tokens // here.size // params.model.context
+    micro = min(local, params.train.micro_batch_tokens // params.model.context)
+    loop = _Loop(params, model, here, Checkpoints(None, 0, here), micro)
+    inputs, targets = batch(params, here)
+    now = settings(1, 1.0 if looped else 0.0, replace(params.train, warmdown=0.0))
+
+    def step() -> None:
+        loop.step(now, inputs, targets)
+
+    def optimizer() -> None:
+        loop.optimizers.step(now, 1)
+
+    started = time.perf_counter()
+    seconds = seconds_of(step, here, repetitions)
+    median = statistics.median(seconds)
+    compiling = time.perf_counter() - started - sum(seconds)
+    ended = seconds_of(lambda: [step() for _ in range(repetitions)], here, 1)[0] / repetitions  # not waiting after each
+    by_kind, kernels = parts(step, here)
+    by_kind["optimizer, of these"] = min(seconds_of(optimizer, here, 3))
+    if here.device.type == "cuda":
+        by_kind["host gaps"] = max(0.0, ended - sum(value for key, value in by_kind.items() if "of these" not in key))
+    bounds = floors(params.model, params.train.batch_tokens // here.size, local // micro, looped, here.dtype, rates)
+    for name, spent, count in kernels[:show]:
+        print(f"    {1e3 * spent:9.3f} ms x{count:5d}  {name}", flush=True)
+    return {
+        "batch_tokens": params.train.batch_tokens,
+        "micro_batch_tokens": micro * params.model.context,
+        "looped": looped,
+        "attention": params.model.attention,
+        "kernels": here.kernels,
+        "ranks": here.size,
+        "seconds": ended,
+        "seconds_synchronised": {"median": median, "least": min(seconds), "most": max(seconds)},
+        "tokens_per_second": params.train.batch_tokens / ended,
+        "floor_seconds": sum(bounds.values()),
+        "products_floor_share": (bounds["products"] + bounds["attention"]) / ended,
+        "parts_seconds": by_kind,
+        "floors_seconds": bounds,
+        "compile_seconds": compiling,
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() if here.device.type == "cuda" else None,
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The cases side by side, milliseconds."""
+    kinds = sorted({kind for row in rows for kind in row["parts_seconds"]})
+    bounds = sorted({kind for row in rows for kind in row["floors_seconds"]})
+    lines = []
+    for label, value in [
+        ("tokens a step", lambda row: f"{row['batch_tokens']:,}"),
+        ("", lambda row: "looped" if row["looped"] else "unlooped"),
+        ("attention over", lambda row: row["attention"]),
+        ("tokens/s", lambda row: f"{row['tokens_per_second']:,.0f}"),
+        ("step", lambda row: f"{1e3 * row['seconds']:.2f}"),
+        ("sum of floors", lambda row: f"{1e3 * row['floor_seconds']:.2f}"),
+        *((kind, lambda row, kind=kind: f"{1e3 * row['parts_seconds'].get(kind, 0):.2f}") for kind in kinds),
+        *((f"floor: {kind}", lambda row, kind=kind: f"{1e3 * row['floors_seconds'].get(kind, 0):.2f}") for kind in bounds),
+    ]:
+        lines.append(f"{label:<22}" + "".join(f"{value(row):>12}" for row in rows))
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure every case, print the table, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="smoke")
+    parser.add_argument("--batch", type=int, nargs="+", help="tokens of a step; the preset's if absent")
+    parser.add_argument("--attention", nargs="+", help="windows, documents or both; the preset's if absent")
+    parser.add_argument("--phases", nargs="+", choices=("unlooped", "looped"), default=("unlooped", "looped"))
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--show", type=int, default=0, help="print that many of each case's costliest kernels")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--results", type=Path, required=True, help="the JSON file to write")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "params.yaml"
+        subprocess.run([sys.executable, "-m", "stages.preset", arguments.preset, "--output", str(file)], check=True, stdout=subprocess.DEVNULL)
+        params = config.load(file, Params, arguments.set)
+    assert isinstance(params, Params)
+    with world(params.parallel) as here:
+        rates = ceilings(here)
+        rows = []
+        for tokens in arguments.batch or [params.train.batch_tokens]:
+            for attention in arguments.attention or [params.model.attention]:
+                for phase in arguments.phases:
+                    train = replace(params.train, batch_tokens=tokens)
+                    changed = replace(params, train=train, model=replace(params.model, attention=attention))
+                    rows.append(case(changed, phase == "looped", here, rates, arguments.repetitions, arguments.show if here.is_main else 0))
+        if here.is_main:
+            result = {"preset": arguments.preset, "changes": arguments.set, "ceilings": rates, "cases": rows} | clock.facts(here.device)
+            arguments.results.write_text(json.dumps(result, indent=2, sort_keys=True) + "\n")
+            print(f"large product {rates['product_rate'] / 1e12:.3f} TFLOP/s, large copy {rates['copy_rate'] / 1e9:.1f} GB/s; milliseconds below")
+            print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
