@@ -20,22 +20,32 @@ def rotated(x, position, rope_dims, base):
     return out
 
 
-def attention(w, block, h, p):
+def document_starts(tokens, p):
+    """Where the document of each token begins: at its last BOS, else at the window's first token."""
+    starts: list[int] = []
+    for t, token in enumerate(tokens):
+        begins = t == 0 or (p.attention == "documents" and token == p.bos_id)
+        starts.append(t if begins else starts[-1])
+    return starts
+
+
+def attention(w, block, h, starts, p):
     """h: list of T vectors; returns the list of T outputs."""
     dim = p.width // p.heads
     name = f"blocks.{block}.attention."
     queries, keys, values = ([w[name + kind + ".weight"] @ x for x in h] for kind in ("query", "key", "value"))
     out = []
-    for t in range(len(h)):
+    for t, start in enumerate(starts):
         parts = []
         for head in range(p.heads):
             group = head // (p.heads // p.kv_heads)
             own = slice(group * dim, (group + 1) * dim)
-            q = rotated(rms(queries[t][head * dim : (head + 1) * dim]), t, p.rope_dims, p.rope_base) * w[name + "gain"][head]
-            scores = np.array([q @ rotated(rms(keys[u][own]), u, p.rope_dims, p.rope_base) / math.sqrt(dim) for u in range(t + 1)])
+            q = rotated(rms(queries[t][head * dim : (head + 1) * dim]), t - start, p.rope_dims, p.rope_base) * w[name + "gain"][head]
+            seen = [rotated(rms(keys[u][own]), u - start, p.rope_dims, p.rope_base) for u in range(start, t + 1)]
+            scores = np.array([q @ k / math.sqrt(dim) for k in seen])
             weights = np.exp(scores - scores.max())
             weights /= weights.sum()
-            y = sum(weights[u] * values[u][own] for u in range(t + 1))
+            y = sum(weight * values[u][own] for u, weight in enumerate(weights, start))
             direction = values[t][own] / np.linalg.norm(values[t][own])
             parts.append(y - (y @ direction) * direction)
         out.append(w[name + "output.weight"] @ np.concatenate(parts))
@@ -47,13 +57,13 @@ def mlp(w, block, x):
     return w[f"blocks.{block}.mlp.down.weight"] @ np.where(z > 0, z * z, 0.25 * z * z)
 
 
-def block_forward(w, block, x, x0, p):
+def block_forward(w, block, x, x0, starts, p):
     scale = 1 / math.sqrt(block + 1)
     mix = w[f"blocks.{block}.mix"]
     s_a, s_m = w[f"blocks.{block}.attention_scale"], w[f"blocks.{block}.mlp_scale"]
     u = [mix[0] * a + mix[1] * b for a, b in zip(x, x0, strict=True)]
     h = [rms(v) * scale for v in u]
-    a = attention(w, block, h, p)
+    a = attention(w, block, h, starts, p)
     if block >= p.parallel_from:
         return [u[t] + s_a * a[t] + s_m * mlp(w, block, h[t]) for t in range(len(x))]
     y = [u[t] + s_a * a[t] for t in range(len(x))]
@@ -66,15 +76,15 @@ def logits(w, tokens, p, looped):
     order = list(range(p.loop_first)) + segment * (1 + p.loops if looped else 1) + list(range(p.loop_last + 1, p.layers))
     encoder, decoder = order[: len(order) // 2], order[len(order) // 2 :]
     x = [rms(w["embedding.weight"][token]) for token in tokens]
-    x0, stack = list(x), []
+    x0, stack, starts = list(x), [], document_starts(tokens, p)
     for block in encoder:
-        x = block_forward(w, block, x, x0, p)
+        x = block_forward(w, block, x, x0, starts, p)
         stack.append(x)
     for step, block in enumerate(decoder):
         if stack:
             skipped = stack.pop()
             gate = 1 / (1 + np.exp(-w["skip_gate"][step]))
             x = [(1 - gate) * (w["skip_weight"][step] * s) + gate * v for s, v in zip(skipped, x, strict=True)]
-        x = block_forward(w, block, x, x0, p)
+        x = block_forward(w, block, x, x0, starts, p)
     z = np.stack([w["embedding.weight"] @ rms(v) for v in x])
     return p.logit_softcap * np.tanh(z / p.logit_softcap)

@@ -1,11 +1,15 @@
+"""The train stage: schedule, order of the data, the loop, the command, and resuming."""
+
 import json
 import math
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,140 +21,16 @@ from safetensors.torch import load_file
 from stages import config
 from stages.clock import Interval
 from stages.report import Report
-from stages.train.checkpoint import open_checkpoints
-from stages.train.data import Windows, micro_batch_size
-from stages.train.loop import _batch_shape, train
-from stages.train.model import Model, initialise_, visit_plan
-from stages.train.muon import coefficients, muon_update, normalise_rows, orthogonalise
-from stages.train.optimizer import Optimizers
-from stages.train.params import ModelParams, Params
+from stages.train.checkpoint import Checkpoints, open_checkpoints
+from stages.train.data import Prefetched, Windows, micro_batch_size
+from stages.train.loop import _batch_shape, _Loop, train
+from stages.train.model import Model, initialise_
+from stages.train.params import Params
 from stages.train.schedule import pacing, read_fractions, settings
-from tests.factories import TINY, TRAIN, params, random_model, world, write_shards
-from tests.slow_model import logits as slow_logits
+from tests.factories import TINY, TRAIN, params, world, write_shards
 
 ROOT = Path(__file__).parents[1]
 QUIET = Report(is_main=False)
-
-
-def record_model_params() -> ModelParams:
-    raw = config.read(ROOT / "params.yaml")
-    overlay = yaml.safe_load((ROOT / "presets/record.yaml").read_text())
-    return config.build({**raw["model"], **overlay["model"]}, ModelParams)
-
-
-# The model
-
-
-@pytest.mark.parametrize("looped", [False, True])
-def test_model_equals_a_slow_float64_version(looped):
-    model = random_model(3).double()
-    model.dtype = torch.float64
-    weights = {name: tensor.double().numpy() for name, tensor in model.state_dict().items()}
-    tokens = np.random.Generator(np.random.PCG64(1)).integers(0, TINY.vocab_size, 9)
-    with torch.no_grad():
-        fast = model.logits(torch.from_numpy(tokens)[None], looped)[0].double().numpy()
-    slow = slow_logits(weights, tokens, TINY, looped)
-    assert np.linalg.norm(fast - slow) / np.linalg.norm(slow) < 1e-5  # angles, norms' eps and the softcap are float32
-
-
-def test_losses_are_cross_entropies_of_the_logits_and_scored_from_only_selects():
-    model = random_model(1)
-    tokens = torch.randint(TINY.vocab_size, (2, 12), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        losses = model(tokens[:, :-1], tokens[:, 1:])
-        chosen = torch.log_softmax(model.logits(tokens[:, :-1]).double(), -1).gather(-1, tokens[:, 1:, None])[..., 0]
-        torch.testing.assert_close(losses.double(), -chosen, atol=1e-5, rtol=0)
-        torch.testing.assert_close(model(tokens[:, :-1], tokens[:, 1:], scored_from=8), losses[:, 8:], atol=1e-5, rtol=0)
-
-
-def test_the_record_has_the_record_s_parameters():
-    with torch.device("meta"):
-        model = Model(record_model_params())
-    assert sum(parameter.numel() for parameter in model.parameters()) == 35_944_536
-
-
-def test_visits_of_the_record():
-    record = record_model_params()
-    assert visit_plan(record, looped=False) == ((0, 1, 2, 3, 4), (5, 6, 7, 8, 9, 10))
-    assert visit_plan(record, looped=True) == ((0, 1, 2, 3, 4, 5, 3, 4), (5, 3, 4, 5, 6, 7, 8, 9, 10))
-
-
-def test_initial_values():
-    model = Model(TINY)
-    initialise_(model, 42)
-    state = model.state_dict()
-    assert 0.003 < float(state["embedding.weight"].std()) < 0.007
-    query = state["blocks.0.attention.query.weight"]
-    torch.testing.assert_close(query @ query.T, torch.eye(TINY.width), atol=1e-5, rtol=0)
-    assert not state["blocks.0.attention.output.weight"].any()
-    assert not state["blocks.0.mlp.down.weight"].any()
-    assert (state["blocks.1.attention.gain"] == 5.25).all()
-    assert (state["skip_weight"] == 1).all()
-    assert not state["skip_gate"].any()
-    assert (state["blocks.2.mix"] == torch.tensor([[1.0], [0.0]])).all()
-
-
-def test_with_bfloat16_activations_matrices_start_rounded_and_every_weight_is_float32():
-    model = Model(TINY, torch.bfloat16)
-    initialise_(model, 42)
-    for name in ("blocks.0.attention.query.weight", "embedding.weight"):
-        weight = model.state_dict()[name]
-        assert weight.any()
-        assert torch.equal(weight, weight.bfloat16().float())
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
-
-
-def test_the_model_is_causal():
-    model = random_model(5)
-    tokens = torch.randint(TINY.vocab_size, (1, 16), generator=torch.Generator().manual_seed(0))
-    changed = tokens.clone()
-    changed[:, 9:] = (changed[:, 9:] + 1) % TINY.vocab_size
-    with torch.no_grad():
-        before, after = model.logits(tokens), model.logits(changed)
-    assert torch.equal(before[:, :9], after[:, :9])
-    assert not torch.equal(before[:, 9:], after[:, 9:])
-
-
-def test_every_parameter_gets_a_gradient_when_looped():
-    """D33: a parameter that never moves is dead weight in the artifact."""
-    model = random_model(2)
-    tokens = torch.randint(TINY.vocab_size, (2, 17), generator=torch.Generator().manual_seed(0))
-    model(tokens[:, :-1], tokens[:, 1:], looped=True).mean().backward()
-    dead = [name for name, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.any()]
-    assert dead == []
-
-
-# Muon
-
-
-def slow_muon(gradient, momentum, beta, steps):
-    """One matrix in float64, by the formulas."""
-    momentum = beta * momentum + gradient
-    u = gradient + beta * momentum
-    u = np.stack([row / max(1e-7, np.linalg.norm(row)) for row in u])
-    transposed = u.shape[0] > u.shape[1]
-    x = (u.T if transposed else u) / (np.linalg.norm(u) + 1e-7)
-    for _ in range(steps):
-        a = x @ x.T
-        x = 3.4445 * x + (-4.775 * a + 2.0315 * a @ a) @ x
-    return (x.T if transposed else x) * math.sqrt(max(1, u.shape[0] / u.shape[1])), momentum
-
-
-@pytest.mark.parametrize("shape", [(6, 6), (12, 5), (5, 12)])
-def test_muon_equals_a_slow_float64_version(shape):
-    generator = np.random.Generator(np.random.PCG64(0))
-    gradient, momentum = generator.normal(size=shape), generator.normal(size=shape)
-    update, kept = muon_update(torch.from_numpy(gradient)[None], torch.from_numpy(momentum)[None], 0.95, coefficients("fixed", 5), torch.float64)
-    slow_update, slow_kept = slow_muon(gradient, momentum, 0.95, 5)
-    np.testing.assert_allclose(update[0].numpy(), slow_update, atol=1e-12)
-    np.testing.assert_allclose(kept[0].numpy(), slow_kept, atol=1e-12)
-
-
-def test_newton_schulz_brings_singular_values_near_one():
-    matrices = torch.randn(3, 20, 50, generator=torch.Generator().manual_seed(0))
-    values = torch.linalg.svdvals(orthogonalise(normalise_rows(matrices), coefficients("fixed", 5), torch.float32))
-    assert values.min() > 0.6
-    assert values.max() < 1.3
 
 
 # Schedule
@@ -220,6 +100,47 @@ def test_a_token_outside_the_vocabulary(tmp_path):
         Windows(write_shards(tmp_path), 16, 10, 0).batch(0, 20)
 
 
+def prefetched(windows, first=lambda step: 4 * step, step=0):
+    return Prefetched(windows, first, 4, step, torch.device("cpu"))
+
+
+def readers():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
+
+
+def test_batches_read_ahead_are_those_of_the_windows_in_order(tmp_path):
+    """Also from a later step on, with other ranks' windows between, and over the end of an epoch."""
+    folder = write_shards(tmp_path)
+    read, ahead = (Windows(folder, TINY.context, TINY.vocab_size, 3) for _ in range(2))
+    count = len(read._order)
+    with prefetched(ahead, lambda step: 8 * step + 4, step=5) as batches:
+        for step in range(5, 5 + count // 8):
+            rows = torch.from_numpy(read.batch(8 * step + 4, 4))
+            inputs, targets = batches.next()
+            assert torch.equal(inputs, rows[:, :-1])
+            assert torch.equal(targets, rows[:, 1:])
+            assert inputs.dtype == targets.dtype == torch.int64
+    assert read._epoch == 1
+
+
+def test_an_error_of_the_reading_thread_is_the_caller_s(tmp_path):
+    windows = Windows(write_shards(tmp_path), TINY.context, 10, 0)
+    with pytest.raises(ValueError, match="vocab_size is 10"), prefetched(windows) as batches:
+        batches.next()
+    assert readers() == []
+
+
+def test_the_reading_thread_ends_with_its_context(tmp_path):
+    windows = Windows(write_shards(tmp_path), TINY.context, TINY.vocab_size, 0)
+    with prefetched(windows) as batches:
+        batches.next()
+        assert len(readers()) == 1
+    assert readers() == []
+    with pytest.raises(KeyboardInterrupt), prefetched(windows):
+        raise KeyboardInterrupt
+    assert readers() == []
+
+
 def test_micro_batches_have_one_shape():
     assert [micro_batch_size(48, most) for most in (1, 5, 32, 48, 100)] == [1, 4, 24, 48, 48]
 
@@ -259,6 +180,61 @@ def test_accumulating_micro_batches_equals_one_large_batch(tmp_path):
     whole = train(params(micro_batch_tokens=64), folder, world(), QUIET, Interval())
     parts = train(params(micro_batch_tokens=16), folder, world(), QUIET, Interval())
     np.testing.assert_allclose(whole.losses, parts.losses, atol=2e-5)
+
+
+def a_loop(model_params=TINY, steps=0):
+    """A loop that has done some steps, straight and looped, on random tokens."""
+    run = replace(params(), model=model_params)
+    model = Model(run.model)
+    initialise_(model, run.seed)
+    loop = _Loop(run, model, world(), Checkpoints(None, 0, world()), micro=2)
+    for step in range(steps):
+        go_on(loop, looped=step % 2 == 1)
+    return loop
+
+
+def go_on(loop, looped):
+    tokens = torch.randint(TINY.vocab_size, (2, 4, TINY.context), generator=torch.Generator().manual_seed(loop.steps_done))
+    now = settings(loop.steps_done, 0.0, loop.params.train)
+    loop.step(now._replace(looped=looped), *tokens.unbind())
+
+
+def everything(loop):
+    """Weights, averages and momenta, and what else the model holds."""
+    return [tensor.clone() for tensors in (*loop.optimizers.state(), loop.model.state_dict().values()) for tensor in tensors]
+
+
+def test_warm_up_takes_back_all_that_it_changed():
+    """D41, bit for bit, from momenta that are not zero; and it has run what a step runs, straight and looped."""
+    loop = a_loop(steps=2)
+    before, losses, random_state = everything(loop), list(loop.local_losses), torch.get_rng_state()
+    moved, ran = [], []
+
+    def watched(looped, work, inputs, targets):
+        moved.append(not all(map(torch.equal, everything(loop), before)))
+        ran.append(looped)
+        return work(inputs, targets)
+
+    loop.passes = {looped: partial(watched, looped, work) for looped, work in loop.passes.items()}
+    loop.warm_up()
+    assert set(ran) == {False, True}
+    assert any(moved)
+    assert all(map(torch.equal, everything(loop), before))
+    assert all(parameter.grad is None for parameter in loop.model.parameters())
+    assert (loop.steps_done, loop.local_losses) == (2, losses)
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+@pytest.mark.parametrize("layers", [TINY.layers, 1])
+def test_steps_after_warm_up_are_those_without(layers):
+    """The skips of a single layer have no gradient before it is looped: they keep none of the warm-up's."""
+    model_params = TINY if layers > 1 else replace(TINY, layers=1, loop_first=0, loop_last=0)
+    cold, warm = a_loop(model_params), a_loop(model_params)
+    warm.warm_up()
+    for looped in (False, True):
+        for loop in (cold, warm):
+            go_on(loop, looped)
+        assert all(map(torch.equal, everything(cold), everything(warm)))
 
 
 def test_two_gloo_ranks_give_one_rank_s_loss(tmp_path):

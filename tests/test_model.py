@@ -1,0 +1,177 @@
+"""The model: its forward pass, its initial values, and attention within documents."""
+
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from stages import config
+from stages.train.model import Model, initialise_, visit_plan
+from stages.train.operations import PLAIN
+from stages.train.params import ModelParams, Params
+from stages.train.plain import documents_of
+from tests.factories import TINY, params, random_model
+from tests.slow_model import logits as slow_logits
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = replace(TINY, attention="documents")
+BOS = TINY.bos_id
+# Three documents and, before the first BOS, what is left of one; a document of one token; 15 tokens.
+TOKENS = (9, 4, BOS, 7, 20, 4, 4, 30, BOS, BOS, 12, 5, 9, 4, 33)
+PIECES = (slice(0, 2), slice(2, 8), slice(8, 9), slice(9, 15))
+
+each_attention = pytest.mark.parametrize("model_params", [TINY, DOCUMENTS], ids=lambda model_params: model_params.attention)
+each_plan = pytest.mark.parametrize("looped", [False, True], ids=["straight", "looped"])
+
+
+def record_model_params() -> ModelParams:
+    raw = config.read(ROOT / "params.yaml")
+    overlay = yaml.safe_load((ROOT / "presets/record.yaml").read_text())
+    return config.build({**raw["model"], **overlay["model"]}, ModelParams)
+
+
+# The forward pass
+
+
+@each_attention
+@each_plan
+def test_model_equals_a_slow_float64_version(model_params, looped):
+    model = random_model(3, model_params).double()
+    model.dtype = torch.float64
+    weights = {name: tensor.double().numpy() for name, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        fast = model.logits(torch.tensor(TOKENS)[None], looped)[0].double().numpy()
+    slow = slow_logits(weights, TOKENS, model_params, looped)
+    assert np.linalg.norm(fast - slow) / np.linalg.norm(slow) < 1e-5  # angles, norms' eps and the softcap are float32
+
+
+def test_losses_are_cross_entropies_of_the_logits_and_scored_from_only_selects():
+    model = random_model(1)
+    tokens = torch.randint(TINY.vocab_size, (2, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        losses = model(tokens[:, :-1], tokens[:, 1:])
+        chosen = torch.log_softmax(model.logits(tokens[:, :-1]).double(), -1).gather(-1, tokens[:, 1:, None])[..., 0]
+        torch.testing.assert_close(losses.double(), -chosen, atol=1e-5, rtol=0)
+        torch.testing.assert_close(model(tokens[:, :-1], tokens[:, 1:], scored_from=8), losses[:, 8:], atol=1e-5, rtol=0)
+
+
+def test_the_record_has_the_record_s_parameters():
+    with torch.device("meta"):
+        model = Model(record_model_params())
+    assert sum(parameter.numel() for parameter in model.parameters()) == 35_944_536
+
+
+def test_visits_of_the_record():
+    record = record_model_params()
+    assert visit_plan(record, looped=False) == ((0, 1, 2, 3, 4), (5, 6, 7, 8, 9, 10))
+    assert visit_plan(record, looped=True) == ((0, 1, 2, 3, 4, 5, 3, 4), (5, 3, 4, 5, 6, 7, 8, 9, 10))
+
+
+@each_attention
+def test_the_model_is_causal(model_params):
+    """A BOS that comes later moves no document that has begun."""
+    model = random_model(5, model_params)
+    tokens = torch.tensor(TOKENS)[None]
+    changed = tokens.clone()
+    changed[:, 10:] = torch.tensor([3, BOS, 8, 8, BOS])
+    with torch.no_grad():
+        before, after = model.logits(tokens), model.logits(changed)
+    assert torch.equal(before[:, :10], after[:, :10])
+    assert not torch.equal(before[:, 10:], after[:, 10:])
+
+
+@each_attention
+def test_every_parameter_gets_a_gradient_when_looped(model_params):
+    """D33: a parameter that never moves is dead weight in the artifact."""
+    model = random_model(2, model_params)
+    tokens = torch.randint(TINY.vocab_size, (2, 17), generator=torch.Generator().manual_seed(0))
+    model(tokens[:, :-1], tokens[:, 1:], looped=True).mean().backward()
+    dead = [name for name, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.any()]
+    assert dead == []
+
+
+# Initial values
+
+
+def test_initial_values():
+    model = Model(TINY)
+    initialise_(model, 42)
+    state = model.state_dict()
+    assert 0.003 < float(state["embedding.weight"].std()) < 0.007
+    query = state["blocks.0.attention.query.weight"]
+    torch.testing.assert_close(query @ query.T, torch.eye(TINY.width), atol=1e-5, rtol=0)
+    assert not state["blocks.0.attention.output.weight"].any()
+    assert not state["blocks.0.mlp.down.weight"].any()
+    assert (state["blocks.1.attention.gain"] == 5.25).all()
+    assert (state["skip_weight"] == 1).all()
+    assert not state["skip_gate"].any()
+    assert (state["blocks.2.mix"] == torch.tensor([[1.0], [0.0]])).all()
+
+
+def test_with_bfloat16_activations_matrices_start_rounded_and_every_weight_is_float32():
+    model = Model(TINY, torch.bfloat16)
+    initialise_(model, 42)
+    for name in ("blocks.0.attention.query.weight", "embedding.weight"):
+        weight = model.state_dict()[name]
+        assert weight.any()
+        assert torch.equal(weight, weight.bfloat16().float())
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+# Documents
+
+
+def test_documents_begin_at_each_bos_and_what_precedes_the_first_is_one():
+    tokens = torch.tensor([TOKENS[:11], (BOS, *TOKENS[1:10], BOS), (8,) * 11])
+    starts, ends = documents_of(tokens, BOS)
+    assert starts.tolist() == [[0, 0, 2, 2, 2, 2, 2, 2, 8, 9, 9], [0, 0, 2, 2, 2, 2, 2, 2, 8, 9, 10], [0] * 11]
+    assert ends.tolist() == [[1, 1, 7, 7, 7, 7, 7, 7, 8, 10, 10], [1, 1, 7, 7, 7, 7, 7, 7, 8, 9, 10], [10] * 11]
+    assert starts.dtype == ends.dtype == torch.int32
+
+
+@each_plan
+def test_each_document_of_a_window_is_as_if_it_were_alone(looped):
+    """D20c: nothing of one document may reach the next."""
+    model, across = random_model(4, DOCUMENTS), random_model(4, TINY)
+    tokens = torch.tensor(TOKENS)
+    with torch.no_grad():
+        together = model.logits(tokens[None], looped)[0]
+        alone = torch.cat([model.logits(tokens[None, piece], looped)[0] for piece in PIECES])
+        over_the_edges = across.logits(tokens[None], looped)[0]
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
+    first = PIECES[0]
+    torch.testing.assert_close(over_the_edges[first], alone[first], atol=1e-5, rtol=0)
+    assert ((over_the_edges - alone)[first.stop :].abs().amax(-1) > 1e-2).all()
+
+
+def first_queries_and_keys(model_params, tokens):
+    """q and k of the first block as attention gets them, (T, heads, C) each."""
+    seen: list[torch.Tensor] = []
+
+    def attend(q, k, v, documents):
+        seen.extend((q[0], k[0]))
+        return PLAIN.attend(q, k, v, documents)
+
+    model = Model(model_params, operations=PLAIN._replace(attend=attend))
+    model.load_state_dict(random_model(6).state_dict())
+    with torch.no_grad():
+        model.logits(torch.tensor(tokens)[None])
+    return seen[:2]
+
+
+def test_positions_restart_at_bos():
+    """Scores within a document show differences of positions only, so this looks at q and k themselves."""
+    twice = (BOS, 7, 20, 4) * 2
+    assert all(torch.equal(heads[:4], heads[4:]) for heads in first_queries_and_keys(DOCUMENTS, twice))
+    assert not any(torch.equal(heads[:4], heads[4:]) for heads in first_queries_and_keys(TINY, twice))
+
+
+@pytest.mark.parametrize("bos_id", [-1, TINY.vocab_size])
+def test_a_bos_outside_the_vocabulary_is_refused(bos_id):
+    raw = asdict(params())
+    raw["model"]["bos_id"] = bos_id
+    with pytest.raises(ValueError, match=rf"^model\.bos_id: {bos_id} is not an id of the vocabulary of {TINY.vocab_size}$"):
+        config.build(raw, Params)
