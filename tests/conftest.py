@@ -1,5 +1,6 @@
 """Options, fixtures and the clean-up that every test gets."""
 
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,12 @@ OPTIONS = {"slow": "run it with `make test ARGS=--slow`", "gpu": "run it on a ma
 def pytest_addoption(parser: pytest.Parser) -> None:
     for name in OPTIONS:
         parser.addoption(f"--{name}", action="store_true", help=f"also run the tests marked {name}")
+
+
+def pytest_configure() -> None:
+    """Where there is no GPU, Triton's kernels run in its interpreter; it is chosen when Triton is imported."""
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

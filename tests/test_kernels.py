@@ -1,0 +1,387 @@
+"""The fused kernels against their plain twins in float64: results and every gradient.
+
+Without a GPU they run in Triton's interpreter, in float32 and with blocks so small that a few tokens fill several; on a GPU as they are, in
+bfloat16. The interpreter shows what a kernel computes, and nothing of what the compiler makes of it.
+"""
+
+import importlib
+import zlib
+from dataclasses import replace
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from stages.train import plain
+from stages.train.model import Model, rotary
+from stages.train.operations import PLAIN
+from stages.train.plain import Term
+from tests.factories import TINY, random_model
+
+pytest.importorskip("triton", reason="Triton is not installed: it comes with torch for CUDA, and `pip install triton` is enough on a CPU")
+kernels = importlib.import_module("stages.train.kernels")
+
+SOFTCAP = 30.0
+HEADS = [(4, 2), (3, 3)]  # query heads and key-value heads
+
+
+class Place(NamedTuple):
+    """Where kernels run, in which dtype, how far from float64 they may be, and how much longer texts have to be to fill several blocks."""
+
+    device: torch.device
+    dtype: torch.dtype
+    tolerance: float
+    stretch: int
+
+
+CPU = Place(torch.device("cpu"), torch.float32, 1e-5, 1)
+CUDA = Place(torch.device("cuda"), torch.bfloat16, 2e-2, 8)
+
+
+@pytest.fixture(params=[pytest.param(CPU, id="cpu"), pytest.param(CUDA, id="cuda", marks=pytest.mark.gpu)])
+def place(request, monkeypatch):
+    here = request.param
+    if here is CPU:
+        if torch.cuda.is_available():
+            pytest.skip("kernels are compiled where there is a GPU: run them with `make test ARGS=--gpu`")
+        for blocks in (kernels.mlp.FORWARD, kernels.mlp.BACKWARD):
+            for key, size in (("BM", 32), ("BN", 32), ("BK", 16)):
+                monkeypatch.setitem(blocks, key, size)
+        set_attention_blocks(monkeypatch, (16, 16), (32, 16), (16, 16))
+        monkeypatch.setattr(kernels.cross_entropy, "COLUMNS", 64)
+        monkeypatch.setattr(kernels.stream, "FORWARD_ROWS", 8)
+        monkeypatch.setattr(kernels.stream, "BACKWARD_ROWS", 4)
+    return here
+
+
+def set_attention_blocks(monkeypatch, *sizes):
+    """Rows and columns of each kernel's blocks."""
+    documents = kernels.documents
+    for blocks, (rows, columns) in zip((documents.FORWARD, documents.KEYS, documents.QUERIES), sizes, strict=True):
+        monkeypatch.setitem(blocks, "BM", rows)
+        monkeypatch.setitem(blocks, "BN", columns)
+    monkeypatch.setattr(documents, "LARGEST_BLOCK", max(map(max, sizes)))
+
+
+@pytest.fixture
+def draw(request, place):
+    """Normal numbers in the dtype of activations, or another; every case has its own."""
+    generator = torch.Generator().manual_seed(zlib.crc32(request.node.name.encode()))
+
+    def normal(*shape, dtype=None):
+        return torch.randn(shape, generator=generator).to(place.device, dtype or place.dtype)
+
+    return normal
+
+
+def results_and_gradients(function, inputs, dtype):
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
+    results = function(*leaves)
+    results = results if isinstance(results, tuple) else (results,)
+    generator = torch.Generator().manual_seed(1)
+    upstream = [torch.randn(result.shape, generator=generator).to(result.device, dtype).to(result.dtype) for result in results]
+    return [*results, *torch.autograd.grad(results, leaves, upstream)]
+
+
+def distance(tensor, reference):
+    """The error's norm over the reference's."""
+    tensor, reference = tensor.detach().double(), reference.detach().double()
+    return float((tensor - reference).norm() / reference.norm())
+
+
+def check(place, fused, twin, *inputs):
+    """`fused` of the inputs is `twin` of their doubles, and so are the gradients of all inputs for the same random upstream."""
+    mine = results_and_gradients(fused, inputs, place.dtype)
+    expected = results_and_gradients(twin, [tensor.double() for tensor in inputs], place.dtype)
+    errors = [distance(*pair) for pair in zip(mine, expected, strict=True)]
+    assert all(error < place.tolerance for error in errors), errors
+    return mine
+
+
+def windows_with_bos(place, tokens, pattern):
+    """Documents of two windows."""
+    ids = torch.full((2, tokens), 9)
+    if pattern == "some":
+        ids = torch.randint(11, (2, tokens), generator=torch.Generator().manual_seed(tokens))
+    if pattern == "block edges":
+        step = 16 * place.stretch
+        ids[0, step - 1 :: step] = ids[1, step::step] = TINY.bos_id
+    if pattern == "last token":
+        ids[:, -1] = TINY.bos_id
+    return plain.Documents(*(tensor.to(place.device) for tensor in plain.documents_of(ids, TINY.bos_id)))
+
+
+# The stream
+
+UNITS = [(False,), (True, False), (True, True), (False, True, False), (False,) * 5, (True, False, True, True, False)]
+
+
+def as_terms(inputs, units):
+    """Terms of as many tensors as there are flags, and of the vectors that follow for those that are no unit."""
+    tensors, vectors = inputs[: len(units)], iter(inputs[len(units) :])
+    return [Term(tensor, None if unit else next(vectors)) for tensor, unit in zip(tensors, units, strict=True)]
+
+
+def stream_inputs(draw, units, shape):
+    return [draw(*shape) for _ in units] + [draw(shape[-1], dtype=torch.float32) for unit in units if not unit]
+
+
+@pytest.mark.parametrize("units", UNITS, ids=str)
+def test_combine(place, draw, units):
+    inputs = stream_inputs(draw, units, (3, 7, 24))
+    check(
+        place,
+        lambda *inputs: kernels.combine(as_terms(inputs, units)),
+        lambda *inputs: plain.combine(as_terms(inputs, units)),
+        *inputs,
+    )
+
+
+@pytest.mark.parametrize("units", UNITS, ids=str)
+def test_combine_norm(place, draw, units):
+    inputs = stream_inputs(draw, units, (3, 7, 24))
+    check(
+        place,
+        lambda *inputs: kernels.combine_norm(as_terms(inputs, units), 0.7),
+        lambda *inputs: plain.combine_norm(as_terms(inputs, units), 0.7),
+        *inputs,
+    )
+
+
+@pytest.mark.parametrize("used", [0, 1], ids=["sum", "norm"])
+@pytest.mark.parametrize("units", [(True, False), (False, False)], ids=str)
+def test_combine_norm_of_which_one_result_is_used(place, draw, units, used):
+    inputs = stream_inputs(draw, units, (3, 7, 24))
+    check(
+        place,
+        lambda *inputs: kernels.combine_norm(as_terms(inputs, units), 0.7)[used],
+        lambda *inputs: plain.combine_norm(as_terms(inputs, units), 0.7)[used],
+        *inputs,
+    )
+
+
+@pytest.mark.parametrize("shape", [(1, 5), (2, 1), (67, 33), (5, 64)], ids=str)
+def test_combine_norm_of_any_shape(place, draw, shape):
+    """Widths that are and are not powers of two, one row, and more rows than programs take at once."""
+    units = (True, False)
+    check(
+        place,
+        lambda *inputs: kernels.combine_norm(as_terms(inputs, units), 0.7),
+        lambda *inputs: plain.combine_norm(as_terms(inputs, units), 0.7),
+        *stream_inputs(draw, units, shape),
+    )
+
+
+# Heads
+
+
+def angles(place, tokens, rope_dims):
+    return [tensor.to(place.device) for tensor in rotary(tokens, replace(TINY, rope_dims=rope_dims, width=64), torch.device("cpu"))]
+
+
+@pytest.mark.parametrize("pattern", [None, "some"])
+@pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
+@pytest.mark.parametrize("tokens", [5, 35])
+def test_split_heads(place, draw, tokens, heads, kv_heads, pattern):
+    """Fewer rows than a block, and no multiple of one."""
+    cos, sin = angles(place, tokens, 8)
+    starts = windows_with_bos(place, tokens, pattern).starts_BT if pattern else None
+    check(
+        place,
+        lambda joint, gain: kernels.split_heads(joint, gain, cos, sin, starts, kv_heads),
+        lambda joint, gain: plain.split_heads(joint, gain, cos.double(), sin.double(), starts, kv_heads),
+        draw(2, tokens, (heads + 2 * kv_heads) * 16),
+        3 + draw(heads, dtype=torch.float32),
+    )
+
+
+@pytest.mark.parametrize("rope_dims", [0, 2, 16])
+def test_split_heads_rotates_none_or_all_of_a_head(place, draw, rope_dims):
+    cos, sin = angles(place, 9, rope_dims)
+    check(
+        place,
+        lambda joint, gain: kernels.split_heads(joint, gain, cos, sin, None, 1),
+        lambda joint, gain: plain.split_heads(joint, gain, cos.double(), sin.double(), None, 1),
+        draw(2, 9, 4 * 16),
+        3 + draw(2, dtype=torch.float32),
+    )
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
+@pytest.mark.parametrize("tokens", [5, 35])
+def test_exclude_own_value(place, draw, tokens, heads, kv_heads):
+    value = draw(2, tokens, kv_heads, 16)
+    value[0, 0] = 0  # has no direction
+    check(place, kernels.exclude_own_value, plain.exclude_own_value, draw(2, tokens, heads, 16), value)
+
+
+# Attention
+
+
+def attention_inputs(draw, tokens, heads, kv_heads):
+    return 2 * draw(2, tokens, heads, 16), draw(2, tokens, kv_heads, 16), draw(2, tokens, kv_heads, 16)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "pattern"),
+    [(5, "none"), (5, "some"), (32, "none"), (32, "some"), (49, "none"), (49, "some"), (49, "block edges"), (49, "last token")],
+)
+def test_attention_within_documents(place, draw, tokens, pattern):
+    """Fewer tokens than a block, a multiple of all blocks, and neither."""
+    tokens *= place.stretch
+    within = windows_with_bos(place, tokens, pattern)
+    inputs = attention_inputs(draw, tokens, 2, 1)
+    check(place, lambda q, k, v: kernels.attend(q, k, v, within), lambda q, k, v: plain.attend(q, k, v, within), *inputs)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
+def test_attention_of_several_groups(place, draw, heads, kv_heads):
+    tokens = 21 * place.stretch
+    within = windows_with_bos(place, tokens, "some")
+    query, key, value = attention_inputs(draw, tokens, heads, kv_heads)
+    value[1, 3] = 0  # has no direction to exclude
+    check(place, lambda q, k, v: kernels.attend(q, k, v, within), lambda q, k, v: plain.attend(q, k, v, within), query, key, value)
+
+
+@pytest.mark.parametrize("sizes", [((16, 32), (16, 32), (16, 32)), ((32, 16), (16, 16), (32, 16))], ids=["wide", "tall"])
+def test_attention_with_blocks_of_other_sizes(place, draw, monkeypatch, sizes):
+    larger = max(1, place.stretch // 2)
+    set_attention_blocks(monkeypatch, *((rows * larger, columns * larger) for rows, columns in sizes))
+    tokens = 49 * place.stretch
+    within = windows_with_bos(place, tokens, "some")
+    inputs = attention_inputs(draw, tokens, 2, 1)
+    check(place, lambda q, k, v: kernels.attend(q, k, v, within), lambda q, k, v: plain.attend(q, k, v, within), *inputs)
+
+
+def test_attention_over_whole_windows_where_algorithms_are_deterministic(place, draw):
+    torch.use_deterministic_algorithms(True)
+    inputs = attention_inputs(draw, 21 * place.stretch, 2, 1)
+    first, again = (
+        check(place, lambda q, k, v: kernels.attend(q, k, v, None), lambda q, k, v: plain.attend(q, k, v, None), *inputs) for _ in range(2)
+    )
+    assert all(map(torch.equal, first, again))
+
+
+@pytest.mark.gpu
+def test_attention_over_whole_windows_by_cudnn():
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(2, 300, heads, 64, generator=generator).to(CUDA.device, CUDA.dtype) for heads in (4, 2, 2)]
+    check(CUDA, lambda q, k, v: kernels.attend(q, k, v, None), lambda q, k, v: plain.attend(q, k, v, None), *inputs)
+
+
+# MLP
+
+
+@pytest.mark.parametrize(("tokens", "width", "hidden"), [(70, 24, 40), (7, 8, 16), (64, 32, 64)])
+def test_squared_leaky_mlp(place, draw, tokens, width, hidden):
+    """No side a multiple of a block, all smaller than one, and all multiples."""
+    inputs = draw(tokens, width), draw(hidden, width), draw(width, hidden)
+    check(place, kernels.squared_leaky_mlp, plain.squared_leaky_mlp, *inputs)
+
+
+# Cross entropy
+
+
+@pytest.mark.parametrize("vocab", [37, 64, 130])
+@pytest.mark.parametrize("scale", [3.0, 60.0])
+def test_softcapped_cross_entropy(place, draw, vocab, scale):
+    """Less than a block of logits, one, and no multiple; far inside the cap, and at it."""
+    targets = torch.arange(13, device=place.device) * 7 % vocab
+    targets[0], targets[1] = 0, vocab - 1
+    check(
+        place,
+        lambda z: kernels.softcapped_cross_entropy(z, targets, SOFTCAP),
+        lambda z: plain.softcapped_cross_entropy(z, targets, SOFTCAP),
+        scale * draw(13, vocab),
+    )
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_cross_entropy_of_logits_that_all_are_at_the_cap(place, sign):
+    """The sum of exponentials has no running maximum; for the largest softcap it still is a number."""
+    cap = kernels.cross_entropy.LARGEST_SOFTCAP
+    z = torch.full((2, 5), sign * 1e4, device=place.device, dtype=place.dtype)
+    losses = kernels.softcapped_cross_entropy(z, torch.tensor([0, 4], device=place.device), cap)
+    torch.testing.assert_close(losses.cpu(), torch.full((2,), 5.0).log(), atol=1e-4, rtol=0)
+
+
+# All together
+
+SMALL = replace(TINY, context=17, width=32, layers=3, heads=2, kv_heads=1, rope_dims=8, parallel_from=2, loop_first=1, loop_last=1, loops=1)
+
+
+@pytest.mark.parametrize("looped", [False, True], ids=["straight", "looped"])
+@pytest.mark.parametrize("attention", ["windows", "documents"])
+def test_the_model_of_fused_operations_is_the_plain_model(place, monkeypatch, attention, looped):
+    """Losses, and the gradient of every parameter, are about as near to those of float64 as the plain model's in the same dtype."""
+    if place is CPU:  # larger blocks: the interpreter's time is that of its programs
+        set_attention_blocks(monkeypatch, *[(32, 32)] * 3)
+        for module, name in ((kernels.stream, "FORWARD_ROWS"), (kernels.stream, "BACKWARD_ROWS"), (kernels.heads, "ROWS")):
+            monkeypatch.setattr(module, name, 32)
+    torch.use_deterministic_algorithms(True)
+    tokens = torch.randint(TINY.vocab_size, (2, 18), generator=torch.Generator().manual_seed(0))
+    tokens[0, 5] = tokens[1, 0] = tokens[1, 16] = TINY.bos_id
+    tokens = tokens.to(place.device)
+    exact, simple, fused = (
+        losses_and_gradients(replace(SMALL, attention=attention), dtype, operations, tokens, looped)
+        for dtype, operations in ((torch.float64, PLAIN), (place.dtype, PLAIN), (place.dtype, kernels.FUSED))
+    )
+    for name, reference in exact.items():
+        assert distance(fused[name], reference) < 4 * distance(simple[name], reference) + 10 * place.tolerance, name
+
+
+def losses_and_gradients(model_params, dtype, operations, tokens, looped):
+    model = Model(model_params, dtype, operations).to(tokens.device)
+    model.load_state_dict(random_model(7, model_params).state_dict())
+    if dtype == torch.float64:
+        model.double()
+    losses = model(tokens[:, :-1], tokens[:, 1:], looped)
+    losses.mean().backward()
+    return {"losses": losses.detach()} | {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+# Operators
+
+ON_GPU_ONLY = {"window_attention", "window_attention_backward"}  # cuDNN's
+
+
+def operator_arguments(draw, place):
+    """For each operator arguments of small shapes; those that have a gradient ask for it."""
+
+    def leaf(*shape, dtype=None):
+        return draw(*shape, dtype=dtype).requires_grad_()
+
+    single = torch.float32
+    joint, query, value, row = (1, 5, 64), (1, 5, 2, 16), (1, 5, 1, 16), (1, 2, 5)
+    cos, sin = angles(place, 5, 8)
+    within = plain.whole_windows(1, 5, place.device)
+    targets = torch.tensor([0, 1, 2, 3, 6], device=place.device)
+    small, wide = (5, 8), (5, 16)
+    return {
+        "combine": ([leaf(*small), leaf(*small)], leaf(2, 8, dtype=single), 2, True, 0.5),
+        "combine_backward": (draw(*small), draw(*small), draw(*small), [draw(*small), draw(*small)], draw(2, 8, dtype=single), 2, 0.5),
+        "split_heads": (leaf(*joint), leaf(2, dtype=single), cos, sin, within.starts_BT, 1),
+        "split_heads_backward": (
+            draw(*joint), draw(2, dtype=single), cos, sin, None, draw(*query), draw(*value), draw(*value)
+        ),
+        "exclude_own_value": (leaf(*query), leaf(*value)),
+        "exclude_own_value_backward": (draw(*query), draw(*query), draw(*value)),
+        "document_attention": (leaf(*query), leaf(*value), leaf(*value), *within),
+        "document_attention_backward": (
+            draw(*query), draw(*query), draw(*value), draw(*value), *within,
+            draw(*query), draw(*row, dtype=single), draw(*row, dtype=single),
+        ),
+        "squared_leaky_mlp": (leaf(*small), leaf(16, 8), leaf(8, 16)),
+        "squared_leaky_mlp_backward": (draw(*small), draw(*small), draw(16, 8), draw(8, 16), draw(*wide), draw(*wide)),
+        "softcapped_cross_entropy": (leaf(5, 7), targets, SOFTCAP),
+        "softcapped_cross_entropy_backward": (draw(5, dtype=single), draw(5, 7), targets, draw(5, dtype=single), SOFTCAP),
+    }  # fmt: skip
+
+
+def test_operators_keep_their_word_to_the_compiler(place, draw):
+    """Schema, shapes without data, and gradients, as torch.compile relies on them."""
+    arguments = operator_arguments(draw, place)
+    registered = {name.removeprefix("caddie::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("caddie::")}
+    assert registered == set(arguments) | ON_GPU_ONLY
+    for name, values in arguments.items():
+        torch.library.opcheck(getattr(torch.ops.caddie, name).default, values)
