@@ -44,6 +44,7 @@ def held_out_loss(state: dict[str, torch.Tensor], params: Params, folder: Path, 
 
 def run(params: Params, changes: list[str], arguments: argparse.Namespace, here: World) -> dict[str, Any]:
     """Train one variant and score it."""
+    torch.compiler.reset()  # each variant compiles its own; torch bounds how many graphs of one function it keeps
     interval = Interval()
     trained = train(params, arguments.train, here, Report(is_main=False), interval)
     row = {
@@ -71,7 +72,8 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "params.yaml"
-        subprocess.run([sys.executable, "-m", "stages.preset", arguments.preset, "--output", str(file)], check=True, stdout=subprocess.DEVNULL)
+        write_preset = [sys.executable, "-m", "stages.preset", arguments.preset, "--output", str(file)]
+        subprocess.run(write_preset, check=True, stdout=subprocess.DEVNULL)
         variants = [(config.load(file, Params, [*arguments.set, *variant.split()]), variant.split()) for variant in arguments.variant]
     with world(variants[0][0].parallel) as here:
         for params, changes in variants:

@@ -45,7 +45,9 @@ def main() -> None:
         measure(what, inputs.numel(), "tokens", step)
         measure(what.replace("forward and backward", "forward"), inputs.numel(), "tokens", score)
     matrix = torch.randn(1, params.hidden, params.width, generator=torch.Generator().manual_seed(0))
-    measure(f"orthogonalise, {params.hidden} x {params.width}, 5 steps", 1, "matrices", lambda: orthogonalise(matrix, coefficients("fixed", 5), torch.float32))
+    triples = coefficients("fixed", 5)
+    what = f"orthogonalise, {params.hidden} x {params.width}, {len(triples)} steps"
+    measure(what, 1, "matrices", lambda: orthogonalise(matrix, triples, torch.float32))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from stages.parallel import relaunch_under_torchrun, world
 from stages.sliding_eval.evaluate import read_stream, score, write_results
 from stages.sliding_eval.params import Params
 from stages.sliding_eval.scorer import SlidingScorer
+from stages.train.operations import attention_backend
 
 STAGE = command.Stage(
     name="sliding_eval",
@@ -36,6 +37,7 @@ def main(run: command.Run[Params]) -> None:
             bpb = write_results(run.output, "sliding", nll, stream, params.chunk, run.write_json)
             run.report.log(f"sliding_eval: {bpb:.6f} bpb over {stream.targets:,} targets, {int(stream.counted_bytes.sum()):,} bytes")
         run.timing |= {"evaluation_seconds": clock.process_seconds(), "hardware": clock.hardware(here.device), "ranks": here.size}
+        run.timing["attention_backend"] = attention_backend(here.kernels)
 
 
 if __name__ == "__main__":

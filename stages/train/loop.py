@@ -1,7 +1,6 @@
 """The training loop: the next batch, forward and backward, one step of the optimizers, one of the average, until the budget is spent."""
 
 import contextlib
-import functools
 from collections import deque
 from collections.abc import Callable
 from functools import partial
@@ -93,12 +92,15 @@ def gradients_of(
 
 
 class Recorded:
-    """A pass as one CUDA graph: a thousand launches become one, and the gaps between kernels shrink. Results live until the next call."""
+    """A pass as one CUDA graph: a thousand launches become one, and the gaps between kernels shrink. Results live until the next call.
 
-    def __init__(self, work: Pass, inputs: Tensor, targets: Tensor) -> None:
+    Recorded passes that never run at once share the memory `pool`.
+    """
+
+    def __init__(self, work: Pass, inputs: Tensor, targets: Tensor, pool: Any) -> None:
         self.inputs, self.targets = inputs.clone(), targets.clone()
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=_shared_pool()):
+        with torch.cuda.graph(self.graph, pool=pool):
             self.results = work(self.inputs, self.targets)
 
     def __call__(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor | None]]:
@@ -107,12 +109,6 @@ class Recorded:
         self.targets.copy_(targets)
         self.graph.replay()
         return self.results
-
-
-@functools.cache
-def _shared_pool() -> Any:
-    """The memory of all recorded passes: no two run at once, so the second uses the first one's."""
-    return torch.cuda.graph_pool_handle()
 
 
 class _Loop:
@@ -153,12 +149,13 @@ class _Loop:
         # Two tensors, not one twice: a graph compiled for inputs that share memory does not serve inputs that do not.
         tokens = torch.randint(self.params.model.vocab_size, shape, generator=generator).to(self.world.device)
         inputs, targets = tokens[0].clone(), tokens[1].clone()
+        pool = torch.cuda.graph_pool_handle() if self.world.compile else None
         for looped in (False, True):
             for _ in range(WARM_UP_STEPS):
                 self._gradients(looped, inputs, targets)
                 self.optimizers.step(settings(0, 0.0, self.params.train), 0)
             if self.world.compile:
-                self.passes[looped] = Recorded(self.passes[looped], inputs, targets)
+                self.passes[looped] = Recorded(self.passes[looped], inputs, targets, pool)
         self.optimizers.load(saved)
         if self.world.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.world.device)
@@ -194,7 +191,8 @@ class _Loop:
     def measured(self, clock: Interval) -> dict[str, Any]:
         """Speed and memory, for timing.json."""
         tokens = self.steps_done * self.params.train.batch_tokens
-        peak = torch.cuda.max_memory_allocated(self.world.device) if self.world.device.type == "cuda" else None
+        # Reserved, not allocated: what a recorded pass uses is not seen as allocated when it is replayed.
+        peak = torch.cuda.max_memory_reserved(self.world.device) if self.world.device.type == "cuda" else None
         return {"tokens_per_second": tokens / max(1e-9, clock.seconds), "peak_memory_bytes": peak}
 
     def _is_checkpoint(self) -> bool:

@@ -1,7 +1,7 @@
 """The operations that have a fused form: one set of signatures, two implementations.
 
-`PLAIN` runs everywhere and is what tests compare with. `fused()` is for CUDA and bfloat16: it needs Triton, and cuDNN for attention over
-whole windows. A model is given one of them when it is made.
+`PLAIN` runs everywhere and is what tests compare with; the fused ones are Triton's, for CUDA and bfloat16. A model is given either when it
+is made.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,12 +38,17 @@ def operations(kernels: bool) -> Operations:
     return FUSED
 
 
+def attention_backend(kernels: bool) -> str:
+    """Whose attention a model with these operations runs."""
+    return "stages/train/kernels/attention.py (Triton)" if kernels else "torch.nn.functional.scaled_dot_product_attention"
+
+
 def compiled(work: Callable[..., Any], world: World) -> Callable[..., Any]:
     """`work`, compiled as a whole for fixed shapes where the world compiles."""
     if not world.compile:
         return work
     if world.kernels:
-        from stages.train.kernels import declare_to_compiler
+        from stages.train.kernels.compiler import declare_operators
 
-        declare_to_compiler()
+        declare_operators()
     return torch.compile(work, dynamic=False, fullgraph=True)

@@ -52,8 +52,11 @@ def rms_norm(x: Tensor) -> Tensor:
 
 def combine(terms: Sequence[Term]) -> Tensor:
     """The weighted sum of the terms."""
-    parts = [x if w is None else w.to(x.dtype) * x for x, w in terms]
-    return sum(parts[1:], start=parts[0])
+    (x, w), *rest = terms
+    total = x if w is None else w.to(x.dtype) * x
+    for x, w in rest:
+        total = total + x if w is None else torch.addcmul(total, w.to(x.dtype), x)
+    return total
 
 
 def combine_norm(terms: Sequence[Term], scale: float) -> tuple[Tensor, Tensor]:

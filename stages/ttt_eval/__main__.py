@@ -7,6 +7,7 @@ from stages import clock, command, ledger
 from stages.pack.artifact import load_model
 from stages.parallel import relaunch_under_torchrun, world
 from stages.sliding_eval.evaluate import read_stream, score, write_results
+from stages.train.operations import attention_backend
 from stages.ttt_eval.params import Params
 from stages.ttt_eval.scorer import TTTScorer
 
@@ -35,6 +36,7 @@ def main(run: command.Run[Params]) -> None:
         scorer = TTTScorer(model, params.sliding_eval, params.ttt_eval, here, stream.targets, run.report)
         nll = score(scorer, stream)
         run.timing |= {"evaluation_seconds": clock.process_seconds(), "hardware": clock.hardware(here.device), "ranks": here.size}
+        run.timing["attention_backend"] = attention_backend(here.kernels)
         if here.is_main:
             bpb = write_results(run.output, "ttt", nll, stream, params.ttt_eval.chunk, run.write_json)
             documents = ledger.document_of_target(stream.tokens, stream.table.bos)

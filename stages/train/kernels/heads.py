@@ -1,4 +1,4 @@
-"""What surrounds attention, fused: from the joint projection to rotated q and k, and the exclusion of a token's own value afterwards.
+"""From the joint projection to normalised and rotated q and k, fused.
 
 One pass over the data each way, where the plain twins (stages/train/plain.py) take about ten. Arithmetic is float32 in registers, rounded
 once at the end. Gradients of the gain are summed from one partial sum a program, so results repeat bit for bit.
@@ -75,7 +75,7 @@ def _split_backward(
         x = tl.load(joint + place + columns[None, :], mask=valid[:, None], other=0.0).to(tl.float32)
         other = tl.load(joint + place + partner[None, :], mask=valid[:, None], other=0.0).to(tl.float32)
         inverse = tl.rsqrt(tl.sum(x * x, 1) / C + NORM_EPS)[:, None]
-        if head < H:
+        if head < H:  # noqa: SIM108  (Triton compiles the branches apart)
             source = dq + token * (H * C) + head * C
         else:
             source = dk + token * (K * C) + (head - H) * C
@@ -87,40 +87,6 @@ def _split_backward(
         g = tl.load(gain + head, mask=head < H, other=1.0)
         dx = g * inverse * (dz * c - dz_other * s - x * inverse * along / C)
         tl.store(djoint + place + columns[None, :], dx.to(djoint.dtype.element_ty), mask=valid[:, None])
-
-
-@triton.jit
-def _exclude_forward(o, v, y, N, K: tl.constexpr, G: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr):
-    """y = o - (o . v / v . v) v for the G heads of one group."""
-    rows, group, columns = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1), tl.arange(0, C)
-    valid = rows[:, None] < N
-    own = tl.load(v + (rows[:, None].to(tl.int64) * K + group) * C + columns[None, :], mask=valid, other=0.0).to(tl.float32)
-    scale = 1.0 / tl.maximum(tl.sum(own * own, 1), 1e-24)
-    for head in range(G):
-        place = (rows[:, None].to(tl.int64) * K * G + group * G + head) * C + columns[None, :]
-        out = tl.load(o + place, mask=valid, other=0.0).to(tl.float32)
-        share = tl.sum(out * own, 1) * scale
-        tl.store(y + place, (out - share[:, None] * own).to(y.dtype.element_ty), mask=valid)
-
-
-@triton.jit
-def _exclude_backward(dy, o, v, do, dv, N, K: tl.constexpr, G: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr):
-    """do = dy - (dy . v / n) v; dv = -sum over heads of (a dy + b o - 2 a b v), with n = v . v, a = o . v / n, b = dy . v / n."""
-    rows, group, columns = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1), tl.arange(0, C)
-    valid = rows[:, None] < N
-    value_place = (rows[:, None].to(tl.int64) * K + group) * C + columns[None, :]
-    own = tl.load(v + value_place, mask=valid, other=0.0).to(tl.float32)
-    scale = 1.0 / tl.maximum(tl.sum(own * own, 1), 1e-24)
-    total = tl.zeros((ROWS, C), dtype=tl.float32)
-    for head in range(G):
-        place = (rows[:, None].to(tl.int64) * K * G + group * G + head) * C + columns[None, :]
-        out = tl.load(o + place, mask=valid, other=0.0).to(tl.float32)
-        upstream = tl.load(dy + place, mask=valid, other=0.0).to(tl.float32)
-        a = (tl.sum(out * own, 1) * scale)[:, None]
-        b = (tl.sum(upstream * own, 1) * scale)[:, None]
-        tl.store(do + place, (upstream - b * own).to(do.dtype.element_ty), mask=valid)
-        total += 2 * a * b * own - a * upstream - b * out
-    tl.store(dv + value_place, total.to(dv.dtype.element_ty), mask=valid)
 
 
 @torch.library.custom_op("caddie::split_heads", mutates_args=())
@@ -176,52 +142,8 @@ def _split_vjp(ctx, dq, dk, dv):
 _split.register_autograd(_split_vjp, setup_context=_save_split)
 
 
-@torch.library.custom_op("caddie::exclude_own_value", mutates_args=())
-def _exclude(o: Tensor, v: Tensor) -> Tensor:
-    B, T, H, C = o.shape
-    K = v.shape[2]
-    y = torch.empty_like(o)
-    _exclude_forward[(triton.cdiv(B * T, ROWS), K)](o, v, y, B * T, K, H // K, C, ROWS)
-    return y
-
-
-@_exclude.register_fake
-def _(o: Tensor, v: Tensor) -> Tensor:
-    return torch.empty_like(o)
-
-
-@torch.library.custom_op("caddie::exclude_own_value_backward", mutates_args=())
-def _exclude_gradient(dy: Tensor, o: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    B, T, H, C = o.shape
-    K = v.shape[2]
-    do, dv = torch.empty_like(o), torch.empty_like(v)
-    _exclude_backward[(triton.cdiv(B * T, ROWS), K)](dy, o, v, do, dv, B * T, K, H // K, C, ROWS)
-    return do, dv
-
-
-@_exclude_gradient.register_fake
-def _(dy: Tensor, o: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(o), torch.empty_like(v)
-
-
-def _save_exclude(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
-def _exclude_vjp(ctx, dy):
-    return _exclude_gradient(dy.contiguous(), *ctx.saved_tensors)
-
-
-_exclude.register_autograd(_exclude_vjp, setup_context=_save_exclude)
-
-
 def split_heads(
     joint_BTE: Tensor, gain_H: Tensor, cos_TR: Tensor, sin_TR: Tensor, starts_BT: Tensor | None, kv_heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The fused twin of `plain.split_heads`."""
     return _split(joint_BTE.contiguous(), gain_H.float(), cos_TR, sin_TR, starts_BT, kv_heads)
-
-
-def exclude_own_value(o_BTHC: Tensor, v_BTKC: Tensor) -> Tensor:
-    """The fused twin of `plain.exclude_own_value`."""
-    return _exclude(o_BTHC.contiguous(), v_BTKC.contiguous())

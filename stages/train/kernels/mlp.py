@@ -1,7 +1,7 @@
 """The squared leaky ReLU inside the epilogue of the product beside it (#1530): the hidden layer is not read again to be squared.
 
 Forward: h = x W_up^T is written together with a = leaky_relu(h)^2. Backward: dh = (dy W_down) a'(h), with a' = 2h above zero and h / 2
-below, applied to the accumulator. Both are persistent kernels over tensor descriptors (TMA on Hopper); the other four products are cuBLAS's.
+below, applied to the accumulator. Both are persistent kernels over tensor descriptors (TMA on Hopper); the other products are cuBLAS's.
 
 Shapes: N tokens, D width, F hidden.
 """

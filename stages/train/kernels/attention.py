@@ -8,7 +8,7 @@ kernels, by keys and by queries, without atomics: it repeats bit for bit.
 
 With o the attention's output and v the token's own value, y = o - share v is written, where share = o . v / v . v; o itself is not kept.
 
-Shapes: B batch, T tokens, H query heads, K key-value heads, C head dimension, G = H / K; lse (base 2), share and delta are (B, H, T) float32.
+Shapes: B batch, T tokens, H query heads, K key-value heads, C head dimension; lse (base 2), share and delta are (B, H, T) float32.
 """
 
 import math
@@ -81,7 +81,9 @@ def _attend_forward(q, k, v, starts, y, lse, share, scale, T, H: tl.constexpr, K
     acc = tl.zeros((BM, C), dtype=tl.float32)
     top, total = tl.full((BM,), -float("inf"), dtype=tl.float32), tl.zeros((BM,), dtype=tl.float32)
     lo, full, full_end = _bounds(starts, m0, T, BM, BN)
-    acc, top, total = _forward_range(tile, acc, top, total, k + kv_base, v + kv_base, m, start, lo, full, scale, T, K * C, C, BN, True, EVEN)
+    acc, top, total = _forward_range(
+        tile, acc, top, total, k + kv_base, v + kv_base, m, start, lo, full, scale, T, K * C, C, BN, True, EVEN
+    )  # fmt: skip
     acc, top, total = _forward_range(
         tile, acc, top, total, k + kv_base, v + kv_base, m, start, full, full_end, scale, T, K * C, C, BN, False, EVEN
     )  # fmt: skip
@@ -211,7 +213,9 @@ def _attend_backward_queries(q, k, v, do, lse, delta, starts, dq, scale, T, H: t
     acc = tl.zeros((BM, C), dtype=tl.float32)
     lo, full, full_end = _bounds(starts, m0, T, BM, BN)
     end = tl.minimum(m0 + BM, T)
-    acc = _queries_range(acc, tile, upstream, row_lse, row_delta, k + kv_base, v + kv_base, m, start, lo, full, scale, T, K * C, C, BN, True, EVEN)
+    acc = _queries_range(
+        acc, tile, upstream, row_lse, row_delta, k + kv_base, v + kv_base, m, start, lo, full, scale, T, K * C, C, BN, True, EVEN
+    )  # fmt: skip
     acc = _queries_range(
         acc, tile, upstream, row_lse, row_delta, k + kv_base, v + kv_base, m, start, full, full_end, scale, T, K * C, C, BN, False, EVEN
     )  # fmt: skip
