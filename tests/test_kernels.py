@@ -56,11 +56,11 @@ def place(request, monkeypatch):
 
 def set_attention_blocks(monkeypatch, *sizes):
     """Rows and columns of each kernel's blocks."""
-    documents = kernels.attention
-    for blocks, (rows, columns) in zip((documents.FORWARD, documents.KEYS, documents.QUERIES), sizes, strict=True):
+    attention = kernels.attention
+    for blocks, (rows, columns) in zip((attention.FORWARD, attention.KEYS, attention.QUERIES), sizes, strict=True):
         monkeypatch.setitem(blocks, "BM", rows)
         monkeypatch.setitem(blocks, "BN", columns)
-    monkeypatch.setattr(documents, "LARGEST_BLOCK", max(map(max, sizes)))
+    monkeypatch.setattr(attention, "LARGEST_BLOCK", max(map(max, sizes)))
 
 
 @pytest.fixture
@@ -302,7 +302,6 @@ def test_the_model_of_fused_operations_is_the_plain_model(place, monkeypatch, at
         set_attention_blocks(monkeypatch, *[(32, 32)] * 3)
         for module, name in ((kernels.stream, "FORWARD_ROWS"), (kernels.stream, "BACKWARD_ROWS"), (kernels.heads, "ROWS")):
             monkeypatch.setattr(module, name, 32)
-    torch.use_deterministic_algorithms(True)
     tokens = torch.randint(TINY.vocab_size, (2, 18), generator=torch.Generator().manual_seed(0))
     tokens[0, 5] = tokens[1, 0] = tokens[1, 16] = TINY.bos_id
     tokens = tokens.to(place.device)
