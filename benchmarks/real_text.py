@@ -69,7 +69,7 @@ def unquantised_bpb(folder: Path, params: Path, changes: list[str]) -> float:
     assert isinstance(evaluation, EvalParams)
     stream = read_stream(folder / "tokenize/val", folder / "tokenize/tokenizer.model", train.model.vocab_size, train.model.context)
     with world(train.parallel) as here:
-        model = Model(train.model, here.dtype, operations(here.kernels)).to(here.device)
+        model = Model(train.model, here.dtype, operations(here.kernels, train.model)).to(here.device)
         model.load_state_dict(load_file(folder / "train/model.safetensors"))
         nll = score(SlidingScorer(model, evaluation.sliding_eval, here), stream)
     return bits_per_byte(nll, stream.counted_bytes)

@@ -33,7 +33,7 @@ WINDOWS_AT_ONCE = 32
 @torch.no_grad()
 def held_out_loss(state: dict[str, torch.Tensor], params: Params, folder: Path, here: World) -> float:
     """Mean nats a token over windows of `folder`, the same for every variant."""
-    model = Model(params.model, here.dtype, operations(here.kernels)).to(here.device)
+    model = Model(params.model, here.dtype, operations(here.kernels, params.model)).to(here.device)
     model.load_state_dict(state)
     windows = Windows(folder, params.model.context, params.model.vocab_size, seed=0)
     total = 0.0

@@ -152,7 +152,7 @@ class Steps:
     def __init__(self, params: Params, here: World) -> None:
         self.params, self.here = params, here
         torch.compiler.reset()
-        model = Model(params.model, here.dtype, operations(here.kernels)).to(here.device)
+        model = Model(params.model, here.dtype, operations(here.kernels, params.model)).to(here.device)
         initialise_(model, 0)
         self.local = params.train.batch_tokens // here.size // params.model.context
         self.micro = micro_batch_size(self.local, params.train.micro_batch_tokens // params.model.context)

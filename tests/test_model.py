@@ -10,7 +10,7 @@ import yaml
 
 from stages import config
 from stages.train.model import Model, initialise_, visit_plan
-from stages.train.operations import PLAIN
+from stages.train.operations import PLAIN, operations
 from stages.train.params import ModelParams, Params
 from stages.train.plain import documents_of
 from tests.factories import TINY, params, random_model
@@ -175,3 +175,19 @@ def test_a_bos_outside_the_vocabulary_is_refused(bos_id):
     raw["model"]["bos_id"] = bos_id
     with pytest.raises(ValueError, match=rf"^model\.bos_id: {bos_id} is not an id of the vocabulary of {TINY.vocab_size}$"):
         config.build(raw, Params)
+
+
+@pytest.mark.parametrize(
+    ("key", "changes"),
+    [
+        ("model.heads", {"width": 96, "heads": 4}),
+        ("model.heads", {"width": 32, "heads": 4}),
+        ("model.hidden", {"width": 64, "heads": 4, "hidden": 36}),
+        ("model.logit_softcap", {"width": 64, "heads": 4, "logit_softcap": 50.0}),
+    ],
+)
+def test_shapes_that_the_kernels_cannot_take_are_refused_by_key(key, changes):
+    model = replace(TINY, **({"width": 64, "hidden": 64} | changes))
+    with pytest.raises(ValueError, match=rf"^{key}: .*parallel\.kernels: false"):
+        operations(True, model)
+    assert operations(False, model) is PLAIN

@@ -42,7 +42,7 @@ def collect(
     state: dict[str, Tensor], params: Params, shard_folder: Path, world: World, report: Report, clock: Interval
 ) -> dict[str, Tensor]:
     """The Hessians by matrix name, float32 on the CPU; the clock runs from the first read of training data to the last."""
-    model = Model(params.model, world.dtype, operations(world.kernels)).to(world.device)
+    model = Model(params.model, world.dtype, operations(world.kernels, params.model)).to(world.device)
     model.load_state_dict(state)
     sums = observe_(model)
     sequences = params.calibrate.tokens // params.model.context

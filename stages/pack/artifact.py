@@ -97,7 +97,7 @@ def unpack(blob: bytes) -> tuple[ModelParams, dict[str, Tensor]]:
 def load_model(path: Path, world: World) -> Model:
     """The model in a file, on the world's device and in its manner of computing."""
     params, state = unpack(path.read_bytes())
-    model = Model(params, world.dtype, operations(world.kernels)).to(world.device)
+    model = Model(params, world.dtype, operations(world.kernels, params)).to(world.device)
     model.load_state_dict(state)
     return model
 

@@ -46,7 +46,7 @@ def train(
     scratch: Path = Path(".scratch"),
 ) -> Trained:
     """Train from the seed. `clock` is started at the first read of training data and marked at the last."""
-    model = Model(params.model, world.dtype, operations(world.kernels)).to(world.device)
+    model = Model(params.model, world.dtype, operations(world.kernels, params.model)).to(world.device)
     initialise_(model, params.seed)
     local, micro = _batch_shape(params, world)
     report.log(

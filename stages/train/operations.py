@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stages.parallel import World
 from stages.train import plain
+from stages.train.params import ModelParams
 from stages.train.plain import Documents, Term
 
 
@@ -26,13 +27,21 @@ class Operations(NamedTuple):
     cross_entropy: Callable[[Tensor, Tensor, float], Tensor]
 
 
+LARGEST_SOFTCAP = 40.0  # e^(-80) is above the smallest normal float32 (kernels/cross_entropy.py sums without a running maximum)
 PLAIN = Operations(plain.combine, plain.combine_norm, plain.split_heads, plain.attend, None, plain.softcapped_cross_entropy)
 
 
-def operations(kernels: bool) -> Operations:
-    """The fused operations, or the plain ones."""
+def operations(kernels: bool, model: ModelParams) -> Operations:
+    """The fused operations, or the plain ones; a ValueError where the fused ones cannot take the model's shapes."""
     if not kernels:
         return PLAIN
+    instead = "; parallel.kernels: false runs it with plain operations"
+    if model.head_dim < 16 or model.head_dim & (model.head_dim - 1):
+        raise ValueError(f"model.heads: the fused kernels need a head dimension of 16, 32, 64 ..., this is {model.head_dim}{instead}")
+    if model.hidden % 8:
+        raise ValueError(f"model.hidden: the fused kernels need a multiple of 8, this is {model.hidden}{instead}")
+    if model.logit_softcap > LARGEST_SOFTCAP:
+        raise ValueError(f"model.logit_softcap: the fused loss needs {LARGEST_SOFTCAP} at most, this is {model.logit_softcap}{instead}")
     from stages.train.kernels import FUSED  # Triton is not installed where there is no GPU
 
     return FUSED

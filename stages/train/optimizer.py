@@ -95,9 +95,12 @@ class Bank:
     def collect(self, gradients: dict[str, Tensor | None], add: bool) -> None:
         """Put gradients by name into the bank, or add them to what is there; None is zero (the skips of a one-layer model)."""
         pairs = [(place, gradients[name]) for name, place in zip(self.names, self.places, strict=True)]
-        places = [place for place, gradient in pairs if gradient is not None]
-        held = [gradient.float() for _, gradient in pairs if gradient is not None]
-        (torch._foreach_add_ if add else torch._foreach_copy_)(places, held)
+        held = [(place, gradient.float()) for place, gradient in pairs if gradient is not None]
+        if not add and len(held) < len(pairs):
+            self.gradients.zero_()
+        if held:
+            places, found = (list(column) for column in zip(*held, strict=True))
+            (torch._foreach_add_ if add else torch._foreach_copy_)(places, found)
 
     def state(self) -> list[Tensor]:
         """What a resumed run needs of this rank: weights, average, and the rule's states."""

@@ -1,7 +1,7 @@
 """Softcapped cross entropy in one pass over the logits each way (#1787), with nothing of their size kept but themselves.
 
 A softcap bounds every logit by itself, so the sum of exponentials needs no running maximum: with y = c tanh(z / c), sum exp(y - c) lies
-between V e^(-2c) and V, well inside float32 for c up to 40. tanh is computed from one exponential of |z|.
+between V e^(-2c) and V, inside float32 for c up to operations.LARGEST_SOFTCAP. tanh is computed from one exponential of |z|.
 
 Shapes: N tokens, V vocabulary.
 """
@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LARGEST_SOFTCAP = 40.0  # e^(-80) is above the smallest normal float32
 COLUMNS = 1024  # logits that a program holds at once
 
 

@@ -22,7 +22,7 @@ def _angles(cos, sin, starts, rows, columns, T, half: tl.constexpr, has_starts: 
     if has_starts:
         position -= tl.load(starts + rows, mask=valid, other=0)
     rotates = columns < 2 * half
-    angle = position[:, None] * half + (columns % half)[None, :]
+    angle = position[:, None] * half + (columns % max(half, 1))[None, :]
     mask = valid[:, None] & rotates[None, :]
     c = tl.load(cos + angle, mask=mask, other=1.0)
     s = tl.load(sin + angle, mask=mask, other=0.0)
