@@ -46,6 +46,8 @@ MODEL: dict[str, Any] = {
     "kv_heads": 2,
     "hidden": 64,
     "rope_dims": 4,
+    "attention": "windows",
+    "bos_id": 1,
     "rope_base": 10000.0,
     "logit_softcap": 30.0,
     "query_gain": 1.5,

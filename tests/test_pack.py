@@ -264,7 +264,7 @@ def test_impossible_parameters_name_their_key(key: str, value: Any) -> None:
 
 def run_stage(folder: Path) -> None:
     sections = {
-        "parallel": {"nproc": 1, "threads": 1, "device": "cpu", "dtype": "auto", "deterministic": True, "compile": False},
+        "parallel": {"nproc": 1, "threads": 1, "device": "cpu", "dtype": "auto", "deterministic": True, "compile": False, "kernels": True},
         "model": dataclasses.asdict(MODEL),
         "pack": dataclasses.asdict(PACK),
     }
