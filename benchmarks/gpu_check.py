@@ -2,8 +2,9 @@
 
     python -m benchmarks.gpu_check --text FOLDER --tokenizer FOLDER --results FILE
 
-The record's architecture at a small batch. Everything is a pair that must agree within a stated bound: losses of one and two ranks,
-ledgers of one and two ranks, compiled and eager ledgers, the bundle's and the stages' bits per byte. Exits 1 if a pair does not. With
+The record's architecture at a small batch. Everything is a pair that must agree within a stated bound: losses of one and two ranks, of
+fused kernels and plain operations, of recorded and eager passes; ledgers of one and two ranks, compiled and eager, fused and plain; the
+bundle's and the stages' model.bin. Exits 1 if a pair does not. With
 one GPU the pairs of two ranks are left out, and the result says so.
 """
 
@@ -67,6 +68,10 @@ def pipeline(check: Check, arguments: argparse.Namespace, two: bool) -> None:
     if two:
         pair = check.run("train", "train2", "--train", data / "train", changes=("parallel.nproc=2",))
         check.agree("losses of 30 steps, two ranks against one, nats", float(np.abs(losses(pair) - losses(one)).max()), 0.05)
+    plain = check.run("train", "plain", "--train", data / "train", changes=("parallel.kernels=false",))
+    check.agree("losses, fused kernels against plain operations, nats", float(np.abs(losses(plain) - losses(one)).max()), 0.05)
+    recorded = check.run("train", "recorded", "--train", data / "train", changes=("parallel.compile=true",))
+    check.agree("losses, compiled and recorded against eager, nats", float(np.abs(losses(recorded) - losses(one)).max()), 0.05)
     same = check.run("train", "deterministic", "--train", data / "train", changes=("parallel.deterministic=true",))
     again = check.run("train", "deterministic2", "--train", data / "train", changes=("parallel.deterministic=true",))
     check.agree("losses of two deterministic runs", float(np.abs(losses(same) - losses(again)).max()), 0.0)
@@ -78,6 +83,8 @@ def pipeline(check: Check, arguments: argparse.Namespace, two: bool) -> None:
     compiled = check.run("sliding_eval", "sliding_compiled", *scored, changes=("parallel.compile=true",))
     bpb = metric(eager, "sliding_bpb")
     check.agree("sliding bpb, compiled against eager", abs(metric(compiled, "sliding_bpb") - bpb), 5e-4)
+    without = check.run("sliding_eval", "sliding_plain", *scored, changes=("parallel.kernels=false",))
+    check.agree("sliding bpb, fused kernels against plain operations", abs(metric(without, "sliding_bpb") - bpb), 5e-4)
     float32 = check.run("sliding_eval", "sliding_float32", *scored, changes=("parallel.dtype=float32",))
     check.agree("sliding bpb, float32 against bfloat16", abs(metric(float32, "sliding_bpb") - bpb), 1e-3)
     ttt = check.run("ttt_eval", "ttt", *scored, "--sliding", eager / "nll.npy")

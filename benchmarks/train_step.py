@@ -22,14 +22,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from stages import clock, config
+from stages import clock, config, shards
 from stages.parallel import World, world
 from stages.train.checkpoint import Checkpoints
-from stages.train.data import micro_batch_size
+from stages.train.data import Windows, micro_batch_size
 from stages.train.loop import _Loop
 from stages.train.model import Model, initialise_, is_matrix, visit_plan
 from stages.train.operations import operations
@@ -126,6 +127,16 @@ def batch(params: Params, here: World) -> tuple[Tensor, Tensor]:
     return inputs, targets
 
 
+def reading_seconds(params: Params, here: World) -> float:
+    """Of one batch, as the loop has it read by a thread, from a shard of random tokens."""
+    local = params.train.batch_tokens // here.size // params.model.context
+    generator = np.random.Generator(np.random.PCG64(0))
+    with tempfile.TemporaryDirectory() as folder:
+        shards.write(Path(folder) / "train_000000.bin", generator.integers(0, params.model.vocab_size, 2**23, dtype=np.uint16))
+        windows = Windows(Path(folder), params.model.context, params.model.vocab_size, seed=0)
+        return statistics.median(seconds_of(lambda: windows.batch(0, local), here, 5))
+
+
 def kind_of(name: str) -> str:
     return next(kind for kind, words in KINDS if any(word in name.lower() for word in words))
 
@@ -160,6 +171,7 @@ class Steps:
         started = time.perf_counter()
         if here.device.type == "cuda":
             self.loop.warm_up()
+        self.reading_seconds = reading_seconds(params, here)
         self.compile_seconds = time.perf_counter() - started
         self.batch = batch(params, here)
 
@@ -205,6 +217,7 @@ class Steps:
             "optimizer_seconds": optimizing,  # its kernels are among the parts
             "floors_seconds": bounds,
             "compile_seconds": self.compile_seconds,
+            "reading_seconds": self.reading_seconds,  # in a thread of its own, beside the step
             "peak_memory_bytes": torch.cuda.max_memory_reserved() if here.device.type == "cuda" else None,
         }
 
@@ -221,6 +234,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         ("floor of products", lambda row: f"{row['products_floor_share']:.3f}"),
         ("step", lambda row: f"{1e3 * row['seconds']:.2f}"),
         ("optimizer alone", lambda row: f"{1e3 * row['optimizer_seconds']:.2f}"),
+        ("reading, beside it", lambda row: f"{1e3 * row['reading_seconds']:.2f}"),
         ("sum of floors", lambda row: f"{1e3 * row['floor_seconds']:.2f}"),
     ]
     shown += [(kind, partial(_milliseconds, "parts_seconds", kind)) for kind in kinds]
