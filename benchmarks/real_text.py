@@ -22,8 +22,7 @@ from stages.bpb import bits_per_byte
 from stages.parallel import world
 from stages.sliding_eval.evaluate import read_stream, score
 from stages.sliding_eval.scorer import SlidingScorer
-from stages.train.model import Model
-from stages.train.operations import operations
+from stages.train.model import model_for
 from stages.train.params import Params as TrainParams
 from stages.ttt_eval.params import Params as EvalParams
 
@@ -69,7 +68,7 @@ def unquantised_bpb(folder: Path, params: Path, changes: list[str]) -> float:
     assert isinstance(evaluation, EvalParams)
     stream = read_stream(folder / "tokenize/val", folder / "tokenize/tokenizer.model", train.model.vocab_size, train.model.context)
     with world(train.parallel) as here:
-        model = Model(train.model, here.dtype, operations(here.kernels, train.model)).to(here.device)
+        model = model_for(train.model, here)
         model.load_state_dict(load_file(folder / "train/model.safetensors"))
         nll = score(SlidingScorer(model, evaluation.sliding_eval, here), stream)
     return bits_per_byte(nll, stream.counted_bytes)

@@ -10,22 +10,19 @@ the kernels give the plain path's loss within that, and what determinism costs.
 
 import argparse
 import json
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from stages import clock, config
+from benchmarks._preset import train_params
+from stages import clock
 from stages.clock import Interval
 from stages.parallel import World, world
 from stages.report import Report
 from stages.train.data import Windows, to_device
 from stages.train.loop import train
-from stages.train.model import Model
-from stages.train.operations import operations
+from stages.train.model import model_for
 from stages.train.params import Params
 
 HELD_OUT_WINDOWS = 512
@@ -35,7 +32,7 @@ WINDOWS_AT_ONCE = 32
 @torch.no_grad()
 def held_out_loss(state: dict[str, torch.Tensor], params: Params, folder: Path, here: World) -> float:
     """Mean nats a token over windows of `folder`, the same for every variant."""
-    model = Model(params.model, here.dtype, operations(here.kernels, params.model)).to(here.device)
+    model = model_for(params.model, here)
     model.load_state_dict(state)
     windows = Windows(folder, params.model.context, params.model.vocab_size, seed=0)
     total = 0.0
@@ -73,13 +70,10 @@ def main() -> None:
     parser.add_argument("--results", type=Path, required=True, help="the JSON file to write; rows are added as they come")
     arguments = parser.parse_args()
     rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "params.yaml"
-        write_preset = [sys.executable, "-m", "stages.preset", arguments.preset, "--output", str(file)]
-        subprocess.run(write_preset, check=True, stdout=subprocess.DEVNULL)
-        variants = [(config.load(file, Params, [*arguments.set, *variant.split()]), variant.split()) for variant in arguments.variant]
+    each = [variant.split() for variant in arguments.variant]
+    # All are read, and refused if they must be, before the first is run.
+    variants = [(train_params(arguments.preset, [*arguments.set, *changes]), changes) for changes in each]
     for params, changes in variants:
-        assert isinstance(params, Params)
         with world(params.parallel) as here:
             rows.append(run(params, changes, arguments, here))
             result = {"preset": arguments.preset, "changes": arguments.set, "variants": rows} | clock.facts(here.device)

@@ -11,8 +11,6 @@ move over the rate of a large copy. `floor of products` is the share of the meas
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -27,13 +25,13 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from stages import clock, config, shards
+from benchmarks._preset import train_params
+from stages import clock, shards
 from stages.parallel import World, world
 from stages.train.checkpoint import Checkpoints
 from stages.train.data import Windows, micro_batch_size
 from stages.train.loop import _Loop
-from stages.train.model import Model, initialise_, is_matrix, visit_plan
-from stages.train.operations import operations
+from stages.train.model import Model, initialise_, is_matrix, model_for, visit_plan
 from stages.train.params import Params
 from stages.train.schedule import settings
 
@@ -163,7 +161,7 @@ class Steps:
     def __init__(self, params: Params, here: World) -> None:
         self.params, self.here = params, here
         torch.compiler.reset()
-        model = Model(params.model, here.dtype, operations(here.kernels, params.model)).to(here.device)
+        model = model_for(params.model, here)
         initialise_(model, 0)
         self.local = params.train.batch_tokens // here.size // params.model.context
         self.micro = micro_batch_size(self.local, params.train.micro_batch_tokens // params.model.context)
@@ -258,12 +256,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--results", type=Path, required=True, help="the JSON file to write")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "params.yaml"
-        write_preset = [sys.executable, "-m", "stages.preset", arguments.preset, "--output", str(file)]
-        subprocess.run(write_preset, check=True, stdout=subprocess.DEVNULL)
-        params = config.load(file, Params, arguments.set)
-    assert isinstance(params, Params)
+    params = train_params(arguments.preset, arguments.set)
     with world(params.parallel) as here:
         rates = ceilings(here)
         rows = []

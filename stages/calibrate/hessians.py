@@ -18,8 +18,7 @@ from stages.clock import Interval
 from stages.parallel import World
 from stages.report import Report
 from stages.train.data import Windows, micro_batch_size, to_device
-from stages.train.model import Model, is_matrix
-from stages.train.operations import operations
+from stages.train.model import Model, is_matrix, model_for
 
 EMBEDDING = "embedding.weight"
 
@@ -42,7 +41,7 @@ def collect(
     state: dict[str, Tensor], params: Params, shard_folder: Path, world: World, report: Report, clock: Interval
 ) -> dict[str, Tensor]:
     """The Hessians by matrix name, float32 on the CPU; the clock runs from the first read of training data to the last."""
-    model = Model(params.model, world.dtype, operations(world.kernels, params.model)).to(world.device)
+    model = model_for(params.model, world)
     model.load_state_dict(state)
     sums = observe_(model)
     sequences = params.calibrate.tokens // params.model.context

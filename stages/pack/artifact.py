@@ -21,8 +21,7 @@ from stages.pack.params import PackParams
 from stages.pack.workers import exact_operations, in_threads, usable_cores
 from stages.parallel import World
 from stages.report import Report
-from stages.train.model import Model
-from stages.train.operations import operations
+from stages.train.model import Model, model_for
 from stages.train.params import ModelParams
 
 CODEC = "brotli"
@@ -97,7 +96,7 @@ def unpack(blob: bytes) -> tuple[ModelParams, dict[str, Tensor]]:
 def load_model(path: Path, world: World) -> Model:
     """The model in a file, on the world's device and in its manner of computing."""
     params, state = unpack(path.read_bytes())
-    model = Model(params, world.dtype, operations(world.kernels, params)).to(world.device)
+    model = model_for(params, world)
     model.load_state_dict(state)
     return model
 

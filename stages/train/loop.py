@@ -15,8 +15,8 @@ from stages.parallel import World
 from stages.report import Report
 from stages.train.checkpoint import Checkpoints, open_checkpoints
 from stages.train.data import Prefetched, Windows, micro_batch_size
-from stages.train.model import Model, initialise_
-from stages.train.operations import compiled, operations
+from stages.train.model import Model, initialise_, model_for
+from stages.train.operations import compiled
 from stages.train.optimizer import Optimizers
 from stages.train.params import Params
 from stages.train.schedule import StepSchedule, pacing, settings
@@ -46,7 +46,7 @@ def train(
     scratch: Path = Path(".scratch"),
 ) -> Trained:
     """Train from the seed. `clock` is started at the first read of training data and marked at the last."""
-    model = Model(params.model, world.dtype, operations(world.kernels, params.model)).to(world.device)
+    model = model_for(params.model, world)
     initialise_(model, params.seed)
     local, micro = _batch_shape(params, world)
     report.log(

@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stages.train.operations import PLAIN, Operations
+from stages.parallel import World
+from stages.train.operations import PLAIN, Operations, operations
 from stages.train.params import ModelParams
 from stages.train.plain import Documents, Term, documents_of, rms_norm, softcapped, squared_leaky
 
@@ -231,6 +232,11 @@ class Model(nn.Module):
         """(1 - g) w s + g x, with g the sigmoid of the slot's gate."""
         gate = torch.sigmoid(self.skip_gate[step])
         return [*weighed(stream, gate), Term(skipped, (1 - gate) * self.skip_weight[step])]
+
+
+def model_for(params: ModelParams, world: World) -> Model:
+    """A model on the world's device, in its dtype and with its operations; its weights are still to be set."""
+    return Model(params, world.dtype, operations(world.kernels, params)).to(world.device)
 
 
 def is_matrix(name: str) -> bool:
