@@ -1,19 +1,27 @@
-"""The parameters of training under a preset, for benchmarks that run its loop themselves."""
+"""The parameters of a preset, for benchmarks that run the stages' functions themselves."""
 
+import contextlib
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from stages import config
 from stages.train.params import Params
 
 
-def train_params(preset: str, changes: Sequence[str]) -> Params:
-    """What train reads of params.yaml with `preset` laid over it and KEY=VALUE changes laid over that."""
+@contextlib.contextmanager
+def preset_file(preset: str) -> Iterator[Path]:
+    """params.yaml with `preset` laid over it, for as long as it is needed."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "params.yaml"
         write = [sys.executable, "-m", "stages.preset", preset, "--output", str(file)]
         subprocess.run(write, check=True, stdout=subprocess.DEVNULL)
+        yield file
+
+
+def train_params(preset: str, changes: Sequence[str]) -> Params:
+    """What train reads of params.yaml with `preset` laid over it and KEY=VALUE changes laid over that."""
+    with preset_file(preset) as file:
         return config.load(file, Params, list(changes))

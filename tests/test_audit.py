@@ -319,6 +319,11 @@ SECTIONS: dict[str, Any] = {
     "parallel": dataclasses.asdict(factories.PARALLEL),
     "train": dataclasses.asdict(factories.TRAIN),
     "pack": {
+        "quantiser": "sdclip",
+        "codec": "brotli",
+        "states": 8,
+        "rate_weight": 0.1,
+        "row_weight": 0.5,
         "matrix_bits": 6,
         "embedding_bits": 8,
         "matrix_clip": 12.85,

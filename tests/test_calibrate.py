@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from stages.calibrate.hessians import collect, hessian_name, observe_
+from stages.calibrate.hessians import collect, differentiate_, hessian_name, importance_name, observe_
 from stages.calibrate.params import CalibrateParams, Params
 from stages.clock import Interval
 from stages.report import Report
@@ -13,8 +13,12 @@ from tests.factories import PARALLEL, TINY, random_model, world, write_shards
 QUIET = Report(is_main=False)
 
 
-def calibrate_params(tokens: int = 64, micro: int = 32) -> Params:
-    return Params(42, PARALLEL, TINY, CalibrateParams(tokens=tokens, micro_batch_tokens=micro))
+def calibrate_params(tokens: int = 64, micro: int = 32, importance: int = 16) -> Params:
+    return Params(42, PARALLEL, TINY, CalibrateParams(tokens=tokens, importance_tokens=importance, micro_batch_tokens=micro))
+
+
+def is_hessian(name: str) -> bool:
+    return not name.endswith(".importance")
 
 
 def test_hessians_equal_recorded_inputs_multiplied_out(tmp_path):
@@ -57,8 +61,39 @@ def test_micro_batches_and_ranks_do_not_change_the_sum(tmp_path):
     state = random_model(1).state_dict()
     whole = collect(state, calibrate_params(micro=64), folder, world(), QUIET, Interval())
     parts = collect(state, calibrate_params(micro=16), folder, world(), QUIET, Interval())
-    for name in whole:
+    for name in filter(is_hessian, whole):
         torch.testing.assert_close(whole[name], parts[name], atol=1e-5, rtol=1e-4)
+
+
+def test_importance_is_the_squared_gradient_of_single_tokens_summed(tmp_path):
+    """Against one backward pass for each token; over many draws of the signs the products of two tokens' gradients average out."""
+    model = random_model(5)
+    tokens = torch.from_numpy(Windows(write_shards(tmp_path), TINY.context, TINY.vocab_size, 42).batch(0, 2))
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    names = ["blocks.1.mlp.up.weight", "blocks.0.attention.value.weight", "embedding.weight"]
+    weights = [model.get_parameter(name) for name in names]
+    exact = {name: torch.zeros(len(weight)) for name, weight in zip(names, weights, strict=True)}
+    for loss in model(inputs, targets, looped=True).flatten():
+        for name, gradient in zip(names, torch.autograd.grad(loss, weights, retain_graph=True), strict=True):
+            exact[name] += gradient.square().sum(1)
+    draws, squares = 300, {name: torch.zeros_like(row) for name, row in exact.items()}
+    for draw in range(draws):
+        differentiate_(model, inputs, targets, draw, squares)
+    for name in names:
+        torch.testing.assert_close(squares[name] / draws, exact[name], rtol=0.3, atol=float(exact[name].mean()) / 10)
+        assert float(squares[name].sum() / draws / exact[name].sum()) == pytest.approx(1.0, abs=0.1)
+
+
+def test_importance_tokens_are_rounded_up_to_passes_and_bounded_by_the_tokens(tmp_path):
+    folder, state = write_shards(tmp_path), random_model(1).state_dict()
+    one = collect(state, calibrate_params(importance=16), folder, world(), QUIET, Interval())
+    pass_ = collect(state, calibrate_params(importance=32), folder, world(), QUIET, Interval())
+    more = collect(state, calibrate_params(importance=48), folder, world(), QUIET, Interval())
+    name = importance_name("blocks.0.mlp.down.weight")
+    assert torch.equal(one[name], pass_[name])
+    assert not torch.equal(one[name], more[name])
+    with pytest.raises(ValueError, match=r"importance_tokens: 80 is above calibrate\.tokens \(64\)"):
+        calibrate_params(importance=80)
 
 
 def test_the_clock_covers_the_reads(tmp_path):
@@ -83,9 +118,9 @@ def test_tokens_must_be_whole_windows_and_divide_over_ranks(tmp_path):
 
 
 def test_hessians_are_symmetric_and_positive(tmp_path):
-    for name, hessian in collect(
-        random_model(2).state_dict(), calibrate_params(), write_shards(tmp_path), world(), QUIET, Interval()
-    ).items():
+    found = collect(random_model(2).state_dict(), calibrate_params(), write_shards(tmp_path), world(), QUIET, Interval())
+    for name in filter(is_hessian, found):
+        hessian = found[name]
         values = np.linalg.eigvalsh(hessian.double().numpy())
         assert torch.equal(hessian, hessian.T) or torch.allclose(hessian, hessian.T, atol=1e-6), name
         assert values.min() > -1e-6 * values.max(), name

@@ -45,8 +45,8 @@ PARAMS = Params(
     model=factories.TINY,
     tokenize=TokenizeParams("pydocs", "", "", "text", 0.1, 1000, "train", 300, 1000, 1, 1000),
     train=factories.TRAIN,
-    calibrate=CalibrateParams(64, 32),
-    pack=PackParams(6, 8, 12.85, 20.0, 0.01, 128, 11, 16_000_000, 50_000),
+    calibrate=CalibrateParams(64, 32, 32),
+    pack=PackParams("sdclip", "brotli", 8, 0.1, 0.5, 6, 8, 12.85, 20.0, 0.01, 128, 11, 16_000_000, 50_000),
     sliding_eval=SlidingEvalParams(16, 4, 4, 32),
     ttt_eval=TttEvalParams(32, 1, 16, 0.01, 0.9, 1.0),
     bundle=BundleParams(11),
@@ -104,7 +104,7 @@ def tree(tmp_path: Path, tokenizer_bytes: bytes, monkeypatch: pytest.MonkeyPatch
         ledger.write(folder / stage / "nll.npy", nll)
         ledger.write_chunks(folder / stage / "chunks.tsv", nll, counted, 32)
         write_json(folder / stage / "metrics.json", {f"{prefix}_bpb": bits_per_byte(nll, counted)})
-    rows = [table.Row("embedding.weight", "embedding", (4, 4), 8, 200, 16), table.Row("container", "container", (), None, 150, 0)]
+    rows = [table.Row("embedding.weight", "embedding", (4, 4), "rows:8", 200, 16), table.Row("container", "container", (), "", 150, 0)]
     (folder / "pack/layers.tsv").write_text(table.tsv(rows))
     (folder / "pack/model.bin").write_bytes(MODEL)
     (folder / "bundle/train_gpt.py").write_bytes(CODE)

@@ -1,8 +1,14 @@
-"""Hessians of the layer-wise error: for a matrix W with inputs x, the mean of x x^T over calibration tokens (GPTQ, arXiv 2210.17323).
+"""What quantisation must know of the data: Hessians of the layer-wise error, and the importance of rows.
+
+The Hessian of a matrix W with inputs x is the mean of x x^T over calibration tokens (GPTQ, arXiv 2210.17323).
 
 The error that rounding adds to a layer's output is tr(dW H dW^T), so H is all that GPTQ needs to know of the data. Observers hang on the
 one forward definition, with looping on, so that a looped block's Hessian is the sum over its visits. The tied embedding is measured where
 it is the head: on the normalised residual stream (#1394).
+
+The importance of a row is the mean over tokens of the squared gradient of the token's loss in the row's weights, summed over the row: the
+diagonal of the empirical Fisher matrix. One backward pass gives it for a whole batch: with independent random signs on the tokens' losses,
+the square of the summed gradient is in the mean the sum of the squares, since products of two tokens' gradients cancel (Hutchinson 1990).
 
 Shapes: N tokens, C columns of a matrix, which are its inputs.
 """
@@ -30,24 +36,27 @@ def hessian_name(matrix_name: str) -> str:
     return matrix_name
 
 
+def importance_name(matrix_name: str) -> str:
+    """Under which name the importance of a matrix's rows is kept."""
+    return f"{matrix_name}.importance"
+
+
 def accumulate_(hessian_CC: Tensor, inputs: Tensor) -> None:
     """Add the sum of x x^T over all leading dimensions of inputs (..., C), in float32."""
     x_NC = inputs.detach().flatten(0, -2).float()
     hessian_CC.addmm_(x_NC.T, x_NC)
 
 
-@torch.no_grad()
 def collect(
     state: dict[str, Tensor], params: Params, shard_folder: Path, world: World, report: Report, clock: Interval
 ) -> dict[str, Tensor]:
-    """The Hessians by matrix name, float32 on the CPU; the clock runs from the first read of training data to the last."""
+    """Hessians and importances by name, float32 on the CPU; the clock runs from the first read of training data to the last."""
     model = model_for(params.model, world)
     model.load_state_dict(state)
     sums = observe_(model)
-    sequences = params.calibrate.tokens // params.model.context
-    if sequences % world.size:
-        raise ValueError(f"calibrate.tokens: {sequences} windows do not divide over {world.size} ranks")
-    local = sequences // world.size
+    squares = {name: torch.zeros(len(weight), device=world.device) for name, weight in model.named_parameters() if _is_quantised(name)}
+    local = local_windows(params, world)
+    differentiated = max(1, params.calibrate.importance_tokens // params.model.context // world.size)
     micro = micro_batch_size(local, params.calibrate.micro_batch_tokens // params.model.context)
     clock.start()
     windows = Windows(shard_folder, params.model.context, params.model.vocab_size, params.seed)
@@ -55,11 +64,27 @@ def collect(
         for first in range(world.rank * local, (world.rank + 1) * local, micro):
             inputs, targets = to_device(windows.batch(first, micro), world.device)
             clock.mark()
-            model(inputs, targets, looped=True)
+            if first - world.rank * local < differentiated:
+                differentiate_(model, inputs, targets, first, squares)
+            else:
+                with torch.no_grad():
+                    model(inputs, targets, looped=True)
             progress.advance(micro)
+    passes = -(-min(differentiated, local) // micro)  # whole ones: the last may go beyond
     for hessian in sums.values():
         world.sum_(hessian).div_(params.calibrate.tokens)
-    return {name: hessian.cpu() for name, hessian in sums.items()}
+    for square in squares.values():
+        world.sum_(square).div_(passes * micro * params.model.context * world.size)
+    found = sums | {importance_name(name): square for name, square in squares.items()}
+    return {name: tensor.cpu() for name, tensor in found.items()}
+
+
+def local_windows(params: Params, world: World) -> int:
+    """Windows that each rank measures; a ValueError when they do not divide."""
+    sequences = params.calibrate.tokens // params.model.context
+    if sequences % world.size:
+        raise ValueError(f"calibrate.tokens: {sequences} windows do not divide over {world.size} ranks")
+    return sequences // world.size
 
 
 def observe_(model: Model) -> dict[str, Tensor]:
@@ -76,6 +101,20 @@ def observe_(model: Model) -> dict[str, Tensor]:
     sums[EMBEDDING] = torch.zeros(model.params.width, model.params.width, device=device)
     model.head.register_forward_pre_hook(_observer(sums[EMBEDDING]))
     return sums
+
+
+def _is_quantised(name: str) -> bool:
+    return is_matrix(name) or name == EMBEDDING
+
+
+def differentiate_(model: Model, inputs: Tensor, targets: Tensor, first: int, squares: dict[str, Tensor]) -> None:
+    """Add the squared gradients of the windows, summed over tokens and over each row; `first` seeds the signs."""
+    losses = model(inputs, targets, looped=True)
+    signs = torch.randint(0, 2, losses.shape, generator=torch.Generator().manual_seed(first)).to(losses) * 2 - 1
+    named = {name: weight for name, weight in model.named_parameters() if name in squares}
+    gradients = torch.autograd.grad((losses * signs).sum(), list(named.values()))
+    for name, gradient in zip(named, gradients, strict=True):
+        squares[name] += gradient.float().square().sum(1)
 
 
 def _observer(hessian: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:

@@ -12,10 +12,13 @@ class CalibrateParams:
     """The section `calibrate`."""
 
     tokens: int  # training tokens whose activations are measured, over all ranks; the first ones of the training order
+    importance_tokens: int  # of these, tokens whose gradients say how much each row matters; rounded up to whole passes
     micro_batch_tokens: int  # most tokens of one forward pass
 
     def __post_init__(self) -> None:
-        require_positive(self, "tokens", "micro_batch_tokens")
+        require_positive(self, "tokens", "importance_tokens", "micro_batch_tokens")
+        if self.importance_tokens > self.tokens:
+            reject("importance_tokens", f"{self.importance_tokens} is above calibrate.tokens ({self.tokens})")
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ def main(run: command.Run[Params]) -> None:
         packed = pack(state, hessians, params.model, params.pack, run.report)
         run.write_bytes("model.bin", packed.blob)
         run.write_text("layers.tsv", table.tsv(packed.rows))
-        run.write_json("metrics.json", table.metrics(packed.rows, packed.clip_factor))
+        run.write_json("metrics.json", table.metrics(packed.rows, packed.scale))
         run.timing |= {"seconds": time.monotonic() - started, "hardware": hardware(here.device)}
 
 

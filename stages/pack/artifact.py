@@ -1,7 +1,7 @@
 """model.bin from a state and its Hessians, and back.
 
 The bytes depend on the weights, the Hessians, the parameters and the kind of processor, never on the number of threads (workers.py). The
-budget decides one thing only, the factor on all clip widths (budget.py).
+budget decides one number only, the quantiser's scale (budget.py, quantisers.py).
 """
 
 import dataclasses
@@ -12,37 +12,37 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from stages.calibrate.hessians import hessian_name
+from stages.calibrate.hessians import importance_name
 from stages.config import build
-from stages.pack import budget, codec, container, gptq, roles, table, tensors
-from stages.pack.container import Contents, Entry, Stream
-from stages.pack.gptq import Feedback, Quantised
+from stages.pack import budget, codec, container, roles, table, tensors
+from stages.pack.container import Contents, Entry, Form, Stream
 from stages.pack.params import PackParams
+from stages.pack.quantisers import AtRate, Quantiser, Result, SDClip, hessian_of, threads_for
 from stages.pack.workers import exact_operations, in_threads, usable_cores
 from stages.parallel import World
 from stages.report import Report
 from stages.train.model import Model, model_for
 from stages.train.params import ModelParams
 
-CODEC = "brotli"
+FLOAT16 = Form("float16", 16)
 MAX_SIZE = 1 << 24  # of an integer among the model's parameters that a file may declare
 MAX_VISITS = 100_000  # of blocks in one forward pass, likewise
 
 
 class Packed(NamedTuple):
-    """The file, the figures of each tensor, and the factor on the clip widths (1 = as the parameters say)."""
+    """The file, the figures of each tensor, and the quantiser's scale (of clip widths: 1 = as the parameters say)."""
 
     blob: bytes
     rows: list[table.Row]
-    clip_factor: float
+    scale: float
 
 
 class Attempt(NamedTuple):
-    """The whole model at one clip factor: the file, its entries, and the same tensors before they became bytes."""
+    """The whole model at one scale: the file, its entries, and the quantised matrices before they became bytes."""
 
     blob: bytes
     entries: tuple[Entry, ...]
-    coded: dict[str, tensors.Coded]
+    results: dict[str, Result]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,29 +56,33 @@ def pack(
     """Quantise and encode `state` within the byte budget, on the device where its tensors lie.
 
     A ValueError names the tensor that does not fit the model's parameters, has no Hessian or one that is not positive definite, or is not
-    finite; and gives both figures when no clip factor brings the file under the budget.
+    finite; and gives both figures when no scale brings the file under the budget.
     """
     check_shapes({name: tuple(tensor.shape) for name, tensor in state.items()}, model_params)
-    device = state["embedding.weight"].device
-    quantised = sorted(name for name in state if roles.kind_of(name) != "rest")
-    needed = {name: _hessian(name, state[name], hessians).to(device) for name in quantised}
+    at_rate = pack_params.quantiser == "rate"
+    if at_rate:  # the search is no work for a GPU, and so the bytes do not depend on one
+        state, hessians = ({name: tensor.cpu() for name, tensor in of.items()} for of in (state, hessians))
+    matrices = {name: tensor.detach() for name, tensor in sorted(state.items()) if roles.kind_of(name) != "rest"}
+    rest = {name: _as_float16(name, tensor, pack_params) for name, tensor in sorted(state.items()) if name not in matrices}
     with exact_operations():
-        known = _feedbacks(needed, pack_params.damping, report)
+        quantiser = (AtRate if at_rate else SDClip)(matrices, hessians, pack_params, report)
 
-        def attempt(factor: float) -> Attempt:
-            coded = _quantise_all(state, known, pack_params, factor, report)
-            entries = _encode_all(coded, pack_params, report)
+        def attempt(scale: float) -> Attempt:
+            quantised = _quantise_all(matrices, quantiser, scale, pack_params, report)
+            by_name = rest | {name: entry for name, (entry, _) in quantised.items()}
+            entries = tuple(by_name[name] for name in sorted(by_name))
             blob = container.write(Contents(dataclasses.asdict(model_params), entries))
-            report.log(f"pack: {len(blob):,} bytes at clip factor {factor:g}, {pack_params.model_budget_bytes:,} allowed")
-            return Attempt(blob, entries, coded)
+            report.log(f"pack: {len(blob):,} bytes at scale {scale:g}, {pack_params.model_budget_bytes:,} allowed")
+            return Attempt(blob, entries, {name: result for name, (_, result) in quantised.items()})
 
-        weights = sum(state[name].numel() for name in quantised)
-        factor, best = budget.fit(attempt, lambda tried: len(tried.blob), pack_params.model_budget_bytes, weights)
-        rows = [
-            table.with_errors(row, state[row.name], tensors.decoded(best.coded[row.name]), needed.get(row.name)) if row.weights else row
-            for row in table.rows_of(best.entries, len(best.blob))
-        ]
-    return Packed(best.blob, rows, factor)
+        allowed, weights = pack_params.model_budget_bytes, sum(tensor.numel() for tensor in matrices.values())
+        if isinstance(quantiser, AtRate):
+            first = quantiser.scale_for(8.0 * (allowed - sum(entry.payload_bytes for entry in rest.values())))
+            scale, best = budget.fill(attempt, lambda tried: len(tried.blob), allowed, weights, first)
+        else:
+            scale, best = budget.fit(attempt, lambda tried: len(tried.blob), allowed, weights)
+        rows = _measure(best, state, hessians)
+    return Packed(best.blob, [*rows, table.container_row(rows, len(best.blob))], scale)
 
 
 def unpack(blob: bytes) -> tuple[ModelParams, dict[str, Tensor]]:
@@ -113,74 +117,56 @@ def check_shapes(shapes: Mapping[str, tuple[int, ...]], params: ModelParams) -> 
             raise ValueError(f"tensor {name} {seen}, and {wanted} in a model with these parameters (section model)")
 
 
-def _hessian(name: str, weight: Tensor, hessians: Mapping[str, Tensor]) -> Tensor:
-    source, columns = hessian_name(name), weight.shape[1]
-    if source not in hessians:
-        raise ValueError(f"{name}: its Hessian {source} is not among the {len(hessians)} given; run `dvc repro calibrate`")
-    if hessians[source].shape != (columns, columns):
-        shape = tuple(hessians[source].shape)
-        raise ValueError(f"{name}: its Hessian has shape {shape}, expected ({columns}, {columns}); run `dvc repro calibrate`")
-    return hessians[source]
-
-
-def _feedbacks(needed: Mapping[str, Tensor], damping: float, report: Report) -> dict[str, Feedback]:
-    """What GPTQ needs of each matrix's Hessian; it is the same at every clip factor, and matrices with one input share it."""
-    sources = sorted({hessian_name(name) for name in needed})
-    with report.progress("Hessians", len(sources)) as progress:
-
-        def factor(source: str) -> Feedback:
-            known = gptq.feedback(needed[source], damping, source)
-            progress.advance(1, source)
-            return known
-
-        known = in_threads(factor, sources, lambda source: needed[source].numel(), _threads(needed))
-    by_source = dict(zip(sources, known, strict=True))
-    return {name: by_source[hessian_name(name)] for name in needed}
-
-
 def _quantise_all(
-    state: Mapping[str, Tensor], known: Mapping[str, Feedback], params: PackParams, clip_factor: float, report: Report
-) -> dict[str, tensors.Coded]:
-    """Every tensor, by name, as integers and steps or as float16, whichever its role says."""
-    names = sorted(state)
-    with report.progress("GPTQ", sum(tensor.numel() for tensor in state.values())) as progress:
+    matrices: Mapping[str, Tensor], quantiser: Quantiser, scale: float, params: PackParams, report: Report
+) -> dict[str, tuple[Entry, Result]]:
+    """Every matrix quantised and encoded."""
+    with report.progress("GPTQ", sum(tensor.numel() for tensor in matrices.values())) as progress:
 
-        def quantise(name: str) -> tensors.Coded:
-            weight, kind = state[name].detach(), roles.kind_of(name)
-            if kind == "rest":
-                return tensors.half(weight, name)
-            grid = roles.grid(kind, params, clip_factor)
-            steps = gptq.row_steps(weight, grid.clip, grid.qmax, name)
-            values = gptq.quantise(weight, known[name], steps, grid.qmax, params.block_columns)
-            progress.advance(weight.numel(), name)
-            return Quantised(values, steps)
+        def one(name: str) -> tuple[Entry, Result]:
+            result = quantiser.quantise(name, scale)
+            entry = _entry(name, tuple(matrices[name].shape), result.form, result.coded, params)
+            progress.advance(matrices[name].numel(), name)
+            return entry, result
 
-        coded = in_threads(quantise, names, lambda name: state[name].numel(), _threads(state))
-    return dict(zip(names, coded, strict=True))
+        made = in_threads(one, list(matrices), lambda name: matrices[name].numel(), threads_for(matrices.values()))
+    return dict(zip(matrices, made, strict=True))
 
 
-def _encode_all(coded: Mapping[str, tensors.Coded], params: PackParams, report: Report) -> tuple[Entry, ...]:
-    """The entries of the file, in the order of their names."""
-    raw = {name: tensors.raw_streams(tensor) for name, tensor in sorted(coded.items())}
-    with report.progress("brotli", sum(len(stream) for streams in raw.values() for stream in streams)) as progress:
+def _measure(best: Attempt, state: Mapping[str, Tensor], hessians: Mapping[str, Tensor]) -> list[table.Row]:
+    """The figures of every tensor of the file."""
 
-        def encode(name: str) -> Entry:
-            tensor, kind = coded[name], roles.kind_of(name)
-            shape = tuple((tensor.values_RC if isinstance(tensor, Quantised) else tensor).shape)
-            layouts = container.layouts(kind, shape)
-            streams = tuple(
-                Stream(CODEC, codec.encode(CODEC, stream, layout.item_bytes, params.brotli_quality))
-                for stream, layout in zip(raw[name], layouts, strict=True)
-            )
-            progress.advance(sum(map(len, raw[name])), name)
-            return Entry(name, shape, kind, roles.bits_of(kind, params), streams)
+    def one(entry: Entry) -> table.Row:
+        row, weight = table.row_of(entry), state[entry.name].detach()
+        if entry.name not in best.results:
+            return table.with_errors(row, weight, weight.half().float())
+        result = best.results[entry.name]
+        decoded, hessian = tensors.decoded(result.coded).to(weight.device), hessian_of(entry.name, weight, hessians).to(weight.device)
+        measured = table.with_errors(row, weight, decoded, hessian, hessians.get(importance_name(entry.name)))
+        return table.with_bounds(measured, result.entered_RC, result.rounded_RC, result.scale_C)
 
-        return tuple(in_threads(encode, list(raw), lambda name: len(raw[name][0]), usable_cores()))
+    return in_threads(one, best.entries, lambda entry: state[entry.name].numel(), threads_for(state.values()))
+
+
+def _as_float16(name: str, tensor: Tensor, params: PackParams) -> Entry:
+    """A tensor that is not quantised."""
+    half = tensors.half(tensor, name)
+    return _entry(name, tuple(half.shape), FLOAT16, half, params)
+
+
+def _entry(name: str, shape: tuple[int, ...], form: Form, coded: tensors.Coded, params: PackParams) -> Entry:
+    """A tensor's streams: the integers by the codec that the parameters name, what little else there is by brotli."""
+    codecs = (params.codec, "brotli") if form.kind != "float16" else ("brotli",)
+    raw, layouts = tensors.raw_streams(coded), container.layouts(form, shape)
+    streams = tuple(
+        Stream(by, codec.encode(by, stream, layout, params.brotli_quality)) for by, stream, layout in zip(codecs, raw, layouts, strict=True)
+    )
+    return Entry(name, shape, form, streams)
 
 
 def _decode(entry: Entry) -> Tensor:
     streams = container.decode_streams(entry)
-    return tensors.decoded(tensors.from_raw(entry.kind, entry.shape, entry.bits, streams, entry.name))
+    return tensors.decoded(tensors.from_raw(entry.form, entry.shape, streams, entry.name))
 
 
 def _model_params(contents: Contents) -> ModelParams:
@@ -194,8 +180,3 @@ def _model_params(contents: Contents) -> ModelParams:
     if params.layers + params.loops * (params.loop_last + 1 - params.loop_first) > MAX_VISITS:
         raise ValueError(f"damaged model file: its model visits more than {MAX_VISITS} blocks")
     return params
-
-
-def _threads(tensors_by_name: Mapping[str, Tensor]) -> int:
-    on_cpu = all(tensor.device.type == "cpu" for tensor in tensors_by_name.values())
-    return usable_cores() if on_cpu else 1

@@ -1,4 +1,6 @@
-"""One factor on all clip widths, as small as the byte budget allows.
+"""One number that decides how coarse everything is: as fine as the byte budget allows.
+
+`fit` is SDClip's: a factor on all clip widths that is never below 1.
 
 A wider clip is a coarser step: twice the width saves about one bit a weight while the integers still spread over many values, and less
 than that once they do not. Attempts are dear (GPTQ and the codec over the whole model), so the search predicts: from that slope until the
@@ -13,6 +15,8 @@ T = TypeVar("T")
 MAX_FACTOR = 8.0  # beyond it hardly anything but zeros is left
 TOLERANCE = 1.0e-3  # of the budget: an attempt that leaves less than this unused ends the search
 MAX_ATTEMPTS = 12
+UNUSED = 2_000  # bytes of the budget that `fill` may leave
+TARGET = 0.4  # of UNUSED at which it aims: sizes scatter by some hundred bytes, and over the budget is worse than under
 NARROWEST = 1.0e-3  # width of the bracket in log2 of the factor at which the search ends: 0.07 % of the step
 
 
@@ -63,3 +67,40 @@ def _between(low: Point, high: Point, budget: int) -> float:
     target = -TOLERANCE * budget / 2
     share = (low.excess - target) / (low.excess - high.excess)
     return low.x + min(max(share, 0.1), 0.9) * (high.x - low.x)
+
+
+def fill(attempt: Callable[[float], T], size: Callable[[T], int], budget: int, weights: int, first: float) -> tuple[float, T]:
+    """The scale and its attempt with the largest size found that is at most `budget`; a ValueError when none fits.
+
+    Twice the scale saves a bit a weight at first; then the line through the two nearest attempts predicts. What `first` predicts is taken
+    as it is when it is under the budget by more than a tenth: then the budget is more than the model can use.
+    """
+    points: list[Point] = []
+    best: tuple[float, T] | None = None
+    largest, scale = -budget - 1, first
+    for _ in range(MAX_ATTEMPTS):
+        result = attempt(scale)
+        excess = size(result) - budget
+        points.append(Point(math.log2(scale), excess))
+        if largest < excess <= 0:
+            largest, best = excess, (scale, result)
+        if -UNUSED <= excess <= 0 or (len(points) == 1 and -excess > 0.1 * budget):
+            break
+        scale = 2.0 ** _next(points, weights)
+    if best is None:
+        raise ValueError(
+            f"artifact over the byte budget: {min(point.excess for point in points) + budget} bytes after {len(points)} attempts, {budget}"
+            " allowed (pack.budget_bytes less pack.code_reserve_bytes); make the model smaller"
+        )
+    return best
+
+
+def _next(points: list[Point], weights: int) -> float:
+    """log2 of the scale to try: where the line through the attempts nearest to the target meets it."""
+    target = -TARGET * UNUSED
+    near = sorted(points, key=lambda point: abs(point.excess - target))
+    slope = -weights / 8  # bytes for a doubling
+    if len(near) > 1 and near[0].x != near[1].x:
+        measured = (near[0].excess - near[1].excess) / (near[0].x - near[1].x)
+        slope = measured if 4 * slope < measured < slope / 50 else slope
+    return near[0].x + (target - near[0].excess) / slope

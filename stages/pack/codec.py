@@ -1,37 +1,55 @@
 """Codecs of a stream: bytes to fewer bytes and back, by name.
 
 `brotli` shuffles first: all first bytes of the items, then all second bytes, so that the sign and exponent bytes of float16 values stand
-together. A stream records the name of its codec, so that a further codec is one more entry of CODECS. A decoder is told how many bytes
-must come out and never holds much more than that.
+together. `adaptive` is our arithmetic coder of integers (coder.py). A stream records the name of its codec, so that a further codec is one
+more entry of CODECS. A decoder is told how many bytes must come out and never holds much more than that.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import brotli
 import numpy as np
 
+from stages.pack import coder
+
 WINDOW_BITS = 24  # brotli's largest standard window, 16 MB: as large as the whole artifact
 CHUNK_BYTES = 1 << 20  # of output asked of the decoder at once; it may overshoot by as much again
 
 
+@dataclass(frozen=True)
+class Layout:
+    """What a stream decodes to: a matrix of little-endian items, which are integers on a trellis if its `states` say so."""
+
+    item_bytes: int
+    rows: int
+    columns: int
+    states: int = 1
+
+    @property
+    def raw_bytes(self) -> int:
+        """Bytes once decoded."""
+        return self.item_bytes * self.rows * self.columns
+
+
 class Codec(NamedTuple):
-    """Two functions: encode(raw, item_bytes, quality) and decode(payload, item_bytes, raw_bytes)."""
+    """Two functions: encode(raw, layout, quality) and decode(payload, layout)."""
 
-    encode: Callable[[bytes, int, int], bytes]
-    decode: Callable[[bytes, int, int], bytes]
-
-
-def encode(codec: str, raw: bytes, item_bytes: int, quality: int) -> bytes:
-    """`raw`, which holds items of `item_bytes` bytes, as `codec` writes it."""
-    return CODECS[codec].encode(raw, item_bytes, quality)
+    encode: Callable[[bytes, Layout, int], bytes]
+    decode: Callable[[bytes, Layout], bytes]
 
 
-def decode(codec: str, payload: bytes, item_bytes: int, raw_bytes: int) -> bytes:
-    """The `raw_bytes` bytes that were encoded; a ValueError when the payload does not hold exactly those."""
+def encode(codec: str, raw: bytes, layout: Layout, quality: int) -> bytes:
+    """`raw`, which is laid out as `layout` says, as `codec` writes it; `quality` is brotli's."""
+    return CODECS[codec].encode(raw, layout, quality)
+
+
+def decode(codec: str, payload: bytes, layout: Layout) -> bytes:
+    """The bytes that were encoded; a ValueError when the payload does not hold exactly those."""
     if codec not in CODECS:
         raise ValueError(f"unknown codec {codec!r}; known are {', '.join(CODECS)}")
-    return CODECS[codec].decode(payload, item_bytes, raw_bytes)
+    return CODECS[codec].decode(payload, layout)
 
 
 def shuffle(raw: bytes, item_bytes: int) -> bytes:
@@ -46,6 +64,11 @@ def shuffle(raw: bytes, item_bytes: int) -> bytes:
 def unshuffle(shuffled: bytes, item_bytes: int) -> bytes:
     """The inverse of shuffle."""
     return np.frombuffer(shuffled, np.uint8).reshape(item_bytes, -1).T.tobytes()
+
+
+def deflate(raw: bytes, quality: int) -> bytes:
+    """A whole brotli stream."""
+    return bytes(brotli.compress(raw, quality=quality, lgwin=WINDOW_BITS))
 
 
 def inflate(payload: bytes, most_bytes: int) -> bytes:
@@ -66,15 +89,28 @@ def inflate(payload: bytes, most_bytes: int) -> bytes:
     return b"".join(chunks)
 
 
-def _encode_brotli(raw: bytes, item_bytes: int, quality: int) -> bytes:
-    return bytes(brotli.compress(shuffle(raw, item_bytes), quality=quality, lgwin=WINDOW_BITS))
+def _encode_brotli(raw: bytes, layout: Layout, quality: int) -> bytes:
+    return deflate(shuffle(raw, layout.item_bytes), quality)
 
 
-def _decode_brotli(payload: bytes, item_bytes: int, raw_bytes: int) -> bytes:
-    raw = inflate(payload, raw_bytes)
-    if len(raw) != raw_bytes:
-        raise ValueError(f"a brotli stream holds {len(raw)} bytes, {raw_bytes} are declared")
-    return unshuffle(raw, item_bytes)
+def _decode_brotli(payload: bytes, layout: Layout) -> bytes:
+    raw = inflate(payload, layout.raw_bytes)
+    if len(raw) != layout.raw_bytes:
+        raise ValueError(f"a brotli stream holds {len(raw)} bytes, {layout.raw_bytes} are declared")
+    return unshuffle(raw, layout.item_bytes)
 
 
-CODECS = {"brotli": Codec(_encode_brotli, _decode_brotli)}
+def _encode_adaptive(raw: bytes, layout: Layout, _: int) -> bytes:
+    values = np.frombuffer(raw, f"<i{layout.item_bytes}").reshape(layout.rows, layout.columns)
+    return coder.encode(values.astype(np.int16), layout.states)
+
+
+def _decode_adaptive(payload: bytes, layout: Layout) -> bytes:
+    values = coder.decode(payload, layout.rows, layout.columns, layout.states)
+    narrow = values.astype(f"<i{layout.item_bytes}")
+    if not np.array_equal(narrow, values):
+        raise ValueError(f"an arithmetic-coded stream holds values beyond {layout.item_bytes} bytes")
+    return narrow.tobytes()
+
+
+CODECS = {"brotli": Codec(_encode_brotli, _decode_brotli), "adaptive": Codec(_encode_adaptive, _decode_adaptive)}

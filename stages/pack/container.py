@@ -8,10 +8,16 @@
     48      H     header: brotli over canonical JSON
     48+H          streams, one after another, in the header's order, to the end of the file
 
-    header  {"model": {...}, "tensors": [{"name", "shape", "kind", "bits", "streams": [{"codec", "bytes"}, ...]}, ...]}
+    header  {"model": {...}, "tensors": [{"name", "shape", "form": [kind, size], "streams": [{"codec", "bytes"}, ...]}, ...]}
 
-A quantised tensor has two streams, int8 values row by row and float16 steps, one for each row; a tensor of kind `rest` has one, float16
-values. How long a stream is when decoded follows from kind and shape, so that no length can contradict another.
+The form says what the streams decode to:
+
+    ["float16", 16]     the values
+    ["rows", bits]      int8 values row by row; float16 steps, one for each row
+    ["lattice", states] int16 levels row by row, which follow a trellis of so many states; a float32 step and one signed byte for each
+                        row and each column, their exponents (lattice.py)
+
+How long a stream is when decoded follows from form and shape, so that no length can contradict another.
 
 The checksum catches damage; it cannot catch malice, so a reader believes nothing: the header must be exactly the canonical bytes of what it
 says, within the limits below, and all is checked before anything is decoded. What is wrong is a ValueError.
@@ -19,25 +25,39 @@ says, within the limits below, and all is checked before anything is decoded. Wh
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn, get_args
 
 from stages.pack import codec
-from stages.pack.roles import KINDS, REST_BITS, Kind
+from stages.pack.codec import Layout
+from stages.pack.trellis import STATES
 
 MAGIC = b"\x89CADDIE\n"
-VERSION = 1
+VERSION = 2
 CHECKSUM_START = len(MAGIC) + 4
 HEADER_START = CHECKSUM_START + 32
 MAX_HEADER_BYTES = 1 << 20  # decompressed; a record-size header takes 20 kB
 MAX_TENSORS = 5_000  # a hundred and odd in the record's model
 MAX_DIMENSIONS = 4
+MAX_SIDE = 1 << 20  # of a dimension: a decoder keeps a few numbers for each column
 MAX_RAW_BYTES = 1 << 28  # of all decoded streams together: seven times the record's model
 MAX_DIGITS = 15  # of an integer in the header
 NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 MAX_NAME_LENGTH = 200
+
+
+FormKind = Literal["float16", "rows", "lattice"]
+FORM_KINDS: tuple[FormKind, ...] = get_args(FormKind)
+
+
+class Form(NamedTuple):
+    """How a tensor's values are kept."""
+
+    kind: FormKind
+    size: int  # bits of a value, or states of the trellis
 
 
 @dataclass(frozen=True)
@@ -54,8 +74,7 @@ class Entry:
 
     name: str
     shape: tuple[int, ...]
-    kind: Kind
-    bits: int
+    form: Form
     streams: tuple[Stream, ...]
 
     @property
@@ -72,32 +91,21 @@ class Contents:
     entries: tuple[Entry, ...]
 
 
-@dataclass(frozen=True)
-class Layout:
-    """What a stream decodes to."""
-
-    item_bytes: int
-    items: int
-
-    @property
-    def raw_bytes(self) -> int:
-        """Bytes once decoded."""
-        return self.item_bytes * self.items
-
-
-def layouts(kind: Kind, shape: Sequence[int]) -> tuple[Layout, ...]:
-    """The streams of a tensor: float16 values, or int8 values and float16 steps."""
-    items = 1
-    for size in shape:
-        items *= size
-    return (Layout(2, items),) if kind == "rest" else (Layout(1, items), Layout(2, shape[0]))
+def layouts(form: Form, shape: Sequence[int]) -> tuple[Layout, ...]:
+    """What the streams of a tensor decode to."""
+    if form.kind == "float16":
+        return (Layout(2, 1, math.prod(shape)),)
+    rows, columns = shape
+    if form.kind == "rows":
+        return Layout(1, rows, columns), Layout(2, 1, rows)
+    return Layout(2, rows, columns, form.size), Layout(1, 1, 4 + rows + columns)
 
 
 def write(contents: Contents) -> bytes:
     """The file's bytes; the same contents give the same bytes. Contents beyond the limits of `read` are a ValueError."""
     described = _header(contents)
     _records(described["tensors"])
-    header = codec.encode("brotli", _canonical(described), 1, 11)
+    header = codec.deflate(_canonical(described), 11)
     streams = [stream.payload for entry in contents.entries for stream in entry.streams]
     covered = b"".join([len(header).to_bytes(4, "little"), header, *streams])
     return b"".join([MAGIC, VERSION.to_bytes(4, "little"), hashlib.sha256(covered).digest(), covered])
@@ -121,8 +129,8 @@ def decode_streams(entry: Entry) -> tuple[bytes, ...]:
     """The raw bytes of each stream of a tensor."""
     try:
         return tuple(
-            codec.decode(stream.codec, stream.payload, layout.item_bytes, layout.raw_bytes)
-            for stream, layout in zip(entry.streams, layouts(entry.kind, entry.shape), strict=True)
+            codec.decode(stream.codec, stream.payload, layout)
+            for stream, layout in zip(entry.streams, layouts(entry.form, entry.shape), strict=True)
         )
     except ValueError as error:
         raise ValueError(f"damaged model file: tensor {entry.name}: {error}") from error
@@ -133,8 +141,7 @@ def _header(contents: Contents) -> dict[str, Any]:
         {
             "name": entry.name,
             "shape": list(entry.shape),
-            "kind": entry.kind,
-            "bits": entry.bits,
+            "form": list(entry.form),
             "streams": [{"codec": stream.codec, "bytes": len(stream.payload)} for stream in entry.streams],
         }
         for entry in contents.entries
@@ -196,26 +203,24 @@ def _records(tensors: Any) -> list[dict[str, Any]]:
         if record["name"] in seen:
             _refuse(f"tensor {record['name']} appears twice")
         seen.add(record["name"])
-        raw_bytes += sum(layout.raw_bytes for layout in layouts(record["kind"], record["shape"]))
+        raw_bytes += sum(layout.raw_bytes for layout in layouts(Form(*record["form"]), record["shape"]))
         if raw_bytes > MAX_RAW_BYTES:
             _refuse(f"its tensors declare more than {MAX_RAW_BYTES} bytes")
     return tensors
 
 
 def _check_record(record: Any) -> None:
-    _check_keys(record, ("name", "shape", "kind", "bits", "streams"), "the record of a tensor")
-    name, shape, kind, bits, streams = (record[key] for key in ("name", "shape", "kind", "bits", "streams"))
+    _check_keys(record, ("name", "shape", "form", "streams"), "the record of a tensor")
+    name, shape, form, streams = (record[key] for key in ("name", "shape", "form", "streams"))
     if not isinstance(name, str) or len(name) > MAX_NAME_LENGTH or not NAME.fullmatch(name):
         _refuse("the name of a tensor is not words joined by dots")
-    if kind not in KINDS:
-        _refuse(f"tensor {name} is of an unknown kind")
-    if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(_is_size(size) for size in shape):
+    if not isinstance(form, list) or len(form) != 2 or not _is_form(*form):
+        _refuse(f"tensor {name} is kept in an impossible form")
+    if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(_is_size(size) and size <= MAX_SIDE for size in shape):
         _refuse(f"the shape of tensor {name} is not a list of at most {MAX_DIMENSIONS} sizes")
-    if kind != "rest" and len(shape) != 2:
+    if form[0] != "float16" and len(shape) != 2:
         _refuse(f"tensor {name} is quantised and has {len(shape)} dimensions, expected 2")
-    if type(bits) is not int or not (bits == REST_BITS if kind == "rest" else 2 <= bits <= 8):
-        _refuse(f"tensor {name} has an impossible bit width")
-    expected = len(layouts(kind, shape))
+    expected = len(layouts(Form(*form), shape))
     if not isinstance(streams, list) or len(streams) != expected:
         _refuse(f"tensor {name} does not have {expected} streams")
     for stream in streams:
@@ -236,8 +241,14 @@ def _cut(records: list[dict[str, Any]], body: bytes) -> tuple[Entry, ...]:
         for stream in record["streams"]:
             streams.append(Stream(stream["codec"], body[position : position + stream["bytes"]]))
             position += stream["bytes"]
-        entries.append(Entry(record["name"], tuple(record["shape"]), record["kind"], record["bits"], tuple(streams)))
+        entries.append(Entry(record["name"], tuple(record["shape"]), Form(*record["form"]), tuple(streams)))
     return tuple(entries)
+
+
+def _is_form(kind: Any, size: Any) -> bool:
+    if type(size) is not int or kind not in FORM_KINDS:
+        return False
+    return {"float16": size == 16, "rows": 2 <= size <= 8, "lattice": size in STATES}[kind]
 
 
 def _is_size(value: Any) -> bool:

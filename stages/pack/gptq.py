@@ -49,13 +49,17 @@ def row_steps(weight_RC: Tensor, clip: float, qmax: int, name: str) -> Tensor:
     return steps
 
 
-def feedback(hessian_CC: Tensor, damping: float, name: str) -> Feedback:
-    """Dead columns, order and U of a Hessian; a ValueError when it is not positive definite after damping."""
+def feedback(hessian_CC: Tensor, damping: float, name: str, act_order: bool = True) -> Feedback:
+    """Dead columns, order and U of a Hessian; a ValueError when it is not positive definite after damping.
+
+    Without act-order the columns stay as they are.
+    """
     hessian = hessian_CC.double()
     diagonal = hessian.diagonal()
     dead = diagonal == 0
     diagonal = torch.where(dead, 1.0, diagonal)
-    order = torch.sort(diagonal, descending=True, stable=True).indices
+    columns = torch.arange(len(diagonal), device=hessian.device)
+    order = torch.sort(diagonal, descending=True, stable=True).indices if act_order else columns
     damped = hessian - torch.diag(hessian.diagonal()) + torch.diag(diagonal + damping * diagonal.mean())
     reversed_order = order.flip(0)
     lower, failed = torch.linalg.cholesky_ex(damped[reversed_order][:, reversed_order])
@@ -69,8 +73,8 @@ def feedback(hessian_CC: Tensor, damping: float, name: str) -> Feedback:
     return Feedback(order, dead, upper.float())
 
 
-def quantise(weight_RC: Tensor, known: Feedback, steps_R: Tensor, qmax: int, block_columns: int) -> Tensor:
-    """The integers of GPTQ, (R, C) int8.
+def quantise(weight_RC: Tensor, known: Feedback, steps_R: Tensor, qmax: int, block_columns: int) -> tuple[Tensor, Tensor]:
+    """The integers of GPTQ, (R, C) int8, and the values that were rounded to them: weights after feedback (R, C), float32.
 
     Columns are rounded in blocks of N. Inside a block, column j gathers the errors of the block's earlier columns just before it is
     rounded; the columns after the block receive the errors of the whole block in one matrix product (the lazy update):
@@ -81,7 +85,7 @@ def quantise(weight_RC: Tensor, known: Feedback, steps_R: Tensor, qmax: int, blo
     step = steps_R.float()
     divisor = step.clamp_min(SMALLEST_STEP)
     left_CR = weight_RC.float().masked_fill(known.dead_C, 0.0)[:, known.order_C].T.contiguous()
-    rounded_CR = torch.empty_like(left_CR)
+    rounded_CR, entered_CR = torch.empty_like(left_CR), torch.empty_like(left_CR)
     for start in range(0, columns, block_columns):
         stop = min(start + block_columns, columns)
         lower_NN = known.upper_CC[start:stop, start:stop].T.contiguous()
@@ -90,11 +94,10 @@ def quantise(weight_RC: Tensor, known: Feedback, steps_R: Tensor, qmax: int, blo
             column = torch.addmv(left_CR[start + j], errors_NR[:j].T, lower_NN[j, :j], alpha=-1.0)
             rounded = torch.round(column / divisor).clamp_(-qmax, qmax)
             errors_NR[j] = (column - rounded * step) / lower_NN[j, j]
-            rounded_CR[start + j] = rounded
+            rounded_CR[start + j], entered_CR[start + j] = rounded, column
         left_CR[stop:].addmm_(known.upper_CC[start:stop, stop:].T, errors_NR, alpha=-1.0)
-    values_CR = torch.empty(columns, rows, dtype=torch.int8, device=left_CR.device)
-    values_CR[known.order_C] = rounded_CR.to(torch.int8)
-    return values_CR.T.contiguous()
+    back_C = torch.argsort(known.order_C)
+    return rounded_CR[back_C].T.contiguous().to(torch.int8), entered_CR[back_C].T.contiguous()
 
 
 def gptq(
@@ -104,7 +107,7 @@ def gptq(
     if hessian_CC.shape != (weight_RC.shape[1],) * 2:
         raise ValueError(f"{name}: a Hessian of shape {tuple(hessian_CC.shape)} does not fit the weights {tuple(weight_RC.shape)}")
     steps = row_steps(weight_RC, clip, qmax, name)
-    return Quantised(quantise(weight_RC, feedback(hessian_CC, damping, name), steps, qmax, block_columns), steps)
+    return Quantised(quantise(weight_RC, feedback(hessian_CC, damping, name), steps, qmax, block_columns)[0], steps)
 
 
 def dequantise(quantised: Quantised) -> Tensor:
@@ -112,6 +115,6 @@ def dequantise(quantised: Quantised) -> Tensor:
     return quantised.values_RC.float() * quantised.steps_R.float()[:, None]
 
 
-def cost(difference_RC: Tensor, hessian_CC: Tensor) -> float:
-    """tr(D H D^T): what the difference D of two matrices does to the layer's outputs, summed over the calibration data."""
-    return float(((difference_RC.float() @ hessian_CC.float()) * difference_RC).sum(dtype=torch.float64))
+def costs(difference_RC: Tensor, hessian_CC: Tensor) -> Tensor:
+    """D_r H D_r^T of every row (R,), float64: what the difference D of two matrices does to each of the layer's outputs."""
+    return ((difference_RC.float() @ hessian_CC.float()) * difference_RC).sum(1, dtype=torch.float64)

@@ -1,8 +1,10 @@
-"""Parameters of the packed artifact; #1493's values throughout."""
+"""Parameters of the packed artifact."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from stages.config import reject, require_positive
+from stages.pack.trellis import STATES
 from stages.parallel import ParallelParams
 from stages.train.params import ModelParams
 
@@ -11,12 +13,19 @@ from stages.train.params import ModelParams
 class PackParams:
     """The section `pack`."""
 
-    matrix_bits: int  # of a value of a block matrix, 2 to 8 (#1493: 6)
-    embedding_bits: int  # of a value of the embedding, 2 to 8 (#1493: 8)
-    matrix_clip: float  # k: values are clipped k standard deviations of their row from zero (SDClip, #1394); wider is smaller and coarser
-    embedding_clip: float  # the same for the embedding
+    quantiser: Literal["rate", "sdclip"]  # rate: steps by sensitivity, levels on a trellis (lattice.py); sdclip: #1493's fixed widths
+    codec: Literal["adaptive", "brotli"]  # of the integers: our arithmetic coder (coder.py), or brotli as in #1493
+    states: int  # rate: of the trellis; 1 is a uniform grid; more are better and slower
+    rate_weight: float  # rate: of bits against error; 0 takes the nearest levels, and more draws them to zero
+    row_weight: float  # rate: exponent of the rows' measured importance; 0 lets all rows of a matrix weigh the same
+    matrix_bits: int  # sdclip: of a value of a block matrix, 2 to 8 (#1493: 6)
+    embedding_bits: int  # sdclip: of a value of the embedding, 2 to 8 (#1493: 8)
+    matrix_clip: (
+        float  # sdclip: k, values are clipped k standard deviations of their row from zero (SDClip, #1394); wider is smaller and coarser
+    )
+    embedding_clip: float  # sdclip: the same for the embedding
     damping: float  # added to the diagonal of each Hessian, as a fraction of the diagonal's mean
-    block_columns: int  # columns between two lazy updates of the rest of a matrix; changes speed and last digits only
+    block_columns: int  # sdclip: columns between two lazy updates of the rest of a matrix; changes speed and last digits only
     brotli_quality: int  # 0 to 11
     budget_bytes: int  # of the counted files together: the challenge's cap
     code_reserve_bytes: int  # of the budget, kept for the counted code
@@ -25,6 +34,11 @@ class PackParams:
         for key in ("matrix_bits", "embedding_bits"):
             if not 2 <= getattr(self, key) <= 8:
                 reject(key, f"{getattr(self, key)} is not between 2 and 8")
+        if self.states not in STATES:
+            reject("states", f"{self.states} is not among {', '.join(map(str, STATES))}")
+        for key in ("rate_weight", "row_weight"):
+            if getattr(self, key) < 0:
+                reject(key, f"{getattr(self, key)} is negative")
         require_positive(self, "matrix_clip", "embedding_clip", "block_columns", "budget_bytes")
         if self.damping < 0:
             reject("damping", f"{self.damping} is negative")

@@ -1,16 +1,14 @@
 """What becomes of each tensor: decided by its role, never by its size.
 
-Block matrices and the embedding are quantised, each kind to its own bit width; gains, scales, mixes and skips are kept in float16.
+Block matrices and the embedding are quantised; gains, scales, mixes and skips are kept in float16.
 """
 
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 from stages.pack.params import PackParams
 from stages.train.model import is_matrix
 
 Kind = Literal["matrix", "embedding", "rest"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
-REST_BITS = 16
 
 
 class Grid(NamedTuple):
@@ -44,9 +42,6 @@ def kind_of(name: str) -> Kind:
 def grid(kind: Kind, params: PackParams, clip_factor: float) -> Grid:
     """The grid of a quantised kind with every clip width multiplied by `clip_factor`."""
     assert kind != "rest", "float16 tensors have no grid"
-    return Grid(bits_of(kind, params), clip_factor * (params.matrix_clip if kind == "matrix" else params.embedding_clip))
-
-
-def bits_of(kind: Kind, params: PackParams) -> int:
-    """The bit width of a value of this kind."""
-    return {"matrix": params.matrix_bits, "embedding": params.embedding_bits, "rest": REST_BITS}[kind]
+    if kind == "matrix":
+        return Grid(params.matrix_bits, clip_factor * params.matrix_clip)
+    return Grid(params.embedding_bits, clip_factor * params.embedding_clip)

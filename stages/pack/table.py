@@ -1,19 +1,31 @@
 """Where the bytes of model.bin go, and what quantisation cost: layers.tsv, the metrics, and the table that `inspect` prints.
 
-Two errors stand side by side: the mean squared difference of original and decoded weights, and the relative error of the layer's outputs
-on the calibration data, tr(D H D^T) / tr(W H W^T) with D the difference, which is what GPTQ lowers.
+Errors, with D the difference of original and decoded weights: its mean square; the relative error of the layer's outputs on the
+calibration data, tr(D H D^T) / tr(W H W^T), which is what GPTQ lowers; and the loss to expect from it, half of sum_r g_r D_r H D_r^T in
+nats a token, with g the measured importance of the rows (quantisers.py).
+
+Rates are held against two bounds, in bits a weight, both from the values that entered the quantiser and their squared differences to what
+came out. The first takes a row for normal values of one variance: the mean over rows of max(0, log2(variance / distortion) / 2), in units
+of weights. The second is stricter where columns differ in scale: a variance for each value, the product of its row's and its column's, and
+the distortion in units of steps, which is what a quantiser with a step for each column keeps even.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 from torch import Tensor
 
-from stages.pack import gptq
+from stages.pack import gptq, roles
 from stages.pack.container import Entry
 
+TINY = 1e-300
 CONTAINER = "container"  # the last row: everything that is no tensor's, so that the column adds up to the file
-COLUMNS = ("name", "kind", "shape", "bits", "bytes", "bits_per_weight", "mean_squared_error", "relative_error")
+COLUMNS = (
+    "name", "kind", "shape", "form", "bytes", "bits_per_weight", "above_bound", "above_bound_by_column", "mean_squared_error",
+    "relative_error", "expected_loss",
+)  # fmt: skip
 
 
 class Row(NamedTuple):
@@ -22,11 +34,14 @@ class Row(NamedTuple):
     name: str
     kind: str
     shape: tuple[int, ...]
-    bits: int | None
+    form: str
     bytes: int
     weights: int
+    above_bound: float | None = None  # bits a weight
+    above_bound_by_column: float | None = None
     mean_squared_error: float | None = None
     relative_error: float | None = None
+    expected_loss: float | None = None  # nats a token
 
     @property
     def bits_per_weight(self) -> float | None:
@@ -36,24 +51,52 @@ class Row(NamedTuple):
 
 def rows_of(entries: Sequence[Entry], file_bytes: int) -> list[Row]:
     """What the file alone says of each tensor, and last the container."""
-    rows = []
-    for entry in entries:
-        weights = 1
-        for size in entry.shape:
-            weights *= size
-        rows.append(Row(entry.name, entry.kind, entry.shape, entry.bits, entry.payload_bytes, weights))
-    return [*rows, Row(CONTAINER, CONTAINER, (), None, file_bytes - sum(row.bytes for row in rows), 0)]
+    rows = [row_of(entry) for entry in entries]
+    return [*rows, container_row(rows, file_bytes)]
 
 
-def with_errors(row: Row, weight: Tensor, decoded: Tensor, hessian: Tensor | None) -> Row:
-    """The row with the errors of its tensor; without a Hessian there is no relative one."""
+def row_of(entry: Entry) -> Row:
+    """What the file says of one tensor."""
+    form = f"{entry.form.kind}:{entry.form.size}"
+    return Row(entry.name, roles.kind_of(entry.name), entry.shape, form, entry.payload_bytes, math.prod(entry.shape))
+
+
+def container_row(rows: Sequence[Row], file_bytes: int) -> Row:
+    """What no tensor takes of the file."""
+    return Row(CONTAINER, CONTAINER, (), "", file_bytes - sum(row.bytes for row in rows), 0)
+
+
+def with_errors(row: Row, weight: Tensor, decoded: Tensor, hessian: Tensor | None = None, importance: Tensor | None = None) -> Row:
+    """The row with the errors of its tensor; without a Hessian there is no relative one, without importance no expected loss."""
     difference = decoded - weight.detach().float()
     mean_squared = float(difference.double().square().mean()) if row.weights else 0.0
-    relative = None
+    relative = expected = None
     if hessian is not None:
-        scale = gptq.cost(weight.detach().float(), hessian)
-        relative = gptq.cost(difference, hessian) / scale if scale > 0 else 0.0
-    return row._replace(mean_squared_error=mean_squared, relative_error=relative)
+        scale = float(gptq.costs(weight.detach().float(), hessian).sum())
+        costs_R = gptq.costs(difference, hessian)
+        relative = float(costs_R.sum()) / scale if scale > 0 else 0.0
+        inputs = float(hessian.diagonal().double().sum())
+        if importance is not None and inputs > 0:
+            expected = float((importance.to(costs_R) * costs_R).sum()) / inputs / 2
+    return row._replace(mean_squared_error=mean_squared, relative_error=relative, expected_loss=expected)
+
+
+def with_bounds(row: Row, entered_RC: np.ndarray, rounded_RC: np.ndarray, scale_C: np.ndarray) -> Row:
+    """The row with what its rate lies above both bounds."""
+    if not row.weights:
+        return row
+    entered, error = entered_RC.astype(np.float64), (entered_RC - rounded_RC).astype(np.float64)
+    by_row = _bits((entered * scale_C).var(1), ((error * scale_C) ** 2).mean(1))
+    squares = entered**2
+    product = squares.mean(1)[:, None] * squares.mean(0) / max(float(squares.mean()), TINY)
+    by_column = _bits(product, (error**2).mean(1)[:, None])
+    bits = 8 * row.bytes / row.weights
+    return row._replace(above_bound=bits - float(by_row.mean()), above_bound_by_column=bits - float(by_column.mean()))
+
+
+def _bits(variance: np.ndarray, distortion: np.ndarray) -> np.ndarray:
+    """The rate-distortion function of normal values, in bits."""
+    return np.maximum(0.0, np.log2(np.maximum(variance, TINY) / np.maximum(distortion, TINY)) / 2)
 
 
 def tsv(rows: Sequence[Row]) -> str:
@@ -65,31 +108,38 @@ def aligned(rows: Sequence[Row]) -> str:
     """The same for the eye, without the columns that no row fills, and with a line of totals."""
     total = sum(row.bytes for row in rows)
     weights = sum(row.weights for row in rows)
-    lines = [list(COLUMNS), *map(_cells, rows), ["total", "", "", "", str(total), f"{8 * total / max(1, weights):.4f}", "", ""]]
+    lines = [list(COLUMNS), *map(_cells, rows), ["total", "", "", "", str(total), f"{8 * total / max(1, weights):.4f}", *[""] * 5]]
     filled = [i for i in range(len(COLUMNS)) if any(line[i] for line in lines[1:])]
     widths = {i: max(len(line[i]) for line in lines) for i in filled}
     text = [[line[i].ljust(widths[i]) if i < 3 else line[i].rjust(widths[i]) for i in filled] for line in lines]
     return "\n".join("  ".join(cells).rstrip() for cells in text) + "\n"
 
 
-def metrics(rows: Sequence[Row], clip_factor: float) -> dict[str, float]:
-    """metrics.json: sizes, the clip factor, and the relative errors of the quantised tensors."""
+def metrics(rows: Sequence[Row], scale: float) -> dict[str, float]:
+    """metrics.json: sizes, the quantiser's scale, rates above the bounds and errors of the quantised tensors."""
     total, weights = sum(row.bytes for row in rows), sum(row.weights for row in rows)
     quantised = [row for row in rows if row.relative_error is not None]
     relative = [row.relative_error for row in quantised if row.relative_error is not None]
     squared = sum(row.weights * row.mean_squared_error for row in quantised if row.mean_squared_error is not None)
     return {
         "bytes_model": total,
-        "clip_factor": clip_factor,
+        "scale": scale,
         "bits_per_weight": 8 * total / weights,
+        "above_bound": _mean(quantised, [row.above_bound for row in quantised]),
+        "above_bound_by_column": _mean(quantised, [row.above_bound_by_column for row in quantised]),
+        "expected_loss": sum(row.expected_loss or 0.0 for row in quantised),
         "quantisation_mean_squared_error": squared / sum(row.weights for row in quantised),
         "quantisation_relative_error": sum(relative) / len(relative),
         "quantisation_relative_error_worst": max(relative),
     }
 
 
+def _mean(rows: Sequence[Row], figures: Sequence[float | None]) -> float:
+    """Over weights."""
+    return sum(row.weights * (figure or 0.0) for row, figure in zip(rows, figures, strict=True)) / sum(row.weights for row in rows)
+
+
 def _cells(row: Row) -> list[str]:
-    figures = (f"{row.bits_per_weight:.4f}" if row.bits_per_weight is not None else "", row.mean_squared_error, row.relative_error)
-    known = [figure if isinstance(figure, str) else "" if figure is None else f"{figure:.6e}" for figure in figures]
-    shape = "x".join(map(str, row.shape))
-    return [row.name, row.kind, shape, "" if row.bits is None else str(row.bits), str(row.bytes), *known]
+    rates = [f"{figure:.4f}" if figure is not None else "" for figure in (row.bits_per_weight, row.above_bound, row.above_bound_by_column)]
+    errors = [f"{figure:.6e}" if figure is not None else "" for figure in (row.mean_squared_error, row.relative_error, row.expected_loss)]
+    return [row.name, row.kind, "x".join(map(str, row.shape)), row.form, str(row.bytes), *rates, *errors]

@@ -1,15 +1,19 @@
-"""One tensor between its three forms: coded (integers and steps, or float16), raw streams of bytes, and the float32 that a model uses."""
+"""One tensor between its three forms: coded (integers and their steps, or float16), raw streams of bytes, and the float32 of a model."""
+
+import math
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from stages.pack import gptq
+from stages.pack import gptq, lattice
+from stages.pack.container import Form
 from stages.pack.gptq import Quantised
-from stages.pack.roles import Kind, largest_value
+from stages.pack.lattice import Lattice
+from stages.pack.roles import largest_value
 
-INT8, FLOAT16 = np.dtype("int8"), np.dtype("<f2")
-Coded = Quantised | Tensor  # a quantised matrix, or a float16 tensor
+INT8, INT16, FLOAT16, FLOAT32 = np.dtype("int8"), np.dtype("<i2"), np.dtype("<f2"), np.dtype("<f4")
+Coded = Quantised | Lattice | Tensor  # a matrix with a step for each row, one on scaled axes, or a float16 tensor
 
 
 def half(tensor: Tensor, name: str) -> Tensor:
@@ -22,25 +26,43 @@ def half(tensor: Tensor, name: str) -> Tensor:
 
 def decoded(coded: Coded) -> Tensor:
     """The float32 weights that a reader of the file gets."""
+    if isinstance(coded, Lattice):
+        return torch.from_numpy(lattice.weights(coded))
     return gptq.dequantise(coded) if isinstance(coded, Quantised) else coded.float()
 
 
 def raw_streams(coded: Coded) -> tuple[bytes, ...]:
     """The bytes of each stream, in the order of container.layouts."""
+    if isinstance(coded, Lattice):
+        step = np.array(coded.step, FLOAT32).tobytes()
+        return coded.levels_RC.astype(INT16).tobytes(), step + coded.rows_R.tobytes() + coded.columns_C.tobytes()
     if isinstance(coded, Quantised):
         return _raw(coded.values_RC, INT8), _raw(coded.steps_R, FLOAT16)
     return (_raw(coded, FLOAT16),)
 
 
-def from_raw(kind: Kind, shape: tuple[int, ...], bits: int, streams: tuple[bytes, ...], name: str) -> Coded:
+def from_raw(form: Form, shape: tuple[int, ...], streams: tuple[bytes, ...], name: str) -> Coded:
     """The inverse of raw_streams; a ValueError for integers beyond the bit width, or values that are not finite."""
-    if kind == "rest":
+    if form.kind == "float16":
         return _finite(_tensor(streams[0], FLOAT16, shape), name)
+    if form.kind == "lattice":
+        return _lattice(form.size, shape, streams, name)
     values, steps = _tensor(streams[0], INT8, shape), _tensor(streams[1], FLOAT16, shape[:1])
-    qmax = largest_value(bits)
+    qmax = largest_value(form.size)
     if values.numel() and not -qmax <= int(values.min()) <= int(values.max()) <= qmax:
-        raise ValueError(f"damaged model file: tensor {name} has integers beyond {qmax}, the largest of {bits} bits")
+        raise ValueError(f"damaged model file: tensor {name} has integers beyond {qmax}, the largest of {form.size} bits")
     return Quantised(values, _finite(steps, name))
+
+
+def _lattice(states: int, shape: tuple[int, ...], streams: tuple[bytes, ...], name: str) -> Lattice:
+    levels, (step,) = np.frombuffer(streams[0], INT16).astype(np.int16).reshape(shape), np.frombuffer(streams[1][:4], FLOAT32)
+    exponents = np.frombuffer(streams[1][4:], INT8)
+    if not (math.isfinite(step) and step > 0):
+        raise ValueError(f"damaged model file: tensor {name} has the step {step}")
+    read = Lattice(levels, exponents[: shape[0]], exponents[shape[0] :], float(step), states)
+    if not np.isfinite(lattice.weights(read)).all():
+        raise ValueError(f"damaged model file: tensor {name} has values that are not finite")
+    return read
 
 
 def _raw(tensor: Tensor, dtype: np.dtype) -> bytes:
