@@ -29,6 +29,7 @@ SMALL = [
     "train.batch_tokens=65536",
     "train.micro_batch_tokens=32768",
     "calibrate.tokens=131072",
+    "calibrate.importance_tokens=65536",
     "calibrate.micro_batch_tokens=32768",
     "parallel.compile=false",
 ]

@@ -35,15 +35,15 @@ from stages.train.data import Windows, to_device
 from stages.train.model import Model, model_for
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "fixed widths, our coder": {"quantiser": "sdclip", "codec": "adaptive"},
+    "fixed widths, our coder": {"quantiser": "sdclip", "codec": "adaptive", "damping": 0.01},
     "at a rate, uniform grid": {"states": 1},
     "at a rate, 4 states": {"states": 4},
     "at a rate, 8 states": {"states": 8},
     "at a rate, 32 states": {"states": 32},
     "8 states, rows alike": {"row_weight": 0.0},
     "8 states, rows by their full importance": {"row_weight": 1.0},
-    "8 states, nearest levels": {"rate_weight": 0.0},
-    "8 states, brotli": {"codec": "brotli"},
+    "8 states, by error and bits": {"rate_weight": 0.1},
+    "8 states, damping 0.01": {"damping": 0.01},
 }
 PROGRAMS = {"xz": ["xz", "-9e", "-k"], "lrzip": ["lrzip", "-z", "-L", "9", "-Q"], "zpaq": ["zpaq", "a", "archive.zpaq"]}
 WINDOWS_AT_ONCE = 32
@@ -139,7 +139,7 @@ def main() -> None:
             arguments.results.write_text(text + "\n")
             return packed
 
-        plain = run("fixed widths, brotli", quantiser="sdclip", codec="brotli")
+        plain = run("fixed widths, brotli", quantiser="sdclip", codec="brotli", damping=0.01)  # all as in #1493
         result["outside"] = outside(plain.blob)
         for name in arguments.variant or VARIANTS:
             run(name, **({"budget_bytes": len(plain.blob) + reserve} | VARIANTS[name]))

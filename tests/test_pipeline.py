@@ -23,7 +23,7 @@ TINY = {
     "tokenize": {"source": "files", "train_glob": "*.jsonl", "val_fraction": 0.2, "vocab_size": 400, "threads": 1},
     "model": {"vocab_size": 400, "context": 32, "width": 32, "heads": 2, "kv_heads": 1, "hidden": 64},
     "train": {"steps": 30, "batch_tokens": 256, "micro_batch_tokens": 128, "ema_decay": 0.9},
-    "calibrate": {"tokens": 512, "micro_batch_tokens": 256},
+    "calibrate": {"tokens": 512, "importance_tokens": 256, "micro_batch_tokens": 256},
     "sliding_eval": {"window": 32, "stride": 8, "batch_windows": 16, "chunk": 256},
     "ttt_eval": {"chunk": 256, "epochs": 1, "batch_tokens": 256},
     "audit": {"distributions": 16, "segment_targets": 32},
@@ -223,7 +223,7 @@ def test_a_killed_dvc_leaves_no_output_half_written(repository):
     """A stage that fails publishes nothing: the folder holds what it held."""
     before = hashes(repository)
     result = subprocess.run(
-        [sys.executable, "-m", "stages.pack", "--set", "pack.budget_bytes=52000"], cwd=repository, capture_output=True, text=True
+        [sys.executable, "-m", "stages.pack", "--set", "pack.budget_bytes=68000"], cwd=repository, capture_output=True, text=True
     )
     assert result.returncode == 2
     assert len(result.stderr.splitlines()) == 1
