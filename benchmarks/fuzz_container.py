@@ -57,12 +57,14 @@ def seeds() -> list[bytes]:
     def stream(raw: bytes, layout: Layout, by: str) -> Stream:
         return Stream(by, codec.encode(by, raw, layout, 5))
 
+    rows = (stream(bytes(range(12)), Layout(1, 3, 4), "adaptive"), stream(bytes(6), Layout(2, 1, 3), "brotli"))
     levels = np.array([[0, 2, -4], [6, 0, 0]], "<i2").tobytes()
+    axes = stream(b"\0\0\x80?" + bytes(5), Layout(1, 1, 9), "brotli")
     entries = (
-        Entry("a.weight", (3, 4), Form("rows", 6), (stream(bytes(range(12)), Layout(1, 3, 4), "adaptive"), stream(bytes(6), Layout(2, 1, 3), "brotli"))),
-        Entry("b.weight", (2, 3), Form("lattice", 1), (stream(levels, Layout(2, 2, 3), "adaptive"), stream(b"\0\0\x80?" + bytes(5), Layout(1, 1, 9), "brotli"))),
+        Entry("a.weight", (3, 4), Form("rows", 6), rows),
+        Entry("b.weight", (2, 3), Form("lattice", 1), (stream(levels, Layout(2, 2, 3), "adaptive"), axes)),
         Entry("gain", (2,), Form("float16", 16), (stream(b"\0<\0<", Layout(2, 1, 2), "brotli"),)),
-    )  # fmt: skip
+    )
     made = []
     for chosen in [entries, *([entry] for entry in entries), ()]:
         blob = container.write(Contents({"layers": 1, "rope_base": 10000.0}, tuple(chosen)))
@@ -73,7 +75,7 @@ def seeds() -> list[bytes]:
 
 def fuzz(arguments: list[str]) -> None:
     """The process that is fuzzed; libFuzzer's options follow --inside."""
-    import atheris  # noqa: PLC0415  # only here: it is no dependency
+    import atheris  # only here: it is no dependency
 
     for module in ("stages.pack.container", "stages.pack.codec", "stages.pack.tensors", "stages.pack.artifact", "stages.pack.lattice"):
         for value in vars(sys.modules[module]).values():

@@ -6,7 +6,7 @@ FILEs are train's model.safetensors and calibrate's hessians.safetensors. First 
 budget of all others. Then the same integers with our coder; then steps and levels at a rate, on a uniform grid and on trellises; then what
 each of its parts is worth, left out alone. Each row says bytes, bits a weight above the bounds of layers.tsv, errors, the loss expected
 from them, and the loss measured on windows of held-out training text with the decoded weights, against the unquantised ones. Programs that
-are installed (xz, lrzip with ZPAQ, zpaq) are run over the plain integers too, for scale.
+are installed (xz, lrzip with ZPAQ) are run over the plain integers too, for scale.
 """
 
 import argparse
@@ -45,7 +45,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "8 states, by error and bits": {"rate_weight": 0.1},
     "8 states, damping 0.01": {"damping": 0.01},
 }
-PROGRAMS = {"xz": ["xz", "-9e", "-k"], "lrzip": ["lrzip", "-z", "-L", "9", "-Q"], "zpaq": ["zpaq", "a", "archive.zpaq"]}
+PROGRAMS = {"xz": ["xz", "-9e", "-k"], "lrzip": ["lrzip", "-z", "-L", "9", "-Q"]}
 WINDOWS_AT_ONCE = 32
 
 
