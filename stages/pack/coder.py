@@ -32,7 +32,7 @@ UNARY = 24  # decisions of a magnitude's unary part; what is longer goes on in E
 RAW_SHIFT = 2  # a magnitude that is expected above 2^(RAW_SHIFT+1) has its lowest bits coded as they are
 FRACTION = 8  # bits behind the point of a mean magnitude
 FIRST_MEAN = 3 << FRACTION
-ROW_DECAY, COLUMN_DECAY = 5, 5  # means forget by 1/32
+ROW_DECAY, COLUMN_DECAY = 7, 7  # means forget by 1/128
 LARGEST = 32767  # magnitude of a level
 FLUSH_BYTES = 5  # that a decoder has read ahead
 
