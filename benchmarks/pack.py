@@ -20,19 +20,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
+from benchmarks._held_out import HeldOut
 from benchmarks._preset import preset_file
 from stages import clock, config
 from stages.pack import codec, container
 from stages.pack.artifact import Packed, pack, unpack
 from stages.pack.params import Params as PackInput
-from stages.parallel import World, world
+from stages.parallel import world
 from stages.report import Report
-from stages.train.data import Windows, to_device
-from stages.train.model import Model, model_for
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "fixed widths, our coder": {"quantiser": "sdclip", "codec": "adaptive", "damping": 0.01},
@@ -46,22 +43,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "8 states, damping 0.01": {"damping": 0.01},
 }
 PROGRAMS = {"xz": ["xz", "-9e", "-k"], "lrzip": ["lrzip", "-z", "-L", "9", "-Q"]}
-WINDOWS_AT_ONCE = 32
-
-
-class HeldOut:
-    """The loss of weights on windows of held-out text, the same for all."""
-
-    def __init__(self, folder: Path, count: int, model: Model, here: World) -> None:
-        self.model, self.here, self.count = model, here, count
-        self.windows = Windows(folder, model.params.context, model.params.vocab_size, seed=0)
-
-    @torch.no_grad()
-    def losses(self, state: dict[str, Tensor]) -> np.ndarray:
-        """Mean nats a token of each window."""
-        self.model.load_state_dict(state)
-        batches = (self.windows.batch(first, WINDOWS_AT_ONCE) for first in range(0, self.count, WINDOWS_AT_ONCE))
-        return np.concatenate([self.model(*to_device(batch, self.here.device)).double().mean(1).cpu().numpy() for batch in batches])
 
 
 def figures(packed: Packed, seconds: float, held_out: HeldOut, base: np.ndarray) -> dict[str, Any]:
@@ -120,7 +101,7 @@ def main() -> None:
     state, hessians = load_file(arguments.model), load_file(arguments.hessians)
     reserve = params.pack.code_reserve_bytes
     with world(dataclasses.replace(params.parallel, nproc=1)) as here:
-        held_out = HeldOut(arguments.held_out, arguments.windows, model_for(params.model, here), here)
+        held_out = HeldOut(arguments.held_out, arguments.windows, params.model, here)
         base = held_out.losses(state)
         result: dict[str, Any] = {
             "unquantised_nats": float(base.mean()),

@@ -15,30 +15,16 @@ from typing import Any
 
 import torch
 
+from benchmarks._held_out import HeldOut
 from benchmarks._preset import train_params
 from stages import clock
 from stages.clock import Interval
 from stages.parallel import World, world
 from stages.report import Report
-from stages.train.data import Windows, to_device
 from stages.train.loop import train
-from stages.train.model import model_for
 from stages.train.params import Params
 
 HELD_OUT_WINDOWS = 512
-WINDOWS_AT_ONCE = 32
-
-
-@torch.no_grad()
-def held_out_loss(state: dict[str, torch.Tensor], params: Params, folder: Path, here: World) -> float:
-    """Mean nats a token over windows of `folder`, the same for every variant."""
-    model = model_for(params.model, here)
-    model.load_state_dict(state)
-    windows = Windows(folder, params.model.context, params.model.vocab_size, seed=0)
-    total = 0.0
-    for first in range(0, HELD_OUT_WINDOWS, WINDOWS_AT_ONCE):
-        total += float(model(*to_device(windows.batch(first, WINDOWS_AT_ONCE), here.device)).double().sum())
-    return total / (HELD_OUT_WINDOWS * params.model.context)
 
 
 def run(params: Params, changes: list[str], arguments: argparse.Namespace, here: World) -> dict[str, Any]:
@@ -46,9 +32,10 @@ def run(params: Params, changes: list[str], arguments: argparse.Namespace, here:
     torch.compiler.reset()  # each variant compiles its own; torch bounds how many graphs of one function it keeps
     interval = Interval()
     trained = train(params, arguments.train, here, Report(is_main=False), interval)
+    held_out = HeldOut(arguments.held_out, HELD_OUT_WINDOWS, params.model, here)
     row = {
         "changes": changes,
-        "held_out_nats": held_out_loss(trained.state, params, arguments.held_out, here),
+        "held_out_nats": float(held_out.losses(trained.state).mean()),
         "steps": len(trained.losses),
         "tokens": trained.tokens,
         "train_nats_last_20": sum(trained.losses[-20:]) / len(trained.losses[-20:]),
