@@ -31,6 +31,9 @@ TINY = ModelParams(
     loop_first=1,
     loop_last=2,
     loops=2,
+    gate_width=5,
+    smear_width=6,
+    value_tables=2,
     embedding_std=0.005,
 )
 TRAIN = TrainParams(
@@ -41,6 +44,7 @@ TRAIN = TrainParams(
     batch_tokens=64,
     micro_batch_tokens=32,
     loop_from=0.35,
+    warmup_steps=0,
     warmdown=0.72,
     min_lr=0.0,
     clip_norm=0.3,

@@ -55,6 +55,9 @@ MODEL: dict[str, Any] = {
     "loop_first": 1,
     "loop_last": 2,
     "loops": 1,
+    "gate_width": 0,
+    "smear_width": 0,
+    "value_tables": 0,
     "embedding_std": 0.02,
 }
 

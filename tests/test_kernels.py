@@ -291,7 +291,10 @@ def test_cross_entropy_of_logits_that_all_are_at_the_cap(place, sign):
 
 # All together
 
-SMALL = replace(TINY, context=17, width=32, layers=3, heads=2, kv_heads=1, rope_dims=8, parallel_from=2, loop_first=1, loop_last=1, loops=1)
+SMALL = replace(
+    TINY, context=17, width=32, layers=3, heads=2, kv_heads=1, rope_dims=8, parallel_from=2, loop_first=1, loop_last=1, loops=1,
+    value_tables=1,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("looped", [False, True], ids=["straight", "looped"])

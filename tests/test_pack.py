@@ -22,7 +22,7 @@ from stages.pack.artifact import pack, unpack
 from stages.pack.container import Form, Stream
 from stages.pack.params import PackParams
 from stages.report import Report
-from stages.train.model import Model, initialise_
+from stages.train.model import Model, initialise_, is_table
 from stages.train.params import ModelParams
 from tests.factories import world
 
@@ -30,7 +30,7 @@ MODEL = ModelParams(
     attention="windows",
     bos_id=1,
     vocab_size=96, context=16, width=32, layers=3, heads=4, kv_heads=2, hidden=64, rope_dims=4, rope_base=1.0e4, logit_softcap=30.0,
-    query_gain=5.25, parallel_from=2, loop_first=1, loop_last=1, loops=2, embedding_std=0.005,
+    query_gain=5.25, parallel_from=2, loop_first=1, loop_last=1, loops=2, gate_width=3, smear_width=0, value_tables=1, embedding_std=0.005,
 )  # fmt: skip
 PACK = PackParams(
     quantiser="sdclip", codec="brotli", states=8, rate_weight=0.1, row_weight=0.5,
@@ -90,7 +90,7 @@ def test_decoded_weights_are_the_dequantised_ones(state: dict[str, Tensor], hess
             assert torch.equal(tensor, state[name].half().float())
             assert entry.form == ("float16", 16)
             continue
-        clip, bits = (20.0, 8) if name == "embedding.weight" else (12.85, 6)
+        clip, bits = (20.0, 8) if is_table(name) else (12.85, 6)
         qmax = 2 ** (bits - 1) - 1
         steps = (clip * state[name].std(dim=1) / qmax).half().float()[:, None]
         integers = tensor / steps
@@ -294,7 +294,7 @@ def test_weights_or_hessians_that_do_not_fit_are_named(state: dict[str, Tensor],
     with pytest.raises(ValueError, match=r"blocks\.0\.attention\.gain: a value is not a finite float16"):
         attempt({"blocks.0.attention.gain": torch.full((4,), 1.0e5)})
     with pytest.raises(ValueError, match=r"is absent, and has shape"):
-        attempt({}, model=dataclasses.replace(MODEL, layers=4))
+        attempt({}, model=dataclasses.replace(MODEL, smear_width=4))
     with pytest.raises(ValueError, match=r"blocks\.1\.mlp\.down\.weight: its Hessian .* is not among"):
         attempt({}, drop=name, change_hessian=True)
     with pytest.raises(ValueError, match=r"blocks\.1\.mlp\.down\.weight: its Hessian is not positive definite"):

@@ -46,6 +46,9 @@ def test_schedule_of_the_record():
     assert settings(750, 0.5, record).momentum == pytest.approx(0.955)
     assert settings(3000, 0.5, record).momentum == 0.99
     assert settings(999, 0.999, replace(record, min_lr=0.1)).lr_multiplier == 0.1
+    rising = replace(record, warmup_steps=10)
+    assert [settings(step, step / 1000, rising).lr_multiplier for step in (0, 4, 9, 10)] == pytest.approx([0.1, 0.5, 1.0, 1.0])
+    assert settings(0, 0.64, rising).lr_multiplier == pytest.approx(0.05)
 
 
 def test_a_budget_of_seconds_ends_with_the_first_step_after_it():
@@ -228,7 +231,7 @@ def test_warm_up_takes_back_all_that_it_changed():
 @pytest.mark.parametrize("layers", [TINY.layers, 1])
 def test_steps_after_warm_up_are_those_without(layers):
     """The skips of a single layer have no gradient before it is looped: they keep none of the warm-up's."""
-    model_params = TINY if layers > 1 else replace(TINY, layers=1, loop_first=0, loop_last=0)
+    model_params = TINY if layers > 1 else replace(TINY, layers=1, loop_first=0, loop_last=0, value_tables=0)
     cold, warm = a_loop(model_params), a_loop(model_params)
     warm.warm_up()
     for looped in (False, True):

@@ -4,7 +4,8 @@ The Hessian of a matrix W with inputs x is the mean of x x^T over calibration to
 
 The error that rounding adds to a layer's output is tr(dW H dW^T), so H is all that GPTQ needs to know of the data. Observers hang on the
 one forward definition, with looping on, so that a looped block's Hessian is the sum over its visits. The tied embedding is measured where
-it is the head: on the normalised residual stream (#1394).
+it is the head: on the normalised residual stream (#1394). A value table is only looked up, one row for a token: all of its columns count
+alike, and its rows by their importance.
 
 The importance of a row is the mean over tokens of the squared gradient of the token's loss in the row's weights, summed over the row: the
 diagonal of the empirical Fisher matrix. One backward pass gives it for a whole batch: with independent random signs on the tokens' losses,
@@ -24,9 +25,7 @@ from stages.clock import Interval
 from stages.parallel import World
 from stages.report import Report
 from stages.train.data import Windows, micro_batch_size, to_device
-from stages.train.model import Model, is_matrix, model_for
-
-EMBEDDING = "embedding.weight"
+from stages.train.model import EMBEDDING, Model, is_matrix, is_table, model_for
 
 
 def hessian_name(matrix_name: str) -> str:
@@ -73,6 +72,7 @@ def collect(
     passes = -(-min(differentiated, local) // micro)  # whole ones: the last may go beyond
     for hessian in sums.values():
         world.sum_(hessian).div_(params.calibrate.tokens)
+    sums |= {name: torch.eye(weight.shape[1]) for name, weight in state.items() if is_table(name) and name != EMBEDDING}
     for square in squares.values():
         world.sum_(square).div_(passes * micro * params.model.context * world.size)
     found = sums | {importance_name(name): square for name, square in squares.items()}
@@ -104,7 +104,7 @@ def observe_(model: Model) -> dict[str, Tensor]:
 
 
 def _is_quantised(name: str) -> bool:
-    return is_matrix(name) or name == EMBEDDING
+    return is_matrix(name) or is_table(name)
 
 
 def differentiate_(model: Model, inputs: Tensor, targets: Tensor, first: int, squares: dict[str, Tensor]) -> None:

@@ -1,12 +1,12 @@
 """What becomes of each tensor: decided by its role, never by its size.
 
-Block matrices and the embedding are quantised; gains, scales, mixes and skips are kept in float16.
+Block matrices, the embedding and value tables are quantised; gains, scales, mixes and skips are kept in float16.
 """
 
 from typing import Literal, NamedTuple
 
 from stages.pack.params import PackParams
-from stages.train.model import is_matrix
+from stages.train.model import is_matrix, is_table
 
 Kind = Literal["matrix", "embedding", "rest"]
 
@@ -34,7 +34,7 @@ def kind_of(name: str) -> Kind:
     >>> kind_of("blocks.3.mlp.up.weight"), kind_of("embedding.weight"), kind_of("blocks.3.mix")
     ('matrix', 'embedding', 'rest')
     """
-    if name == "embedding.weight":
+    if is_table(name):
         return "embedding"
     return "matrix" if is_matrix(name) else "rest"
 

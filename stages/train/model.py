@@ -8,7 +8,10 @@ Unusual here (#1493 and what it builds on):
 * every block sees x0, the normalised embedding, mixed into its input;
 * exclusive self-attention: the component of a head's output along the token's own value is removed;
 * q and k are normalised, and a learned gain on q sets the sharpness (QK-gain);
-* the MLP squares a leaky ReLU, so that its negative side comes out positive too.
+* the MLP squares a leaky ReLU, so that its negative side comes out positive too;
+* three parts that are off unless the parameters ask for them: a gate on each head's output, read from the first dimensions of the layer's
+  input (#1667); each embedding with a learned share of the one before it, never across a document's start (SmearGate: #1667, #1851); and
+  tables that add to a token's attention value what the token alone decides (value embeddings: modded-nanogpt; no product is needed).
 
 Weights are float32 and are cast to the dtype of the activations where they are used; losses are computed in float32.
 
@@ -28,13 +31,17 @@ from stages.train.operations import PLAIN, Operations, operations
 from stages.train.params import ModelParams
 from stages.train.plain import Documents, Term, documents_of, rms_norm, softcapped, squared_leaky
 
+EMBEDDING = "embedding.weight"
+
 
 class Places(NamedTuple):
-    """Where the tokens of a batch stand: the angles of every position, and the documents that attention keeps to, if it does."""
+    """What every block is told of a batch's tokens: the angles of every position, the documents that attention keeps to, if it does,
+    and what each value table holds for them."""
 
     cos_TR: Tensor
     sin_TR: Tensor
     documents: Documents | None
+    values: tuple[Tensor, ...]  # (B, T, KC) of each table
 
 
 Stream = list[Term]  # the residual stream, kept as a weighted sum until it is read
@@ -85,6 +92,18 @@ def rotary(tokens: int, params: ModelParams, device: torch.device) -> tuple[Tens
     return angle.cos(), angle.sin()
 
 
+def value_table(params: ModelParams, block: int) -> int | None:
+    """Which value table a block reads: the first blocks have one each, and the last blocks the same ones again, in the same order.
+
+    >>> [value_table(of_six_blocks_and_two_tables, block) for block in range(6)]
+    [0, 1, None, None, 0, 1]
+    """
+    first, last = block, block - (params.layers - params.value_tables)
+    if first < params.value_tables:
+        return first
+    return last if last >= 0 else None
+
+
 class Matrix(nn.Module):
     """A linear map without bias whose weight (out, in) is cast to the dtype of its input."""
 
@@ -100,7 +119,7 @@ class Matrix(nn.Module):
 class Attention(nn.Module):
     """Causal grouped-query attention with normalised q and k, a gain on q, partial rotation, and own-value exclusion."""
 
-    def __init__(self, params: ModelParams, operations: Operations) -> None:
+    def __init__(self, params: ModelParams, table: int | None, operations: Operations) -> None:
         super().__init__()
         self.params = params
         self.operations = operations
@@ -109,6 +128,9 @@ class Attention(nn.Module):
         self.value = Matrix(params.width, params.kv_heads * params.head_dim)
         self.output = Matrix(params.heads * params.head_dim, params.width)
         self.gain = nn.Parameter(torch.full((params.heads,), params.query_gain))
+        self.gate = nn.Parameter(torch.zeros(params.heads, params.gate_width)) if params.gate_width else None
+        self.table = table
+        self.table_share = nn.Parameter(torch.ones(params.kv_heads)) if table is not None else None
 
     def forward(self, x_BTD: Tensor, places: Places) -> Tensor:
         """The layer's output, (B, T, D). The three projections of one input are one product."""
@@ -116,7 +138,11 @@ class Attention(nn.Module):
         starts = places.documents.starts_BT if places.documents else None
         joint = F.linear(x_BTD, weight_ED)
         q, k, v = self.operations.split_heads(joint, self.gain, places.cos_TR, places.sin_TR, starts, self.params.kv_heads)
+        if self.table is not None and self.table_share is not None:
+            v = torch.addcmul(v, places.values[self.table].view(v.shape), self.table_share.to(v.dtype)[:, None])
         y = self.operations.attend(q, k, v, places.documents)
+        if self.gate is not None:
+            y = y * (2 * torch.sigmoid(F.linear(x_BTD[..., : self.gate.shape[1]], self.gate.to(x_BTD.dtype)))).unsqueeze(-1)
         return self.output(y.flatten(2))
 
 
@@ -142,7 +168,7 @@ class Block(nn.Module):
     def __init__(self, params: ModelParams, index: int, operations: Operations) -> None:
         super().__init__()
         self.operations = operations
-        self.attention = Attention(params, operations)
+        self.attention = Attention(params, value_table(params, index), operations)
         self.mlp = MLP(params, operations)
         self.attention_scale = nn.Parameter(torch.ones(params.width))
         self.mlp_scale = nn.Parameter(torch.ones(params.width))
@@ -160,16 +186,32 @@ class Block(nn.Module):
         return [Term(y), Term(self.mlp(h), self.mlp_scale)]
 
 
-class Embedding(nn.Module):
-    """The tied table E (V, D): rows go in, and z = x E^T comes out."""
+class Table(nn.Module):
+    """A row for each token: the tied table E (V, D), whose rows go in and by which z = x E^T comes out, and the value tables."""
+
+    def __init__(self, vocab_size: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(vocab_size, width))
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        """Rows of the table, (B, T, width), in the table's dtype."""
+        return F.embedding(tokens_BT, self.weight)
+
+
+class Smear(nn.Module):
+    """e_t + share sigmoid(gate e_t[:n]) e_{t-1}; what begins a document, or the window, stays as it is (D20c)."""
 
     def __init__(self, params: ModelParams) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(params.vocab_size, params.width))
+        self.bos_id = params.bos_id
+        self.gate = nn.Parameter(torch.zeros(params.smear_width))
+        self.share = nn.Parameter(torch.zeros(()))
 
-    def forward(self, tokens_BT: Tensor) -> Tensor:
-        """Rows of the table, (B, T, D), in the table's dtype."""
-        return F.embedding(tokens_BT, self.weight)
+    def forward(self, rows_BTD: Tensor, tokens_BT: Tensor) -> Tensor:
+        """Embeddings (B, T, D) to the same."""
+        gate_BT = self.share * torch.sigmoid(rows_BTD[..., : len(self.gate)] @ self.gate) * (tokens_BT != self.bos_id)
+        before = F.pad(rows_BTD[:, :-1], (0, 0, 1, 0))
+        return torch.addcmul(rows_BTD, gate_BT.unsqueeze(-1), before)
 
 
 class Head(nn.Module):
@@ -188,7 +230,9 @@ class Model(nn.Module):
         self.params = params
         self.dtype = dtype
         self.operations = operations
-        self.embedding = Embedding(params)
+        self.embedding = Table(params.vocab_size, params.width)
+        self.smear = Smear(params) if params.smear_width else None
+        self.value_tables = nn.ModuleList(Table(params.vocab_size, params.kv_heads * params.head_dim) for _ in range(params.value_tables))
         self.blocks = nn.ModuleList(Block(params, index, operations) for index in range(params.layers))
         skips = skip_count(params)
         self.skip_weight = nn.Parameter(torch.ones(skips, params.width))
@@ -200,8 +244,10 @@ class Model(nn.Module):
         """The normalised residual stream before the head, (B, T, D)."""
         cos_TR, sin_TR = rotary(tokens_BT.shape[1], self.params, tokens_BT.device)
         within = self.params.attention == "documents"
-        places = Places(cos_TR, sin_TR, documents_of(tokens_BT, self.params.bos_id) if within else None)
-        x0 = rms_norm(self.embedding(tokens_BT).to(self.dtype))
+        values = tuple(table(tokens_BT).to(self.dtype) for table in self.value_tables)
+        places = Places(cos_TR, sin_TR, documents_of(tokens_BT, self.params.bos_id) if within else None, values)
+        rows = self.embedding(tokens_BT)
+        x0 = rms_norm((rows if self.smear is None else self.smear(rows, tokens_BT)).to(self.dtype))
         plan = self.plans[looped]
         stream: Stream = [Term(x0)]
         pushed = []
@@ -240,20 +286,25 @@ def model_for(params: ModelParams, world: World) -> Model:
 
 
 def is_matrix(name: str) -> bool:
-    """Whether a state-dict name is one of the blocks' matrices (the embedding and the vectors are not)."""
+    """Whether a state-dict name is one of the blocks' matrices (tables and vectors are not)."""
     return name.startswith("blocks.") and name.endswith(".weight")
+
+
+def is_table(name: str) -> bool:
+    """Whether a state-dict name is a table with a row for each token: the embedding, or one of the value tables."""
+    return name == EMBEDDING or (name.startswith("value_tables.") and name.endswith(".weight"))
 
 
 @torch.no_grad()
 def initialise_(model: Model, seed: int) -> None:
-    """Initial weights from the seed: orthogonal matrices, zero output projections, a small normal embedding.
+    """Initial weights from the seed: orthogonal matrices, zero output projections, a small normal embedding, value tables of zeros.
 
     Drawn on the CPU in float32, so that every device starts from the same values; with bfloat16 activations they start bfloat16-rounded, as
     in #1493 (which also holds the embedding in bfloat16: here all weights are float32).
     """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
-        if name == "embedding.weight":
+        if name == EMBEDDING:
             table = torch.empty(parameter.shape).normal_(0, model.params.embedding_std, generator=generator)
             parameter.copy_(table.to(model.dtype))
         elif is_matrix(name) and not name.endswith(("attention.output.weight", "mlp.down.weight")):
