@@ -80,8 +80,8 @@ def test_gates_smear_and_value_tables_begin_as_if_they_were_not_there():
     models = [Model(TINY), Model(plain)]
     for model in models:
         initialise_(model, 3)
-    assert len(models[0].state_dict()) - len(models[1].state_dict()) == TINY.layers + 2 + TINY.value_tables + 2 * TINY.value_tables
         torch.nn.init.eye_(model.get_parameter("blocks.0.attention.output.weight"))
+    assert len(models[0].state_dict()) - len(models[1].state_dict()) == TINY.layers + 2 + TINY.value_tables + 2 * TINY.value_tables
     with torch.no_grad():
         with_all, without = (model.logits(torch.tensor(TOKENS)[None]) for model in models)
     torch.testing.assert_close(with_all, without, atol=1e-6, rtol=0)
