@@ -50,7 +50,7 @@ def collect(
     state: dict[str, Tensor], params: Params, shard_folder: Path, world: World, report: Report, clock: Interval
 ) -> dict[str, Tensor]:
     """Hessians and importances by name, float32 on the CPU; the clock runs from the first read of training data to the last."""
-    model = model_for(params.model, world)
+    model = model_for(params.model, world, observed=True)
     model.load_state_dict(state)
     sums = observe_(model)
     squares = {name: torch.zeros(len(weight), device=world.device) for name, weight in model.named_parameters() if _is_quantised(name)}

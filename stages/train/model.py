@@ -156,8 +156,8 @@ class MLP(nn.Module):
         self.down = Matrix(params.hidden, params.width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., D) to (..., D); the fused form is for training, the modules' own for whoever observes the hidden layer."""
-        if torch.is_grad_enabled() and self.operations.mlp is not None:
+        """x (..., D) to (..., D)."""
+        if self.operations.mlp is not None:
             return self.operations.mlp(x, self.up.weight.to(x.dtype), self.down.weight.to(x.dtype))
         return self.down(squared_leaky(self.up(x)))
 
@@ -280,9 +280,13 @@ class Model(nn.Module):
         return [*weighed(stream, gate), Term(skipped, (1 - gate) * self.skip_weight[step])]
 
 
-def model_for(params: ModelParams, world: World) -> Model:
-    """A model on the world's device, in its dtype and with its operations; its weights are still to be set."""
-    return Model(params, world.dtype, operations(world.kernels, params)).to(world.device)
+def model_for(params: ModelParams, world: World, observed: bool = False) -> Model:
+    """A model on the world's device, in its dtype and with its operations; its weights are still to be set.
+
+    `observed` is for hooks on the MLP's modules, which the fused MLP passes by.
+    """
+    chosen = operations(world.kernels, params)
+    return Model(params, world.dtype, chosen._replace(mlp=None) if observed else chosen).to(world.device)
 
 
 def is_matrix(name: str) -> bool:
