@@ -82,6 +82,11 @@ def sources(root: Path) -> dict[str, str]:
 def render(carried: Mapping[str, str], parameters: Mapping[str, Any], quality: int) -> bytes:
     """The bundle of these modules and parameters; the same arguments give the same bytes."""
     packed = brotli.compress(plain(carried, parameters), mode=brotli.MODE_TEXT, quality=quality, lgwin=LARGEST_WINDOW)
+    return wrap(packed)
+
+
+def wrap(packed: bytes) -> bytes:
+    """The file around a payload."""
     return TEMPLATE.format(payload=literal.quote(packed), entry=ENTRY).encode(ENCODING)
 
 

@@ -1,15 +1,17 @@
-"""Python source laid out for the compressor: no comments, no blank lines, one space for each level, a statement on one line.
+"""Python source laid out for the compressor: no comments, no blank lines, a statement on one line, one space for each level,
+and otherwise none but between words.
 
 The text of every token stays as it was written. `ast.unparse` would do as much, and prints another text in another Python version; the
 bundle is counted and hashed, so it must be the same file whoever builds it.
 """
 
 import io
+import re
 import tokenize
 from collections.abc import Iterator
 from typing import NamedTuple
 
-OPENING, CLOSING = ("(", "[", "{"), (")", "]", "}")
+WORD = re.compile(r"\w")
 
 
 class Piece(NamedTuple):
@@ -24,7 +26,6 @@ class Piece(NamedTuple):
 def relaid(source: str) -> str:
     """`source` in the layout above; a line that a backslash continues is joined like one that a bracket does."""
     laid: list[str] = []
-    lines = source.split("\n")
     level, before = 0, None
     for piece in pieces(source):
         if piece.type in (tokenize.INDENT, tokenize.DEDENT):
@@ -33,7 +34,7 @@ def relaid(source: str) -> str:
             laid.append("\n")
             before = None
         elif piece.type not in (tokenize.COMMENT, tokenize.NL, tokenize.ENDMARKER):
-            laid += [" " * level if before is None else _gap(before, piece, lines), piece.text]
+            laid += [" " * level if before is None else _gap(before, piece), piece.text]
             before = piece
     return "".join(laid)
 
@@ -54,11 +55,10 @@ def pieces(source: str) -> Iterator[Piece]:
             yield Piece(token.type, token.string, token.start, token.end)
 
 
-def _gap(before: Piece, piece: Piece, lines: list[str]) -> str:
-    """What stands between two pieces of a statement."""
-    if before.end[0] == piece.start[0]:
-        return lines[piece.start[0] - 1][before.end[1] : piece.start[1]]
-    return "" if before.text in OPENING or piece.text in CLOSING else " "
+def _gap(before: Piece, piece: Piece) -> str:
+    """A space where two pieces of a statement would otherwise be read as one: word after word, or an attribute of a number."""
+    joins = WORD.match(piece.text[0]) or piece.text[0] == "."
+    return " " if joins and (before.type == tokenize.NUMBER or (WORD.match(before.text[-1]) and piece.text[0] != ".")) else ""
 
 
 def _between(lines: list[str], start: tuple[int, int], end: tuple[int, int]) -> str:
