@@ -69,11 +69,9 @@ def figures(packed: Packed, seconds: float, held_out: HeldOut, base: np.ndarray)
     }
 
 
-def outside(blob: bytes) -> dict[str, int]:
-    """Bytes of the quantised integers by programs that are installed, one file for all tensors."""
+def by_programs(raw: bytes) -> dict[str, int]:
+    """Bytes by each of the programs that are installed, and by brotli."""
     found = {}
-    entries = [entry for entry in container.read(blob).entries if entry.form.kind == "rows"]
-    raw = b"".join(container.decode_streams(entry)[0] for entry in entries)
     for name, command in PROGRAMS.items():
         if shutil.which(command[0]) is None:
             continue
@@ -82,6 +80,12 @@ def outside(blob: bytes) -> dict[str, int]:
             subprocess.run([*command, "raw"], cwd=folder, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             found[name] = sum(path.stat().st_size for path in Path(folder).iterdir() if path.name != "raw")
     return found | {"brotli": len(codec.deflate(raw, 11)), "integers": len(raw)}
+
+
+def outside(blob: bytes) -> dict[str, int]:
+    """Bytes of the quantised integers by programs that are installed, one file for all tensors."""
+    entries = [entry for entry in container.read(blob).entries if entry.form.kind == "rows"]
+    return by_programs(b"".join(container.decode_streams(entry)[0] for entry in entries))
 
 
 def main() -> None:
