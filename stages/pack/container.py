@@ -14,6 +14,7 @@ The form says what the streams decode to:
 
     ["float16", 16]     the values
     ["rows", bits]      int8 values row by row; float16 steps, one for each row
+    ["groups", bits]    the same, and a byte for each group of 64 columns: 1 where steps are as much finer as makes 8 bits of the values
     ["lattice", states] int16 levels row by row, which follow a trellis of so many states; a float32 step and one signed byte for each
                         row and each column, their exponents (lattice.py)
 
@@ -49,7 +50,8 @@ NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 MAX_NAME_LENGTH = 200
 
 
-FormKind = Literal["float16", "rows", "lattice"]
+GROUP_COLUMNS = 64  # of AWQ-lite (#1908)
+FormKind = Literal["float16", "rows", "groups", "lattice"]
 FORM_KINDS: tuple[FormKind, ...] = get_args(FormKind)
 
 
@@ -98,6 +100,8 @@ def layouts(form: Form, shape: Sequence[int]) -> tuple[Layout, ...]:
     rows, columns = shape
     if form.kind == "rows":
         return Layout(1, rows, columns), Layout(2, 1, rows)
+    if form.kind == "groups":
+        return Layout(1, rows, columns), Layout(2, 1, rows), Layout(1, 1, -(-columns // GROUP_COLUMNS))
     return Layout(2, rows, columns, form.size), Layout(1, 1, 4 + rows + columns)
 
 
@@ -248,7 +252,7 @@ def _cut(records: list[dict[str, Any]], body: bytes) -> tuple[Entry, ...]:
 def _is_form(kind: Any, size: Any) -> bool:
     if type(size) is not int or kind not in FORM_KINDS:
         return False
-    return {"float16": size == 16, "rows": 2 <= size <= 8, "lattice": size in STATES}[kind]
+    return {"float16": size == 16, "rows": 2 <= size <= 8, "groups": 2 <= size <= 7, "lattice": size in STATES}[kind]
 
 
 def _is_size(value: Any) -> bool:

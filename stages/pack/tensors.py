@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from stages.pack import gptq, lattice
-from stages.pack.container import Form
+from stages.pack.container import GROUP_COLUMNS, Form
 from stages.pack.gptq import Quantised
 from stages.pack.lattice import Lattice
 from stages.pack.roles import largest_value
@@ -37,7 +37,8 @@ def raw_streams(coded: Coded) -> tuple[bytes, ...]:
         step = np.array(coded.step, FLOAT32).tobytes()
         return coded.levels_RC.astype(INT16).tobytes(), step + coded.rows_R.tobytes() + coded.columns_C.tobytes()
     if isinstance(coded, Quantised):
-        return _raw(coded.values_RC, INT8), _raw(coded.steps_R, FLOAT16)
+        groups = (_raw(coded.finer_C[::GROUP_COLUMNS] > 0, INT8),) if bool(coded.finer_C.any()) else ()
+        return _raw(coded.values_RC, INT8), _raw(coded.steps_R, FLOAT16), *groups
     return (_raw(coded, FLOAT16),)
 
 
@@ -48,10 +49,21 @@ def from_raw(form: Form, shape: tuple[int, ...], streams: tuple[bytes, ...], nam
     if form.kind == "lattice":
         return _lattice(form.size, shape, streams, name)
     values, steps = _tensor(streams[0], INT8, shape), _tensor(streams[1], FLOAT16, shape[:1])
-    qmax = largest_value(form.size)
-    if values.numel() and not -qmax <= int(values.min()) <= int(values.max()) <= qmax:
-        raise ValueError(f"damaged model file: tensor {name} has integers beyond {qmax}, the largest of {form.size} bits")
-    return Quantised(values, _finite(steps, name))
+    finer_C = _finer(form, shape, streams, name)
+    most_C = largest_value(form.size) << finer_C.int()
+    if bool((values.abs().int() > most_C).any()) or bool((values == -128).any()):  # -128 has no magnitude in int8
+        raise ValueError(f"damaged model file: tensor {name} has integers beyond {int(most_C.max())}, the largest of {form.size} bits")
+    return Quantised(values, _finite(steps, name), finer_C)
+
+
+def _finer(form: Form, shape: tuple[int, ...], streams: tuple[bytes, ...], name: str) -> Tensor:
+    """By what power of two the steps of each column are finer, (C,) uint8."""
+    if form.kind == "rows":
+        return torch.zeros(shape[1], dtype=torch.uint8)
+    groups = np.frombuffer(streams[2], np.uint8)
+    if not np.isin(groups, (0, 1)).all():
+        raise ValueError(f"damaged model file: tensor {name} has groups of columns that are neither fine nor coarse")
+    return torch.from_numpy(np.repeat(groups * np.uint8(8 - form.size), GROUP_COLUMNS)[: shape[1]])
 
 
 def _lattice(states: int, shape: tuple[int, ...], streams: tuple[bytes, ...], name: str) -> Lattice:

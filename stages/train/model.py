@@ -244,6 +244,11 @@ def is_matrix(name: str) -> bool:
     return name.startswith("blocks.") and name.endswith(".weight")
 
 
+def is_quantised(name: str) -> bool:
+    """Whether a tensor is kept with fewer bits in the packed file, and so calibrated: the blocks' matrices and the embedding."""
+    return is_matrix(name) or name == "embedding.weight"
+
+
 @torch.no_grad()
 def initialise_(model: Model, seed: int) -> None:
     """Initial weights from the seed: orthogonal matrices, zero output projections, a small normal embedding.
