@@ -161,8 +161,8 @@ def _as_float16(name: str, tensor: Tensor, params: PackParams) -> Entry:
 
 def _entry(name: str, shape: tuple[int, ...], form: Form, coded: tensors.Coded, params: PackParams) -> Entry:
     """A tensor's streams: the integers by the codec that the parameters name, what little else there is by brotli."""
-    codecs = (params.codec, "brotli") if form.kind != "float16" else ("brotli",)
     raw, layouts = tensors.raw_streams(coded), container.layouts(form, shape)
+    codecs = ["brotli" if form.kind == "float16" else params.codec, *["brotli"] * (len(raw) - 1)]
     streams = tuple(
         Stream(by, codec.encode(by, stream, layout, params.brotli_quality)) for by, stream, layout in zip(codecs, raw, layouts, strict=True)
     )
