@@ -58,6 +58,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fixed widths, attention 13, MLP 11.5": PLAIN | {"attention_clip": 13.0, "mlp_clip": 11.5},
     "fixed widths, one finer group": PLAIN | {"awq_groups": 1},
     "fixed widths, 16 finer groups": PLAIN | {"awq_groups": 16},
+    "fixed widths, 3 low-rank corrections": PLAIN | {"lqer_rank": 4, "lqer_tensors": 3},
+    "fixed widths, all corrected": PLAIN | {"lqer_rank": 4, "lqer_tensors": 1000},
     "at a rate, uniform grid": {"states": 1},
     "at a rate, 4 states": {"states": 4},
     "at a rate, 32 states": {"states": 32},
@@ -65,6 +67,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "8 states, rows by their full importance": {"row_weight": 1.0},
     "8 states, by error and bits": {"rate_weight": 0.1},
     "8 states, damping 0.01": {"damping": 0.01},
+    "8 states, 3 low-rank corrections": {"lqer_rank": 4, "lqer_tensors": 3},
+    "8 states, all corrected": {"lqer_rank": 2, "lqer_tensors": 1000},
     "8 states, later visits half": {"revisit_weight": 0.5},
     "8 states, first visits only": {"revisit_weight": 0.0},
 }

@@ -328,6 +328,8 @@ SECTIONS: dict[str, Any] = {
         "embedding_bits": 8,
         "attention_clip": 12.85,
         "mlp_clip": 12.85,
+        "lqer_rank": 0,
+        "lqer_tensors": 3,
         "awq_groups": 0,
         "embedding_clip": 20.0,
         "damping": 0.01,

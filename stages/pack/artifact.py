@@ -14,10 +14,11 @@ from torch import Tensor
 
 from stages.calibrate.hessians import importance_name
 from stages.config import build
-from stages.pack import budget, codec, container, roles, table, tensors
+from stages.pack import budget, codec, container, correction, gptq, roles, table, tensors
 from stages.pack.container import Contents, Entry, Form, Stream
 from stages.pack.params import PackParams
-from stages.pack.quantisers import QUANTISERS, Quantiser, Result, hessian_of, threads_for
+from stages.pack.quantisers import QUANTISERS, Quantiser, Result, hessian_of, importance_of, threads_for
+from stages.pack.tensors import Corrected
 from stages.pack.workers import exact_operations, in_threads, usable_cores
 from stages.parallel import World
 from stages.report import Report
@@ -68,7 +69,7 @@ def pack(
         quantiser = make(matrices, hessians, pack_params, report)
 
         def attempt(scale: float) -> Attempt:
-            quantised = _quantise_all(matrices, quantiser, scale, pack_params, report)
+            quantised = _quantise_all(matrices, hessians, quantiser, scale, pack_params, report)
             by_name = rest | {name: entry for name, (entry, _) in quantised.items()}
             entries = tuple(by_name[name] for name in sorted(by_name))
             blob = container.write(Contents(dataclasses.asdict(model_params), entries))
@@ -115,7 +116,12 @@ def check_shapes(shapes: Mapping[str, tuple[int, ...]], params: ModelParams) -> 
 
 
 def _quantise_all(
-    matrices: Mapping[str, Tensor], quantiser: Quantiser, scale: float, params: PackParams, report: Report
+    matrices: Mapping[str, Tensor],
+    hessians: Mapping[str, Tensor],
+    quantiser: Quantiser,
+    scale: float,
+    params: PackParams,
+    report: Report,
 ) -> dict[str, tuple[Entry, Result]]:
     """Every matrix quantised and encoded."""
     with report.progress("GPTQ", sum(tensor.numel() for tensor in matrices.values())) as progress:
@@ -130,12 +136,34 @@ def _quantise_all(
 
         batches = in_threads(together, quantiser.batches, size, threads_for(matrices.values()))
     results = {name: result for batch in batches for name, result in batch.items()}
+    if params.lqer_rank:
+        results |= _corrected(matrices, hessians, quantiser, results, params)
 
     def encoded(name: str) -> Entry:
         return _entry(name, tuple(matrices[name].shape), results[name].form, results[name].coded, params)
 
     entries = in_threads(encoded, list(matrices), lambda name: matrices[name].numel(), usable_cores())
     return {name: (entry, results[name]) for name, entry in zip(matrices, entries, strict=True)}
+
+
+def _corrected(
+    matrices: Mapping[str, Tensor], hessians: Mapping[str, Tensor], quantiser: Quantiser, results: Mapping[str, Result], params: PackParams
+) -> dict[str, Result]:
+    """The results, with corrections, of the matrices for which the expected loss falls most for their bytes."""
+
+    def one(name: str) -> tuple[float, str, Result]:
+        weight, result, rank = matrices[name].float(), results[name], params.lqer_rank
+        importance_R = torch.from_numpy(importance_of(name, weight, hessians, params.row_weight)).to(weight.device)
+        error = weight - tensors.decoded(result.coded).to(weight.device)
+        made = correction.correct(error, quantiser.known[name], importance_R, rank)
+        left, hessian = error - correction.product(made, len(weight)).to(weight.device), hessian_of(name, weight, hessians)
+        gain = float((importance_R * (gptq.costs(error, hessian) - gptq.costs(left, hessian))).sum()) / sum(weight.shape)
+        assert not isinstance(result.coded, Corrected), "a quantiser corrects nothing itself"
+        return gain, name, result._replace(coded=Corrected(result.coded, made), form=result.form._replace(rank=rank))
+
+    found = in_threads(one, list(matrices), lambda name: matrices[name].numel(), threads_for(matrices.values()))
+    best = sorted(found, key=lambda of: (-of[0], of[1]))[: params.lqer_tensors]
+    return {name: result for gain, name, result in best if gain > 0}
 
 
 def _measure(best: Attempt, state: Mapping[str, Tensor], hessians: Mapping[str, Tensor]) -> list[table.Row]:
@@ -162,7 +190,8 @@ def _as_float16(name: str, tensor: Tensor, params: PackParams) -> Entry:
 def _entry(name: str, shape: tuple[int, ...], form: Form, coded: tensors.Coded, params: PackParams) -> Entry:
     """A tensor's streams: the integers by the codec that the parameters name, what little else there is by brotli."""
     raw, layouts = tensors.raw_streams(coded), container.layouts(form, shape)
-    codecs = ["brotli" if form.kind == "float16" else params.codec, *["brotli"] * (len(raw) - 1)]
+    integers = () if form.kind == "float16" else (0, len(raw) - 2) if form.rank else (0,)
+    codecs = [params.codec if index in integers else "brotli" for index in range(len(raw))]
     streams = tuple(
         Stream(by, codec.encode(by, stream, layout, params.brotli_quality)) for by, stream, layout in zip(codecs, raw, layouts, strict=True)
     )

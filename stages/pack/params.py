@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from stages.config import reject, require_positive
+from stages.pack.correction import MAX_RANK
 from stages.pack.trellis import STATES
 from stages.parallel import ParallelParams
 from stages.train.params import ModelParams
@@ -23,6 +24,8 @@ class PackParams:
     attention_clip: float  # sdclip: attention's values are clipped so many standard deviations of their row from zero (SDClip, #1394)
     mlp_clip: float  # sdclip: the same for the MLPs' matrices; wider is smaller and coarser (a clip for each class: #1586)
     embedding_clip: float  # sdclip: the same for the embedding
+    lqer_rank: int  # of a low-rank correction of the matrices that gain most from one (correction.py; #1797); 0 is none
+    lqer_tensors: int  # how many matrices are corrected
     awq_groups: int  # sdclip: groups of 64 columns, of the whole model, whose values get 8 bits (AWQ-lite, #1908); 0 is none
     damping: float  # added to the diagonal of each Hessian, as a fraction of the diagonal's mean
     block_columns: int  # sdclip: columns between two lazy updates of the rest of a matrix; changes speed and last digits only
@@ -39,7 +42,9 @@ class PackParams:
         for key in ("rate_weight", "row_weight", "awq_groups", "damping"):
             if getattr(self, key) < 0:
                 reject(key, f"{getattr(self, key)} is negative")
-        require_positive(self, "attention_clip", "mlp_clip", "embedding_clip", "block_columns", "budget_bytes")
+        if not 0 <= self.lqer_rank <= MAX_RANK:
+            reject("lqer_rank", f"{self.lqer_rank} is not between 0 and {MAX_RANK}")
+        require_positive(self, "lqer_tensors", "attention_clip", "mlp_clip", "embedding_clip", "block_columns", "budget_bytes")
         if not 0 <= self.brotli_quality <= 11:
             reject("brotli_quality", f"{self.brotli_quality} is not between 0 and 11")
         if not 0 <= self.code_reserve_bytes < self.budget_bytes:

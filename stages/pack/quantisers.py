@@ -18,6 +18,7 @@ from stages.pack.container import GROUP_COLUMNS, Form
 from stages.pack.gptq import Feedback, Quantised
 from stages.pack.lattice import Lattice
 from stages.pack.params import PackParams
+from stages.pack.tensors import Corrected
 from stages.pack.workers import in_threads, usable_cores
 from stages.report import Report
 
@@ -39,7 +40,7 @@ BATCH_WEIGHTS = 1 << 21  # that a thread of a CPU works on together, so that the
 class Result(NamedTuple):
     """A quantised matrix, and what rate and distortion are measured by."""
 
-    coded: Quantised | Lattice
+    coded: Quantised | Lattice | Corrected
     form: Form
     entered_RC: np.ndarray  # float32: the values after feedback that entered the quantiser, in its units
     rounded_RC: np.ndarray  # float32: what it made of them
@@ -50,6 +51,7 @@ class Quantiser(Protocol):
     """A way to quantise."""
 
     on_cpu: ClassVar[bool]  # whether it is no work for a GPU, and the bytes shall not depend on one
+    known: Mapping[str, Feedback]  # GPTQ's of each matrix
     batches: Sequence[Sequence[str]]  # names of the matrices, those together that are quantised together
 
     def __init__(self, state: Mapping[str, Tensor], hessians: Mapping[str, Tensor], params: PackParams, report: Report) -> None: ...
@@ -83,7 +85,7 @@ class SDClip:
     def __init__(self, state: Mapping[str, Tensor], hessians: Mapping[str, Tensor], params: PackParams, report: Report) -> None:
         self.state, self.params = state, params
         found = {name: hessian_of(name, tensor, hessians).to(tensor.device) for name, tensor in state.items()}
-        self.known = _feedback(found, params.damping, True, report)
+        self.known: Mapping[str, Feedback] = _feedback(found, params.damping, True, report)
         self.batches: Sequence[Sequence[str]] = _batches(list(state), lambda name: (roles.kind_of(name), state[name].shape), state)
         self.finer = _finer_columns(state, found, params)
 
@@ -144,9 +146,9 @@ class AtRate:
     def __init__(self, state: Mapping[str, Tensor], hessians: Mapping[str, Tensor], params: PackParams, report: Report) -> None:
         self.params = params
         found = {name: hessian_of(name, tensor, hessians) for name, tensor in state.items()}
-        known = _feedback(found, params.damping, False, report)
+        self.known: Mapping[str, Feedback] = _feedback(found, params.damping, False, report)
         self.batches: Sequence[Sequence[str]] = [[name] for name in state]
-        self.axes = {name: self._axes(name, state[name], hessians, found[name], known[name]) for name in state}
+        self.axes = {name: self._axes(name, state[name], hessians, self.known[name]) for name in state}
 
     def quantise(self, names: Sequence[str], scale: float) -> list[Result]:
         """Levels on the trellis."""
@@ -195,10 +197,10 @@ class AtRate:
                 found[int(value)] = found.get(int(value), 0) + int(count)
         return np.array(sorted(found)) / DEVIATIONS_PER_OCTAVE, np.array([found[value] for value in sorted(found)])
 
-    def _axes(self, name: str, weight: Tensor, hessians: Mapping[str, Tensor], hessian: Tensor, known: gptq.Feedback) -> _Axes:
+    def _axes(self, name: str, weight: Tensor, hessians: Mapping[str, Tensor], known: Feedback) -> _Axes:
         if not bool(torch.isfinite(weight).all()):
             raise ValueError(f"{name}: its weights are not finite")
-        importance_R = self._importance(name, weight, hessians, hessian)
+        importance_R = importance_of(name, weight, hessians, self.params.row_weight)
         diagonal_C = known.upper_CC.diagonal().double().numpy()
         centre = float(np.exp(np.log(diagonal_C).mean()))
         mean = float(importance_R.mean())
@@ -211,16 +213,17 @@ class AtRate:
             centre / mean**0.5,
         )
 
-    def _importance(self, name: str, weight: Tensor, hessians: Mapping[str, Tensor], hessian: Tensor) -> np.ndarray:
-        """g of each row: the squared gradient of the loss in the row's weights over what the inputs contribute to it."""
-        source = importance_name(name)
-        if source not in hessians or hessians[source].shape != weight.shape[:1]:
-            raise ValueError(f"{name}: the importance of its rows, {source}, is not among what calibration gave; run `dvc repro calibrate`")
-        squares_R = hessians[source].double().cpu().numpy() / max(float(hessian.diagonal().double().sum()), 1e-300)
-        mean = float(squares_R.mean())
-        if not (np.isfinite(mean) and mean > 0):
-            raise ValueError(f"{name}: the importance of its rows has mean {mean}; no gradient reached it in calibration")
-        return mean * np.clip(squares_R / mean, 1 / IMPORTANCE_RANGE, IMPORTANCE_RANGE) ** self.params.row_weight
+
+def importance_of(name: str, weight: Tensor, hessians: Mapping[str, Tensor], row_weight: float) -> np.ndarray:
+    """g of each row to the power `row_weight`: the squared gradient of the loss in its weights over what the inputs contribute to it."""
+    source, hessian = importance_name(name), hessian_of(name, weight, hessians)
+    if source not in hessians or hessians[source].shape != weight.shape[:1]:
+        raise ValueError(f"{name}: the importance of its rows, {source}, is not among what calibration gave; run `dvc repro calibrate`")
+    squares_R = hessians[source].double().cpu().numpy() / max(float(hessian.diagonal().double().sum()), 1e-300)
+    mean = float(squares_R.mean())
+    if not (np.isfinite(mean) and mean > 0):
+        raise ValueError(f"{name}: the importance of its rows has mean {mean}; no gradient reached it in calibration")
+    return mean * np.clip(squares_R / mean, 1 / IMPORTANCE_RANGE, IMPORTANCE_RANGE) ** row_weight
 
 
 def _feedback(found: Mapping[str, Tensor], damping: float, act_order: bool, report: Report) -> dict[str, Feedback]:

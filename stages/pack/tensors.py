@@ -1,19 +1,30 @@
 """One tensor between its three forms: coded (integers and their steps, or float16), raw streams of bytes, and the float32 of a model."""
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from stages.pack import gptq, lattice
+from stages.pack import correction, gptq, lattice
 from stages.pack.container import GROUP_COLUMNS, Form
+from stages.pack.correction import Correction
 from stages.pack.gptq import Quantised
 from stages.pack.lattice import Lattice
 from stages.pack.roles import largest_value
 
 INT8, INT16, FLOAT16, FLOAT32 = np.dtype("int8"), np.dtype("<i2"), np.dtype("<f2"), np.dtype("<f4")
-Coded = Quantised | Lattice | Tensor  # a matrix with a step for each row, one on scaled axes, or a float16 tensor
+
+
+class Corrected(NamedTuple):
+    """A quantised matrix and what is added to it."""
+
+    coded: Quantised | Lattice
+    correction: Correction
+
+
+Coded = Quantised | Lattice | Corrected | Tensor  # a matrix with a step for each row, one on scaled axes, either corrected; or float16
 
 
 def half(tensor: Tensor, name: str) -> Tensor:
@@ -26,6 +37,9 @@ def half(tensor: Tensor, name: str) -> Tensor:
 
 def decoded(coded: Coded) -> Tensor:
     """The float32 weights that a reader of the file gets."""
+    if isinstance(coded, Corrected):
+        base = decoded(coded.coded)
+        return base + correction.product(coded.correction, len(base))
     if isinstance(coded, Lattice):
         return torch.from_numpy(lattice.weights(coded))
     return gptq.dequantise(coded) if isinstance(coded, Quantised) else coded.float()
@@ -33,6 +47,9 @@ def decoded(coded: Coded) -> Tensor:
 
 def raw_streams(coded: Coded) -> tuple[bytes, ...]:
     """The bytes of each stream, in the order of container.layouts."""
+    if isinstance(coded, Corrected):
+        levels_KN, steps_K = coded.correction
+        return *raw_streams(coded.coded), _raw(levels_KN, INT8), _raw(steps_K, FLOAT32)
     if isinstance(coded, Lattice):
         step = np.array(coded.step, FLOAT32).tobytes()
         return coded.levels_RC.astype(INT16).tobytes(), step + coded.rows_R.tobytes() + coded.columns_C.tobytes()
@@ -46,6 +63,11 @@ def from_raw(form: Form, shape: tuple[int, ...], streams: tuple[bytes, ...], nam
     """The inverse of raw_streams; a ValueError for integers beyond the bit width, or values that are not finite."""
     if form.kind == "float16":
         return _finite(_tensor(streams[0], FLOAT16, shape), name)
+    if form.rank:
+        coded = from_raw(form._replace(rank=0), shape, streams[:-2], name)
+        assert isinstance(coded, (Quantised, Lattice)), "only what is quantised can be corrected"
+        levels_KN = _tensor(streams[-2], INT8, (form.rank, sum(shape)))
+        return Corrected(coded, Correction(levels_KN, _finite(_tensor(streams[-1], FLOAT32, (form.rank,)), name)))
     if form.kind == "lattice":
         return _lattice(form.size, shape, streams, name)
     values, steps = _tensor(streams[0], INT8, shape), _tensor(streams[1], FLOAT16, shape[:1])
