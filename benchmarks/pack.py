@@ -263,7 +263,8 @@ def compare(arguments: argparse.Namespace, inputs: Inputs, folder: Path, here: W
     budget = {"budget_bytes": len(plain.packed.blob) + inputs.pack.pack.code_reserve_bytes}
     if "the same integers, our coder" in chosen:
         clips = ("attention_clip", "mlp_clip", "embedding_clip")
-        chosen["the same integers, our coder"] |= {key: plain.packed.scale * getattr(inputs.pack.pack, key) for key in clips}
+        same = {key: plain.packed.scale * getattr(inputs.pack.pack, key) for key in clips}
+        chosen["the same integers, our coder"] |= same | {"budget_bytes": 2 * inputs.pack.pack.budget_bytes}  # so that the scale stays 1
     params = {name: dataclasses.replace(inputs.pack.pack, **(budget | changes)) for name, changes in chosen.items()}
     for name in list(params)[:ALONE]:
         record(name, run(name, params[name], model, folder, revisits[name], device), chosen[name])
