@@ -141,7 +141,9 @@ def run(name: str, params: PackParams, model: ModelParams, folder: Path, revisit
 
 def take_cores(waiting: "multiprocessing.Queue[list[int]]") -> None:
     """Begin a process of the pool: it keeps to cores of its own."""
-    os.sched_setaffinity(0, waiting.get())
+    cores = waiting.get()
+    os.sched_setaffinity(0, cores)
+    torch.set_num_threads(len(cores))
 
 
 def in_processes(variants: dict[str, tuple[PackParams, float]], model: ModelParams, folder: Path) -> Iterator[tuple[str, Done]]:

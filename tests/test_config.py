@@ -226,7 +226,7 @@ def test_bfloat16_on_the_cpu_is_refused() -> None:
         (PackInput, "pack.lqer_rank=17", r"pack\.lqer_rank: 17 is not between 0 and 16"),
         (PackInput, "pack.lqer_tensors=0", r"pack\.lqer_tensors: 0 is not above zero"),
         (PackInput, "pack.awq_groups=-1", r"pack\.awq_groups: -1 is negative"),
-        (PackInput, "pack.awq_groups=1.5", r"pack\.awq_groups: saw 1\.5, expected"),
+        (PackInput, "pack.awq_groups=1.5", r"pack\.awq_groups: saw 1\.5 \(float\), expected int"),
     ],
 )
 def test_parameters_of_calibration_and_packing_name_their_dotted_key(schema: type, assignment: str, message: str) -> None:

@@ -156,7 +156,8 @@ def _corrected(
         importance_R = torch.from_numpy(importance_of(name, weight, hessians, params.row_weight)).to(weight.device)
         error = weight - tensors.decoded(result.coded).to(weight.device)
         made = correction.correct(error, quantiser.known[name], importance_R, rank)
-        left, hessian = error - correction.product(made, len(weight)).to(weight.device), hessian_of(name, weight, hessians)
+        left = error - correction.product(made, len(weight)).to(weight.device)
+        hessian = hessian_of(name, weight, hessians).to(weight.device)
         gain = float((importance_R * (gptq.costs(error, hessian) - gptq.costs(left, hessian))).sum()) / sum(weight.shape)
         assert not isinstance(result.coded, Corrected), "a quantiser corrects nothing itself"
         return gain, name, result._replace(coded=Corrected(result.coded, made), form=result.form._replace(rank=rank))
