@@ -57,7 +57,7 @@ def rows_of(entries: Sequence[Entry], file_bytes: int) -> list[Row]:
 
 def row_of(entry: Entry) -> Row:
     """What the file says of one tensor."""
-    form = f"{entry.form.kind}:{entry.form.size}"
+    form = f"{entry.form.kind}:{entry.form.size}" + (f"+{entry.form.rank}" if entry.form.rank else "")
     return Row(entry.name, roles.kind_of(entry.name), entry.shape, form, entry.payload_bytes, math.prod(entry.shape))
 
 

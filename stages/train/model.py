@@ -280,13 +280,9 @@ class Model(nn.Module):
         return [*weighed(stream, gate), Term(skipped, (1 - gate) * self.skip_weight[step])]
 
 
-def model_for(params: ModelParams, world: World, observed: bool = False) -> Model:
-    """A model on the world's device, in its dtype and with its operations; its weights are still to be set.
-
-    `observed` is for hooks on the MLP's modules, which the fused MLP passes by.
-    """
-    chosen = operations(world.kernels, params)
-    return Model(params, world.dtype, chosen._replace(mlp=None) if observed else chosen).to(world.device)
+def model_for(params: ModelParams, world: World) -> Model:
+    """A model on the world's device, in its dtype and with its operations; its weights are still to be set."""
+    return Model(params, world.dtype, operations(world.kernels, params)).to(world.device)
 
 
 def is_matrix(name: str) -> bool:
@@ -297,6 +293,11 @@ def is_matrix(name: str) -> bool:
 def is_table(name: str) -> bool:
     """Whether a state-dict name is a table with a row for each token: the embedding, or one of the value tables."""
     return name == EMBEDDING or (name.startswith("value_tables.") and name.endswith(".weight"))
+
+
+def is_quantised(name: str) -> bool:
+    """Whether a tensor is kept with fewer bits in the packed file, and so calibrated: the blocks' matrices and the tables."""
+    return is_matrix(name) or is_table(name)
 
 
 @torch.no_grad()
