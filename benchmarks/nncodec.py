@@ -5,10 +5,11 @@
     PYTHONPATH=DIR python -m benchmarks.nncodec --weights FILE [--relative-error X] --results FILE
 
 Only its compiled part is used, for which the numpy of this project will do. FILE is a safetensors file; all its matrices count. NNCodec is
-Fraunhofer HHI's implementation of ISO/IEC 15938-17: a trellis of 8 states and adaptive binary arithmetic coding. It takes one matrix and one step, and so do we here: no scales of rows or columns, no Hessian. Its
-steps come on a grid, so it goes first, with the widest step whose error is within X of a matrix's mean square; ours is then made to give
-the same error. `by error` takes the nearest path through the trellis; `by error and bits` weighs bits too, each in its own way. Last,
-both coders, and programs that are installed, on one and the same integers of a uniform step.
+Fraunhofer HHI's implementation of ISO/IEC 15938-17: a trellis of 8 states and adaptive binary arithmetic coding. It takes one matrix and
+one step, and so do we here: no scales of rows or columns, no Hessian. Its steps come on a grid, so it goes first, with the widest step
+whose error is within X of a matrix's mean square; ours is then made to give the same error. `by error` takes the nearest path through the
+trellis; `by error and bits` weighs bits too, each in its own way. Last, both coders, and programs that are installed, on one and the same
+integers of a uniform step.
 """
 
 import argparse
