@@ -1,13 +1,15 @@
 """Our trellis and coder beside NNCodec's, on the same matrices at the same mean squared error.
 
-    pip install --no-deps --target DIR nncodec      (its compiled part is all that is used; its wish for numpy below 2 is no matter)
+    pip install --target DIR pybind11
+    PYTHONPATH=DIR pip install --no-deps --no-build-isolation --target DIR nncodec
     PYTHONPATH=DIR python -m benchmarks.nncodec --weights FILE [--relative-error X] --results FILE
 
-FILE is a safetensors file; all its matrices count. NNCodec is Fraunhofer HHI's implementation of ISO/IEC 15938-17: a trellis of 8 states
-and adaptive binary arithmetic coding. It takes one matrix and one step, and so do we here: no scales of rows or columns, no Hessian. Its
-steps come on a grid, so it goes first, with the widest step whose error is within X of a matrix's mean square; ours is then made to give
-the same error. `by error` takes the nearest path through the trellis; `by error and bits` weighs bits too, each in its own way. Last,
-both coders, and programs that are installed, on one and the same integers of a uniform step.
+Only its compiled part is used, for which the numpy of this project will do. FILE is a safetensors file; all its matrices count. NNCodec is
+Fraunhofer HHI's implementation of ISO/IEC 15938-17: a trellis of 8 states and adaptive binary arithmetic coding. It takes one matrix and
+one step, and so do we here: no scales of rows or columns, no Hessian. Its steps come on a grid, so it goes first, with the widest step
+whose error is within X of a matrix's mean square; ours is then made to give the same error. `by error` takes the nearest path through the
+trellis; `by error and bits` weighs bits too, each in its own way. Last, both coders, and programs that are installed, on one and the same
+integers of a uniform step.
 """
 
 import argparse
@@ -49,9 +51,7 @@ class NNCodec:
         try:
             self.library = importlib.import_module("nncodec.extensions.deepCABAC")
         except ImportError:
-            sys.exit(
-                "error: the package nncodec is not installed; `pip install nncodec` in an environment of its own (it wants numpy below 2)"
-            )
+            sys.exit("error: nncodec is not installed; `python -m benchmarks.nncodec --help` says how to install it")
 
     def matrix(self, weight_RC: np.ndarray, position: int, weight_of_bits: float) -> Coded:
         """Quantised on the trellis with the step at `position` of the grid, and coded."""
