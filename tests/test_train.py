@@ -240,18 +240,19 @@ def test_steps_after_warm_up_are_those_without(layers):
         assert all(map(torch.equal, everything(cold), everything(warm)))
 
 
-def test_two_gloo_ranks_give_one_rank_s_loss(tmp_path):
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_several_gloo_ranks_give_one_rank_s_loss(tmp_path, ranks):
     command, one, environment = run_train(tmp_path, "one")
     assert finish(command, environment).returncode == 0
-    command, two, environment = run_train(tmp_path, "two", "--set", "parallel.nproc=2")
+    command, several, environment = run_train(tmp_path, "several", "--set", f"parallel.nproc={ranks}")
     result = finish(command, environment)
     assert result.returncode == 0, result.stderr
-    losses = [np.loadtxt(folder / "loss.tsv", skiprows=1)[:, 1] for folder in (one, two)]
+    losses = [np.loadtxt(folder / "loss.tsv", skiprows=1)[:, 1] for folder in (one, several)]
     np.testing.assert_allclose(losses[1], losses[0], atol=1e-4)
-    states = [load_file(folder / "model.safetensors") for folder in (one, two)]
+    states = [load_file(folder / "model.safetensors") for folder in (one, several)]
     for name in states[0]:
         torch.testing.assert_close(states[1][name], states[0][name], atol=2e-3, rtol=0)
-    assert json.loads((two / "timing.json").read_text())["ranks"] == 2
+    assert json.loads((several / "timing.json").read_text())["ranks"] == ranks
 
 
 def test_killed_then_resumed_ends_with_the_same_bytes(tmp_path):
