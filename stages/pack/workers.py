@@ -1,7 +1,8 @@
 """Work on many tensors at once, with results that do not depend on how many threads there are.
 
 A sum that torch splits over threads depends on their number in its last bits, and those decide roundings, and so the bytes of the
-artifact. Here every tensor is worked on by one thread with one torch thread, and the tensors are spread over threads.
+artifact. Here every tensor, or batch of tensors of one shape, is worked on by one thread with one torch thread, and these are spread over
+threads; what is a batch does not depend on how many there are.
 """
 
 import contextlib
