@@ -79,14 +79,19 @@ class SDClip:
         return Result(coded, Form("rows", grid.bits), entered.cpu().numpy(), gptq.dequantise(coded).cpu().numpy(), ones)
 
 
-class _Axes(NamedTuple):
+class _Inputs(NamedTuple):
+    """What is known of a Hessian."""
+
+    dead_C: Tensor
+    columns: lattice.Columns
+    centre: float  # geometric mean of U's diagonal
+
+
+class _Known(NamedTuple):
     """What of a matrix does not change with the scale."""
 
-    weight_RC: np.ndarray
-    upper_CC: np.ndarray  # float32
-    importance_R: np.ndarray
-    rows_R: np.ndarray
-    columns_C: np.ndarray
+    axes: lattice.Axes
+    largest_C: np.ndarray  # magnitudes of the scaled weights
     unit: float  # the matrix's step at scale 1
 
 
@@ -99,23 +104,20 @@ class AtRate:
     def __init__(self, state: Mapping[str, Tensor], hessians: Mapping[str, Tensor], params: PackParams, report: Report) -> None:
         self.params = params
         found = {name: hessian_of(name, tensor, hessians).cpu() for name, tensor in state.items()}
-        known = _by_source(found, lambda hessian, source: gptq.feedback(hessian, params.damping, source, act_order=False), report)
-        self.axes = {name: self._axes(name, state[name], hessians, found[name], known[name]) for name in state}
+        inputs = _by_source(found, lambda hessian, source: _inputs(hessian, params.damping, source), report)
+        self.known = {name: self._known(name, state[name], hessians, found[name], inputs[name]) for name in state}
 
     def quantise(self, name: str, scale: float) -> Result:
         """Levels on the trellis."""
-        of, states = self.axes[name], self.params.states
-        steps_C = (
-            np.abs(of.weight_RC / lattice.scales(of.rows_R)[:, None]).max(0, initial=0.0) / lattice.scales(of.columns_C) / (of.unit * scale)
-        )
+        axes, largest_C, unit = self.known[name]
         # Beyond so many steps a column's values would not fit their 16 bits, and no column needs a step that fine.
-        coarser_C = np.ceil(lattice.PER_OCTAVE * np.log2(np.maximum(1.0, steps_C / MOST_STEPS)))
-        columns_C = np.minimum(of.columns_C + coarser_C, lattice.FARTHEST).astype(np.int8)
-        chosen = lattice.choose(
-            of.weight_RC, of.upper_CC, of.importance_R, of.rows_R, columns_C, of.unit * scale, states, self.params.rate_weight
-        )
+        octaves_C = np.ceil(lattice.PER_OCTAVE * np.log2(np.maximum(1.0, largest_C / (unit * scale * MOST_STEPS))))
+        if octaves_C.any():
+            axes = lattice.widened(axes, octaves_C)
+        states = self.params.states
+        chosen = lattice.choose(axes, unit * scale, states, self.params.rate_weight)
         levels_RC = chosen.lattice.levels_RC.astype(np.float32)
-        return Result(chosen.lattice, Form("lattice", states), chosen.entered_RC, levels_RC, lattice.scales(columns_C))
+        return Result(chosen.lattice, Form("lattice", states), chosen.entered_RC, levels_RC, lattice.scales(axes.columns.exponents_C))
 
     def scale_for(self, bits_total: float) -> float:
         """The scale at which normal values of these deviations would take so many bits."""
@@ -133,30 +135,22 @@ class AtRate:
     def _deviations(self) -> tuple[np.ndarray, np.ndarray]:
         """How many weights have which deviation, as log2 in units of their steps at scale 1."""
         found: dict[int, int] = {}
-        for of in self.axes.values():
-            y_RC = of.weight_RC / (lattice.scales(of.columns_C) * np.float32(of.unit)) / lattice.scales(of.rows_R)[:, None]
-            squares = y_RC.astype(np.float64) ** 2
-            product = squares.mean(1)[:, None] * squares.mean(0) / max(squares.mean(), 1e-300)
-            octaves = np.rint(DEVIATIONS_PER_OCTAVE * np.log2(np.maximum(product, 1e-30)) / 2).astype(np.int64)
-            for value, count in zip(*np.unique(octaves, return_counts=True), strict=True):
-                found[int(value)] = found.get(int(value), 0) + int(count)
+        for axes, _, unit in self.known.values():
+            of_R, of_C = (np.log2(np.maximum(of, 1e-30)) / 2 for of in lattice.variances(axes.scaled_RC))
+            eighths_RC = np.rint(DEVIATIONS_PER_OCTAVE * (of_R[:, None] + of_C - np.log2(unit))).astype(np.int64)
+            least = int(eighths_RC.min(initial=0))
+            for value, count in enumerate(np.bincount((eighths_RC - least).ravel())):
+                found[value + least] = found.get(value + least, 0) + int(count)
         return np.array(sorted(found)) / DEVIATIONS_PER_OCTAVE, np.array([found[value] for value in sorted(found)])
 
-    def _axes(self, name: str, weight: Tensor, hessians: Mapping[str, Tensor], hessian: Tensor, known: gptq.Feedback) -> _Axes:
+    def _known(self, name: str, weight: Tensor, hessians: Mapping[str, Tensor], hessian: Tensor, inputs: _Inputs) -> _Known:
         if not bool(torch.isfinite(weight).all()):
             raise ValueError(f"{name}: its weights are not finite")
         importance_R = self._importance(name, weight, hessians, hessian)
-        diagonal_C = known.upper_CC.diagonal().double().numpy()
-        centre = float(np.exp(np.log(diagonal_C).mean()))
         mean = float(importance_R.mean())
-        return _Axes(
-            weight.detach().float().cpu().masked_fill(known.dead_C, 0.0).numpy(),
-            known.upper_CC.numpy(),
-            importance_R.astype(np.float32),
-            lattice.exponents(np.sqrt(mean / importance_R)),
-            lattice.exponents(diagonal_C / centre),
-            centre / mean**0.5,
-        )
+        alive = weight.detach().float().cpu().masked_fill(inputs.dead_C, 0.0).numpy()
+        axes = lattice.axes_of(alive, importance_R, lattice.exponents(np.sqrt(mean / importance_R)), inputs.columns)
+        return _Known(axes, np.abs(axes.scaled_RC).max(0, initial=0.0), inputs.centre / mean**0.5)
 
     def _importance(self, name: str, weight: Tensor, hessians: Mapping[str, Tensor], hessian: Tensor) -> np.ndarray:
         """g of each row: the squared gradient of the loss in the row's weights over what the inputs contribute to it."""
@@ -168,6 +162,13 @@ class AtRate:
         if not (np.isfinite(mean) and mean > 0):
             raise ValueError(f"{name}: the importance of its rows has mean {mean}; no gradient reached it in calibration")
         return mean * np.clip(squares_R / mean, 1 / IMPORTANCE_RANGE, IMPORTANCE_RANGE) ** self.params.row_weight
+
+
+def _inputs(hessian: Tensor, damping: float, source: str) -> _Inputs:
+    known = gptq.feedback(hessian, damping, source, act_order=False)
+    diagonal_C = known.upper_CC.diagonal().double().numpy()
+    centre = float(np.exp(np.log(diagonal_C).mean()))
+    return _Inputs(known.dead_C, lattice.columns_of(known.upper_CC.numpy(), lattice.exponents(diagonal_C / centre)), centre)
 
 
 def _by_source(found: Mapping[str, Tensor], factor: Callable[[Tensor, str], T], report: Report) -> dict[str, T]:
