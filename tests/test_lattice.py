@@ -376,6 +376,6 @@ def test_the_rate_is_as_near_to_the_bound_as_the_trellis_allows(states: int, ste
     weight_RC = np.random.default_rng(19).standard_normal((256, 512)).astype(np.float32)
     chosen = plain(weight_RC, step, states, 0.1).lattice
     distortion_R = ((lattice.weights(chosen) - weight_RC) ** 2).mean(1)
-    bits = 8 * len(encode(chosen.levels_RC, states)) / weight_RC.size
+    bits = 8 * len(encode(chosen.levels_RC, chosen.rows_R, chosen.columns_C, states)) / weight_RC.size
     above = bits - np.log2(weight_RC.var(1) / distortion_R).mean() / 2
     assert least < above < most

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from stages.calibrate.hessians import importance_name
 from stages.config import build
-from stages.pack import budget, codec, container, roles, table, tensors
-from stages.pack.container import Contents, Entry, Form, Stream
+from stages.pack import budget, container, roles, table, tensors
+from stages.pack.container import Contents, Entry, Form
 from stages.pack.params import PackParams
 from stages.pack.quantisers import AtRate, Quantiser, Result, SDClip, hessian_of, threads_for
 from stages.pack.workers import exact_operations, in_threads, usable_cores
@@ -157,11 +157,7 @@ def _as_float16(name: str, tensor: Tensor, params: PackParams) -> Entry:
 def _entry(name: str, shape: tuple[int, ...], form: Form, coded: tensors.Coded, params: PackParams) -> Entry:
     """A tensor's streams: the integers by the codec that the parameters name, what little else there is by brotli."""
     codecs = (params.codec, "brotli") if form.kind != "float16" else ("brotli",)
-    raw, layouts = tensors.raw_streams(coded), container.layouts(form, shape)
-    streams = tuple(
-        Stream(by, codec.encode(by, stream, layout, params.brotli_quality)) for by, stream, layout in zip(codecs, raw, layouts, strict=True)
-    )
-    return Entry(name, shape, form, streams)
+    return Entry(name, shape, form, container.encode_streams(form, shape, tensors.raw_streams(coded), codecs, params.brotli_quality))
 
 
 def _decode(entry: Entry) -> Tensor:
