@@ -81,11 +81,10 @@ def ours(weight_RC: np.ndarray, step: float, weight_of_bits: float, states: int 
     """The same by this project; the scales of rows and columns are 1, and are coded as such."""
     rows, columns = weight_RC.shape
     flat_R, flat_C = np.zeros(rows, np.int8), np.zeros(columns, np.int8)
-    chosen = lattice.choose(
-        weight_RC, np.eye(columns, dtype=np.float32), np.ones(rows, np.float32), flat_R, flat_C, step, states, weight_of_bits
-    )
-    payload = coder.encode(chosen.lattice.levels_RC, states)
-    assert np.array_equal(coder.decode(payload, rows, columns, states), chosen.lattice.levels_RC)
+    alike = lattice.columns_of(np.eye(columns, dtype=np.float32), flat_C)
+    chosen = lattice.choose(lattice.axes_of(weight_RC, np.ones(rows, np.float32), flat_R, alike), step, states, weight_of_bits)
+    payload = coder.encode(chosen.lattice.levels_RC, flat_R, flat_C, states)
+    assert np.array_equal(coder.decode(payload, flat_R, flat_C, states), chosen.lattice.levels_RC)
     scales = codec.deflate(flat_R.tobytes() + flat_C.tobytes(), 11)
     return Coded(len(payload) + len(scales), mean_square(weight_RC - lattice.weights(chosen.lattice)), chosen.lattice.levels_RC)
 
@@ -148,7 +147,7 @@ def on_the_same(levels: list[np.ndarray], theirs: NNCodec) -> dict[str, int]:
     assert all(np.abs(of).max() < 128 for of in levels)
     return {
         "nncodec": sum(len(theirs.code(of, on_trellis=False)) for of in levels),
-        "ours": sum(len(coder.encode(of, 1)) for of in levels),
+        "ours": sum(len(coder.encode(of, *(np.zeros(side, np.int8) for side in of.shape), 1)) for of in levels),
     } | by_programs(b"".join(of.astype(np.int8).tobytes() for of in levels))
 
 

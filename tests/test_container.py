@@ -38,7 +38,7 @@ def entries(draw: st.DrawFn) -> tuple[tuple[Entry, ...], list[tuple[bytes, ...]]
         raw = tuple(draw(st.binary(min_size=layout.raw_bytes, max_size=layout.raw_bytes)) for layout in layouts)
         # The arithmetic coder takes any integers of one state; on a trellis only those that it allows (test_coder.py).
         codecs = ["adaptive" if layout.item_bytes == 1 and draw(st.booleans()) else "brotli" for layout in layouts]
-        streams = tuple(Stream(by, codec.encode(by, part, layout, 5)) for by, part, layout in zip(codecs, raw, layouts, strict=True))
+        streams = container.encode_streams(form, shape, raw, codecs, 5)
         made.append(Entry(name, shape, form, streams))
         raws.append(raw)
     return tuple(made), raws

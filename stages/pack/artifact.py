@@ -14,8 +14,8 @@ from torch import Tensor
 
 from stages.calibrate.hessians import importance_name
 from stages.config import build
-from stages.pack import budget, codec, container, correction, gptq, roles, table, tensors
-from stages.pack.container import Contents, Entry, Form, Stream
+from stages.pack import budget, container, correction, gptq, roles, table, tensors
+from stages.pack.container import Contents, Entry, Form
 from stages.pack.params import PackParams
 from stages.pack.quantisers import QUANTISERS, Quantiser, Result, hessian_of, importance_of, threads_for
 from stages.pack.tensors import Corrected
@@ -190,13 +190,10 @@ def _as_float16(name: str, tensor: Tensor, params: PackParams) -> Entry:
 
 def _entry(name: str, shape: tuple[int, ...], form: Form, coded: tensors.Coded, params: PackParams) -> Entry:
     """A tensor's streams: the integers by the codec that the parameters name, what little else there is by brotli."""
-    raw, layouts = tensors.raw_streams(coded), container.layouts(form, shape)
+    raw = tensors.raw_streams(coded)
     integers = () if form.kind == "float16" else (0, len(raw) - 2) if form.rank else (0,)
     codecs = [params.codec if index in integers else "brotli" for index in range(len(raw))]
-    streams = tuple(
-        Stream(by, codec.encode(by, stream, layout, params.brotli_quality)) for by, stream, layout in zip(codecs, raw, layouts, strict=True)
-    )
-    return Entry(name, shape, form, streams)
+    return Entry(name, shape, form, container.encode_streams(form, shape, raw, codecs, params.brotli_quality))
 
 
 def _decode(entry: Entry) -> Tensor:

@@ -16,7 +16,7 @@ The form says what the streams decode to:
     ["rows", bits, K]      int8 values row by row; float16 steps, one for each row
     ["groups", bits, K]    the same, and a byte for each group of 64 columns: 1 where steps are as much finer as makes 8 bits of the values
     ["lattice", states, K] int16 levels row by row, which follow a trellis of so many states; a float32 step and one signed byte for each
-                           row and each column, their exponents (lattice.py)
+                           row and each column, their exponents (lattice.py). The adaptive codec of the levels needs these.
 
 and, where K is above 0, a correction of that rank: K rows of int8, each a column of the one factor and a row of the other; K float32 steps
 (correction.py).
@@ -32,7 +32,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, NoReturn, get_args
 
 from stages.pack import codec
@@ -49,6 +49,7 @@ MAX_TENSORS = 5_000  # a hundred and odd in the record's model
 MAX_DIMENSIONS = 4
 MAX_SIDE = 1 << 20  # of a dimension: a decoder keeps a few numbers for each column
 MAX_RAW_BYTES = 1 << 28  # of all decoded streams together: seven times the record's model
+STEP_BYTES = 4  # of a lattice, before its exponents
 MAX_DIGITS = 15  # of an integer in the header
 NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 MAX_NAME_LENGTH = 200
@@ -105,7 +106,7 @@ def layouts(form: Form, shape: Sequence[int]) -> tuple[Layout, ...]:
     rows, columns = shape
     correction = (Layout(1, form.rank, rows + columns), Layout(4, 1, form.rank)) if form.rank else ()
     if form.kind == "lattice":
-        return Layout(2, rows, columns, form.size), Layout(1, 1, 4 + rows + columns), *correction
+        return Layout(2, rows, columns, form.size), Layout(1, 1, STEP_BYTES + rows + columns), *correction
     groups = (Layout(1, 1, -(-columns // GROUP_COLUMNS)),) if form.kind == "groups" else ()
     return Layout(1, rows, columns), Layout(2, 1, rows), *groups, *correction
 
@@ -134,15 +135,26 @@ def read(blob: bytes) -> Contents:
     return Contents(header["model"], entries)
 
 
+def encode_streams(form: Form, shape: Sequence[int], raw: Sequence[bytes], codecs: Sequence[str], quality: int) -> tuple[Stream, ...]:
+    """A tensor's streams from their raw bytes, by the codecs of these names; `quality` is brotli's."""
+    first, *others = layouts(form, shape)
+    every = _informed(form, first, raw[1:]), *others
+    return tuple(Stream(by, codec.encode(by, stream, of, quality)) for by, stream, of in zip(codecs, raw, every, strict=True))
+
+
 def decode_streams(entry: Entry) -> tuple[bytes, ...]:
     """The raw bytes of each stream of a tensor."""
     try:
-        return tuple(
-            codec.decode(stream.codec, stream.payload, layout)
-            for stream, layout in zip(entry.streams, layouts(entry.form, entry.shape), strict=True)
-        )
+        (first, *others), (layout, *others_layouts) = entry.streams, layouts(entry.form, entry.shape)
+        side = [codec.decode(stream.codec, stream.payload, of) for stream, of in zip(others, others_layouts, strict=True)]
+        return codec.decode(first.codec, first.payload, _informed(entry.form, layout, side)), *side
     except ValueError as error:
         raise ValueError(f"damaged model file: tensor {entry.name}: {error}") from error
+
+
+def _informed(form: Form, first: Layout, side: Sequence[bytes]) -> Layout:
+    """What the first stream decodes to, knowing the others: levels on a lattice know its exponents."""
+    return replace(first, exponents=side[0][STEP_BYTES:]) if form.kind == "lattice" else first
 
 
 def _header(contents: Contents) -> dict[str, Any]:

@@ -127,14 +127,19 @@ def _finer_columns(state: Mapping[str, Tensor], hessians: Mapping[str, Tensor], 
     return finer
 
 
-class _Axes(NamedTuple):
+class _Inputs(NamedTuple):
+    """What is known of a Hessian."""
+
+    dead_C: Tensor
+    columns: lattice.Columns
+    centre: float  # geometric mean of U's diagonal
+
+
+class _Matrix(NamedTuple):
     """What of a matrix does not change with the scale."""
 
-    weight_RC: np.ndarray
-    upper_CC: np.ndarray  # float32
-    importance_R: np.ndarray
-    rows_R: np.ndarray
-    columns_C: np.ndarray
+    axes: lattice.Axes
+    largest_C: np.ndarray  # magnitudes of the scaled weights
     unit: float  # the matrix's step at scale 1
 
 
@@ -148,7 +153,10 @@ class AtRate:
         found = {name: hessian_of(name, tensor, hessians) for name, tensor in state.items()}
         self.known: Mapping[str, Feedback] = _feedback(found, params.damping, False, report)
         self.batches: Sequence[Sequence[str]] = [[name] for name in state]
-        self.axes = {name: self._axes(name, state[name], hessians, self.known[name]) for name in state}
+        alike = {hessian_name(name): name for name in state}  # matrices with one input share it
+        made = in_threads(lambda name: _inputs(self.known[name]), list(alike.values()), lambda name: found[name].numel(), usable_cores())
+        inputs = dict(zip(alike, made, strict=True))
+        self.matrices = {name: self._matrix(name, state[name], hessians, inputs[hessian_name(name)]) for name in state}
 
     def quantise(self, names: Sequence[str], scale: float) -> list[Result]:
         """Levels on the trellis."""
@@ -156,22 +164,19 @@ class AtRate:
 
     def scales(self, bits: float) -> Scales:
         """Beginning where normal values of these deviations would take so many bits."""
-        finest = self._scale_for(MOST_BITS * sum(of.weight_RC.size for of in self.axes.values()))
+        finest = self._scale_for(MOST_BITS * sum(of.axes.scaled_RC.size for of in self.matrices.values()))
         return Scales(max(finest, self._scale_for(bits)), finest, COARSEST)
 
     def _quantise(self, name: str, scale: float) -> Result:
-        of, states = self.axes[name], self.params.states
-        steps_C = (
-            np.abs(of.weight_RC / lattice.scales(of.rows_R)[:, None]).max(0, initial=0.0) / lattice.scales(of.columns_C) / (of.unit * scale)
-        )
+        axes, largest_C, unit = self.matrices[name]
         # Beyond so many steps a column's values would not fit their 16 bits, and no column needs a step that fine.
-        coarser_C = np.ceil(lattice.PER_OCTAVE * np.log2(np.maximum(1.0, steps_C / MOST_STEPS)))
-        columns_C = np.minimum(of.columns_C + coarser_C, lattice.FARTHEST).astype(np.int8)
-        chosen = lattice.choose(
-            of.weight_RC, of.upper_CC, of.importance_R, of.rows_R, columns_C, of.unit * scale, states, self.params.rate_weight
-        )
+        octaves_C = np.ceil(lattice.PER_OCTAVE * np.log2(np.maximum(1.0, largest_C / (unit * scale * MOST_STEPS))))
+        if octaves_C.any():
+            axes = lattice.widened(axes, octaves_C)
+        states = self.params.states
+        chosen = lattice.choose(axes, unit * scale, states, self.params.rate_weight)
         levels_RC = chosen.lattice.levels_RC.astype(np.float32)
-        return Result(chosen.lattice, Form("lattice", states), chosen.entered_RC, levels_RC, lattice.scales(columns_C))
+        return Result(chosen.lattice, Form("lattice", states), chosen.entered_RC, levels_RC, lattice.scales(axes.columns.exponents_C))
 
     def _scale_for(self, bits_total: float) -> float:
         """The scale at which normal values of these deviations would take so many bits."""
@@ -188,30 +193,22 @@ class AtRate:
     def _deviations(self) -> tuple[np.ndarray, np.ndarray]:
         """How many weights have which deviation, as log2 in units of their steps at scale 1."""
         found: dict[int, int] = {}
-        for of in self.axes.values():
-            y_RC = of.weight_RC / (lattice.scales(of.columns_C) * np.float32(of.unit)) / lattice.scales(of.rows_R)[:, None]
-            squares = y_RC.astype(np.float64) ** 2
-            product = squares.mean(1)[:, None] * squares.mean(0) / max(squares.mean(), 1e-300)
-            octaves = np.rint(DEVIATIONS_PER_OCTAVE * np.log2(np.maximum(product, 1e-30)) / 2).astype(np.int64)
-            for value, count in zip(*np.unique(octaves, return_counts=True), strict=True):
-                found[int(value)] = found.get(int(value), 0) + int(count)
+        for axes, _, unit in self.matrices.values():
+            of_R, of_C = (np.log2(np.maximum(of, 1e-30)) / 2 for of in lattice.variances(axes.scaled_RC))
+            eighths_RC = np.rint(DEVIATIONS_PER_OCTAVE * (of_R[:, None] + of_C - np.log2(unit))).astype(np.int64)
+            least = int(eighths_RC.min(initial=0))
+            for value, count in enumerate(np.bincount((eighths_RC - least).ravel())):
+                found[value + least] = found.get(value + least, 0) + int(count)
         return np.array(sorted(found)) / DEVIATIONS_PER_OCTAVE, np.array([found[value] for value in sorted(found)])
 
-    def _axes(self, name: str, weight: Tensor, hessians: Mapping[str, Tensor], known: Feedback) -> _Axes:
+    def _matrix(self, name: str, weight: Tensor, hessians: Mapping[str, Tensor], inputs: _Inputs) -> _Matrix:
         if not bool(torch.isfinite(weight).all()):
             raise ValueError(f"{name}: its weights are not finite")
         importance_R = importance_of(name, weight, hessians, self.params.row_weight)
-        diagonal_C = known.upper_CC.diagonal().double().numpy()
-        centre = float(np.exp(np.log(diagonal_C).mean()))
         mean = float(importance_R.mean())
-        return _Axes(
-            weight.detach().float().cpu().masked_fill(known.dead_C, 0.0).numpy(),
-            known.upper_CC.numpy(),
-            importance_R.astype(np.float32),
-            lattice.exponents(np.sqrt(mean / importance_R)),
-            lattice.exponents(diagonal_C / centre),
-            centre / mean**0.5,
-        )
+        alive = weight.detach().float().cpu().masked_fill(inputs.dead_C, 0.0).numpy()
+        axes = lattice.axes_of(alive, importance_R, lattice.exponents(np.sqrt(mean / importance_R)), inputs.columns)
+        return _Matrix(axes, np.abs(axes.scaled_RC).max(0, initial=0.0), inputs.centre / mean**0.5)
 
 
 def importance_of(name: str, weight: Tensor, hessians: Mapping[str, Tensor], row_weight: float) -> np.ndarray:
@@ -224,6 +221,12 @@ def importance_of(name: str, weight: Tensor, hessians: Mapping[str, Tensor], row
     if not (np.isfinite(mean) and mean > 0):
         raise ValueError(f"{name}: the importance of its rows has mean {mean}; no gradient reached it in calibration")
     return mean * np.clip(squares_R / mean, 1 / IMPORTANCE_RANGE, IMPORTANCE_RANGE) ** row_weight
+
+
+def _inputs(known: Feedback) -> _Inputs:
+    diagonal_C = known.upper_CC.diagonal().double().numpy()
+    centre = float(np.exp(np.log(diagonal_C).mean()))
+    return _Inputs(known.dead_C, lattice.columns_of(known.upper_CC.numpy(), lattice.exponents(diagonal_C / centre)), centre)
 
 
 def _feedback(found: Mapping[str, Tensor], damping: float, act_order: bool, report: Report) -> dict[str, Feedback]:
