@@ -147,7 +147,7 @@ def on_the_same(levels: list[np.ndarray], theirs: NNCodec) -> dict[str, int]:
     assert all(np.abs(of).max() < 128 for of in levels)
     return {
         "nncodec": sum(len(theirs.code(of, on_trellis=False)) for of in levels),
-        "ours": sum(len(coder.encode(of, *(np.zeros(side, np.int8) for side in of.shape), 1)) for of in levels),
+        "ours": sum(len(coder.encode(of, np.zeros(len(of), np.int8), np.zeros(of.shape[1], np.int8), 1)) for of in levels),
     } | by_programs(b"".join(of.astype(np.int8).tobytes() for of in levels))
 
 
