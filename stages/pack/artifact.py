@@ -14,12 +14,12 @@ from torch import Tensor
 
 from stages.calibrate.hessians import importance_name
 from stages.config import build
-from stages.pack import budget, container, correction, gptq, roles, table, tensors
+from stages.pack import budget, coder, container, correction, gptq, lattice, roles, table, tensors
 from stages.pack.container import Contents, Entry, Form
 from stages.pack.params import PackParams
 from stages.pack.quantisers import QUANTISERS, Quantiser, Result, hessian_of, importance_of, threads_for
 from stages.pack.tensors import Corrected
-from stages.pack.workers import exact_operations, in_threads, usable_cores
+from stages.pack.workers import beside, exact_operations, in_threads, usable_cores
 from stages.parallel import World
 from stages.report import Report
 from stages.train.model import Model, model_for
@@ -61,6 +61,7 @@ def pack(
     """
     check_shapes({name: tuple(tensor.shape) for name, tensor in state.items()}, model_params)
     make = QUANTISERS[pack_params.quantiser]
+    beside(*([lattice.compile_ahead] if make.on_cpu else []), *([coder.compile_ahead] if pack_params.codec == "adaptive" else []))
     if make.on_cpu:
         state, hessians = ({name: tensor.cpu() for name, tensor in of.items()} for of in (state, hessians))
     matrices = {name: tensor.detach() for name, tensor in sorted(state.items()) if roles.kind_of(name) != "rest"}

@@ -75,6 +75,12 @@ def decode(payload: bytes, rows_R: np.ndarray, columns_C: np.ndarray, states: in
     return levels_RC
 
 
+def compile_ahead() -> None:
+    """Have coder and decoder compiled, which takes seconds."""
+    none = np.zeros(1, np.int8)
+    encode(np.zeros((1, 1), np.int16), none, none, 1)
+
+
 def _run_from_start(
     levels_RC: np.ndarray, rows_R: np.ndarray, columns_C: np.ndarray, states: int, registers: np.ndarray, buffer: np.ndarray, decoding: bool
 ) -> bool:

@@ -32,6 +32,7 @@ from numba import njit
 
 from stages.pack.coder import LARGEST
 from stages.pack.trellis import trellis
+from stages.pack.workers import in_threads
 
 PER_OCTAVE = 8  # factors of rows and columns are powers of 2^(1/8)
 ROOTS = np.array([1.0, 1.0905077, 1.1892071, 1.2968396, 1.4142135, 1.5422108, 1.6817929, 1.8340081], np.float32)
@@ -39,6 +40,7 @@ FARTHEST = 127  # exponents are signed bytes
 
 BLOCK, DELAY_PER_BIT = 128, 8  # columns searched at once, and how many of them are taken back for each bit of the trellis's state
 ROWS_AT_ONCE = 16  # whose feedback shares a pass over V
+PIECE_WEIGHTS = 1 << 19  # of a matrix that are searched by one thread
 CLASSES, CLASSES_PER_OCTAVE, NARROWEST = 72, 4, -4  # of a value's deviation, from 2^-4 levels on
 TABULATED = 256  # magnitudes whose bits are tabulated
 RAREST = 1e-9  # probability in the table of bits
@@ -157,10 +159,26 @@ def choose(axes: Axes, step: float, states: int, rate_weight: float) -> Chosen:
     odd_S = (np.arange(states) % 2).astype(np.float32)
     delay = min(BLOCK // 2, DELAY_PER_BIT * (states.bit_length() - 1))
     task = _Task(columns.unit_CC, columns.cost_C.astype(np.float32), column_class_C, prices, code.into_S2, odd_S, code.stride, delay)
-    levels_RC = np.zeros(y_RC.shape, np.int16)
-    _search(y_RC, cost_R.astype(np.float32), row_class_R, task, _places(states), levels_RC)
+    levels_RC, cost_R = np.zeros(y_RC.shape, np.int16), cost_R.astype(np.float32)
+
+    def search(rows: slice) -> None:
+        _search(y_RC[rows], cost_R[rows], row_class_R[rows], task, _places(states), levels_RC[rows])
+
+    in_threads(search, pieces := _pieces(*y_RC.shape), lambda rows: rows.stop - rows.start, len(pieces))
     _require_room(y_RC, LARGEST - 2 * code.stride)
     return Chosen(Lattice(levels_RC, axes.rows_R, columns.exponents_C, float(np.float32(step)), states), y_RC)
+
+
+def compile_ahead() -> None:
+    """Have the search compiled, which takes seconds."""
+    one, none = np.ones((1, 1), np.float32), np.zeros(1, np.int8)
+    choose(axes_of(one, one[0], none, columns_of(one, none)), 1.0, 1, 0.0)
+
+
+def _pieces(rows: int, columns: int) -> list[slice]:
+    """Rows that a thread searches on its own, so that the largest matrix is not waited for; no row depends on another."""
+    count = max(1, PIECE_WEIGHTS // max(1, columns) // ROWS_AT_ONCE) * ROWS_AT_ONCE
+    return [slice(first, min(first + count, rows)) for first in range(0, rows, count)]
 
 
 def _require_finite(*costs: np.ndarray) -> None:

@@ -9,6 +9,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from threading import Thread
 from typing import TypeVar
 
 import torch
@@ -38,6 +39,16 @@ def in_threads(work: Callable[[T], R], items: Sequence[T], size: Callable[[T], i
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def beside(*works: Callable[[], object]) -> None:
+    """Do these, one after another, on a thread of their own, while the caller goes on; compiled code is waited for by whoever calls it."""
+
+    def all_of_them() -> None:
+        for work in works:
+            work()
+
+    Thread(target=all_of_them).start()
 
 
 @contextlib.contextmanager
