@@ -270,6 +270,24 @@ def test_zero_weights_become_zero() -> None:
     assert not choose(case._replace(weight_RC=weight_RC)).lattice.levels_RC.any()
 
 
+def test_wider_columns_are_as_if_they_had_been_so_from_the_start() -> None:
+    case = problem(20, 40, 8, 0.1, seed=15)
+    eighths_C = np.arange(40) % 3
+    axes = lattice.axes_of(case.weight_RC, case.importance_R, case.rows_R, lattice.columns_of(case.upper_CC, case.columns_C))
+    got = lattice.choose(lattice.widened(axes, eighths_C), case.step, case.states, case.rate_weight)
+    expected = choose(case._replace(columns_C=(case.columns_C + eighths_C).astype(np.int8)))
+    assert np.array_equal(got.lattice.columns_C, expected.lattice.columns_C)
+    differ_R = (got.lattice.levels_RC != expected.lattice.levels_RC).any(1)  # where last digits decided
+    assert differ_R.sum() <= 2
+    np.testing.assert_allclose(got.entered_RC[~differ_R], expected.entered_RC[~differ_R], atol=1e-3)
+
+
+def test_variances_are_products_of_rows_and_columns() -> None:
+    rows_R, columns_C = np.array([1.0, 4.0, 0.25]), np.array([1.0, 9.0])
+    got_R, got_C = lattice.variances(np.sqrt(np.outer(rows_R, columns_C)))
+    np.testing.assert_allclose(np.outer(got_R, got_C), np.outer(rows_R, columns_C))
+
+
 def test_the_lattice_keeps_what_it_was_given() -> None:
     case = problem(12, 40, 8, 0.1, seed=14, step=0.1)
     got = choose(case).lattice

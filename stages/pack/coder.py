@@ -36,7 +36,7 @@ SAMPLING = 37356  # that of the mean of one normal value's magnitude: pi / 2 - 1
 ROW_DECAY = 9  # a row's sums forget by 1/512
 FARTHEST = 64  # eighths of octaves of a factor from the middle one
 ROOTS = np.array([65536, 71468, 77936, 84990, 92682, 101070, 110218, 120194], np.int64)  # 2^(i/8), of 65,536
-LARGEST_MEAN = 1 << 26
+LARGEST_MEAN, LARGEST_RATIO = 1 << 26, 1 << 31  # so that no product overflows, whatever the exponents are
 
 PREDICTION_POINT = 12
 MOST = 4095 << PREDICTION_POINT  # of what is predicted; larger levels are taken for this
@@ -282,7 +282,7 @@ def _learn_scales(
 ) -> None:
     """What a row's magnitudes say of its columns' means, and of the ratio of rows to columns."""
     before = facts[RATIO]
-    ratio = max(1, ((sums[0] + (before >> 5)) << POINT) // (sums[1] + (8 << SUM_POINT)))
+    ratio = min(max(1, ((sums[0] + (before >> 5)) << POINT) // (sums[1] + (8 << SUM_POINT))), LARGEST_RATIO)
     rate = max(131072 // (2 * row + 3), 3277)  # of 65,536: 1/20 in the end
     facts[RATIO] = max(1, before + (((ratio - before) * rate) >> 16))
     if row:

@@ -126,10 +126,10 @@ def axes_of(weight_RC: np.ndarray, importance_R: np.ndarray, rows_R: np.ndarray,
     return Axes(scaled_RC, rows_R, importance_R.astype(np.float64) * down_R.astype(np.float64) ** 2, columns)
 
 
-def widened(axes: Axes, octaves_C: np.ndarray) -> Axes:
-    """The same with columns whose exponents are larger by `octaves_C` eighths of an octave."""
+def widened(axes: Axes, eighths_C: np.ndarray) -> Axes:
+    """The same with columns whose exponents are larger by so many eighths of an octave."""
     scaled_RC, rows_R, cost_R, columns = axes
-    exponents_C = np.minimum(columns.exponents_C + octaves_C, FARTHEST).astype(np.int8)
+    exponents_C = np.minimum(columns.exponents_C + eighths_C, FARTHEST).astype(np.int8)
     by_C = scales(exponents_C.astype(np.int16) - columns.exponents_C)
     unit_CC = columns.unit_CC * by_C[:, None] / by_C
     wider = Columns(exponents_C, columns.cost_C * by_C.astype(np.float64) ** 2, unit_CC)

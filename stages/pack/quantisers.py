@@ -170,9 +170,9 @@ class AtRate:
     def _quantise(self, name: str, scale: float) -> Result:
         axes, largest_C, unit = self.matrices[name]
         # Beyond so many steps a column's values would not fit their 16 bits, and no column needs a step that fine.
-        octaves_C = np.ceil(lattice.PER_OCTAVE * np.log2(np.maximum(1.0, largest_C / (unit * scale * MOST_STEPS))))
-        if octaves_C.any():
-            axes = lattice.widened(axes, octaves_C)
+        eighths_C = np.ceil(lattice.PER_OCTAVE * np.log2(np.maximum(1.0, largest_C / (unit * scale * MOST_STEPS))))
+        if eighths_C.any():
+            axes = lattice.widened(axes, eighths_C)
         states = self.params.states
         chosen = lattice.choose(axes, unit * scale, states, self.params.rate_weight)
         levels_RC = chosen.lattice.levels_RC.astype(np.float32)
