@@ -24,18 +24,24 @@ class Stream(NamedTuple):
         return len(self.tokens) - 1
 
 
-def read_stream(val_folder: Path, tokenizer_file: Path, vocab_size: int, window: int) -> Stream:
-    """The stream of a folder of shards; a ValueError when it cannot be scored."""
+def open_stream(val_folder: Path, tokenizer_file: Path) -> Stream:
+    """The stream of a folder of shards and the bytes of its targets; a ValueError when they do not fit the tokenizer."""
     table = byte_table(load_tokenizer(tokenizer_file))
-    if table.vocab_size != vocab_size:
-        raise ValueError(f"{tokenizer_file} has {table.vocab_size} ids, but the model was trained on {vocab_size}")
     for path in shards.find(val_folder):
-        shards.check_ids(path, vocab_size)
+        shards.check_ids(path, table.vocab_size)
     tokens = shards.stream(val_folder)
     shards.document_starts(tokens, table.bos)
-    if len(tokens) - 1 < window:
-        raise ValueError(f"{val_folder}: {len(tokens) - 1} targets are fewer than one window of {window}; give more validation text")
     return Stream(tokens, target_bytes(tokens, table), table)
+
+
+def read_stream(val_folder: Path, tokenizer_file: Path, vocab_size: int, window: int) -> Stream:
+    """The stream as a model of this vocabulary scores it with windows of this length; a ValueError when it cannot."""
+    stream = open_stream(val_folder, tokenizer_file)
+    if stream.table.vocab_size != vocab_size:
+        raise ValueError(f"{tokenizer_file} has {stream.table.vocab_size} ids, but the model was trained on {vocab_size}")
+    if stream.targets < window:
+        raise ValueError(f"{val_folder}: {stream.targets} targets are fewer than one window of {window}; give more validation text")
+    return stream
 
 
 def score(scorer: Scorer, stream: Stream) -> np.ndarray:
