@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from stages import ledger, shards
 from stages.bpb import ByteTable, bits_per_byte, byte_table, load_tokenizer, target_bytes
+from stages.clock import Pace
 from stages.scorer import Scorer
 
 
@@ -22,6 +23,15 @@ class Stream(NamedTuple):
     def targets(self) -> int:
         """The number of targets, N-1."""
         return len(self.tokens) - 1
+
+
+class TimedScorer(Scorer, Protocol):
+    """A scorer that knows how much of a stream it scores until its speed is steady."""
+
+    @property
+    def warm_up_targets(self) -> int:
+        """Targets that are scored first and timed apart; a stream that is cut behind them is scored with the same batches."""
+        ...
 
 
 def open_stream(val_folder: Path, tokenizer_file: Path) -> Stream:
@@ -44,9 +54,14 @@ def read_stream(val_folder: Path, tokenizer_file: Path, vocab_size: int, window:
     return stream
 
 
-def score(scorer: Scorer, stream: Stream) -> np.ndarray:
-    """The ledger of the whole stream, (N-1,) float32; coverage is checked, not assumed."""
-    nll = scorer.score_stream(stream.tokens)
+def score(scorer: Scorer, stream: Stream, pace: Pace | None = None) -> np.ndarray:
+    """The ledger of the whole stream, (N-1,) float32; coverage is checked, not assumed. `pace` is told when the warm-up ends."""
+    warm_up = min(pace.warm_up_targets, stream.targets) if pace else stream.targets
+    nll = scorer.score_stream(stream.tokens[: warm_up + 1])
+    if pace and warm_up < stream.targets:
+        pace.steady.start()
+        nll = np.concatenate([nll, scorer.score_stream(stream.tokens[warm_up + 1 :])])
+        pace.steady.mark()
     if nll.shape != (stream.targets,):
         raise ValueError(f"the scorer returned {nll.shape} losses for {stream.targets} targets: every target is scored exactly once")
     ledger.check(nll)

@@ -38,6 +38,11 @@ class SlidingScorer:
         """The number of token ids a distribution is over."""
         return self.model.params.vocab_size
 
+    @property
+    def warm_up_targets(self) -> int:
+        """The first window and a batch of others for each rank: both shapes are compiled then."""
+        return self.params.window + self.params.stride * self.params.batch_windows * self.world.size
+
     def fork(self) -> "SlidingScorer":
         """An independent copy; the model is shared, nothing changes it."""
         twin = object.__new__(type(self))

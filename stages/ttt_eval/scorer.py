@@ -66,6 +66,11 @@ class TTTScorer:
         """The number of token ids a distribution is over."""
         return self.scorer.vocab_size
 
+    @property
+    def warm_up_targets(self) -> int:
+        """The first chunk: it is scored and trained on."""
+        return self.params.chunk
+
     def fork(self) -> "TTTScorer":
         """An independent copy; weights are shared until one of the two trains."""
         self.is_shared = True
