@@ -18,7 +18,7 @@ from tests.factories import TINY, random_model, world
 from tests.test_sliding_eval import table
 
 SLIDING = SlidingEvalParams(window=16, stride=4, batch_windows=3, chunk=32)
-TTT = TttEvalParams(chunk=32, epochs=2, batch_tokens=16, lr=0.05, momentum=0.9, clip_norm=1.0)
+TTT = TttEvalParams(chunk=32, epochs=2, batch_tokens=16, lr=0.05, momentum=0.9, clip_norm=1.0, tilt_rate=0.0)
 RUN: dict[str, Any] = {"startup_seconds": 30.0, "warm_up_targets": 1000, "targets_per_second": 20_000.0, "ranks": 2}
 
 

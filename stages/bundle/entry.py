@@ -28,7 +28,7 @@ from stages.train.params import ModelParams, TrainParams
 from stages.train.params import Params as TrainInput
 from stages.ttt_eval.params import Params as TttInput
 from stages.ttt_eval.params import TttEvalParams
-from stages.ttt_eval.scorer import TTTScorer
+from stages.ttt_eval.tilt import scorer_for
 
 ScorerName = Literal["sliding_eval", "ttt_eval"]
 DEFAULT_SEED = 42
@@ -158,7 +158,7 @@ def _scorer(
     """The scorer, the prefix of its metrics and the targets of a row of its chunks.tsv."""
     if name == "sliding_eval":
         return SlidingScorer(model, params.sliding_eval, here, run.report), "sliding", params.sliding_eval.chunk
-    scorer = TTTScorer(model, params.sliding_eval, params.ttt_eval, here, stream.targets, run.report)
+    scorer = scorer_for(model, params.sliding_eval, params.ttt_eval, here, stream.targets, run.report)
     return scorer, "ttt", params.ttt_eval.chunk
 
 
