@@ -54,7 +54,7 @@ def _boost(states_K: np.ndarray, hint_logp: float, weights: np.ndarray, shares_K
 
 
 @njit(nogil=True)
-def _follow(
+def follow(
     hints: np.ndarray,
     states: np.ndarray,
     targets: np.ndarray,
@@ -168,7 +168,7 @@ class TiltScorer:
         hints, states = self.hints.observe(tokens)
         hints, states = hints[given:], states[given:]
         nll, hint_logp = self.scorer.score(tokens, np.maximum(hints, 0))
-        return _follow(hints, states, tokens[given:], nll, hint_logp, self.weights, self.shares_KS, self.counts_KS, self.rate)
+        return follow(hints, states, tokens[given:], nll, hint_logp, self.weights, self.shares_KS, self.counts_KS, self.rate)
 
 
 def scorer_for(
