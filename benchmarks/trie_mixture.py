@@ -79,7 +79,7 @@ def decide(logp: np.ndarray, tries: Any, targets: np.ndarray, modes: np.ndarray,
     for i in range(len(targets)):
         trie = tries[modes[i]]
         for place in range(logp.shape[1]):
-            sums[place + 1] = sums[place] + max(1, np.int64(np.rint(np.exp(logp[i, trie.order_V[place]]) * _trie.UNIT)))
+            sums[place + 1] = sums[place] + max(1, np.int64(np.rint(np.exp(np.float64(logp[i, trie.order_V[place]])) * _trie.UNIT)))
         at += _trie.path_logits(sums, trie, targets[i], logits[at:])
         within[i] = _trie.within(sums, trie, targets[i])
     return at
@@ -98,12 +98,12 @@ def score(model: Model, case: Case, stride: int) -> Dump:
     started = time.monotonic()
     for number, batch in enumerate(batches):
         logits = model.logits(torch.stack([ids[w.start : w.end] for w in batch]), True, batch[0].first - batch[0].start).flatten(0, 1)
-        logp = torch.log_softmax(logits.double(), -1).numpy()
+        logp = torch.log_softmax(logits, -1).numpy()
         places = np.concatenate([np.arange(w.first, w.end) for w in batch])
         rows, targets, within = np.arange(len(places)), case.targets[places].astype(np.int64), np.empty(len(places))
         count = decide(logp, case.tries, targets, case.modes[places], buffer, within)
-        parts.append((-logp[rows, targets], logp[rows, case.hints[places]].astype(np.float32), within, buffer[:count].astype(np.float32)))
-        if number % 100 == 0:
+        parts.append((-logp[rows, targets].astype(np.float64), logp[rows, case.hints[places]], within, buffer[:count].astype(np.float32)))
+        if number % 20 == 0:
             print(f"{places[-1] + 1:,} of {case.stream.targets:,} targets, {time.monotonic() - started:.0f} s", flush=True)
     return Dump(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
