@@ -103,7 +103,7 @@ def charged(law: np.ndarray, texts: list[bytes], tables: _ppm.Tables, before: np
 
     The tables stay as they are while a candidate's bytes are looked up; #1858 counts between them, which moves little.
     """
-    keys, context = np.empty(_ppm.ORDERS + 1, np.uint64), before[-_ppm.ORDERS :]
+    context = before[-_ppm.ORDERS :]
     known: dict[bytes, tuple[float, float]] = {}
     nats = np.empty(len(law))
     for token, text in enumerate(texts):
@@ -111,7 +111,7 @@ def charged(law: np.ndarray, texts: list[bytes], tables: _ppm.Tables, before: np
         for size in range(1, len(text) + 1):
             if text[:size] not in known:
                 tail = np.concatenate([context, np.frombuffer(text[:size], np.uint8)])
-                known[text[:size]] = _ppm.look(tables.arrays, tail, len(tail) - 1, keys)
+                known[text[:size]] = _ppm.look(tables.arrays, tail, len(tail) - 1)
             rows.append(known[text[:size]])
         column = np.array(rows).reshape(-1, 2).T
         network = np.full(len(text), -law[token] / max(1, len(text)))
