@@ -17,11 +17,12 @@ class TttEvalParams:
     lr: float  # of the first chunk; falls to 0 at the last along half a cosine
     momentum: float  # of SGD; its buffer persists from chunk to chunk
     clip_norm: float  # of the global gradient
+    tilt_rate: float  # learning rate of the tilt towards tokens that followed the same context before (tilt.py); 0 is no tilt
 
     def __post_init__(self) -> None:
         require_positive(self, "chunk", "batch_tokens", "clip_norm")
         require_fraction(self, "momentum")
-        for key in ("epochs", "lr"):
+        for key in ("epochs", "lr", "tilt_rate"):
             if getattr(self, key) < 0:
                 reject(key, f"{getattr(self, key)} is negative")
 

@@ -66,6 +66,11 @@ class TTTScorer:
         """The number of token ids a distribution is over."""
         return self.scorer.vocab_size
 
+    @property
+    def warm_up_targets(self) -> int:
+        """The first chunk: it is scored and trained on."""
+        return self.params.chunk
+
     def fork(self) -> "TTTScorer":
         """An independent copy; weights are shared until one of the two trains."""
         self.is_shared = True
@@ -86,15 +91,21 @@ class TTTScorer:
 
     def score_stream(self, tokens: np.ndarray) -> np.ndarray:
         """Score and observe tokens in order, chunk by chunk; nats, float32."""
-        scores = []
+        return self.score(tokens, None)[0]
+
+    def score(self, tokens: np.ndarray, hints: np.ndarray | None) -> np.ndarray:
+        """`score_stream` as (1, N); or, with an id for each target, (2, N): the losses, and the log-probabilities of those ids."""
+        scores = [np.empty((1 if hints is None else 2, 0), dtype=np.float32)]
+        done = 0
         with self.report.progress("score and train", len(tokens)) as progress:
             while len(tokens):
                 part = tokens[: self.params.chunk + 1 - self.pending_tokens]
-                scores.append(self.scorer.score_stream(part))
+                scored = len(part) - (self.pending_tokens == 0)
+                scores.append(self.scorer.score(part, None if hints is None else hints[done : done + scored]))
                 self._append(part.astype(np.int64))
-                tokens = tokens[len(part) :]
+                tokens, done = tokens[len(part) :], done + scored
                 progress.advance(len(part), f"chunk {self.chunk}/{self.chunks}")
-        return np.concatenate(scores) if scores else np.empty(0, dtype=np.float32)
+        return np.concatenate(scores, axis=1)
 
     def _append(self, tokens: np.ndarray) -> None:
         self.pending.append(tokens)
