@@ -354,7 +354,7 @@ def operator_arguments(draw, place):
             draw(*query), draw(*row, dtype=single), draw(*row, dtype=single),
         ),
         "squared_leaky_mlp": (leaf(*small), leaf(16, 8), leaf(8, 16)),
-        "squared_leaky_mlp_backward": (draw(*small), draw(*small), draw(16, 8), draw(8, 16), draw(*wide), draw(*wide)),
+        "squared_leaky_mlp_backward": (draw(*small), draw(*small), draw(16, 8), draw(8, 16), draw(*wide), draw(*wide), False),
         "softcapped_cross_entropy": (leaf(5, 7), targets, SOFTCAP),
         "softcapped_cross_entropy_backward": (draw(5, dtype=single), draw(5, 7), targets, draw(5, dtype=single), SOFTCAP),
     }  # fmt: skip

@@ -23,7 +23,7 @@ from stages.audit.verdict import Verdict, convicted, reason
 from stages.pack.artifact import load_model
 from stages.parallel import World, activation_dtype, relaunch_under_torchrun, world
 from stages.sliding_eval.scorer import SlidingScorer
-from stages.ttt_eval.scorer import TTTScorer
+from stages.ttt_eval.tilt import scorer_for
 
 STAGE = command.Stage(
     name="audit",
@@ -130,7 +130,7 @@ def audit_scorers(run: command.Run[Params], paths: Mapping[str, Path], stream: S
         ),
         *audit_scorer(
             "ttt_eval",
-            lambda n_targets: TTTScorer(model, sliding, ttt, here, n_targets),
+            lambda n_targets: scorer_for(model, sliding, ttt, here, n_targets),
             stream,
             read_claim(paths["ttt"], "ttt_bpb", tolerances),
             Edges(window=sliding.stride, chunk=ttt.chunk),

@@ -20,8 +20,7 @@ from stages.calibrate.params import Params as CalibrateInput
 from stages.pack.artifact import load_model, pack
 from stages.pack.params import PackParams
 from stages.parallel import ParallelParams, World, relaunch_under_torchrun, world
-from stages.scorer import Scorer
-from stages.sliding_eval.evaluate import Stream, read_stream, score, write_results
+from stages.sliding_eval.evaluate import Stream, TimedScorer, read_stream, score, write_results
 from stages.sliding_eval.params import SlidingEvalParams
 from stages.sliding_eval.scorer import SlidingScorer
 from stages.train.loop import train
@@ -29,7 +28,7 @@ from stages.train.params import ModelParams, TrainParams
 from stages.train.params import Params as TrainInput
 from stages.ttt_eval.params import Params as TttInput
 from stages.ttt_eval.params import TttEvalParams
-from stages.ttt_eval.scorer import TTTScorer
+from stages.ttt_eval.tilt import scorer_for
 
 ScorerName = Literal["sliding_eval", "ttt_eval"]
 DEFAULT_SEED = 42
@@ -129,13 +128,14 @@ def evaluate(run: command.Run[Params]) -> None:
         model = load_model(files["model"], here)
         stream = read_stream(files["val"], files["tokenizer"], model.params.vocab_size, params.sliding_eval.window)
         scorer, prefix, chunk = _scorer(name, params, model, stream, here, run)
-        nll = score(scorer, stream)
+        pace = clock.Pace(scorer.warm_up_targets)
+        nll = score(scorer, stream, pace)
         if here.is_main:
             bpb = write_results(run.output, prefix, nll, stream, chunk, run.write_json)
             run.report.log(
                 f"train_gpt: {name} scores {bpb!r} bpb over {stream.targets:,} targets, {int(stream.counted_bytes.sum()):,} bytes"
             )
-        run.timing |= {"evaluation_seconds": clock.process_seconds(), "hardware": clock.hardware(here.device), "ranks": here.size}
+        run.timing |= pace.timing(stream.targets, int(stream.counted_bytes.sum()), here.size) | {"hardware": clock.hardware(here.device)}
 
 
 def _learn(params: Params, shard_folder: Path, here: World, run: command.Run[Params]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -152,11 +152,13 @@ def _on(here: World, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.to(here.device) for name, tensor in tensors.items()}
 
 
-def _scorer(name: ScorerName, params: Params, model: Any, stream: Stream, here: World, run: command.Run[Params]) -> tuple[Scorer, str, int]:
+def _scorer(
+    name: ScorerName, params: Params, model: Any, stream: Stream, here: World, run: command.Run[Params]
+) -> tuple[TimedScorer, str, int]:
     """The scorer, the prefix of its metrics and the targets of a row of its chunks.tsv."""
     if name == "sliding_eval":
         return SlidingScorer(model, params.sliding_eval, here, run.report), "sliding", params.sliding_eval.chunk
-    scorer = TTTScorer(model, params.sliding_eval, params.ttt_eval, here, stream.targets, run.report)
+    scorer = scorer_for(model, params.sliding_eval, params.ttt_eval, here, stream.targets, run.report)
     return scorer, "ttt", params.ttt_eval.chunk
 
 

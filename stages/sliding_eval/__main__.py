@@ -32,11 +32,13 @@ def main(run: command.Run[Params]) -> None:
     with world(run.params.parallel) as here:
         model = load_model(files["model"], here)
         stream = read_stream(files["val"], files["tokenizer"], model.params.vocab_size, params.window)
-        nll = score(SlidingScorer(model, params, here, run.report), stream)
+        scorer = SlidingScorer(model, params, here, run.report)
+        pace = clock.Pace(scorer.warm_up_targets)
+        nll = score(scorer, stream, pace)
         if here.is_main:
             bpb = write_results(run.output, "sliding", nll, stream, params.chunk, run.write_json)
             run.report.log(f"sliding_eval: {bpb:.6f} bpb over {stream.targets:,} targets, {int(stream.counted_bytes.sum()):,} bytes")
-        run.timing |= {"evaluation_seconds": clock.process_seconds(), "hardware": clock.hardware(here.device), "ranks": here.size}
+        run.timing |= pace.timing(stream.targets, int(stream.counted_bytes.sum()), here.size) | {"hardware": clock.hardware(here.device)}
         run.timing["attention_backend"] = attention_backend(here.kernels)
 
 

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from stages import ledger, shards
 from stages.bpb import ByteTable, bits_per_byte, byte_table, load_tokenizer, target_bytes
+from stages.clock import Pace
 from stages.scorer import Scorer
 
 
@@ -24,23 +25,43 @@ class Stream(NamedTuple):
         return len(self.tokens) - 1
 
 
-def read_stream(val_folder: Path, tokenizer_file: Path, vocab_size: int, window: int) -> Stream:
-    """The stream of a folder of shards; a ValueError when it cannot be scored."""
+class TimedScorer(Scorer, Protocol):
+    """A scorer that knows how much of a stream it scores until its speed is steady."""
+
+    @property
+    def warm_up_targets(self) -> int:
+        """Targets that are scored first and timed apart; a stream that is cut behind them is scored with the same batches."""
+        ...
+
+
+def open_stream(val_folder: Path, tokenizer_file: Path) -> Stream:
+    """The stream of a folder of shards and the bytes of its targets; a ValueError when they do not fit the tokenizer."""
     table = byte_table(load_tokenizer(tokenizer_file))
-    if table.vocab_size != vocab_size:
-        raise ValueError(f"{tokenizer_file} has {table.vocab_size} ids, but the model was trained on {vocab_size}")
     for path in shards.find(val_folder):
-        shards.check_ids(path, vocab_size)
+        shards.check_ids(path, table.vocab_size)
     tokens = shards.stream(val_folder)
     shards.document_starts(tokens, table.bos)
-    if len(tokens) - 1 < window:
-        raise ValueError(f"{val_folder}: {len(tokens) - 1} targets are fewer than one window of {window}; give more validation text")
     return Stream(tokens, target_bytes(tokens, table), table)
 
 
-def score(scorer: Scorer, stream: Stream) -> np.ndarray:
-    """The ledger of the whole stream, (N-1,) float32; coverage is checked, not assumed."""
-    nll = scorer.score_stream(stream.tokens)
+def read_stream(val_folder: Path, tokenizer_file: Path, vocab_size: int, window: int) -> Stream:
+    """The stream as a model of this vocabulary scores it with windows of this length; a ValueError when it cannot."""
+    stream = open_stream(val_folder, tokenizer_file)
+    if stream.table.vocab_size != vocab_size:
+        raise ValueError(f"{tokenizer_file} has {stream.table.vocab_size} ids, but the model was trained on {vocab_size}")
+    if stream.targets < window:
+        raise ValueError(f"{val_folder}: {stream.targets} targets are fewer than one window of {window}; give more validation text")
+    return stream
+
+
+def score(scorer: Scorer, stream: Stream, pace: Pace | None = None) -> np.ndarray:
+    """The ledger of the whole stream, (N-1,) float32; coverage is checked, not assumed. `pace` is told when the warm-up ends."""
+    warm_up = min(pace.warm_up_targets, stream.targets) if pace else stream.targets
+    nll = scorer.score_stream(stream.tokens[: warm_up + 1])
+    if pace and warm_up < stream.targets:
+        pace.steady.start()
+        nll = np.concatenate([nll, scorer.score_stream(stream.tokens[warm_up + 1 :])])
+        pace.steady.mark()
     if nll.shape != (stream.targets,):
         raise ValueError(f"the scorer returned {nll.shape} losses for {stream.targets} targets: every target is scored exactly once")
     ledger.check(nll)

@@ -5,6 +5,7 @@ to the window's length, which a causal model cannot see: every pass of one run h
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,6 +16,28 @@ from stages.sliding_eval.params import SlidingEvalParams
 from stages.sliding_eval.windows import Window, plan, window_of
 from stages.train.model import Model
 from stages.train.operations import compiled
+from stages.train.plain import softcapped
+
+
+def scores_of(model: Model, z_NV: torch.Tensor, targets_N: torch.Tensor, hints_N: torch.Tensor | None) -> torch.Tensor:
+    """The losses that logits before the softcap give, (1, N) float32; or, with hints, those and their log-probabilities, (2, N).
+
+    One softmax serves both.
+    """
+    nll_N = model.operations.cross_entropy(z_NV, targets_N, model.params.logit_softcap)
+    if hints_N is None:
+        return nll_N[None]
+    at_target, at_hint = (softcapped(z_NV.gather(1, ids[:, None])[:, 0], model.params.logit_softcap) for ids in (targets_N, hints_N))
+    return torch.stack((nll_N, at_hint - at_target - nll_N))
+
+
+def hinted_losses(
+    model: Model, inputs_BT: torch.Tensor, targets_BT: torch.Tensor, hints_BT: torch.Tensor, scored_from: int
+) -> torch.Tensor:
+    """The model's losses, and its log-probabilities of the hints, (2, B, T - scored_from) float32."""
+    targets, hints = targets_BT[:, scored_from:].flatten(), hints_BT[:, scored_from:].flatten()
+    z_NV = model.head(model.features(inputs_BT, looped=True)[:, scored_from:], model.embedding.weight).flatten(0, 1)
+    return scores_of(model, z_NV, targets, hints).unflatten(1, (len(inputs_BT), -1))
 
 
 class SlidingScorer:
@@ -32,11 +55,17 @@ class SlidingScorer:
         """Score with another model from now on."""
         self.model = model
         self.loss_of = compiled(model, self.world)
+        self.hinted_losses_of = compiled(partial(hinted_losses, model), self.world)
 
     @property
     def vocab_size(self) -> int:
         """The number of token ids a distribution is over."""
         return self.model.params.vocab_size
+
+    @property
+    def warm_up_targets(self) -> int:
+        """The first window and a batch of others for each rank: both shapes are compiled then."""
+        return self.params.window + self.params.stride * self.params.batch_windows * self.world.size
 
     def fork(self) -> "SlidingScorer":
         """An independent copy; the model is shared, nothing changes it."""
@@ -54,29 +83,33 @@ class SlidingScorer:
         if target < 0:
             raise ValueError("nothing is observed yet: the first token of a stream is given, not predicted")
         start = window_of(target, self.params.window, self.params.stride)
-        inputs = self._inputs([Window(start, target, target + 1)])
+        inputs = self._rows([Window(start, target, target + 1)], self.kept, self.observed - len(self.kept))
         with torch.no_grad():
             logits = self.model.logits(inputs, looped=True)[0, target - start]
         return torch.log_softmax(logits.double(), dim=-1).cpu().numpy()
 
     def score_stream(self, tokens: np.ndarray) -> np.ndarray:
         """Score and observe tokens in order; nats, float32 (see the protocol for what the first call leaves out)."""
+        return self.score(tokens, None)[0]
+
+    def score(self, tokens: np.ndarray, hints: np.ndarray | None) -> np.ndarray:
+        """`score_stream` as (1, N); or, with an id for each target, (2, N): the losses, and the log-probabilities of those ids."""
         first = max(0, self.observed - 1)
         given = 1 if self.observed == 0 and len(tokens) else 0
         self._keep(tokens.astype(np.int64), trim=False)
-        scores = self.score_targets(first, first + len(tokens) - given)
+        scores = self._score_targets(first, first + len(tokens) - given, hints)
         self._trim()
         return scores
 
     @torch.no_grad()
-    def score_targets(self, first: int, end: int) -> np.ndarray:
-        """The losses of targets first ... end - 1, whose tokens are observed and kept; nats, float32."""
+    def _score_targets(self, first: int, end: int, hints: np.ndarray | None) -> np.ndarray:
+        """The losses of targets first ... end - 1, whose tokens are observed and kept: (1, N) or, with hints, (2, N) float32."""
         windows = plan(first, end, self.params.window, self.params.stride)
-        scores = torch.zeros(end - first, device=self.world.device)
+        scores = torch.zeros(1 if hints is None else 2, end - first, device=self.world.device)
         batches = self._batches(windows)
         with self.report.progress("score", len(windows)) as progress:
             for batch in batches[self.world.rank :: self.world.size]:
-                self._score_batch(batch, first, scores)
+                self._score_batch(batch, first, scores, hints)
                 progress.advance(len(batch) * self.world.size)
         return self.world.sum_(scores).cpu().numpy()
 
@@ -87,23 +120,28 @@ class SlidingScorer:
         rest = windows[len(alone) :]
         return alone + [rest[i : i + size] for i in range(0, len(rest), size)]
 
-    def _score_batch(self, batch: list[Window], first: int, scores: torch.Tensor) -> None:
-        inputs, targets = self._inputs(batch), self._inputs(batch, shift=1)
+    def _score_batch(self, batch: list[Window], first: int, scores: torch.Tensor, hints: np.ndarray | None) -> None:
+        offset = self.observed - len(self.kept)
+        inputs = self._rows(batch, self.kept, offset)
+        targets = self._rows(batch, self.kept, offset - 1)
         scored_from = min(self.params.window - self.params.stride, batch[0].first - batch[0].start)
-        losses = self.loss_of(inputs, targets, looped=True, scored_from=scored_from)
-        for row, window in zip(losses, batch, strict=False):
+        if hints is None:
+            losses = self.loss_of(inputs, targets, looped=True, scored_from=scored_from)[None]
+        else:
+            losses = self.hinted_losses_of(inputs, targets, self._rows(batch, hints, first), scored_from)
+        for row, window in enumerate(batch):
             begin = window.first - window.start - scored_from
-            scores[window.first - first : window.end - first] = row[begin : begin + window.end - window.first]
+            scores[:, window.first - first : window.end - first] = losses[:, row, begin : begin + window.end - window.first]
 
-    def _inputs(self, batch: Sequence[Window], shift: int = 0) -> torch.Tensor:
-        """The tokens of each window's positions, moved on by `shift`, padded with zeros to (rows, window)."""
+    def _rows(self, batch: Sequence[Window], source: np.ndarray, offset: int) -> torch.Tensor:
+        """For each window's positions what `source` holds, which begins at position `offset`; zeros elsewhere: (rows, window)."""
         scores_a_stride = batch[0].first - batch[0].start >= self.params.window - self.params.stride
         rows = self.params.batch_windows if self.world.compile and scores_a_stride else len(batch)
         padded = np.zeros((rows, self.params.window), dtype=np.int64)
-        offset = self.observed - len(self.kept)
         for row, window in enumerate(batch):
-            piece = self.kept[window.start + shift - offset : window.end + shift - offset]
-            padded[row, : len(piece)] = piece
+            missing = max(0, offset - window.start)
+            piece = source[window.start + missing - offset : window.end - offset]
+            padded[row, missing : missing + len(piece)] = piece
         return torch.from_numpy(padded).to(self.world.device)
 
     def _keep(self, tokens: np.ndarray, trim: bool = True) -> None:

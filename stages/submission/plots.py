@@ -1,45 +1,15 @@
-"""The plots of a submission as PNG: loss over steps, bits per byte by chunk, bytes by part.
+"""The plots of a submission as PNG: loss over steps, bits per byte by chunk, bytes by part."""
 
-Drawn through matplotlib's Figure, without pyplot's global state, from matplotlib's own defaults and the few settings below; the picture
-holds no date and no version, so the same numbers give the same bytes.
-"""
-
-import io
 import math
 from collections.abc import Sequence
-from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from stages.canvas import BLUE, GREEN, GREY, ORANGE, PURPLE, canvas, png, styled
 from stages.submission.artifacts import Row
 
-BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072b2", "#d55e00", "#009e73", "#7b4ea3", "#8a8f98"  # the first three: Okabe and Ito
-INK, FAINT = "#22262c", "#e4e7eb"
-STYLE = {
-    "font.size": 10,
-    "axes.edgecolor": GREY,
-    "axes.labelcolor": INK,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 12,
-    "axes.titleweight": "bold",
-    "axes.titlepad": 12,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": FAINT,
-    "text.color": INK,
-    "xtick.color": GREY,
-    "ytick.color": GREY,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "lines.solid_capstyle": "round",
-}
-DPI = 144
 SMOOTHING = 0.05  # of all steps: the time constant of the smoothed loss
 # Parts of the model in the order of a forward pass, by what their tensors' names contain, and their colours.
 PARTS = {
@@ -59,8 +29,8 @@ def loss(rows: Sequence[Row]) -> bytes:
     """Training loss over steps: each step faint, its smoothed course strong, a mark where looping begins."""
     steps, losses = column(rows, "step"), column(rows, "loss")
     smooth = smoothed(losses, max(1.0, SMOOTHING * len(losses)))
-    with mpl.rc_context(_style()):
-        figure, axes = _canvas(8, 4.2)
+    with styled():
+        figure, axes = canvas(8, 4.2)
         axes.plot(steps, losses, color=BLUE, alpha=0.3, linewidth=1)
         axes.plot(steps, smooth, color=BLUE, linewidth=2)
         axes.set(title="Training loss", xlabel="optimizer step", ylabel="loss of the step's batch (nats per token)")
@@ -71,15 +41,14 @@ def loss(rows: Sequence[Row]) -> bytes:
             axes.axvline(steps[looped.argmax()], color=GREY, linewidth=1, linestyle=(0, (4, 3)))
             axes.text(steps[looped.argmax()], 1.0, " looping begins", transform=axes.get_xaxis_transform(), va="top", color=GREY)
         axes.set_xlim(steps[0], steps[-1] + max(1.0, 0.02 * len(steps)))
-        return _png(figure)
+        return png(figure)
 
 
 def chunks(sliding: Sequence[Row], ttt: Sequence[Row]) -> bytes:
     """Bits per byte along the validation stream, chunk by chunk and so far, with and without test-time training."""
     lines = (("sliding", sliding, GREY), ("with TTT", ttt, ORANGE))
-    with mpl.rc_context(_style()):
-        figure = Figure(figsize=(8, 6.4), dpi=DPI, layout="constrained")
-        above, below = figure.subplots(2, 1, sharex=True)
+    with styled():
+        figure, (above, below) = canvas(8, 6.4, 2, sharex=True)
         for name, rows, color in lines:
             first, targets = column(rows, "first_target"), column(rows, "targets")
             edges = np.append(first, first[-1] + targets[-1]) / 1000
@@ -94,7 +63,7 @@ def chunks(sliding: Sequence[Row], ttt: Sequence[Row]) -> bytes:
         above.legend(frameon=False, loc="upper right", ncols=2, labelcolor="linecolor", bbox_to_anchor=(1, 1.14))
         above.set(title="Bits per byte by chunk of the validation stream", ylabel="bpb of the chunk")
         below.set(title="and of everything so far", ylabel="cumulative bpb", xlabel="targets scored (thousands of tokens)")
-        return _png(figure)
+        return png(figure)
 
 
 def parts(layers: Sequence[Row], bytes_code: int, budget_bytes: int) -> bytes:
@@ -103,8 +72,8 @@ def parts(layers: Sequence[Row], bytes_code: int, budget_bytes: int) -> bytes:
     total = sum(sizes.values())
     colors = {name: color for name, (_, color) in PARTS.items()} | {CODE: PURPLE}
     names = list(sizes)[::-1]
-    with mpl.rc_context(_style()):
-        figure, axes = _canvas(8, 0.9 + 0.42 * len(names))
+    with styled():
+        figure, axes = canvas(8, 0.9 + 0.42 * len(names))
         bars = axes.barh(names, [sizes[name] for name in names], color=[colors.get(name, GREY) for name in names], height=0.72)
         axes.bar_label(bars, [f" {sizes[name]:,} B   {sizes[name] / total:.1%}" for name in names], padding=2)
         axes.set_title(f"{total:,} bytes counted, {budget_bytes:,} allowed", pad=10)
@@ -113,7 +82,7 @@ def parts(layers: Sequence[Row], bytes_code: int, budget_bytes: int) -> bytes:
         axes.grid(axis="y", visible=False)
         axes.tick_params(axis="y", length=0)
         axes.set_xlim(0, max(sizes.values()) * 1.28)
-        return _png(figure)
+        return png(figure)
 
 
 def part_sizes(layers: Sequence[Row], bytes_code: int) -> dict[str, int]:
@@ -147,22 +116,6 @@ def column(rows: Sequence[Row], name: str) -> np.ndarray:
         return np.array([float(row[name]) for row in rows])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"a table has no column {name} of numbers ({error}); it has {', '.join(map(str, rows[0]))}") from error
-
-
-def _style() -> dict[Any, Any]:
-    """matplotlib's own defaults, not the user's, and ours."""
-    return {key: value for key, value in mpl.rcParamsDefault.items() if key != "backend"} | STYLE
-
-
-def _canvas(width: float, height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
-    return figure, figure.subplots()
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
-    return buffer.getvalue()
 
 
 def _label_end(axes: Axes, x: float, y: float, text: str, color: str, shift: float = 0) -> None:

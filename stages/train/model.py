@@ -13,6 +13,8 @@ Unusual here (#1493 and what it builds on):
   input (#1667); each embedding with a learned share of the one before it, never across a document's start (SmearGate: #1667, #1851); and
   tables that add to a token's attention value what the token alone decides (value embeddings: modded-nanogpt; no product is needed).
 
+Adapters (adapters.py) plug into every product of a block and into the head's; without them no operation is added.
+
 Weights are float32 and are cast to the dtype of the activations where they are used; losses are computed in float32.
 
 Shapes: B batch, T tokens, D width, H query heads, K key-value heads, C head dimension, E = (H + 2K) C, R half the rotated dimensions,
@@ -27,11 +29,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stages.parallel import World
+from stages.train.adapters import Adapter, VisitAdapters, adapted
 from stages.train.operations import PLAIN, Operations, operations
 from stages.train.params import ModelParams
 from stages.train.plain import Documents, Term, documents_of, rms_norm, softcapped, squared_leaky
 
 EMBEDDING = "embedding.weight"
+NO_ADAPTERS = VisitAdapters()
 
 
 class Places(NamedTuple):
@@ -132,18 +136,26 @@ class Attention(nn.Module):
         self.table = table
         self.table_share = nn.Parameter(torch.ones(params.kv_heads)) if table is not None else None
 
-    def forward(self, x_BTD: Tensor, places: Places) -> Tensor:
+    def forward(self, x_BTD: Tensor, places: Places, adapters: VisitAdapters = NO_ADAPTERS) -> Tensor:
         """The layer's output, (B, T, D). The three projections of one input are one product."""
         weight_ED = torch.cat((self.query.weight, self.key.weight, self.value.weight)).to(x_BTD.dtype)
         starts = places.documents.starts_BT if places.documents else None
-        joint = F.linear(x_BTD, weight_ED)
+        joint = self._adapted(F.linear(x_BTD, weight_ED), x_BTD, adapters)
         q, k, v = self.operations.split_heads(joint, self.gain, places.cos_TR, places.sin_TR, starts, self.params.kv_heads)
         if self.table is not None and self.table_share is not None:
             v = torch.addcmul(v, places.values[self.table].view(v.shape), self.table_share.to(v.dtype)[:, None])
         y = self.operations.attend(q, k, v, places.documents)
         if self.gate is not None:
             y = y * (2 * torch.sigmoid(F.linear(x_BTD[..., : self.gate.shape[1]], self.gate.to(x_BTD.dtype)))).unsqueeze(-1)
-        return self.output(y.flatten(2))
+        return adapted(self.output(y.flatten(2)), x_BTD, adapters.output)
+
+    def _adapted(self, joint_BTE: Tensor, x_BTD: Tensor, adapters: VisitAdapters) -> Tensor:
+        each = (adapters.query, adapters.key, adapters.value)
+        if each == (None, None, None):
+            return joint_BTE
+        kv_width = self.params.kv_heads * self.params.head_dim
+        parts = joint_BTE.split((self.params.heads * self.params.head_dim, kv_width, kv_width), dim=-1)
+        return torch.cat([adapted(part, x_BTD, adapter) for part, adapter in zip(parts, each, strict=True)], dim=-1)
 
 
 class MLP(nn.Module):
@@ -176,14 +188,14 @@ class Block(nn.Module):
         self.input_scale = 1 / math.sqrt(index + 1)
         self.parallel = index >= params.parallel_from
 
-    def forward(self, stream: Stream, x0: Tensor, places: Places) -> Stream:
+    def forward(self, stream: Stream, x0: Tensor, places: Places, adapters: VisitAdapters = NO_ADAPTERS) -> Stream:
         """The stream (B, T, D) and x0 to the next stream; neither is summed before it is read."""
         u, h = self.operations.combine_norm([*weighed(stream, self.mix[0]), Term(x0, self.mix[1])], self.input_scale)
-        attended = Term(self.attention(h, places), self.attention_scale)
+        attended = Term(self.attention(h, places, adapters), self.attention_scale)
         if self.parallel:
-            return [Term(u), attended, Term(self.mlp(h), self.mlp_scale)]
+            return [Term(u), attended, Term(adapted(self.mlp(h), h, adapters.mlp), self.mlp_scale)]
         y, h = self.operations.combine_norm([Term(u), attended], self.input_scale)
-        return [Term(y), Term(self.mlp(h), self.mlp_scale)]
+        return [Term(y), Term(adapted(self.mlp(h), h, adapters.mlp), self.mlp_scale)]
 
 
 class Table(nn.Module):
@@ -217,9 +229,9 @@ class Smear(nn.Module):
 class Head(nn.Module):
     """The product with the tied table; a module of its own so that its input can be observed (calibration)."""
 
-    def forward(self, x: Tensor, table_VD: Tensor) -> Tensor:
+    def forward(self, x: Tensor, table_VD: Tensor, adapter: Adapter | None = None) -> Tensor:
         """x (..., D) to logits (..., V) before the softcap, in the dtype of x."""
-        return F.linear(x, table_VD.to(x.dtype))
+        return adapted(F.linear(x, table_VD.to(x.dtype)), x, adapter)
 
 
 class Model(nn.Module):
@@ -240,8 +252,8 @@ class Model(nn.Module):
         self.head = Head()
         self.plans = {looped: visit_plan(params, looped) for looped in (False, True)}
 
-    def features(self, tokens_BT: Tensor, looped: bool) -> Tensor:
-        """The normalised residual stream before the head, (B, T, D)."""
+    def features(self, tokens_BT: Tensor, looped: bool, adapters: tuple[VisitAdapters, ...] = ()) -> Tensor:
+        """The normalised residual stream before the head, (B, T, D); `adapters` are one set for each visit, or none."""
         cos_TR, sin_TR = rotary(tokens_BT.shape[1], self.params, tokens_BT.device)
         within = self.params.attention == "documents"
         values = tuple(table(tokens_BT).to(self.dtype) for table in self.value_tables)
@@ -249,16 +261,17 @@ class Model(nn.Module):
         rows = self.embedding(tokens_BT)
         x0 = rms_norm((rows if self.smear is None else self.smear(rows, tokens_BT)).to(self.dtype))
         plan = self.plans[looped]
+        visits = iter(adapters or (NO_ADAPTERS,) * (len(plan.encoder) + len(plan.decoder)))
         stream: Stream = [Term(x0)]
         pushed = []
         for index in plan.encoder:
-            x = self.operations.combine(self.blocks[index](stream, x0, places))
+            x = self.operations.combine(self.blocks[index](stream, x0, places, next(visits)))
             pushed.append(x)
             stream = [Term(x)]
         for step, index in enumerate(plan.decoder):
             if pushed:
                 stream = self._with_skip(step, stream, pushed.pop())
-            stream = self.blocks[index](stream, x0, places)
+            stream = self.blocks[index](stream, x0, places, next(visits))
         return self.operations.combine_norm(stream, 1.0)[1]
 
     def logits(self, tokens_BT: Tensor, looped: bool = True, scored_from: int = 0) -> Tensor:

@@ -9,7 +9,7 @@ from stages.parallel import relaunch_under_torchrun, world
 from stages.sliding_eval.evaluate import read_stream, score, write_results
 from stages.train.operations import attention_backend
 from stages.ttt_eval.params import Params
-from stages.ttt_eval.scorer import TTTScorer
+from stages.ttt_eval.tilt import scorer_for
 
 STAGE = command.Stage(
     name="ttt_eval",
@@ -33,9 +33,10 @@ def main(run: command.Run[Params]) -> None:
     with world(params.parallel) as here:
         model = load_model(files["model"], here)
         stream = read_stream(files["val"], files["tokenizer"], model.params.vocab_size, params.sliding_eval.window)
-        scorer = TTTScorer(model, params.sliding_eval, params.ttt_eval, here, stream.targets, run.report)
-        nll = score(scorer, stream)
-        run.timing |= {"evaluation_seconds": clock.process_seconds(), "hardware": clock.hardware(here.device), "ranks": here.size}
+        scorer = scorer_for(model, params.sliding_eval, params.ttt_eval, here, stream.targets, run.report)
+        pace = clock.Pace(scorer.warm_up_targets)
+        nll = score(scorer, stream, pace)
+        run.timing |= pace.timing(stream.targets, int(stream.counted_bytes.sum()), here.size) | {"hardware": clock.hardware(here.device)}
         run.timing["attention_backend"] = attention_backend(here.kernels)
         if here.is_main:
             bpb = write_results(run.output, "ttt", nll, stream, params.ttt_eval.chunk, run.write_json)

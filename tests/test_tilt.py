@@ -1,0 +1,232 @@
+"""The tilt is a distribution, learns after it scores, and is the wrapped scorer where it has learnt nothing."""
+
+import copy
+import dataclasses
+import hashlib
+import math
+
+import numpy as np
+import pytest
+
+from stages import bpb, ledger, shards
+from stages.audit import coverage, positions
+from stages.audit.verb import Claim, Stream, audit_scorer
+from stages.audit.verdict import convicted, reason
+from stages.report import Report
+from stages.sliding_eval.scorer import SlidingScorer
+from stages.ttt_eval.hints import AGREES, LENGTHS, MOST_HITS, MOST_MISSES, NO_HINT, Hints
+from stages.ttt_eval.scorer import TTTScorer
+from stages.ttt_eval.tilt import TiltScorer, scorer_for
+from tests import cheats, factories
+from tests.factories import TINY, TTT, random_model, world
+from tests.test_audit import PARAMS
+from tests.test_ttt_eval import SLIDING
+
+RATE = 0.02
+
+
+class HintedBigram(cheats.Bigram):
+    """A cheap scorer to tilt: it adapts, and its distributions are exact."""
+
+    warm_up_targets = 0
+
+    def fork(self) -> "HintedBigram":
+        return copy.deepcopy(self)
+
+    def score(self, tokens: np.ndarray, hints: np.ndarray | None) -> np.ndarray:
+        rows: list[tuple[float, float]] = []
+        for token in tokens.tolist():
+            if self.last is not None:
+                law = self.predict()
+                rows.append((-law[token], law[hints[len(rows)]] if hints is not None else 0.0))
+            self.observe(token)
+        return np.array(rows, dtype=np.float32).reshape(-1, 2).T
+
+
+def stream(count: int, vocab: int = cheats.VOCAB, seed: int = 0) -> np.ndarray:
+    """Random tokens in which phrases return: what a pair of tokens does not tell, a longer context does."""
+    generator = np.random.Generator(np.random.PCG64(seed))
+    phrases = generator.integers(4, vocab, (12, 24))
+    parts: list[np.ndarray] = [np.array([cheats.BOS])]
+    while sum(map(len, parts)) < count:
+        parts.append(phrases[generator.integers(12)] if generator.random() < 0.5 else generator.integers(4, vocab, 8))
+        if generator.random() < 0.1:
+            parts.append(np.array([cheats.BOS]))
+    return np.concatenate(parts)[:count].astype(np.uint16)
+
+
+def tilted(targets: int, rate: float = RATE) -> TiltScorer:
+    return TiltScorer(HintedBigram(targets), rate, targets)
+
+
+# Hints
+
+
+def slow_hints(tokens: np.ndarray) -> tuple[list[int], list[list[int]]]:
+    """With dictionaries: for each length, context -> [token, hits, misses]."""
+    memory: list[dict[tuple[int, ...], list[int]]] = [{} for _ in LENGTHS]
+    hints, states = [], []
+    for i, token in enumerate(tokens.tolist()):
+        hint, row = -1, [NO_HINT] * len(LENGTHS)
+        contexts = [tuple(tokens[i - length : i].tolist()) if length <= i else None for length in LENGTHS.tolist()]
+        for k in reversed(range(len(LENGTHS))):
+            found = memory[k].get(contexts[k]) if contexts[k] else None  # type: ignore[arg-type]
+            if found:
+                hint = found[0] if hint < 0 else hint
+                row[k] = 4 * found[1] + found[2] + (AGREES if found[0] == hint else 0)
+        for k, context in enumerate(contexts):
+            if context is None:
+                continue
+            slot = memory[k].setdefault(context, [token, 0, 0])
+            if slot[0] == token:
+                slot[1] = min(slot[1] + 1, MOST_HITS)
+                slot[2] -= slot[2] > 0 and slot[1] % 4 == 0
+            else:
+                slot[1], slot[2] = slot[1] // 2, min(slot[2] + 1, MOST_MISSES)
+                if slot[1] == 0:
+                    slot[0], slot[1] = token, 1
+        hints.append(hint)
+        states.append(row)
+    return hints, states
+
+
+def test_hints_equal_dictionaries_and_come_before_the_token() -> None:
+    tokens = stream(3000)
+    tokens[2000:2100] = 7  # a run: many hits
+    hints, states = Hints(1 << 20).observe(tokens)
+    expected = slow_hints(tokens)
+    # Of two million slots a few are hit twice.
+    assert (hints != expected[0]).mean() < 1e-3
+    assert (states != expected[1]).mean() < 1e-3
+    assert states.max() >= AGREES + 4 * MOST_HITS
+    one_by_one = Hints(1 << 20)
+    for i in range(300):
+        hint, state = one_by_one.next()
+        assert hint == hints[i]
+        np.testing.assert_array_equal(state, states[i])
+        one_by_one.observe(tokens[i : i + 1])
+
+
+def test_tables_that_are_too_small_still_give_hints() -> None:
+    crowded = Hints(10)
+    hints, _ = crowded.observe(stream(20_000))
+    assert (hints >= 0).mean() > 0.2
+    assert crowded.tables.shape == (len(LENGTHS), 1024)
+
+
+# The tilt
+
+
+def test_weights_at_zero_are_the_wrapped_scorer_bit_for_bit() -> None:
+    tokens = stream(3000)
+    np.testing.assert_array_equal(tilted(len(tokens) - 1, rate=0.0).score_stream(tokens), HintedBigram(0).score_stream(tokens))
+    short = stream(200, TINY.vocab_size)
+    trained = TTTScorer(random_model(6), SLIDING, TTT, world(), len(short) - 1)
+    wrapped = TTTScorer(random_model(6), SLIDING, TTT, world(), len(short) - 1)
+    np.testing.assert_array_equal(TiltScorer(wrapped, 0.0, len(short) - 1).score_stream(short), trained.score_stream(short))
+
+
+def test_it_learns_what_pairs_do_not_tell() -> None:
+    tokens = stream(20_000)
+    plain, tilt = HintedBigram(0).score_stream(tokens), tilted(len(tokens) - 1).score_stream(tokens)
+    assert tilt.dtype == np.float32
+    assert tilt[10_000:].mean() < plain[10_000:].mean() - 0.3
+
+
+def test_noise_cannot_be_beaten() -> None:
+    """The canary bound: on n uniform tokens of V, no lawful scorer is better than n log2 V - 64 bits, but once in 2^64 streams."""
+    tokens = np.random.Generator(np.random.PCG64(3)).integers(0, cheats.VOCAB, 20_000).astype(np.uint16)
+    bits = tilted(len(tokens) - 1).score_stream(tokens).sum(dtype=np.float64) / math.log(2)
+    plain = HintedBigram(0).score_stream(tokens).sum(dtype=np.float64) / math.log(2)
+    assert (len(tokens) - 1) * math.log2(cheats.VOCAB) - 64 < bits < plain + 0.005 * len(tokens)
+
+
+def test_distributions_sum_to_one_late_in_a_long_stream_and_are_what_is_scored() -> None:
+    tokens = stream(30_000)
+    scorer = tilted(len(tokens) - 1)
+    places = np.sort(np.random.Generator(np.random.PCG64(1)).integers(20_000, 29_999, 25))
+    at, moved = 0, 0
+    for place in places.tolist():
+        scorer.score_stream(tokens[at:place])
+        at = place
+        law = scorer.predict()
+        assert abs(np.exp(law).sum() - 1) < 1e-9
+        moved += np.abs(law - scorer.scorer.predict()).max() > 1e-3
+        # The counterfactual sum: what `score_stream` would have charged for each id in this place (float32).
+        charged = [scorer.fork().score_stream(np.array([token], dtype=np.uint16))[0] for token in range(cheats.VOCAB)]
+        np.testing.assert_allclose(charged, -law, atol=1e-5)
+        assert abs(np.exp(-np.array(charged, dtype=np.float64)).sum() - 1) < 1e-6
+    assert moved >= 20
+
+
+def test_pieces_predictions_and_the_whole_stream_agree() -> None:
+    tokens = stream(400, TINY.vocab_size)
+    whole = TiltScorer(SlidingScorer(random_model(6), SLIDING, world()), RATE, 399).score_stream(tokens)
+    pieces = TiltScorer(SlidingScorer(random_model(6), SLIDING, world()), RATE, 399)
+    parts = np.concatenate([pieces.score_stream(part) for part in np.split(tokens, [1, 20, 33, 34, 200])])
+    np.testing.assert_allclose(parts, whole, atol=1e-5)
+    one_by_one = TiltScorer(SlidingScorer(random_model(6), SLIDING, world()), RATE, 399)
+    one_by_one.observe(int(tokens[0]))
+    for target in range(200):
+        if target % 3 == 0:  # between them tokens wait, and are scored together
+            law = one_by_one.predict()
+            assert abs(np.logaddexp.reduce(law)) < 1e-12
+            assert abs(law[tokens[target + 1]] + whole[target]) < 1e-5
+        one_by_one.observe(int(tokens[target + 1]))
+
+
+def test_scores_come_before_updates() -> None:
+    tokens = stream(2000)
+    base = tilted(1999).score_stream(tokens)
+    for position in (300, 700, 701, 1500, 1999):
+        changed = tokens.copy()
+        changed[position] = (changed[position] + 5) % cheats.VOCAB
+        scores = tilted(1999).score_stream(changed)
+        np.testing.assert_array_equal(scores[: position - 1], base[: position - 1])
+        assert scores[position - 1] != base[position - 1]
+
+
+def test_forks_are_independent_in_both_directions() -> None:
+    tokens = stream(3000)
+    straight = tilted(2999)
+    straight.score_stream(tokens[:1500])
+    expected = straight.score_stream(tokens[1500:])
+    for first in ("original", "fork"):
+        scorer = tilted(2999)
+        for token in tokens[:1500].tolist():
+            scorer.observe(token)
+        twin = scorer.fork()
+        other, kept = (scorer, twin) if first == "original" else (twin, scorer)
+        other.score_stream(np.full(300, 9, dtype=np.uint16))
+        np.testing.assert_array_equal(kept.score_stream(tokens[1500:]), expected)
+
+
+def test_the_audit_passes_the_tilt(tmp_path_factory: pytest.TempPathFactory) -> None:
+    tokens = stream(1500, TINY.vocab_size)
+    counted = (tokens[1:] != cheats.BOS).astype(np.int64)
+    per_document = np.array([len(document) - 1 for document in shards.documents(tokens, cheats.BOS)])
+    params = dataclasses.replace(TTT, tilt_rate=RATE, chunk=256)
+    model = random_model(6)
+    nll = scorer_for(model, SLIDING, params, world(), len(tokens) - 1).score_stream(tokens)
+    table = tmp_path_factory.mktemp("chunks") / "chunks.tsv"
+    ledger.write_chunks(table, nll, counted, 256)
+    verdicts = audit_scorer(
+        "tilt",
+        lambda n_targets: scorer_for(model, SLIDING, params, world(), n_targets),
+        Stream(tokens, cheats.BOS, counted, coverage.DocumentBytes(per_document, np.zeros(len(per_document), dtype=bool))),
+        Claim(nll, table.read_text(), bpb.bits_per_byte(nll, counted), (1e-4, 1e-6)),
+        positions.Edges(window=SLIDING.stride, chunk=256),
+        hashlib.sha256(b"tilt").digest(),
+        dataclasses.replace(PARAMS, substitutions=TINY.vocab_size),
+        Report(is_main=False),
+    )
+    assert {verdict.outcome for verdict in verdicts} == {"pass"}, [reason(verdict) for verdict in convicted(verdicts)]
+
+
+def test_the_parameter_decides() -> None:
+    model = random_model(6)
+    for rate, kind in ((0.0, TTTScorer), (RATE, TiltScorer)):
+        params = dataclasses.replace(TTT, tilt_rate=rate)
+        assert type(scorer_for(model, SLIDING, params, factories.world(), 100)) is kind
+    with pytest.raises(ValueError, match="tilt_rate: -1 is negative"):
+        dataclasses.replace(TTT, tilt_rate=-1)
