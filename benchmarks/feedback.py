@@ -109,7 +109,7 @@ def at(error: float, points: list[tuple[float, float, float]]) -> float:
 
 def compared(weight: torch.Tensor, hessian: torch.Tensor, states: int) -> dict[str, dict[str, float]]:
     """Bits above each survivor's own feedback at equal error, and times of the search."""
-    known = gptq.feedback(hessian, DAMPING, "the matrix", act_order=False)
+    (known,) = gptq.feedback(hessian[None], DAMPING, ["the matrix"], act_order=False)
     diagonal_C = known.upper_CC.diagonal().double().numpy()
     columns = lattice.columns_of(known.upper_CC.numpy(), lattice.exponents(diagonal_C / np.exp(np.log(diagonal_C).mean())))
     axes = lattice.axes_of(weight.numpy(), np.ones(len(weight)), np.zeros(len(weight), np.int8), columns)
