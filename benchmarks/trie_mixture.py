@@ -35,7 +35,7 @@ from stages.ttt_eval import tilt
 from stages.ttt_eval.hints import LENGTHS, STATES, Hints
 
 BATCH = 8
-RATES = {"tilt": (0.002, 0.005, 0.02, 0.05), "mixer": (0.0005, 0.002, 0.005, 0.02)}
+RATES = {"tilt": (0.005, 0.02, 0.05, 0.1, 0.2), "mixer": (0.0005, 0.002, 0.005, 0.02)}
 Tries = tuple[_trie.Trie, _trie.Trie]
 
 
@@ -88,17 +88,14 @@ def decide(logp: np.ndarray, tries: Any, targets: np.ndarray, modes: np.ndarray,
 @torch.no_grad()
 def score(model: Model, case: Case, stride: int) -> Dump:
     """Every target with sliding windows of the model's context; their number must fill the last one."""
-    ids, parts, buffer = (
-        torch.from_numpy(case.stream.tokens.astype(np.int64)),
-        [],
-        np.empty(BATCH * model.params.context * _mixer.DECISIONS),
-    )
+    ids = torch.from_numpy(case.stream.tokens.astype(np.int64)).to(model.embedding.weight.device)
+    parts, buffer = [], np.empty(BATCH * model.params.context * _mixer.DECISIONS)
     windows = plan(0, case.stream.targets, model.params.context, stride)
     batches = [windows[:1], *(windows[i : i + BATCH] for i in range(1, len(windows), BATCH))]
     started = time.monotonic()
     for number, batch in enumerate(batches):
         logits = model.logits(torch.stack([ids[w.start : w.end] for w in batch]), True, batch[0].first - batch[0].start).flatten(0, 1)
-        logp = torch.log_softmax(logits, -1).numpy()
+        logp = torch.log_softmax(logits, -1).cpu().numpy()
         places = np.concatenate([np.arange(w.first, w.end) for w in batch])
         rows, targets, within = np.arange(len(places)), case.targets[places].astype(np.int64), np.empty(len(places))
         count = decide(logp, case.tries, targets, case.modes[places], buffer, within)
@@ -140,15 +137,31 @@ def best(name: str, run: Callable[[float], np.ndarray], case: Case) -> tuple[np.
     return tried[rate], {"rate": rate, "first_quarter_bpb_by_rate": first, "megabytes_per_second_of_one_core": megabytes / seconds}
 
 
+def differences(losses: dict[str, np.ndarray], of: np.ndarray, case: Case) -> dict[str, Any]:
+    """bpb of each and their paired differences, over the targets `of`."""
+    counted = case.stream.counted_bytes[of]
+    numbers = np.unique(ledger.document_of_target(case.stream.tokens, case.stream.table.bos)[of], return_inverse=True)[1]
+    found: dict[str, Any] = {name: bits_per_byte(nats[of], counted) for name, nats in losses.items()}
+    for a, b in (("network", "tilt"), ("network", "mixer"), ("tilt", "mixer")):
+        found[f"{b} minus {a}"] = ledger.paired_difference(losses[a][of], losses[b][of], counted, numbers)._asdict()
+    return found
+
+
 def figures(losses: dict[str, np.ndarray], case: Case) -> dict[str, Any]:
-    """bpb of each, and the paired differences, over everything and over the last quarter."""
+    """Over everything, over the last quarter, and over quarters of the bytes by how well the network knows their documents."""
+    targets, counted = np.arange(case.stream.targets), case.stream.counted_bytes
+    found: dict[str, Any] = {
+        "all": differences(losses, targets, case),
+        "last quarter": differences(losses, targets[3 * len(targets) // 4 :], case),
+    }
     documents = ledger.document_of_target(case.stream.tokens, case.stream.table.bos)
-    found: dict[str, Any] = {}
-    for part, first in (("all", 0), ("last quarter", 3 * case.stream.targets // 4)):
-        counted, numbers = case.stream.counted_bytes[first:], documents[first:] - documents[first]
-        found[part] = {name: bits_per_byte(nats[first:], counted) for name, nats in losses.items()}
-        for a, b in (("network", "tilt"), ("network", "mixer"), ("tilt", "mixer")):
-            found[part][f"{b} minus {a}"] = ledger.paired_difference(losses[a][first:], losses[b][first:], counted, numbers)._asdict()
+    size = np.bincount(documents, counted)
+    by_loss = np.argsort(np.bincount(documents, losses["network"]) / np.maximum(1, size))
+    quarter = np.empty(len(size), np.int64)
+    quarter[by_loss] = np.minimum(3, 4 * np.cumsum(size[by_loss]) / size.sum())
+    found["documents by the network's bpb, best quarter first"] = [
+        differences(losses, targets[quarter[documents] == number], case) for number in range(4)
+    ]
     return found
 
 
@@ -191,9 +204,10 @@ def main() -> None:
     losses = {"network": of.nll}
     losses["tilt"], result["tilt"] = best("tilt", lambda rate: tilted(of, case, rate), case)
     losses["mixer"], result["mixer"] = best("mixer", lambda rate: mixed(of, case, rate), case)
-    result |= figures(losses, case)
+    found = figures(losses, case)
+    result |= found
     arguments.results.write_text(json.dumps(result | clock.facts(), indent=2, sort_keys=True) + "\n")
-    print(json.dumps({part: result[part] for part in ("all", "last quarter")}, indent=1))
+    print(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":
