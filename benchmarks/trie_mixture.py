@@ -31,6 +31,7 @@ from stages.parallel import world
 from stages.sliding_eval.evaluate import Stream, open_stream
 from stages.sliding_eval.windows import plan
 from stages.train.model import Model, model_for
+from stages.train.params import Params as TrainInput
 from stages.ttt_eval import tilt
 from stages.ttt_eval.hints import LENGTHS, STATES, Hints
 
@@ -165,6 +166,19 @@ def figures(losses: dict[str, np.ndarray], case: Case) -> dict[str, Any]:
     return found
 
 
+def network(arguments: argparse.Namespace, params: TrainInput, case: Case) -> Dump:
+    """What the model says of the case's targets, from the dump where there is one."""
+    if arguments.dump and arguments.dump.exists():
+        return Dump(**np.load(arguments.dump))
+    with world(params.parallel) as here:
+        model = model_for(params.model, here)
+        model.load_state_dict(load_file(arguments.model))
+        of = score(model, case, arguments.stride)
+    if arguments.dump:
+        np.savez(arguments.dump, **of._asdict())
+    return of
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="smoke")
@@ -178,35 +192,23 @@ def main() -> None:
     parser.add_argument("--results", type=Path, required=True)
     arguments = parser.parse_args()
     params = train_params(arguments.preset, arguments.set)
-    whole = open_stream(arguments.held_out, arguments.tokenizer)
-    window = params.model.context
+    whole, window = open_stream(arguments.held_out, arguments.tokenizer), params.model.context
     targets = window + (min(arguments.targets, whole.targets) - window) // arguments.stride * arguments.stride
-    stream = Stream(whole.tokens[: targets + 1], whole.counted_bytes[:targets], whole.table)
-    case = case_of(stream, arguments.tokenizer)
-    if arguments.dump and arguments.dump.exists():
-        of = Dump(**np.load(arguments.dump))
-    else:
-        with world(params.parallel) as here:
-            model = model_for(params.model, here)
-            model.load_state_dict(load_file(arguments.model))
-            of = score(model, case, arguments.stride)
-        if arguments.dump:
-            np.savez(arguments.dump, **of._asdict())
-    alone = mixed(of, case, 0.0)
-    result: dict[str, Any] = {
+    case = case_of(Stream(whole.tokens[: targets + 1], whole.counted_bytes[:targets], whole.table), arguments.tokenizer)
+    of = network(arguments, params, case)
+    losses, seen = {"network": of.nll}, {}
+    losses["tilt"], seen["tilt"] = best("tilt", lambda rate: tilted(of, case, rate), case)
+    losses["mixer"], seen["mixer"] = best("mixer", lambda rate: mixed(of, case, rate), case)
+    about = {
         "targets": targets,
-        "bytes": int(stream.counted_bytes.sum()),
+        "bytes": int(case.stream.counted_bytes.sum()),
         "preset": arguments.preset,
         "changes": arguments.set,
+        "decisions_per_target": len(of.logits) / targets,
+        "telescoped_minus_nll_largest_nats": float(np.abs(mixed(of, case, 0.0) - of.nll).max()),
     }
-    result["decisions_per_target"] = len(of.logits) / targets
-    result["telescoped_minus_nll_largest_nats"] = float(np.abs(alone - of.nll).max())
-    losses = {"network": of.nll}
-    losses["tilt"], result["tilt"] = best("tilt", lambda rate: tilted(of, case, rate), case)
-    losses["mixer"], result["mixer"] = best("mixer", lambda rate: mixed(of, case, rate), case)
     found = figures(losses, case)
-    result |= found
-    arguments.results.write_text(json.dumps(result | clock.facts(), indent=2, sort_keys=True) + "\n")
+    arguments.results.write_text(json.dumps(about | seen | found | clock.facts(), indent=2, sort_keys=True) + "\n")
     print(json.dumps(found, indent=1))
 
 

@@ -22,7 +22,7 @@ from tests.factories import TINY, random_model, world
 from tests.test_audit import PARAMS
 from tests.test_ttt_eval import SLIDING, TTT
 
-RATE = 0.02
+RATE = 0.05
 
 
 class HintedBigram(cheats.Bigram):
