@@ -22,6 +22,7 @@ CONTEXTS = ORDERS + 1  # and the word so far
 INPUTS = CONTEXTS + 3  # and the network, a constant, the match
 BITS = 22  # of a table's slots
 LIMIT = 60  # of a count
+STEADY = 1024  # updates of a set of weights behind which its steps shrink with their root
 SMALL = 0.4  # added to both counts
 LONGEST = 32  # of a match, in bytes; longer are alike
 MATCH_BITS, MATCH_BYTES = 20, 8
@@ -38,6 +39,7 @@ class State:
         self.counts = np.zeros((CONTEXTS, 1 << BITS, 3), np.uint8)  # of 0, of 1, check
         self.weights = np.zeros((SETS, INPUTS))
         self.weights[:, 0] = 1.0
+        self.updates = np.zeros(SETS, np.int64)
         self.matched = np.full((LONGEST + 1, 2), 1.0)  # how often the match's next bit was wrong, right
         self.text = np.zeros(text_bytes + 64, np.uint8)
         self.table = np.zeros(1 << MATCH_BITS, np.int64)
@@ -46,7 +48,7 @@ class State:
     @property
     def arrays(self) -> tuple[np.ndarray, ...]:
         """As compiled functions take them."""
-        return self.counts, self.weights, self.matched, self.text, self.table, self.registers
+        return self.counts, self.weights, self.updates, self.matched, self.text, self.table, self.registers
 
 
 @njit(nogil=True)
@@ -95,7 +97,7 @@ def _inputs(
     state: Arrays, trie: Trie, token: int, logits_D: A, slots_DK: A, checks_DK: A, x_DX: A, sets_D: A, expected_D: A, totals_D: A
 ) -> None:
     """Everything about a token's decisions that depends on those before, and on nothing else."""
-    counts, weights, matched, text, _, registers = state
+    counts, weights, _, matched, text, _, registers = state
     first, start, begin = trie.first_V[token], registers[0], trie.text_start_V[token]
     text[start : start + trie.text_start_V[token + 1] - begin] = trie.text[begin : trie.text_start_V[token + 1]]
     keys, depth, follows = np.empty(CONTEXTS, np.uint64), -1, registers[2] > 0
@@ -136,13 +138,15 @@ def _learn(
     state: Arrays, trie: Trie, token: int, slots_DK: A, checks_DK: A, x_DX: A, sets_D: A, expected_D: A, totals_D: A, rate: float
 ) -> None:
     """Counts, weights and the match after a token."""
-    counts, weights, matched, text, table, registers = state
+    counts, weights, updates, matched, text, table, registers = state
     count = trie.first_V[token + 1] - trie.first_V[token]
     for d in range(count):
         bit = np.int64(trie.right_E[trie.first_V[token] + d])
         error = bit - 1 / (1 + np.exp(-totals_D[d]))
+        step = rate / np.sqrt(1 + updates[sets_D[d]] / STEADY)
+        updates[sets_D[d]] += 1
         for k in range(INPUTS):
-            weights[sets_D[d], k] += rate * error * x_DX[d, k]
+            weights[sets_D[d], k] += step * error * x_DX[d, k]
         for k in range(CONTEXTS):
             slot = slots_DK[d, k]
             if counts[k, slot, 2] != checks_DK[d, k]:

@@ -36,7 +36,7 @@ from stages.ttt_eval import tilt
 from stages.ttt_eval.hints import LENGTHS, STATES, Hints
 
 BATCH = 8
-RATES = {"tilt": (0.005, 0.02, 0.05, 0.1, 0.2), "mixer": (0.0005, 0.002, 0.005, 0.02)}
+RATES = {"tilt": (0.01, 0.02, 0.05, 0.1, 0.2), "mixer": (0.002, 0.005, 0.02, 0.05)}
 Tries = tuple[_trie.Trie, _trie.Trie]
 
 
@@ -106,11 +106,20 @@ def score(model: Model, case: Case, stride: int) -> Dump:
     return Dump(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
-def tilted(of: Dump, case: Case, rate: float) -> np.ndarray:
+def tilted(nll: np.ndarray, hint_logp: np.ndarray, targets: np.ndarray, case: Case, rate: float) -> np.ndarray:
     """The tilt's losses, (N,)."""
-    weights = np.zeros((len(LENGTHS) * tilt.BUCKETS, tilt.INPUTS))
+    weights, updates = np.zeros((len(LENGTHS) * tilt.BUCKETS, tilt.INPUTS)), np.zeros(len(LENGTHS) * tilt.BUCKETS, np.int64)
     shares, counts = np.full((len(LENGTHS), STATES), 0.5), np.zeros((len(LENGTHS), STATES), np.int64)
-    return tilt.follow(case.hints, case.states, case.targets, of.nll, of.hint_logp, weights, shares, counts, rate)
+    return tilt.follow(case.hints, case.states, targets, nll, hint_logp, weights, shares, counts, updates, rate)
+
+
+def cost_of_learning(of: Dump, case: Case, rate: float) -> float:
+    """bpb that the tilt loses where nothing can be gained: whether a hint comes true is drawn from the network's own probability of it."""
+    p = np.exp(np.minimum(of.hint_logp, tilt.SURE).astype(np.float64))
+    came = (np.random.Generator(np.random.PCG64(0)).random(len(p)) < p) & (case.hints >= 0)
+    nll = np.where(came, -np.log(p), -np.log1p(-p)).astype(np.float32)
+    tilted_nll = tilted(nll, of.hint_logp, np.where(came, case.hints, case.hints + 1), case, rate)
+    return bits_per_byte(tilted_nll, case.stream.counted_bytes) - bits_per_byte(nll, case.stream.counted_bytes)
 
 
 def mixed(of: Dump, case: Case, rate: float) -> np.ndarray:
@@ -197,7 +206,8 @@ def main() -> None:
     case = case_of(Stream(whole.tokens[: targets + 1], whole.counted_bytes[:targets], whole.table), arguments.tokenizer)
     of = network(arguments, params, case)
     losses, seen = {"network": of.nll}, {}
-    losses["tilt"], seen["tilt"] = best("tilt", lambda rate: tilted(of, case, rate), case)
+    losses["tilt"], seen["tilt"] = best("tilt", lambda rate: tilted(of.nll, of.hint_logp, case.targets, case, rate), case)
+    seen["tilt"]["cost_of_learning_bpb_by_rate"] = {str(rate): cost_of_learning(of, case, rate) for rate in RATES["tilt"]}
     losses["mixer"], seen["mixer"] = best("mixer", lambda rate: mixed(of, case, rate), case)
     about = {
         "targets": targets,
