@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stages.bpb import ByteTable, target_bytes
 from stages.parallel import World
 from stages.train.data import Windows, to_device
 from stages.train.model import model_for
@@ -27,3 +28,8 @@ class HeldOut:
         self.model.load_state_dict(state)
         batches = (self.windows.batch(first, WINDOWS_AT_ONCE) for first in range(0, self.count, WINDOWS_AT_ONCE))
         return np.concatenate([self.model(*to_device(batch, self.here.device)).double().mean(1).cpu().numpy() for batch in batches])
+
+    def bytes_a_token(self, table: ByteTable) -> float:
+        """Bytes of text that a target stands for, in the mean over the windows."""
+        counted = [target_bytes(tokens, table).mean() for tokens in self.windows.batch(0, self.count)]
+        return float(np.mean(counted))

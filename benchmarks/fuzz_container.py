@@ -60,9 +60,12 @@ def seeds() -> list[bytes]:
     rows = (stream(bytes(range(12)), Layout(1, 3, 4), "adaptive"), stream(bytes(6), Layout(2, 1, 3), "brotli"))
     levels = np.array([[0, 2, -4], [6, 0, 0]], "<i2").tobytes()
     axes = stream(b"\0\0\x80?" + bytes(5), Layout(1, 1, 9), "brotli")
+    correction = (stream(b"\1\2\3\4\5\6\7", Layout(1, 1, 7), "adaptive"), stream(b"\0\0\x80?", Layout(4, 1, 1), "brotli"))
+    groups = stream(b"\1", Layout(1, 1, 1), "brotli")
     entries = (
         Entry("a.weight", (3, 4), Form("rows", 6), rows),
         Entry("b.weight", (2, 3), Form("lattice", 1), (stream(levels, Layout(2, 2, 3), "adaptive"), axes)),
+        Entry("c.weight", (3, 4), Form("groups", 6, 1), (*rows, groups, *correction)),
         Entry("gain", (2,), Form("float16", 16), (stream(b"\0<\0<", Layout(2, 1, 2), "brotli"),)),
     )
     made = []
@@ -77,7 +80,14 @@ def fuzz(arguments: list[str]) -> None:
     """The process that is fuzzed; libFuzzer's options follow --inside."""
     import atheris  # only here: it is no dependency
 
-    for module in ("stages.pack.container", "stages.pack.codec", "stages.pack.tensors", "stages.pack.artifact", "stages.pack.lattice"):
+    for module in (
+        "stages.pack.container",
+        "stages.pack.codec",
+        "stages.pack.tensors",
+        "stages.pack.artifact",
+        "stages.pack.lattice",
+        "stages.pack.correction",
+    ):
         for value in vars(sys.modules[module]).values():
             if callable(value) and getattr(value, "__module__", "") == module and hasattr(value, "__code__"):
                 value.__code__ = atheris.instrument_func(value).__code__

@@ -4,16 +4,19 @@
 
 Each variant is the preset (`sprint`) with its changes, trained in this process from shards of `stages.tokenize`; its averaged weights are
 scored, looped, on windows of shards that it did not train on. These are shards of training text: nothing is chosen on validation text.
+Several of these processes may share a GPU with one `--turns FILE`: they compile side by side and train in turns.
 With a budget of steps, variants `seed=1`, `parallel.kernels=false` and `parallel.deterministic=true` say how far seeds lie apart, whether
 the kernels give the plain path's loss within that, and what determinism costs.
 """
 
 import argparse
+import fcntl
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from benchmarks._held_out import HeldOut
 from benchmarks._preset import train_params
@@ -27,11 +30,33 @@ from stages.train.params import Params
 HELD_OUT_WINDOWS = 512
 
 
+class InTurn(Interval):
+    """A clock that starts when no other process with the same file is between its start and its release."""
+
+    def __init__(self, turns: Path | None) -> None:
+        super().__init__()
+        self.file = turns.open("w") if turns else None
+
+    def start(self) -> None:
+        """Wait for the turn, then start."""
+        if self.file:
+            fcntl.flock(self.file, fcntl.LOCK_EX)
+        super().start()
+
+    def release(self) -> None:
+        """Let another process have its turn."""
+        if self.file:
+            self.file.close()
+
+
 def run(params: Params, changes: list[str], arguments: argparse.Namespace, here: World) -> dict[str, Any]:
     """Train one variant and score it."""
     torch.compiler.reset()  # each variant compiles its own; torch bounds how many graphs of one function it keeps
-    interval = Interval()
+    interval = InTurn(arguments.turns)
     trained = train(params, arguments.train, here, Report(is_main=False), interval)
+    interval.release()
+    if arguments.keep:
+        save_file(trained.state, arguments.keep)
     held_out = HeldOut(arguments.held_out, HELD_OUT_WINDOWS, params.model, here)
     row = {
         "changes": changes,
@@ -40,7 +65,9 @@ def run(params: Params, changes: list[str], arguments: argparse.Namespace, here:
         "tokens": trained.tokens,
         "train_nats_last_20": sum(trained.losses[-20:]) / len(trained.losses[-20:]),
         "seconds": interval.seconds,
+        "parameters": sum(tensor.numel() for tensor in trained.state.values()),
         "peak_memory_bytes": trained.measured["peak_memory_bytes"],
+        "recompilations": trained.measured["recompilations"],
     }
     print(json.dumps(row), flush=True)
     return row
@@ -54,6 +81,8 @@ def main() -> None:
     parser.add_argument("--held-out", type=Path, required=True)
     parser.add_argument("--variant", action="append", required=True, metavar="CHANGES")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--turns", type=Path, help="a lock file, one for each GPU")
+    parser.add_argument("--keep", type=Path, help="where to leave the weights of the last variant (.safetensors)")
     parser.add_argument("--results", type=Path, required=True, help="the JSON file to write; rows are added as they come")
     arguments = parser.parse_args()
     rows = []

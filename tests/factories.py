@@ -11,6 +11,7 @@ from stages import shards
 from stages.parallel import ParallelParams, World
 from stages.train.model import Model, initialise_
 from stages.train.params import ModelParams, Params, TrainParams
+from stages.ttt_eval.params import LoraParams, TttEvalParams
 
 PARALLEL = ParallelParams(nproc=1, threads=1, device="cpu", dtype="auto", deterministic=True, compile=False, kernels=False)
 TINY = ModelParams(
@@ -31,6 +32,9 @@ TINY = ModelParams(
     loop_first=1,
     loop_last=2,
     loops=2,
+    gate_width=5,
+    smear_width=6,
+    value_tables=2,
     embedding_std=0.005,
 )
 TRAIN = TrainParams(
@@ -41,6 +45,7 @@ TRAIN = TrainParams(
     batch_tokens=64,
     micro_batch_tokens=32,
     loop_from=0.35,
+    warmup_steps=0,
     warmdown=0.72,
     min_lr=0.0,
     clip_norm=0.3,
@@ -60,6 +65,31 @@ TRAIN = TrainParams(
     newton_schulz_steps=5,
     ema_decay=0.9,
     checkpoint_every=0,
+)
+
+LORA = LoraParams(
+    chunk=5,
+    documents=3,
+    adapters=("query", "key", "value", "output", "mlp", "head"),
+    rank=3,
+    alpha=6.0,
+    lr=0.02,
+    beta2=0.99,
+    eps=1e-3,  # AdamW without momentum divides by the gradient itself: what is rounding noise must stay small
+    weight_decay=0.5,
+)
+TTT = TttEvalParams(
+    kind="sgd",
+    confidence=False,
+    trained="all",
+    chunk=32,
+    epochs=2,
+    batch_tokens=16,
+    lr=0.05,
+    momentum=0.9,
+    clip_norm=1.0,
+    tilt_rate=0.0,
+    lora=LORA,
 )
 
 

@@ -29,11 +29,15 @@ def document_starts(tokens, p):
     return starts
 
 
-def attention(w, block, h, starts, p):
+def attention(w, block, h, tokens, starts, p):
     """h: list of T vectors; returns the list of T outputs."""
     dim = p.width // p.heads
     name = f"blocks.{block}.attention."
     queries, keys, values = ([w[name + kind + ".weight"] @ x for x in h] for kind in ("query", "key", "value"))
+    for table in range(p.value_tables):
+        if block in (table, p.layers - p.value_tables + table):
+            share = np.repeat(w[name + "table_share"], dim)
+            values = [v + share * w[f"value_tables.{table}.weight"][token] for v, token in zip(values, tokens, strict=True)]
     out = []
     for t, start in enumerate(starts):
         parts = []
@@ -48,6 +52,8 @@ def attention(w, block, h, starts, p):
             y = sum(weight * values[u][own] for u, weight in enumerate(weights, start))
             direction = values[t][own] / np.linalg.norm(values[t][own])
             parts.append(y - (y @ direction) * direction)
+            if p.gate_width:
+                parts[-1] = parts[-1] * 2 / (1 + np.exp(-w[name + "gate"][head] @ h[t][: p.gate_width]))
         out.append(w[name + "output.weight"] @ np.concatenate(parts))
     return out
 
@@ -57,17 +63,27 @@ def mlp(w, block, x):
     return w[f"blocks.{block}.mlp.down.weight"] @ np.where(z > 0, z * z, 0.25 * z * z)
 
 
-def block_forward(w, block, x, x0, starts, p):
+def block_forward(w, block, x, x0, tokens, starts, p):
     scale = 1 / math.sqrt(block + 1)
     mix = w[f"blocks.{block}.mix"]
     s_a, s_m = w[f"blocks.{block}.attention_scale"], w[f"blocks.{block}.mlp_scale"]
     u = [mix[0] * a + mix[1] * b for a, b in zip(x, x0, strict=True)]
     h = [rms(v) * scale for v in u]
-    a = attention(w, block, h, starts, p)
+    a = attention(w, block, h, tokens, starts, p)
     if block >= p.parallel_from:
         return [u[t] + s_a * a[t] + s_m * mlp(w, block, h[t]) for t in range(len(x))]
     y = [u[t] + s_a * a[t] for t in range(len(x))]
     return [y[t] + s_m * mlp(w, block, rms(y[t]) * scale) for t in range(len(x))]
+
+
+def embeddings(w, tokens, p):
+    """Normalised embeddings, each with a share of the one before it but at the start of a document."""
+    rows = [w["embedding.weight"][token] for token in tokens]
+    smeared = list(rows)
+    for t, token in enumerate(tokens):
+        if p.smear_width and t > 0 and token != p.bos_id:
+            smeared[t] = rows[t] + w["smear.share"] / (1 + np.exp(-w["smear.gate"] @ rows[t][: p.smear_width])) * rows[t - 1]
+    return [rms(row) for row in smeared]
 
 
 def logits(w, tokens, p, looped):
@@ -75,16 +91,16 @@ def logits(w, tokens, p, looped):
     segment = list(range(p.loop_first, p.loop_last + 1))
     order = list(range(p.loop_first)) + segment * (1 + p.loops if looped else 1) + list(range(p.loop_last + 1, p.layers))
     encoder, decoder = order[: len(order) // 2], order[len(order) // 2 :]
-    x = [rms(w["embedding.weight"][token]) for token in tokens]
+    x = embeddings(w, tokens, p)
     x0, stack, starts = list(x), [], document_starts(tokens, p)
     for block in encoder:
-        x = block_forward(w, block, x, x0, starts, p)
+        x = block_forward(w, block, x, x0, tokens, starts, p)
         stack.append(x)
     for step, block in enumerate(decoder):
         if stack:
             skipped = stack.pop()
             gate = 1 / (1 + np.exp(-w["skip_gate"][step]))
             x = [(1 - gate) * (w["skip_weight"][step] * s) + gate * v for s, v in zip(skipped, x, strict=True)]
-        x = block_forward(w, block, x, x0, starts, p)
+        x = block_forward(w, block, x, x0, tokens, starts, p)
     z = np.stack([w["embedding.weight"] @ rms(v) for v in x])
     return p.logit_softcap * np.tanh(z / p.logit_softcap)

@@ -1,19 +1,25 @@
 """The bundle: what it carries, that it is always the same file, and that it runs alone."""
 
 import ast
-import base64
+import builtins
 import json
 import os
+import runpy
 import shutil
 import subprocess
+import symtable
 import sys
+import tokenize
+from collections.abc import Iterator
 from pathlib import Path
 
 import brotli
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from stages import config
-from stages.bundle import carrier, entry, strip
+from stages.bundle import carrier, cuts, entry, layout, literal, strip
 from stages.bundle.__main__ import embedded
 from stages.bundle.carrier import ENTRY
 from stages.bundle.closure import closure, module_name
@@ -76,14 +82,14 @@ def toy(tmp_path: Path) -> Path:
     return tmp_path / "toy"
 
 
-def build(root: Path) -> str:
+def build(root: Path) -> bytes:
     return carrier.render(carrier.sources(root), {"a": [1.5, None, "caf\u00e9"]}, 11)
 
 
-def run_alone(text: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run_alone(file: bytes, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """The bundle as the challenge runs it: an isolated interpreter, a folder with nothing else in it."""
     folder.mkdir()
-    (folder / "train_gpt.py").write_text(text, encoding="utf-8")
+    (folder / "train_gpt.py").write_bytes(file)
     command = [sys.executable, "-I", str(folder / "train_gpt.py"), *arguments]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, env={"PATH": "/nowhere"}, check=False)
 
@@ -119,14 +125,48 @@ def test_the_closure_agrees_with_what_python_loads() -> None:
 
 # --- stripping
 
+MODULES = sorted((ROOT / "stages").rglob("*.py"))
+each_module = pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
 
-@pytest.mark.parametrize("path", sorted((ROOT / "stages").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+
+def read_at_run_time(source: str) -> Iterator[str]:
+    """The annotations that code may read: in the body of a class, and of decorated functions."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ClassDef):
+            yield from (ast.dump(statement) for statement in node.body if isinstance(statement, ast.AnnAssign))
+        if isinstance(node, ast.FunctionDef) and node.decorator_list:
+            yield ast.dump(node.args) + (ast.dump(node.returns) if node.returns else "")
+
+
+def unbound(source: str) -> set[str]:
+    """Names that the module or its functions read as globals and that nothing binds."""
+    top = symtable.symtable(source, "module", "exec")
+    bound = {symbol.get_name() for symbol in top.get_symbols() if symbol.is_assigned() or symbol.is_imported()}
+
+    def free(table: symtable.SymbolTable) -> Iterator[str]:
+        outermost = table.get_type() == "module"
+        yield from (s.get_name() for s in table.get_symbols() if s.is_referenced() and (s.is_global() or outermost))
+        for child in table.get_children():
+            yield from free(child)
+
+    return set(free(top)) - bound - set(dir(builtins)) - {"__file__"}
+
+
+@each_module
 def test_stripping_leaves_the_program_of_every_module(path: Path) -> None:
     source = path.read_text(encoding="utf-8")
     stripped = strip.strip(source)
     assert strip.shape(stripped) == strip.shape(source)
     assert strip.strip(stripped) == stripped
-    assert not any(line.strip().startswith("#") for line in stripped.split("\n") if '"' not in stripped)
+    assert not [token for token in tokenize.generate_tokens(iter(stripped.splitlines(True)).__next__) if token.type == tokenize.COMMENT]
+    assert list(read_at_run_time(stripped)) == list(read_at_run_time(source))
+    assert unbound(stripped) == unbound(source) == set()
+
+
+@each_module
+def test_layout_alone_leaves_the_tree_of_every_module(path: Path) -> None:
+    source = path.read_text(encoding="utf-8")
+    assert ast.dump(ast.parse(layout.relaid(source))) == ast.dump(ast.parse(source))
 
 
 @pytest.mark.parametrize(
@@ -135,21 +175,144 @@ def test_stripping_leaves_the_program_of_every_module(path: Path) -> None:
         ("", ""),
         ('"""Only a docstring."""\n', ""),
         ("# only a comment", ""),
-        ('def f():\n    """Doc."""\n', "def f():\n    pass\n"),
-        ('def f():\n    """Doc."""  # why\n    # more\n', "def f():\n    pass\n"),
-        ('class A: "doc"\n', "class A: pass\n"),
-        ('def f(): "doc"; return 1\n', "def f(): pass; return 1\n"),
-        ('class A:\n    """Doc."""\n\n    x = 1  # one\n', "class A:\n    x = 1\n"),
-        ('async def f():\n    ("a"\n     "b")\n    return """\n\n# kept\n\n"""\n', 'async def f():\n    return """\n\n# kept\n\n"""\n'),
-        ('x = """\n\n"""\n\n\n', 'x = """\n\n"""\n'),
-        ('x = [  # open\n\n    1,\n]\nf"""{x}\n\n# {x}"""', 'x = [\n    1,\n]\nf"""{x}\n\n# {x}"""\n'),
-        ('def f():\n    "caf\u00e9"; y = "\u00e9"  # \u00e9\n', 'def f():\n    pass; y = "\u00e9"\n'),
-        ('def f():\n    b"not a docstring"\n', 'def f():\n    b"not a docstring"\n'),
-        ("if x:\n    y = 1 \\\n        + 2\n\n\nz = '#'\n", "if x:\n    y = 1 \\\n        + 2\nz = '#'\n"),
+        ('def f():\n    """Doc."""\n', "def f():\n pass\n"),
+        ('def f():\n    """Doc."""  # why\n    # more\n', "def f():\n pass\n"),
+        ('class A: "doc"\n', "class A:pass\n"),
+        ('def f(): "doc"; return 1\n', "def f():pass;return 1\n"),
+        ('class A:\n    """Doc."""\n\n    x = 1  # one\n', "class A:\n x=1\n"),
+        ('async def f():\n    ("a"\n     "b")\n    return """\n\n# kept\n\n"""\n', 'async def f():\n return"""\n\n# kept\n\n"""\n'),
+        ('x = """\n\n"""\n\n\n', 'x="""\n\n"""\n'),
+        ('x = [  # open\n\n    1,\n]\nf"""{x}\n\n    # {x}"""', 'x=[1,]\nf"""{x}\n\n    # {x}"""\n'),
+        ('x = f"""{\n    1\n}  # {f"{2}"} {{"""  # c\n', 'x=f"""{\n    1\n}  # {f"{2}"} {{"""\n'),
+        ('def f():\n    "caf\u00e9"; y = "\u00e9"  # \u00e9\n', 'def f():\n pass;y="\u00e9"\n'),
+        ('def f():\n    b"not a docstring"\n', 'def f():\n b"not a docstring"\n'),
+        ("if x:\n    y = 1 \\\n        + 2\n\n\nz = '#'\n", "if x:\n y=1+2\nz='#'\n"),
+        (
+            "if x:\n  y = f(\n    a,  # first\n\n    *b\n  )\nelse:\n      if y:\n       z = (\n    1)\n",
+            "if x:\n y=f(a,*b)\nelse:\n if y:\n  z=(1)\n",
+        ),
+        ("x = 1 if y else 1. if z else .5 or 1 .real\n", "x=1 if y else 1. if z else.5 or 1 .real\n"),
+        ("x = a if 'a' in b'a' else r'a' 'b' f'c' or not -a - -b\n", "x=a if'a'in b'a'else r'a''b'f'c'or not-a--b\n"),
+        ("x = y [1 : 2, ...] if (1) in {2 : 3} else lambda *a, ** b : (yield)\n", "x=y[1:2,...]if(1)in{2:3}else lambda*a,**b:(yield)\n"),
+        ("from . import a ; from .b import *\n", "from.import a;from.b import*\n"),
+        ("\u00e9 = \u00e0 if 1_0 else 0x1f and \u00e9\n", "\u00e9=\u00e0 if 1_0 else 0x1f and \u00e9\n"),
     ],
 )
 def test_stripping_examples(source: str, expected: str) -> None:
     assert strip.strip(source) == expected
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("def f(a: int, *b: str, c: float = 1.0, **d: A[B]) -> dict[str, int]: return a\n", "def f(a, *b, c = 1.0, **d): return a\n"),
+        ("def f(a: (int), b: ((int)) = 2) -> (\n    int  # c\n):\n    return a\n", "def f(a, b = 2):\n return a\n"),
+        ("def f(a, b): return lambda: 1\n", "def f(a, b): return lambda: 1\n"),
+        ("caf\u00e9: '\u00e9' = '\u00e9'; b: int = (1)\n", "caf\u00e9 = '\u00e9'; b = (1)\n"),
+        ("(x): int = 1\na[b:c]: int = 2\n", "(x) = 1\na[b:c] = 2\n"),
+        ("def f() -> None:\n    x: int\n    x = 1\n", "def f():\n x: int\n x = 1\n"),
+        (
+            "class A(NamedTuple):\n    x: int = 1\n    def f(self, y: int) -> int: self.x: int = y\n",
+            "class A(NamedTuple):\n x: int = 1\n def f(self, y): self.x = y\n",
+        ),
+        (
+            "@jit\ndef f(a: constexpr) -> int:\n    def g(b: int) -> int: ...\n    c: int = 1\n",
+            "@jit\ndef f(a: constexpr) -> int:\n def g(b): ...\n c = 1\n",
+        ),
+    ],
+)
+def test_annotations_that_nothing_reads_are_cut(source: str, expected: str) -> None:
+    assert strip.strip(source) == layout.relaid(expected)
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("from a import B\ndef f(x: B): pass\n", "def f(x): pass\n"),
+        ("from a import B, C as D, E\ndef f(x: B) -> D: return E\n", "from a import E\ndef f(x): return E\n"),
+        ("from ..a import (\n    B,\n    C as D,\n)\ndef f(x: B): return D\n", "from ..a import C as D\ndef f(x): return D\n"),
+        ("from a import B; x = 1\ndef f(x: 'B[int]'): pass\n", "pass; x = 1\ndef f(x): pass\n"),
+        ("from a import B\ndef f(x: B): return 'B'\n", "from a import B\ndef f(x): return 'B'\n"),
+        ("from a import B\nclass A:\n    x: B\n    def f(self, x: B): pass\n", "from a import B\nclass A:\n x: B\n def f(self, x): pass\n"),
+        ("from a import B\nimport c\ndef f(x: c.D): pass\n", "from a import B\nimport c\ndef f(x): pass\n"),
+    ],
+)
+def test_an_import_goes_with_the_annotations_that_alone_used_it(source: str, expected: str) -> None:
+    assert strip.strip(source) == layout.relaid(expected)
+    assert ast.dump(cuts.module(ast.parse(source))) == ast.dump(cuts.module(ast.parse(expected)))
+
+
+def test_stripping_knows_no_version_of_python(tmp_path: Path) -> None:
+    """Python 3.12 splits f-strings into tokens, 3.11 does not; each that is installed must strip alike."""
+    odd = tmp_path / "odd.py"
+    odd.write_text(
+        'x = f"""{\n    1 +\n    2  !r:>{9}}  # {f"{2}"}\n\n {{ \u00e9"""  # c\ny = f"{x}" "z" \\\n  f"{x!r}"\n', encoding="utf-8"
+    )
+    package = tmp_path / "stages/bundle"  # without the rest of stages, which needs the project's packages
+    package.mkdir(parents=True)
+    for name in ("cuts", "layout", "strip"):
+        shutil.copy(ROOT / f"stages/bundle/{name}.py", package)
+    program = "import pathlib, sys; from stages.bundle.strip import strip\n"
+    program += "for path in sys.argv[1:]: sys.stdout.buffer.write(strip(pathlib.Path(path).read_text('utf-8')).encode())"
+    seen = {}
+    for name in ("python3.11", "python3.12", "python3.13"):
+        if shutil.which(name) and subprocess.run([name, "-c", ""], capture_output=True, check=False).returncode == 0:
+            words = [name, "-c", program, str(odd), *map(str, MODULES)]
+            seen[name] = subprocess.run(words, cwd=tmp_path, capture_output=True, check=True).stdout
+    if len(seen) < 2:
+        pytest.skip(f"needs two versions of Python, found {', '.join(seen) or 'none'}")
+    assert len(set(seen.values())) == 1
+
+
+# --- bytes in a source file
+
+AWKWARD = b"\0\r\n\\\"\x0b\x0c\x1a\x1c\x85\xa0\xff\xfe{}%#0189nxuN'ab"
+
+
+def source_of(data: bytes) -> bytes:
+    return b"# coding: latin-1\nDATA = " + literal.quote(data).encode("latin-1") + b'.encode("latin-1")\n'
+
+
+@given(data=st.one_of(st.binary(max_size=300), st.lists(st.sampled_from(AWKWARD), max_size=40).map(bytes)))
+@example(data=b'"')
+@example(data=b'""""')
+@example(data=b'\\"')
+@example(data=b"\0" + b"1")
+@example(data=b"\r\n")
+def test_any_bytes_come_back_from_a_literal(data: bytes) -> None:
+    scope: dict[str, bytes] = {}
+    exec(compile(source_of(data), "literal", "exec", dont_inherit=True), scope)
+    assert scope["DATA"] == data
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("literal")
+
+
+@given(data=st.one_of(st.binary(max_size=300), st.lists(st.sampled_from(AWKWARD), max_size=40).map(bytes)))
+def test_any_bytes_come_back_from_a_file(data: bytes, folder: Path) -> None:
+    file = folder / "literal.py"
+    file.write_bytes(source_of(data))
+    assert runpy.run_path(str(file))["DATA"] == data
+    with tokenize.open(file) as text:  # as linecache and inspect read it
+        assert text.read().encode("latin-1") == source_of(data)
+
+
+def test_python_s_own_reader_of_files_gives_every_pair_of_bytes_back(tmp_path: Path) -> None:
+    """It reads by line and by its own rules; a pair holds whatever an escape can run into."""
+    data = bytes(byte for first in range(256) for second in range(256) for byte in (first, second))
+    data += bytes(byte for a in AWKWARD for b in AWKWARD for c in AWKWARD for byte in (a, b, c))
+    (tmp_path / "pairs.py").write_bytes(source_of(data) + b"import sys; sys.stdout.buffer.write(DATA)\n")
+    for isolated in ("-I", "-Werror"):
+        done = subprocess.run([sys.executable, isolated, str(tmp_path / "pairs.py")], capture_output=True, check=True)
+        assert done.stdout == data
+        assert done.stderr == b""
+
+
+def test_a_literal_takes_little_more_than_its_bytes() -> None:
+    data = os.urandom(50_000)
+    assert len(literal.quote(data)) < 1.02 * len(data)
 
 
 # --- one source, one file
@@ -159,7 +322,7 @@ def test_the_same_source_gives_the_same_file_from_a_copied_and_untidy_tree(toy: 
     first = build(toy)
     copy = tmp_path / "elsewhere" / "copy"
     shutil.copytree(toy, copy)
-    (copy / "stages/bundle/train_gpt.py").write_text(first)
+    (copy / "stages/bundle/train_gpt.py").write_bytes(first)
     (copy / "stages/bundle/notes.py").write_text("x = 1\n")
     (copy / "stages/__pycache__").mkdir()
     (copy / "stages/__pycache__/numbers.cpython-311.pyc").write_bytes(b"stale")
@@ -212,10 +375,10 @@ def test_the_bundle_runs_alone_and_shows_its_source(toy: Path, tmp_path: Path) -
     done = run_alone(build(toy), tmp_path / "empty", "eval", "--x")
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout)
-    assert seen["source"] == "def shout(word):\n    return word.upper() + '\u00e9 # not a comment'\n"
+    assert seen["source"] == "def shout(word):\n return word.upper()+'\u00e9 # not a comment'\n"
     assert seen["empty"] == "\n"
     assert seen["line"] == "import math\n"
-    assert "return math.pi / 0" in seen["trace"]
+    assert "return math.pi/0" in seen["trace"]
     assert seen["file"] == str(tmp_path / "empty/train_gpt.py/stages/numbers.py")
     assert seen["package"] == [str(tmp_path / "empty/train_gpt.py/stages/deep")]
     assert seen["parameters"] == {"a": [1.5, None, "caf\u00e9"]}
@@ -227,22 +390,61 @@ def test_the_bundle_prefers_what_it_carries_to_a_folder_beside_it(toy: Path, tmp
     folder = tmp_path / "mixed"
     (folder / "stages").mkdir(parents=True)
     (folder / "stages/__init__.py").write_text("raise RuntimeError('the folder was imported')\n")
-    (folder / "train_gpt.py").write_text(build(toy), encoding="utf-8")
+    (folder / "train_gpt.py").write_bytes(build(toy))
     done = subprocess.run([sys.executable, "train_gpt.py"], cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
-def test_the_file_has_a_readable_shape(toy: Path) -> None:
-    text = build(toy)
-    assert max(map(len, text.split("\n"))) <= 140
-    tree = ast.parse(text)
-    assert ast.get_docstring(tree)
+def test_all_but_the_payload_is_readable(toy: Path) -> None:
+    file = build(toy)
+    tree = ast.parse(file)
     payload = next(node for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "PAYLOAD")
-    plain = brotli.decompress(base64.b85decode("".join(ast.literal_eval(payload.value).split())))
-    carried, parameters = json.loads(plain)
-    assert carried == carrier.sources(toy)
-    assert parameters == {"a": [1.5, None, "caf\u00e9"]}
-    assert len(text.split('"""\n', 3)[-1].splitlines()) <= 32
+    packed = ast.literal_eval(payload.value)
+    before, after = file.decode("latin-1").split(literal.quote(packed.encode("latin-1")))
+    assert (before + after).isascii()
+    assert max(map(len, (before + after).split("\n"))) <= 140
+    assert ast.get_docstring(tree)
+    assert len(after.splitlines()) <= 32
+    parameters, *carried = brotli.decompress(packed.encode("latin-1")).decode("utf-8").split("\0")
+    assert dict(zip(carried[::2], carried[1::2], strict=True)) == carrier.sources(toy)
+    assert json.loads(parameters) == {"a": [1.5, None, "caf\u00e9"]}
+
+
+def test_readers_of_python_find_the_lines_of_the_file_itself(toy: Path, tmp_path: Path) -> None:
+    (tmp_path / "train_gpt.py").write_bytes(build(toy))
+    program = "import inspect, train_gpt; print(inspect.getsource(train_gpt.Carried)); print(train_gpt.SOURCES['stages/deep/er.py'])"
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("class Carried(")
+    assert "def get_source(self, name):\n        return SOURCES[self.path(name)]\n\n" in done.stdout
+    assert "from..numbers import fail as _fail\ndef shout(word):\n" in done.stdout
+
+
+RANK = """
+import inspect
+import sys
+
+import torch
+import torch.distributed as dist
+
+from stages.deep.er import shout
+
+def main(parameters):
+    dist.init_process_group("gloo")
+    total = torch.tensor(dist.get_rank() + 1.0)
+    dist.all_reduce(total)
+    if dist.get_rank() == 0:
+        print(total.item(), dist.get_world_size(), inspect.getsource(shout).splitlines()[0], sys.argv[1:])
+    dist.destroy_process_group()
+"""
+
+
+def test_torchrun_runs_the_bundle_on_two_processes(toy: Path, tmp_path: Path) -> None:
+    (toy / "stages/bundle/entry.py").write_text(RANK)
+    (tmp_path / "train_gpt.py").write_bytes(build(toy))
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train_gpt.py", "eval"]
+    done = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "3.0 2 def shout(word): ['eval']\n"
 
 
 # --- what the entry does

@@ -7,25 +7,28 @@ from stages.calibrate.params import CalibrateParams, Params
 from stages.clock import Interval
 from stages.report import Report
 from stages.train.data import Windows
-from stages.train.model import is_matrix
+from stages.train.model import MLP, is_matrix
+from stages.train.plain import squared_leaky
 from tests.factories import PARALLEL, TINY, random_model, world, write_shards
 
 QUIET = Report(is_main=False)
 
 
-def calibrate_params(tokens: int = 64, micro: int = 32, importance: int = 16) -> Params:
-    return Params(42, PARALLEL, TINY, CalibrateParams(tokens=tokens, importance_tokens=importance, micro_batch_tokens=micro))
+def calibrate_params(tokens: int = 64, micro: int = 32, importance: int = 16, revisit: float = 1.0) -> Params:
+    section = CalibrateParams(tokens=tokens, importance_tokens=importance, micro_batch_tokens=micro, revisit_weight=revisit)
+    return Params(42, PARALLEL, TINY, section)
 
 
 def is_hessian(name: str) -> bool:
     return not name.endswith(".importance")
 
 
-def test_hessians_equal_recorded_inputs_multiplied_out(tmp_path):
+@pytest.mark.parametrize("revisit", [1.0, 0.25, 0.0])
+def test_hessians_equal_recorded_inputs_multiplied_out(tmp_path, revisit):
     """The inputs of every matrix, recorded by hooks of our own on a second copy of the model, as X^T X in float64."""
     folder = write_shards(tmp_path)
     model = random_model(4)
-    hessians = collect(model.state_dict(), calibrate_params(), folder, world(), QUIET, Interval())
+    hessians = collect(model.state_dict(), calibrate_params(revisit=revisit), folder, world(), QUIET, Interval())
     recorded: dict[str, list[torch.Tensor]] = {}
     for name, module in model.named_modules():
         if name.endswith("attention"):  # its input is what query, key and value see
@@ -40,8 +43,9 @@ def test_hessians_equal_recorded_inputs_multiplied_out(tmp_path):
         model(tokens[:, :-1], tokens[:, 1:], looped=True)
     assert len(recorded) == 4 * TINY.layers + 1
     for name, inputs in recorded.items():
-        rows = torch.cat([x.flatten(0, -2) for x in inputs]).double()
-        expected = rows.T @ rows / 64
+        # One pass over all windows here, two there: what is a first visit is so for a window.
+        by_visit = [x.flatten(0, -2).double() for x in inputs]
+        expected = sum((x.T @ x * (revisit if visit else 1.0) for visit, x in enumerate(by_visit)), torch.zeros(())) / 64
         torch.testing.assert_close(hessians[hessian_name(name)].double(), expected, atol=1e-4, rtol=1e-4)
     visits = len(recorded["blocks.1.mlp.up.weight"])
     assert (visits, len(recorded["blocks.0.mlp.up.weight"])) == (1 + TINY.loops, 1)
@@ -94,6 +98,17 @@ def test_importance_tokens_are_rounded_up_to_passes_and_bounded_by_the_tokens(tm
     assert not torch.equal(one[name], more[name])
     with pytest.raises(ValueError, match=r"importance_tokens: 80 is above calibrate\.tokens \(64\)"):
         calibrate_params(importance=80)
+
+
+def test_the_fused_mlp_is_not_used_where_it_would_hide_its_hidden_layer(tmp_path):
+    """With gradients a fused MLP would go past the observers of its two matrices."""
+    model = random_model(3)
+    for mlp in (module for module in model.modules() if isinstance(module, MLP)):
+        mlp.operations = mlp.operations._replace(mlp=lambda x, up, down: squared_leaky(x @ up.T) @ down.T)
+    sums = observe_(model)
+    tokens = torch.from_numpy(Windows(write_shards(tmp_path), TINY.context, TINY.vocab_size, 42).batch(0, 2))
+    model(tokens[:, :-1], tokens[:, 1:], looped=True)
+    assert all(float(hessian.diagonal().sum()) > 0 for hessian in sums.values())
 
 
 def test_the_clock_covers_the_reads(tmp_path):

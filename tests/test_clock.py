@@ -12,13 +12,11 @@ from stages.audit import plan
 from stages.sliding_eval.evaluate import Stream, TimedScorer, score
 from stages.sliding_eval.params import SlidingEvalParams
 from stages.sliding_eval.scorer import SlidingScorer
-from stages.ttt_eval.params import TttEvalParams
 from stages.ttt_eval.scorer import TTTScorer
-from tests.factories import TINY, random_model, world
+from tests.factories import TINY, TTT, random_model, world
 from tests.test_sliding_eval import table
 
 SLIDING = SlidingEvalParams(window=16, stride=4, batch_windows=3, chunk=32)
-TTT = TttEvalParams(chunk=32, epochs=2, batch_tokens=16, lr=0.05, momentum=0.9, clip_norm=1.0, tilt_rate=0.0)
 RUN: dict[str, Any] = {"startup_seconds": 30.0, "warm_up_targets": 1000, "targets_per_second": 20_000.0, "ranks": 2}
 
 

@@ -7,12 +7,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.pack.coder import LARGEST, decode, encode
+from stages.pack import coder
+from stages.pack.arithmetic import ONE
+from stages.pack.coder import LARGEST
+from stages.pack.prior import first_chances
 from stages.pack.trellis import STATES, trellis
 
 GOLDEN = {
-    1: "84ef3874df7a1e19d9a4c580150907072f0657d96738b8d06b29d803fe93462f",
-    8: "fd897c4a187681280ffdbc6bc6ec0479dad81d3ac0c9db5ae4d9d4f76670fa00",
+    1: "66cae0131720a55a9d2e792f65e373685f772c855f4a9f5c375650ff62a11eb6",
+    8: "365bc5ab9249a788aa42d330982364b0a6af08c3f6b5cf9cb0b213a6f115dfa0",
+}
+FIRST_CHANCES = {
+    1: "a77efc761a602e1a9423f03e2c9b6f71c95cdd90fdc1a0e11391b471e03b2a0d",
+    2: "4d6655868b08c5236b150f9d316cf90da2e8ab6fc179c29e7adbd758bb9ce518",
 }
 SHAPES = [(0, 0), (0, 7), (7, 0), (1, 1), (1, 40), (40, 1), (5, 9)]
 
@@ -29,6 +36,17 @@ def nearest_levels(values_RC: np.ndarray, states: int) -> np.ndarray:
         levels_RC[:, column] = code.stride * k_R + odd_R
         state_R = code.next_S2[state_R, k_R % 2]
     return levels_RC
+
+
+def encode(levels_RC: np.ndarray, states: int) -> bytes:
+    """The stream of a matrix of whose scales nothing is known beforehand."""
+    rows, columns = levels_RC.shape
+    return coder.encode(levels_RC, np.zeros(rows, np.int8), np.zeros(columns, np.int8), states)
+
+
+def decode(payload: bytes, rows: int, columns: int, states: int) -> np.ndarray:
+    """The matrix of such a stream."""
+    return coder.decode(payload, np.zeros(rows, np.int8), np.zeros(columns, np.int8), states)
 
 
 @st.composite
@@ -114,6 +132,26 @@ def test_the_least_int16_is_not_lost_in_silence() -> None:
     assert np.array_equal(decode(payload, 1, 3, 1), levels_RC)
 
 
+@given(matrices(), st.integers(0, 2**32), st.integers(1, 128))
+@settings(max_examples=200, deadline=None)
+def test_whatever_the_exponents_the_levels_come_back(case: tuple[np.ndarray, int], seed: int, reach: int) -> None:
+    """Those of a damaged file may be any; they only make the stream longer."""
+    levels_RC, states = case
+    generator = np.random.default_rng(seed)
+    rows_R, columns_C = (generator.integers(-reach, reach, size, np.int8) for size in levels_RC.shape)
+    payload = coder.encode(levels_RC, rows_R, columns_C, states)
+    assert np.array_equal(coder.decode(payload, rows_R, columns_C, states), levels_RC)
+
+
+@pytest.mark.parametrize("states", STATES)
+@pytest.mark.parametrize("size", [1.0, 300.0, 40000.0])
+def test_rows_along_one_direction_come_back(states: int, size: float) -> None:
+    """The prediction at work, up to levels and shares that it must bound."""
+    generator = np.random.default_rng(5)
+    shares_R = generator.standard_cauchy((60, 1))
+    comes_back(nearest_levels(size * shares_R * generator.standard_normal(50) + generator.standard_normal((60, 50)), states), states)
+
+
 @given(st.binary(max_size=60), st.integers(0, 5), st.integers(0, 12), st.sampled_from(STATES))
 @settings(max_examples=300, deadline=None)
 def test_garbage_is_refused_or_canonical(payload: bytes, rows: int, columns: int, states: int) -> None:
@@ -178,6 +216,52 @@ def test_scales_of_rows_and_columns_are_learnt(deviation: float) -> None:
     assert len(encode(levels_RC, 1)) < 0.9 * order_0_bytes(levels_RC)
 
 
+@pytest.mark.parametrize("states", [1, 8])
+def test_known_exponents_spare_the_learning_of_scales(states: int) -> None:
+    """Levels whose scales are just what the exponents say cost about what they would cost if all had one scale."""
+    generator = np.random.default_rng(6)
+    rows_R, columns_C = (generator.integers(-8, 9, size).astype(np.int8) for size in (96, 128))
+    factors_RC = 2.0 ** (-rows_R[:, None] / 8.0) * 2.0 ** (-columns_C / 8.0)
+    values_RC = 4 * generator.standard_normal((96, 128))
+    levels_RC, alike_RC = nearest_levels(factors_RC * values_RC, states), nearest_levels(values_RC, states)
+    known, unknown = len(coder.encode(levels_RC, rows_R, columns_C, states)), len(encode(levels_RC, states))
+    assert known < 0.99 * unknown
+    assert known < 1.01 * (len(encode(alike_RC, states)) + levels_RC.size * np.log2(factors_RC).mean() / 8)
+
+
+@pytest.mark.parametrize("states", [1, 8])
+def test_a_direction_that_rows_share_is_predicted(states: int) -> None:
+    """Half of the variance lies along it, which is worth half a bit; of magnitudes alone it would not be seen."""
+    generator = np.random.default_rng(7)
+    noise_RC = 4 * generator.standard_normal((500, 100))
+    along_RC = 4 * generator.standard_normal((500, 1)) * generator.standard_normal(100)
+    alone, both = (len(encode(nearest_levels(values_RC, states), states)) for values_RC in (noise_RC, noise_RC + along_RC))
+    magnitudes_alone_RC = (noise_RC + along_RC) * generator.choice([-1, 1], noise_RC.shape)
+    assert both < 1.03 * alone
+    assert both < 0.95 * len(encode(nearest_levels(magnitudes_alone_RC, states), states))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_the_first_chances_are_of_normal_values(stride: int) -> None:
+    chances_KU = first_chances(stride) / ONE
+    for scale in (12, 24, 30, 34):
+        deviation = 2 ** ((scale + 0.5) / 4 - 6) * (np.pi / 2) ** 0.5
+        for odd in range(stride):
+            levels = np.arange(-3000, 3001) * stride + odd
+            weights = np.exp(-((levels / deviation) ** 2) / 2)
+            magnitudes = abs(levels) // stride if stride == 2 else abs(levels)
+            at_least = [weights[magnitudes >= k].sum() for k in range(7)]
+            for k in range(6):
+                if at_least[k] > 1e-6 * at_least[0]:
+                    expected = min(max(at_least[k + 1] / at_least[k], 2.0**-10), 1 - 2.0**-10)
+                    assert chances_KU[2 * scale + odd, k] == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("stride", FIRST_CHANCES)
+def test_the_first_chances_are_the_same_on_every_machine(stride: int) -> None:
+    assert hashlib.sha256(first_chances(stride).astype("<i8").tobytes()).hexdigest() == FIRST_CHANCES[stride]
+
+
 @pytest.mark.parametrize("states", GOLDEN)
 def test_the_bytes_of_a_fixed_matrix_never_change(states: int) -> None:
     """Artifacts outlive this code: whoever changes the format must notice. The matrix is made of integers alone, as the stream is."""
@@ -192,5 +276,7 @@ def test_the_bytes_of_a_fixed_matrix_never_change(states: int) -> None:
             k = ((number >> 8) % (2 * reach) - reach) // code.stride
             levels_RC[row, column] = code.stride * k + odd
             state = code.next_S2[state, k & 1]
-    payload = comes_back(levels_RC, states)
+    comes_back(levels_RC, states)
+    rows_R, columns_C = -8 * (np.arange(48) // 4).astype(np.int8), -8 * (np.arange(64) // 16).astype(np.int8)
+    payload = coder.encode(levels_RC, rows_R, columns_C, states) + encode(levels_RC, states)
     assert hashlib.sha256(payload).hexdigest() == GOLDEN[states]

@@ -8,6 +8,8 @@ import pytest
 import yaml
 
 from stages import config
+from stages.calibrate.params import Params as CalibrateInput
+from stages.pack.params import Params as PackInput
 from stages.parallel import ParallelParams
 from stages.train.params import ModelParams, Params
 
@@ -55,6 +57,9 @@ MODEL: dict[str, Any] = {
     "loop_first": 1,
     "loop_last": 2,
     "loops": 1,
+    "gate_width": 0,
+    "smear_width": 0,
+    "value_tables": 0,
     "embedding_std": 0.02,
 }
 
@@ -213,3 +218,20 @@ def test_a_batch_that_is_no_multiple_of_the_context_is_refused() -> None:
 def test_bfloat16_on_the_cpu_is_refused() -> None:
     with pytest.raises(config.InvalidKey, match=r"^dtype: bfloat16 needs device cuda"):
         ParallelParams(nproc=1, threads=1, device="cpu", dtype="bfloat16", deterministic=True, compile=False, kernels=True)
+
+
+@pytest.mark.parametrize(
+    ("schema", "assignment", "message"),
+    [
+        (CalibrateInput, "calibrate.revisit_weight=-0.5", r"calibrate\.revisit_weight: -0\.5 is negative"),
+        (PackInput, "pack.attention_clip=0.0", r"pack\.attention_clip: 0\.0 is not above zero"),
+        (PackInput, "pack.mlp_clip=-1.0", r"pack\.mlp_clip: -1\.0 is not above zero"),
+        (PackInput, "pack.lqer_rank=17", r"pack\.lqer_rank: 17 is not between 0 and 16"),
+        (PackInput, "pack.lqer_tensors=0", r"pack\.lqer_tensors: 0 is not above zero"),
+        (PackInput, "pack.awq_groups=-1", r"pack\.awq_groups: -1 is negative"),
+        (PackInput, "pack.awq_groups=1.5", r"pack\.awq_groups: saw 1\.5 \(float\), expected int"),
+    ],
+)
+def test_parameters_of_calibration_and_packing_name_their_dotted_key(schema: type, assignment: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config.load(ROOT / "params.yaml", schema, [assignment])

@@ -25,16 +25,20 @@ def entries(draw: st.DrawFn) -> tuple[tuple[Entry, ...], list[tuple[bytes, ...]]
     """Tensors of random bytes, and those bytes."""
     made, raws = [], []
     for name in draw(st.lists(NAMES, max_size=4, unique=True)):
-        form = draw(
-            st.sampled_from([Form("float16", 16), Form("rows", draw(st.integers(2, 8))), Form("lattice", draw(st.sampled_from(STATES)))])
-        )
+        rank = draw(st.integers(0, 2))
+        matrices = [
+            Form("rows", draw(st.integers(2, 8)), rank),
+            Form("groups", draw(st.integers(2, 7)), rank),
+            Form("lattice", draw(st.sampled_from(STATES)), rank),
+        ]
+        form = draw(st.sampled_from([Form("float16", 16), *matrices]))
         dimensions = st.integers(0, 4) if form.kind == "float16" else st.just(2)
         shape = tuple(draw(st.lists(st.integers(0, 5), min_size=(n := draw(dimensions)), max_size=n)))
         layouts = container.layouts(form, shape)
         raw = tuple(draw(st.binary(min_size=layout.raw_bytes, max_size=layout.raw_bytes)) for layout in layouts)
         # The arithmetic coder takes any integers of one state; on a trellis only those that it allows (test_coder.py).
-        codecs = ["adaptive" if form.kind == "rows" and draw(st.booleans()) else "brotli", "brotli"]
-        streams = tuple(Stream(by, codec.encode(by, part, layout, 5)) for by, part, layout in zip(codecs, raw, layouts, strict=False))
+        codecs = ["adaptive" if layout.item_bytes == 1 and draw(st.booleans()) else "brotli" for layout in layouts]
+        streams = container.encode_streams(form, shape, raw, codecs, 5)
         made.append(Entry(name, shape, form, streams))
         raws.append(raw)
     return tuple(made), raws
@@ -192,6 +196,20 @@ def hostile(change: str) -> bytes:
             first["form"][1] = True
         case "wide bits":
             first["form"][1] = 9
+        case "rank of a vector":
+            header["tensors"][2]["form"][2] = 1
+        case "large rank":
+            first["form"][2] = 17
+        case "negative rank":
+            first["form"][2] = -1
+        case "boolean rank":
+            first["form"][2] = True
+        case "rank without its streams":
+            first["form"][2] = 2
+        case "groups of eight bits":
+            first["form"][:2] = ["groups", 8]
+        case "groups without their stream":
+            first["form"][0] = "groups"
         case "extra key":
             first["pickle"] = "x"
         case "five dimensions":
@@ -222,6 +240,13 @@ CHANGES = {
     "long name": "words joined by dots",
     "boolean bits": "impossible form",
     "wide bits": "impossible form",
+    "rank of a vector": "impossible form",
+    "large rank": "impossible form",
+    "negative rank": "impossible form",
+    "boolean rank": "impossible form",
+    "rank without its streams": "does not have 4 streams",
+    "groups of eight bits": "impossible form",
+    "groups without their stream": "does not have 3 streams",
     "extra key": "exactly the keys",
     "five dimensions": "is not a list of at most",
     "too many tensors": "list of at most 5000",
@@ -281,7 +306,7 @@ def test_bytes_after_the_end_of_a_brotli_stream_are_refused() -> None:
 
 def test_another_version_and_another_file_say_so() -> None:
     blob = container.write(example())
-    with pytest.raises(ValueError, match="version 1; this program reads version 2"):
+    with pytest.raises(ValueError, match="version 1; this program reads version 3"):
         container.read(blob[:8] + (1).to_bytes(4, "little") + blob[12:])
     with pytest.raises(ValueError, match="not a model file: it begins with b'PK"):
         container.read(b"PK\3\4" + blob)

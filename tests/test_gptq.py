@@ -44,7 +44,40 @@ def slow_gptq(weight: Tensor, hessian: Tensor, qmax: int, clip: float, damping: 
 
 
 def pack(weight: Tensor, hessian: Tensor, block_columns: int = 128, qmax: int = 31, clip: float = 12.85) -> gptq.Quantised:
-    return gptq.gptq(weight, hessian, qmax=qmax, clip=clip, damping=0.01, block_columns=block_columns)
+    return quantised([weight], [hessian], block_columns, qmax, clip)[0]
+
+
+def quantised(
+    weights: list[Tensor], hessians: list[Tensor], block_columns: int = 128, qmax: int = 31, clip: float = 12.85, finer: int = 0
+) -> list[gptq.Quantised]:
+    """Matrices of one shape, quantised together; the first 64 columns finer by `finer` powers of two."""
+    known = gptq.feedback(torch.stack(hessians), 0.01, [f"matrix {i}" for i in range(len(hessians))])
+    steps = torch.stack([gptq.row_steps(weight, clip, qmax, "matrix") for weight in weights])
+    finer_BC = torch.zeros(len(weights), weights[0].shape[1], dtype=torch.uint8, device=steps.device)
+    finer_BC[:, :64] = finer
+    values, _ = gptq.quantise(torch.stack(weights), known, steps, finer_BC, qmax, block_columns)
+    return [gptq.Quantised(*of) for of in zip(values, steps, finer_BC, strict=True)]
+
+
+@pytest.mark.parametrize("shape", [(24, 16), (5, 130), (33, 67), (512, 96)])
+def test_company_changes_no_bit(shape: tuple[int, int]) -> None:
+    """Matrices quantised together are what each is alone, and so are their factors."""
+    weights, hessians = zip(*(layer(*shape, seed=seed, dead=(3,) if seed == 1 else ()) for seed in range(5)), strict=True)
+    torch.set_num_threads(1)  # as exact_operations() lets it be
+    together = quantised(list(weights), list(hessians))
+    for i, (weight, hessian) in enumerate(zip(weights, hessians, strict=True)):
+        assert all(torch.equal(a, b) for a, b in zip(together[i], quantised([weight], [hessian])[0], strict=True))
+
+
+def test_finer_columns_are_closer() -> None:
+    weight, hessian = layer(16, 130)
+    coarse, fine = pack(weight, hessian), quantised([weight], [hessian], finer=2)[0]
+    assert int(fine.values_RC[:, :64].abs().max()) > 31 >= int(fine.values_RC[:, 64:].abs().max())
+    errors = [((gptq.dequantise(of) - weight)[:, :64] ** 2).mean() for of in (coarse, fine)]
+    steps = fine.steps_R.float()[:, None] / 4
+    assert torch.equal(gptq.dequantise(fine)[:, :64], fine.values_RC[:, :64] * steps)
+    assert errors[1] < errors[0] / 2
+    assert gptq.costs(gptq.dequantise(fine) - weight, hessian).sum() < gptq.costs(gptq.dequantise(coarse) - weight, hessian).sum()
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -69,10 +102,10 @@ def test_block_size_does_not_matter(block_columns: int) -> None:
 
 def test_the_worked_case_of_the_docstring() -> None:
     weight, hessian = torch.tensor([[0.4, 0.4]]), torch.tensor([[1.0, 0.9], [0.9, 1.0]])
-    known = gptq.feedback(hessian, 0.0, "case")
+    known = gptq.feedback(hessian[None], 0.0, ["case"])[0]
     torch.testing.assert_close(known.upper_CC, torch.tensor([[2.2942, -2.0647], [0.0, 1.0]]), atol=1e-4, rtol=0)
     torch.testing.assert_close(known.upper_CC.T @ known.upper_CC, torch.linalg.inv(hessian))
-    values = gptq.quantise(weight, known, torch.ones(1).half(), 31, 128)[0]
+    values = gptq.quantise(weight[None], [known], torch.ones(1, 1).half(), torch.zeros(1, 2, dtype=torch.uint8), 31, 128)[0][0]
     assert values.tolist() == [[0, 1]]
     assert float(gptq.costs(weight, hessian).sum()) == pytest.approx(0.608)
     assert float(gptq.costs(weight - values, hessian).sum()) == pytest.approx(0.088)
@@ -137,7 +170,7 @@ def indefinite() -> Tensor:
 @pytest.mark.parametrize("hessian", [indefinite(), torch.full((20, 20), float("nan")), -torch.eye(20)])
 def test_a_hessian_that_is_not_positive_definite_names_the_layer(hessian: Tensor) -> None:
     with pytest.raises(ValueError, match=r"blocks\.3\.mlp\.up\.weight: its Hessian is not positive definite"):
-        gptq.feedback(hessian, 0.01, "blocks.3.mlp.up.weight")
+        gptq.feedback(torch.stack([torch.eye(20), hessian]), 0.01, ["blocks.2.mlp.up.weight", "blocks.3.mlp.up.weight"])
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
@@ -146,12 +179,6 @@ def test_weights_beyond_float16_steps_name_the_layer(bad: float) -> None:
     weight[2, 3] = bad
     with pytest.raises(ValueError, match="matrix: the step of a row is not a finite float16"):
         pack(weight, hessian)
-
-
-def test_a_hessian_of_another_size_is_refused() -> None:
-    weight, _ = layer(6, 20)
-    with pytest.raises(ValueError, match=r"shape \(3, 3\) does not fit"):
-        pack(weight, torch.eye(3))
 
 
 @pytest.mark.gpu

@@ -291,7 +291,10 @@ def test_cross_entropy_of_logits_that_all_are_at_the_cap(place, sign):
 
 # All together
 
-SMALL = replace(TINY, context=17, width=32, layers=3, heads=2, kv_heads=1, rope_dims=8, parallel_from=2, loop_first=1, loop_last=1, loops=1)
+SMALL = replace(
+    TINY, context=17, width=32, layers=3, heads=2, kv_heads=1, rope_dims=8, parallel_from=2, loop_first=1, loop_last=1, loops=1,
+    value_tables=1,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("looped", [False, True], ids=["straight", "looped"])
@@ -351,7 +354,7 @@ def operator_arguments(draw, place):
             draw(*query), draw(*row, dtype=single), draw(*row, dtype=single),
         ),
         "squared_leaky_mlp": (leaf(*small), leaf(16, 8), leaf(8, 16)),
-        "squared_leaky_mlp_backward": (draw(*small), draw(*small), draw(16, 8), draw(8, 16), draw(*wide), draw(*wide)),
+        "squared_leaky_mlp_backward": (draw(*small), draw(*small), draw(16, 8), draw(8, 16), draw(*wide), draw(*wide), False),
         "softcapped_cross_entropy": (leaf(5, 7), targets, SOFTCAP),
         "softcapped_cross_entropy_backward": (draw(5, dtype=single), draw(5, 7), targets, draw(5, dtype=single), SOFTCAP),
     }  # fmt: skip

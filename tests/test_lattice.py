@@ -75,6 +75,20 @@ def problem(rows: int, columns: int, states: int, rate_weight: float, seed: int,
     )
 
 
+def choose(of: Problem) -> Chosen:
+    """What the module makes of it."""
+    columns = lattice.columns_of(of.upper_CC, of.columns_C)
+    return lattice.choose(lattice.axes_of(of.weight_RC, of.importance_R, of.rows_R, columns), of.step, of.states, of.rate_weight)
+
+
+def plain(weight_RC: np.ndarray, step: float, states: int, rate_weight: float, upper_CC: np.ndarray | None = None) -> Chosen:
+    """The same of weights whose rows and columns all count alike, without feedback if no U is given."""
+    rows, columns = weight_RC.shape
+    upper_CC = np.eye(columns, dtype=np.float32) if upper_CC is None else upper_CC
+    zeros_R, zeros_C = np.zeros(rows, np.int8), np.zeros(columns, np.int8)
+    return choose(Problem(weight_RC, upper_CC, np.ones(rows, np.float32), zeros_R, zeros_C, step, states, rate_weight))
+
+
 def slow(of: Problem) -> Slow:
     weight_RC, upper_CC, importance_R, rows_R, columns_C, step, states, rate_weight = of
     down_R, across_C = step * 2.0 ** (rows_R / 8), 2.0 ** (columns_C / 8)
@@ -155,10 +169,9 @@ def is_on_the_trellis(levels_RC: np.ndarray, states: int) -> bool:
 @given(arrays(np.int32, st.tuples(st.integers(1, 6), st.integers(1, 20)), elements=st.integers(-4000, 4000)), st.integers(-8, 8))
 @settings(max_examples=50, deadline=None)
 def test_one_state_without_rate_or_feedback_rounds_to_nearest(quarters_RC: np.ndarray, octaves: int) -> None:
-    rows, columns = quarters_RC.shape
-    step, zeros_R, zeros_C = 2.0**octaves, np.zeros(rows, np.int8), np.zeros(columns, np.int8)
+    step = 2.0**octaves
     y_RC = quarters_RC.astype(np.float32) / 4
-    got = lattice.choose(y_RC * np.float32(step), np.eye(columns, dtype=np.float32), np.ones(rows), zeros_R, zeros_C, step, 1, 0.0)
+    got = plain(y_RC * np.float32(step), step, 1, 0.0)
     assert np.array_equal(got.entered_RC, y_RC)
     ties_RC = quarters_RC % 4 == 2
     assert np.array_equal(got.lattice.levels_RC[~ties_RC], np.rint(y_RC)[~ties_RC])
@@ -175,7 +188,7 @@ def test_one_state_without_rate_is_gptq_column_by_column(columns: int) -> None:
         expected_RC[:, column] = np.rint(left_RC[:, column] / steps_RC[:, column])
         error_R = (left_RC[:, column] - expected_RC[:, column] * steps_RC[:, column]) / upper_CC[column, column]
         left_RC[:, column + 1 :] -= np.outer(error_R, upper_CC[column, column + 1 :])
-    got = lattice.choose(*case)
+    got = choose(case)
     # A value that lies within float32 rounding of a half may go either way, and its row then takes another path; hardly any does.
     differ_R = (got.lattice.levels_RC != expected_RC).any(1)
     assert differ_R.sum() <= 2
@@ -187,7 +200,7 @@ def test_one_state_without_rate_is_gptq_column_by_column(columns: int) -> None:
 @pytest.mark.parametrize("columns", [1, 8])
 def test_without_feedback_no_path_is_cheaper(states: int, rate_weight: float, columns: int) -> None:
     case = problem(40, columns, states, rate_weight, seed=6, feedback=False)
-    of, got = slow(case), lattice.choose(*case)
+    of, got = slow(case), choose(case)
     assert is_on_the_trellis(got.lattice.levels_RC, states)
     np.testing.assert_allclose(got.entered_RC, of.y_RC, rtol=1e-6)
     best_R = [slow_paths(of, row)[0].min() for row in range(40)]
@@ -198,7 +211,7 @@ def test_without_feedback_no_path_is_cheaper(states: int, rate_weight: float, co
 @pytest.mark.parametrize("rate_weight", [0.0, 0.1])
 def test_with_feedback_the_survivors_are_close_to_the_best_path(states: int, rate_weight: float) -> None:
     case = problem(200, 6, states, rate_weight, seed=7)
-    of, got = slow(case), lattice.choose(*case)
+    of, got = slow(case), choose(case)
     best_R, found_R = np.array([slow_paths(of, row)[0].min() for row in range(200)]), costs_of(of, got)
     assert (best_R <= found_R * (1 + 1e-5) + 1e-6).all()
     assert (found_R / best_R).mean() < 1.05  # of 4 states without rate it depends on the draw: from 1.01 to 1.11
@@ -207,7 +220,7 @@ def test_with_feedback_the_survivors_are_close_to_the_best_path(states: int, rat
 @pytest.mark.parametrize(("columns", "states"), [(6, 8), (300, 1), (300, 8), (300, 64), (300, 256)])
 def test_levels_are_on_the_trellis_and_entered_values_are_those_of_feedback(columns: int, states: int) -> None:
     case = problem(10, columns, states, 0.1, seed=8)
-    of, got = slow(case), lattice.choose(*case)
+    of, got = slow(case), choose(case)
     assert is_on_the_trellis(got.lattice.levels_RC, states)
     for row in range(10):
         entered_C = slow_paths(of, row, got.lattice.levels_RC[row : row + 1])[2][0]
@@ -218,7 +231,7 @@ def test_levels_are_on_the_trellis_and_entered_values_are_those_of_feedback(colu
 def test_blocks_cost_nothing(states: int) -> None:
     columns = 2 * lattice.BLOCK + 44
     case = problem(24, columns, states, 0.1, seed=9, feedback=False)
-    of, got = slow(case), lattice.choose(*case)
+    of, got = slow(case), choose(case)
     best_R, found_R = slow_viterbi(of), costs_of(of, got)
     assert (best_R <= found_R * (1 + 1e-5)).all()
     assert (found_R <= 1.01 * best_R).all()
@@ -228,7 +241,7 @@ def test_blocks_cost_nothing(states: int) -> None:
 def test_same_input_same_levels_and_inputs_untouched() -> None:
     case = problem(20, 300, 8, 0.1, seed=10)
     before = [np.copy(part) for part in case]
-    first, second = lattice.choose(*case), lattice.choose(*case)
+    first, second = choose(case), choose(case)
     assert np.array_equal(first.lattice.levels_RC, second.lattice.levels_RC)
     assert np.array_equal(first.entered_RC, second.entered_RC)
     for part, copy in zip(case, before, strict=True):
@@ -239,7 +252,7 @@ def test_the_order_in_memory_does_not_matter() -> None:
     """A Cholesky factor is often the transposed view of the one that was computed."""
     case = problem(20, 150, 8, 0.1, seed=11)
     transposed = case._replace(weight_RC=np.asfortranarray(case.weight_RC), upper_CC=np.asfortranarray(case.upper_CC))
-    got, expected = lattice.choose(*transposed), lattice.choose(*case)
+    got, expected = choose(transposed), choose(case)
     assert np.array_equal(got.lattice.levels_RC, expected.lattice.levels_RC)
     assert np.array_equal(got.entered_RC, expected.entered_RC)
 
@@ -248,18 +261,36 @@ def test_a_common_factor_of_all_importances_does_not_matter() -> None:
     """What a row's error costs is weighed against bits in units of the mean cost."""
     case = problem(20, 40, 8, 0.1, seed=12)
     scaled = case._replace(importance_R=case.importance_R * np.float32(2.0**-20))
-    assert np.array_equal(lattice.choose(*scaled).lattice.levels_RC, lattice.choose(*case).lattice.levels_RC)
+    assert np.array_equal(choose(scaled).lattice.levels_RC, choose(case).lattice.levels_RC)
 
 
 def test_zero_weights_become_zero() -> None:
     case = problem(12, 40, 8, 0.1, seed=13, feedback=False)
     weight_RC = np.zeros_like(case.weight_RC)
-    assert not lattice.choose(*case._replace(weight_RC=weight_RC)).lattice.levels_RC.any()
+    assert not choose(case._replace(weight_RC=weight_RC)).lattice.levels_RC.any()
+
+
+def test_wider_columns_are_as_if_they_had_been_so_from_the_start() -> None:
+    case = problem(20, 40, 8, 0.1, seed=15)
+    eighths_C = np.arange(40) % 3
+    axes = lattice.axes_of(case.weight_RC, case.importance_R, case.rows_R, lattice.columns_of(case.upper_CC, case.columns_C))
+    got = lattice.choose(lattice.widened(axes, eighths_C), case.step, case.states, case.rate_weight)
+    expected = choose(case._replace(columns_C=(case.columns_C + eighths_C).astype(np.int8)))
+    assert np.array_equal(got.lattice.columns_C, expected.lattice.columns_C)
+    differ_R = (got.lattice.levels_RC != expected.lattice.levels_RC).any(1)  # where last digits decided
+    assert differ_R.sum() <= 2
+    np.testing.assert_allclose(got.entered_RC[~differ_R], expected.entered_RC[~differ_R], atol=1e-3)
+
+
+def test_variances_are_products_of_rows_and_columns() -> None:
+    rows_R, columns_C = np.array([1.0, 4.0, 0.25]), np.array([1.0, 9.0])
+    got_R, got_C = lattice.variances(np.sqrt(np.outer(rows_R, columns_C)))
+    np.testing.assert_allclose(np.outer(got_R, got_C), np.outer(rows_R, columns_C))
 
 
 def test_the_lattice_keeps_what_it_was_given() -> None:
     case = problem(12, 40, 8, 0.1, seed=14, step=0.1)
-    got = lattice.choose(*case).lattice
+    got = choose(case).lattice
     assert got.levels_RC.dtype == np.int16
     assert got.levels_RC.shape == (12, 40)
     assert np.array_equal(got.rows_R, case.rows_R)
@@ -317,17 +348,17 @@ def test_the_table_of_bits_is_of_probabilities(states: int) -> None:
 def test_a_weight_too_many_steps_from_zero_is_refused(bad: float) -> None:
     case = problem(6, 10, 8, 0.1, seed=17, feedback=False)._replace(rows_R=np.zeros(6, np.int8), columns_C=np.zeros(10, np.int8), step=1.0)
     case.weight_RC[2, 3] = 16383.0
-    assert abs(lattice.choose(*case).lattice.levels_RC[2, 3] - 16383) <= 2
+    assert abs(choose(case).lattice.levels_RC[2, 3] - 16383) <= 2
     case.weight_RC[2, 3] = bad
     with pytest.raises(ValueError, match="steps from zero, 16383 are allowed; its step is too fine"):
-        lattice.choose(*case)
+        choose(case)
 
 
 def test_a_level_that_feedback_drives_beyond_16_bits_is_refused() -> None:
     """An error of 0.4 steps moves the second column by 40,000 steps."""
-    zeros_C, upper_CC = np.zeros(2, np.int8), np.array([[1, 1e5], [0, 1]], np.float32)
+    upper_CC = np.array([[1, 1e5], [0, 1]], np.float32)
     with pytest.raises(ValueError, match="steps"):
-        lattice.choose(np.array([[0.4, 0]], np.float32), upper_CC, np.ones(1, np.float32), zeros_C[:1], zeros_C, 1.0, 1, 0.0)
+        plain(np.array([[0.4, 0]], np.float32), 1.0, 1, 0.0, upper_CC)
 
 
 BROKEN = {
@@ -343,11 +374,11 @@ BROKEN = {
 def test_costs_that_are_not_numbers_are_refused(name: str) -> None:
     """No path is then cheaper than another, and compiled code checks no index: the attempt is made in a process that may die."""
     case = problem(4, 40, 8, 0.1, seed=18)
-    lattice.choose(*case)  # compiles, once for all
+    choose(case)  # compiles, once for all
 
     def attempt() -> None:
         with pytest.raises(ValueError, match=r"\S"):
-            lattice.choose(*BROKEN[name](case))
+            choose(BROKEN[name](case))
 
     process = multiprocessing.get_context("fork").Process(target=attempt)
     process.start()
@@ -361,9 +392,8 @@ def test_costs_that_are_not_numbers_are_refused(name: str) -> None:
 def test_the_rate_is_as_near_to_the_bound_as_the_trellis_allows(states: int, step: float, least: float, most: float) -> None:
     """Normal values need log2(deviation / root of distortion) bits; the uniform grid's 0.25 above that is what trellises win back."""
     weight_RC = np.random.default_rng(19).standard_normal((256, 512)).astype(np.float32)
-    zeros_R, zeros_C = np.zeros(256, np.int8), np.zeros(512, np.int8)
-    chosen = lattice.choose(weight_RC, np.eye(512, dtype=np.float32), np.ones(256, np.float32), zeros_R, zeros_C, step, states, 0.1).lattice
+    chosen = plain(weight_RC, step, states, 0.1).lattice
     distortion_R = ((lattice.weights(chosen) - weight_RC) ** 2).mean(1)
-    bits = 8 * len(encode(chosen.levels_RC, states)) / weight_RC.size
+    bits = 8 * len(encode(chosen.levels_RC, chosen.rows_R, chosen.columns_C, states)) / weight_RC.size
     above = bits - np.log2(weight_RC.var(1) / distortion_R).mean() / 2
     assert least < above < most

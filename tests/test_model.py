@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from stages import config
-from stages.train.model import Model, initialise_, visit_plan
+from stages.train.model import Model, initialise_, value_table, visit_plan
 from stages.train.operations import PLAIN, operations
 from stages.train.params import ModelParams, Params
 from stages.train.plain import documents_of
@@ -68,6 +68,32 @@ def test_visits_of_the_record():
     record = record_model_params()
     assert visit_plan(record, looped=False) == ((0, 1, 2, 3, 4), (5, 6, 7, 8, 9, 10))
     assert visit_plan(record, looped=True) == ((0, 1, 2, 3, 4, 5, 3, 4), (5, 3, 4, 5, 6, 7, 8, 9, 10))
+
+
+def test_which_block_reads_which_value_table():
+    assert [value_table(replace(TINY, layers=6, value_tables=2), block) for block in range(6)] == [0, 1, None, None, 0, 1]
+    assert [value_table(replace(TINY, value_tables=0), block) for block in range(TINY.layers)] == [None] * TINY.layers
+
+
+def test_gates_smear_and_value_tables_begin_as_if_they_were_not_there():
+    plain = replace(TINY, gate_width=0, smear_width=0, value_tables=0)
+    models = [Model(TINY), Model(plain)]
+    for model in models:
+        initialise_(model, 3)
+        torch.nn.init.eye_(model.get_parameter("blocks.0.attention.output.weight"))
+    assert len(models[0].state_dict()) - len(models[1].state_dict()) == TINY.layers + 2 + TINY.value_tables + 2 * TINY.value_tables
+    with torch.no_grad():
+        with_all, without = (model.logits(torch.tensor(TOKENS)[None]) for model in models)
+    torch.testing.assert_close(with_all, without, atol=1e-6, rtol=0)
+
+
+def test_smear_adds_the_embedding_before_but_not_to_a_bos():
+    model, tokens = random_model(8), torch.tensor(TOKENS)[None]
+    assert model.smear is not None
+    with torch.no_grad():
+        rows = model.embedding(tokens)
+        added = (model.smear(rows, tokens) - rows)[0].norm(dim=-1)
+    assert [bool(size > 0) for size in added] == [t > 0 and token != BOS for t, token in enumerate(TOKENS)]
 
 
 @each_attention
@@ -167,6 +193,21 @@ def test_positions_restart_at_bos():
     twice = (BOS, 7, 20, 4) * 2
     assert all(torch.equal(heads[:4], heads[4:]) for heads in first_queries_and_keys(DOCUMENTS, twice))
     assert not any(torch.equal(heads[:4], heads[4:]) for heads in first_queries_and_keys(TINY, twice))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("gate_width", TINY.width + 1, "25 is not between 0 and the width 24"),
+        ("smear_width", -1, "-1 is not between 0 and the width 24"),
+        ("value_tables", 3, "3 is not between 0 and half of the 5 layers"),
+    ],
+)
+def test_parts_that_do_not_fit_the_model_are_refused(key, value, message):
+    raw = asdict(params())
+    raw["model"][key] = value
+    with pytest.raises(ValueError, match=rf"^model\.{key}: {message}$"):
+        config.build(raw, Params)
 
 
 @pytest.mark.parametrize("bos_id", [-1, TINY.vocab_size])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from stages.train.model import is_matrix
+from stages.train.model import is_matrix, is_table
 from stages.train.muon import NewtonSchulz, coefficients, muon_update, normalise_rows, orthogonalise
 from stages.train.optimizer import Optimizers
 from stages.train.schedule import StepSchedule
@@ -121,13 +121,13 @@ def test_steps_move_every_matrix_by_the_formulas(kind):
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-7], ids=["ordinary", "near eps"])
-def test_ten_steps_of_embedding_and_vectors_equal_torch_s_adamw(scale):
+def test_ten_steps_of_tables_and_vectors_equal_torch_s_adamw(scale):
     model, reference = random_model(0), random_model(0)
     optimizers = optimizers_of(model, clip_norm=UNCLIPPED)
     vectors = {name: parameter for name, parameter in reference.named_parameters() if not is_matrix(name)}
-    embedding = vectors.pop(EMBEDDING)
+    tables = {name: vectors.pop(name) for name in filter(is_table, list(vectors))}
     groups = [
-        {"params": [embedding], "lr": TRAIN.embedding_lr, "weight_decay": TRAIN.embedding_weight_decay},
+        {"params": list(tables.values()), "lr": TRAIN.embedding_lr, "weight_decay": TRAIN.embedding_weight_decay},
         {"params": list(vectors.values()), "lr": TRAIN.scalar_lr, "weight_decay": TRAIN.scalar_weight_decay},
     ]
     torch_adamw = torch.optim.AdamW(groups, betas=(TRAIN.adam_beta1, TRAIN.adam_beta2), eps=TRAIN.adam_eps)
@@ -139,7 +139,7 @@ def test_ten_steps_of_embedding_and_vectors_equal_torch_s_adamw(scale):
         torch_adamw.step()
         warmdown.step()
         take_step(optimizers, gradients, step, lr_multiplier=1 - step / 10)
-    for name, parameter in {EMBEDDING: embedding, **vectors}.items():
+    for name, parameter in {**tables, **vectors}.items():
         np.testing.assert_allclose(model.get_parameter(name).detach(), parameter.detach(), atol=2e-6, err_msg=name)
 
 
@@ -230,7 +230,7 @@ def test_every_matrix_is_a_unit_of_a_bank_of_its_shape():
     assert sorted(name for bank in matrices for name in bank.names) == sorted(filter(is_matrix, weights_of(random_model(0))))
     for bank in matrices:
         assert {tuple(parameter.shape) for parameter in bank.parameters} == {tuple(bank.weights.shape[1:])}
-    assert [bank.names for bank in banks if EMBEDDING in bank.names] == [[EMBEDDING]]
+    assert [bank.names for bank in banks if EMBEDDING in bank.names] == [list(filter(is_table, weights_of(random_model(0))))]
 
 
 def test_a_parameter_without_gradient_counts_as_zero_whatever_the_step_before_left():

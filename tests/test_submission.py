@@ -28,7 +28,6 @@ from stages.submission import plots
 from stages.submission.__main__ import STAGE, main
 from stages.submission.params import Params
 from stages.tokenize.params import TokenizeParams
-from stages.ttt_eval.params import TttEvalParams
 from tests import factories
 
 TEXT = [
@@ -45,10 +44,10 @@ PARAMS = Params(
     model=factories.TINY,
     tokenize=TokenizeParams("pydocs", "", "", "text", 0.1, 1000, "train", 300, 1000, 1, 1000),
     train=factories.TRAIN,
-    calibrate=CalibrateParams(64, 32, 32),
-    pack=PackParams("sdclip", "brotli", 8, 0.1, 0.5, 6, 8, 12.85, 20.0, 0.01, 128, 11, 16_000_000, 50_000),
+    calibrate=CalibrateParams(64, 32, 32, 1.0),
+    pack=PackParams("sdclip", "brotli", 8, 0.1, 0.5, 6, 8, 12.85, 12.85, 20.0, 0, 3, 0, 0.01, 128, 11, 16_000_000, 50_000),
     sliding_eval=SlidingEvalParams(16, 4, 4, 32),
-    ttt_eval=TttEvalParams(32, 1, 16, 0.01, 0.9, 1.0, 0.0),
+    ttt_eval=replace(factories.TTT, epochs=1, lr=0.01),
     bundle=BundleParams(11),
     audit=AuditParams(20, 64, 0.1, 16, 16, 1e-3, 1e-4, 0.5, 1e-3, 1e-6, 600.0),
     submission=CLAIM,

@@ -18,9 +18,9 @@ from stages.ttt_eval.hints import AGREES, LENGTHS, MOST_HITS, MOST_MISSES, NO_HI
 from stages.ttt_eval.scorer import TTTScorer
 from stages.ttt_eval.tilt import TiltScorer, scorer_for
 from tests import cheats, factories
-from tests.factories import TINY, random_model, world
+from tests.factories import TINY, TTT, random_model, world
 from tests.test_audit import PARAMS
-from tests.test_ttt_eval import SLIDING, TTT
+from tests.test_ttt_eval import SLIDING
 
 RATE = 0.05
 

@@ -46,6 +46,9 @@ def test_schedule_of_the_record():
     assert settings(750, 0.5, record).momentum == pytest.approx(0.955)
     assert settings(3000, 0.5, record).momentum == 0.99
     assert settings(999, 0.999, replace(record, min_lr=0.1)).lr_multiplier == 0.1
+    rising = replace(record, warmup_steps=10)
+    assert [settings(step, step / 1000, rising).lr_multiplier for step in (0, 4, 9, 10)] == pytest.approx([0.1, 0.5, 1.0, 1.0])
+    assert settings(0, 0.64, rising).lr_multiplier == pytest.approx(0.05)
 
 
 def test_a_budget_of_seconds_ends_with_the_first_step_after_it():
@@ -228,7 +231,7 @@ def test_warm_up_takes_back_all_that_it_changed():
 @pytest.mark.parametrize("layers", [TINY.layers, 1])
 def test_steps_after_warm_up_are_those_without(layers):
     """The skips of a single layer have no gradient before it is looped: they keep none of the warm-up's."""
-    model_params = TINY if layers > 1 else replace(TINY, layers=1, loop_first=0, loop_last=0)
+    model_params = TINY if layers > 1 else replace(TINY, layers=1, loop_first=0, loop_last=0, value_tables=0)
     cold, warm = a_loop(model_params), a_loop(model_params)
     warm.warm_up()
     for looped in (False, True):
@@ -237,18 +240,19 @@ def test_steps_after_warm_up_are_those_without(layers):
         assert all(map(torch.equal, everything(cold), everything(warm)))
 
 
-def test_two_gloo_ranks_give_one_rank_s_loss(tmp_path):
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_several_gloo_ranks_give_one_rank_s_loss(tmp_path, ranks):
     command, one, environment = run_train(tmp_path, "one")
     assert finish(command, environment).returncode == 0
-    command, two, environment = run_train(tmp_path, "two", "--set", "parallel.nproc=2")
+    command, several, environment = run_train(tmp_path, "several", "--set", f"parallel.nproc={ranks}")
     result = finish(command, environment)
     assert result.returncode == 0, result.stderr
-    losses = [np.loadtxt(folder / "loss.tsv", skiprows=1)[:, 1] for folder in (one, two)]
+    losses = [np.loadtxt(folder / "loss.tsv", skiprows=1)[:, 1] for folder in (one, several)]
     np.testing.assert_allclose(losses[1], losses[0], atol=1e-4)
-    states = [load_file(folder / "model.safetensors") for folder in (one, two)]
+    states = [load_file(folder / "model.safetensors") for folder in (one, several)]
     for name in states[0]:
         torch.testing.assert_close(states[1][name], states[0][name], atol=2e-3, rtol=0)
-    assert json.loads((two / "timing.json").read_text())["ranks"] == 2
+    assert json.loads((several / "timing.json").read_text())["ranks"] == ranks
 
 
 def test_killed_then_resumed_ends_with_the_same_bytes(tmp_path):

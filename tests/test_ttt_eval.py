@@ -9,10 +9,9 @@ from stages.sliding_eval.params import SlidingEvalParams
 from stages.sliding_eval.scorer import SlidingScorer
 from stages.ttt_eval.params import Params, TttEvalParams
 from stages.ttt_eval.scorer import TTTScorer, chunk_lr
-from tests.factories import PARALLEL, TINY, random_model, world
+from tests.factories import PARALLEL, TINY, TTT, random_model, world
 
 SLIDING = SlidingEvalParams(window=16, stride=4, batch_windows=3, chunk=32)
-TTT = TttEvalParams(chunk=32, epochs=2, batch_tokens=16, lr=0.05, momentum=0.9, clip_norm=1.0, tilt_rate=0.0)
 
 
 def stream(count: int = 150) -> np.ndarray:

@@ -26,10 +26,10 @@ def main(run: command.Run[Params]) -> None:
     if run.output.resolve().is_relative_to(source.resolve()):
         raise ValueError(f"--output {run.arguments.output} lies in the source that is packed; name a folder outside {source}")
     carried = carrier.sources(source.parent)
-    text = carrier.render(carried, embedded(run.params), run.params.bundle.brotli_quality)
-    run.report.log(f"bundle: {len(carried)} modules, {sum(map(len, carried.values())):,} characters stripped, {len(text):,} bytes packed")
-    run.write_text("train_gpt.py", text)
-    run.write_json("metrics.json", {"bytes_code": len(text.encode("utf-8")), "modules": len(carried)})
+    file = carrier.render(carried, embedded(run.params), run.params.bundle.brotli_quality)
+    run.report.log(f"bundle: {len(carried)} modules, {sum(map(len, carried.values())):,} characters stripped, {len(file):,} bytes packed")
+    run.write_bytes("train_gpt.py", file)
+    run.write_json("metrics.json", {"bytes_code": len(file), "modules": len(carried)})
 
 
 def embedded(params: Params) -> dict[str, Any]:

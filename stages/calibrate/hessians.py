@@ -3,8 +3,9 @@
 The Hessian of a matrix W with inputs x is the mean of x x^T over calibration tokens (GPTQ, arXiv 2210.17323).
 
 The error that rounding adds to a layer's output is tr(dW H dW^T), so H is all that GPTQ needs to know of the data. Observers hang on the
-one forward definition, with looping on, so that a looped block's Hessian is the sum over its visits. The tied embedding is measured where
-it is the head: on the normalised residual stream (#1394).
+one forward definition, with looping on, so that a looped block's Hessian is the sum over its visits, of which those after the first have a
+weight of their own. The tied embedding is measured where it is the head: on the normalised residual stream (#1394). A value table is only
+looked up, one row for a token: all of its columns count alike, and its rows by their importance.
 
 The importance of a row is the mean over tokens of the squared gradient of the token's loss in the row's weights, summed over the row: the
 diagonal of the empirical Fisher matrix. One backward pass gives it for a whole batch: with independent random signs on the tokens' losses,
@@ -13,6 +14,7 @@ the square of the summed gradient is in the mean the sum of the squares, since p
 Shapes: N tokens, C columns of a matrix, which are its inputs.
 """
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,9 +26,7 @@ from stages.clock import Interval
 from stages.parallel import World
 from stages.report import Report
 from stages.train.data import Windows, micro_batch_size, to_device
-from stages.train.model import Model, is_matrix, model_for
-
-EMBEDDING = "embedding.weight"
+from stages.train.model import EMBEDDING, MLP, Model, is_matrix, is_quantised, is_table, model_for, visit_plan
 
 
 def hessian_name(matrix_name: str) -> str:
@@ -41,10 +41,10 @@ def importance_name(matrix_name: str) -> str:
     return f"{matrix_name}.importance"
 
 
-def accumulate_(hessian_CC: Tensor, inputs: Tensor) -> None:
-    """Add the sum of x x^T over all leading dimensions of inputs (..., C), in float32."""
+def accumulate_(hessian_CC: Tensor, inputs: Tensor, weight: float = 1.0) -> None:
+    """Add `weight` times the sum of x x^T over all leading dimensions of inputs (..., C), in float32."""
     x_NC = inputs.detach().flatten(0, -2).float()
-    hessian_CC.addmm_(x_NC.T, x_NC)
+    hessian_CC.addmm_(x_NC.T, x_NC, alpha=weight)
 
 
 def collect(
@@ -53,8 +53,8 @@ def collect(
     """Hessians and importances by name, float32 on the CPU; the clock runs from the first read of training data to the last."""
     model = model_for(params.model, world)
     model.load_state_dict(state)
-    sums = observe_(model)
-    squares = {name: torch.zeros(len(weight), device=world.device) for name, weight in model.named_parameters() if _is_quantised(name)}
+    sums = observe_(model, params.calibrate.revisit_weight)
+    squares = {name: torch.zeros(len(weight), device=world.device) for name, weight in model.named_parameters() if is_quantised(name)}
     local = local_windows(params, world)
     differentiated = max(1, params.calibrate.importance_tokens // params.model.context // world.size)
     micro = micro_batch_size(local, params.calibrate.micro_batch_tokens // params.model.context)
@@ -73,6 +73,7 @@ def collect(
     passes = -(-min(differentiated, local) // micro)  # whole ones: the last may go beyond
     for hessian in sums.values():
         world.sum_(hessian).div_(params.calibrate.tokens)
+    sums |= {name: torch.eye(weight.shape[1]) for name, weight in state.items() if is_table(name) and name != EMBEDDING}
     for square in squares.values():
         world.sum_(square).div_(passes * micro * params.model.context * world.size)
     found = sums | {importance_name(name): square for name, square in squares.items()}
@@ -87,9 +88,16 @@ def local_windows(params: Params, world: World) -> int:
     return sequences // world.size
 
 
-def observe_(model: Model) -> dict[str, Tensor]:
-    """Hang an observer on every distinct input of a quantised matrix; the returned sums fill as the model runs."""
+def observe_(model: Model, revisit_weight: float = 1.0) -> dict[str, Tensor]:
+    """Hang an observer on every distinct input of a quantised matrix; the returned sums fill as the model runs, looped.
+
+    The fused MLP calls no module that could be observed, so the modules' own products take its place, with gradients too.
+    """
     device = model.embedding.weight.device
+    plan = visit_plan(model.params, looped=True)
+    visits = {f"blocks.{index}": (plan.encoder + plan.decoder).count(index) for index in range(model.params.layers)}
+    for mlp in (module for module in model.modules() if isinstance(module, MLP)):
+        mlp.operations = mlp.operations._replace(mlp=None)
     sums: dict[str, Tensor] = {}
     for name, module in model.named_modules():
         weight = f"{name}.weight"
@@ -97,14 +105,11 @@ def observe_(model: Model) -> dict[str, Tensor]:
             columns = module.weight.shape[1]
             sums[weight] = torch.zeros(columns, columns, device=device)
             seen_by = model.get_submodule(name.removesuffix(".query"))  # query, key and value are one product of the attention's input
-            seen_by.register_forward_pre_hook(_observer(sums[weight]))
+            of_block = visits[".".join(name.split(".")[:2])]
+            seen_by.register_forward_pre_hook(_observer(sums[weight], of_block, revisit_weight))
     sums[EMBEDDING] = torch.zeros(model.params.width, model.params.width, device=device)
-    model.head.register_forward_pre_hook(_observer(sums[EMBEDDING]))
+    model.head.register_forward_pre_hook(_observer(sums[EMBEDDING], 1, revisit_weight))
     return sums
-
-
-def _is_quantised(name: str) -> bool:
-    return is_matrix(name) or name == EMBEDDING
 
 
 def differentiate_(model: Model, inputs: Tensor, targets: Tensor, first: int, squares: dict[str, Tensor]) -> None:
@@ -117,8 +122,11 @@ def differentiate_(model: Model, inputs: Tensor, targets: Tensor, first: int, sq
         squares[name] += gradient.float().square().sum(1)
 
 
-def _observer(hessian: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+def _observer(hessian: Tensor, visits: int, revisit_weight: float) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    """An observer of a module that one forward pass visits so often."""
+    visit = itertools.cycle(range(visits))
+
     def observe(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        accumulate_(hessian, arguments[0])
+        accumulate_(hessian, arguments[0], 1.0 if next(visit) == 0 else revisit_weight)
 
     return observe

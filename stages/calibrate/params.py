@@ -14,9 +14,12 @@ class CalibrateParams:
     tokens: int  # training tokens whose activations are measured, over all ranks; the first ones of the training order
     importance_tokens: int  # of these, tokens whose gradients say how much each row matters; rounded up to whole passes
     micro_batch_tokens: int  # most tokens of one forward pass
+    revisit_weight: float  # of the second and later visits of a looped block in the Hessians of its matrices; 1 counts every visit alike
 
     def __post_init__(self) -> None:
         require_positive(self, "tokens", "importance_tokens", "micro_batch_tokens")
+        if self.revisit_weight < 0:
+            reject("revisit_weight", f"{self.revisit_weight} is negative")
         if self.importance_tokens > self.tokens:
             reject("importance_tokens", f"{self.importance_tokens} is above calibrate.tokens ({self.tokens})")
 

@@ -5,7 +5,7 @@ budget decides one number only, the quantiser's scale (budget.py, quantisers.py)
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,11 +14,12 @@ from torch import Tensor
 
 from stages.calibrate.hessians import importance_name
 from stages.config import build
-from stages.pack import budget, codec, container, roles, table, tensors
-from stages.pack.container import Contents, Entry, Form, Stream
+from stages.pack import budget, coder, container, correction, gptq, lattice, roles, table, tensors
+from stages.pack.container import Contents, Entry, Form
 from stages.pack.params import PackParams
-from stages.pack.quantisers import AtRate, Quantiser, Result, SDClip, hessian_of, threads_for
-from stages.pack.workers import exact_operations, in_threads, usable_cores
+from stages.pack.quantisers import QUANTISERS, Quantiser, Result, hessian_of, importance_of, threads_for
+from stages.pack.tensors import Corrected
+from stages.pack.workers import beside, exact_operations, in_threads, usable_cores
 from stages.parallel import World
 from stages.report import Report
 from stages.train.model import Model, model_for
@@ -59,16 +60,17 @@ def pack(
     finite; and gives both figures when no scale brings the file under the budget.
     """
     check_shapes({name: tuple(tensor.shape) for name, tensor in state.items()}, model_params)
-    at_rate = pack_params.quantiser == "rate"
-    if at_rate:  # the search is no work for a GPU, and so the bytes do not depend on one
+    make = QUANTISERS[pack_params.quantiser]
+    beside(*([lattice.compile_ahead] if make.on_cpu else []), *([coder.compile_ahead] if pack_params.codec == "adaptive" else []))
+    if make.on_cpu:
         state, hessians = ({name: tensor.cpu() for name, tensor in of.items()} for of in (state, hessians))
     matrices = {name: tensor.detach() for name, tensor in sorted(state.items()) if roles.kind_of(name) != "rest"}
     rest = {name: _as_float16(name, tensor, pack_params) for name, tensor in sorted(state.items()) if name not in matrices}
     with exact_operations():
-        quantiser = (AtRate if at_rate else SDClip)(matrices, hessians, pack_params, report)
+        quantiser = make(matrices, hessians, pack_params, report)
 
         def attempt(scale: float) -> Attempt:
-            quantised = _quantise_all(matrices, quantiser, scale, pack_params, report)
+            quantised = _quantise_all(matrices, hessians, quantiser, scale, pack_params, report)
             by_name = rest | {name: entry for name, (entry, _) in quantised.items()}
             entries = tuple(by_name[name] for name in sorted(by_name))
             blob = container.write(Contents(dataclasses.asdict(model_params), entries))
@@ -76,11 +78,8 @@ def pack(
             return Attempt(blob, entries, {name: result for name, (_, result) in quantised.items()})
 
         allowed, weights = pack_params.model_budget_bytes, sum(tensor.numel() for tensor in matrices.values())
-        if isinstance(quantiser, AtRate):
-            first = quantiser.scale_for(8.0 * (allowed - sum(entry.payload_bytes for entry in rest.values())))
-            scale, best = budget.fill(attempt, lambda tried: len(tried.blob), allowed, weights, first)
-        else:
-            scale, best = budget.fit(attempt, lambda tried: len(tried.blob), allowed, weights)
+        scales = quantiser.scales(8.0 * (allowed - sum(entry.payload_bytes for entry in rest.values())))
+        scale, best = budget.fill(attempt, lambda tried: len(tried.blob), allowed, weights, scales)
         rows = _measure(best, state, hessians)
     return Packed(best.blob, [*rows, table.container_row(rows, len(best.blob))], scale)
 
@@ -118,19 +117,55 @@ def check_shapes(shapes: Mapping[str, tuple[int, ...]], params: ModelParams) -> 
 
 
 def _quantise_all(
-    matrices: Mapping[str, Tensor], quantiser: Quantiser, scale: float, params: PackParams, report: Report
+    matrices: Mapping[str, Tensor],
+    hessians: Mapping[str, Tensor],
+    quantiser: Quantiser,
+    scale: float,
+    params: PackParams,
+    report: Report,
 ) -> dict[str, tuple[Entry, Result]]:
     """Every matrix quantised and encoded."""
     with report.progress("GPTQ", sum(tensor.numel() for tensor in matrices.values())) as progress:
 
-        def one(name: str) -> tuple[Entry, Result]:
-            result = quantiser.quantise(name, scale)
-            entry = _entry(name, tuple(matrices[name].shape), result.form, result.coded, params)
-            progress.advance(matrices[name].numel(), name)
-            return entry, result
+        def together(names: Sequence[str]) -> dict[str, Result]:
+            made = dict(zip(names, quantiser.quantise(names, scale), strict=True))
+            progress.advance(sum(matrices[name].numel() for name in names), names[0])
+            return made
 
-        made = in_threads(one, list(matrices), lambda name: matrices[name].numel(), threads_for(matrices.values()))
-    return dict(zip(matrices, made, strict=True))
+        def size(names: Sequence[str]) -> int:
+            return sum(matrices[name].numel() for name in names)
+
+        batches = in_threads(together, quantiser.batches, size, threads_for(matrices.values()))
+    results = {name: result for batch in batches for name, result in batch.items()}
+    if params.lqer_rank:
+        results |= _corrected(matrices, hessians, quantiser, results, params)
+
+    def encoded(name: str) -> Entry:
+        return _entry(name, tuple(matrices[name].shape), results[name].form, results[name].coded, params)
+
+    entries = in_threads(encoded, list(matrices), lambda name: matrices[name].numel(), usable_cores())
+    return {name: (entry, results[name]) for name, entry in zip(matrices, entries, strict=True)}
+
+
+def _corrected(
+    matrices: Mapping[str, Tensor], hessians: Mapping[str, Tensor], quantiser: Quantiser, results: Mapping[str, Result], params: PackParams
+) -> dict[str, Result]:
+    """The results, with corrections, of the matrices for which the expected loss falls most for their bytes."""
+
+    def one(name: str) -> tuple[float, str, Result]:
+        weight, result, rank = matrices[name].float(), results[name], params.lqer_rank
+        importance_R = torch.from_numpy(importance_of(name, weight, hessians, params.row_weight)).to(weight.device)
+        error = weight - tensors.decoded(result.coded).to(weight.device)
+        made = correction.correct(error, quantiser.known[name], importance_R, rank)
+        left = error - correction.product(made, len(weight)).to(weight.device)
+        hessian = hessian_of(name, weight, hessians).to(weight.device)
+        gain = float((importance_R * (gptq.costs(error, hessian) - gptq.costs(left, hessian))).sum()) / sum(weight.shape)
+        assert not isinstance(result.coded, Corrected), "a quantiser corrects nothing itself"
+        return gain, name, result._replace(coded=Corrected(result.coded, made), form=result.form._replace(rank=rank))
+
+    found = in_threads(one, list(matrices), lambda name: matrices[name].numel(), threads_for(matrices.values()))
+    best = sorted(found, key=lambda of: (-of[0], of[1]))[: params.lqer_tensors]
+    return {name: result for gain, name, result in best if gain > 0}
 
 
 def _measure(best: Attempt, state: Mapping[str, Tensor], hessians: Mapping[str, Tensor]) -> list[table.Row]:
@@ -156,12 +191,10 @@ def _as_float16(name: str, tensor: Tensor, params: PackParams) -> Entry:
 
 def _entry(name: str, shape: tuple[int, ...], form: Form, coded: tensors.Coded, params: PackParams) -> Entry:
     """A tensor's streams: the integers by the codec that the parameters name, what little else there is by brotli."""
-    codecs = (params.codec, "brotli") if form.kind != "float16" else ("brotli",)
-    raw, layouts = tensors.raw_streams(coded), container.layouts(form, shape)
-    streams = tuple(
-        Stream(by, codec.encode(by, stream, layout, params.brotli_quality)) for by, stream, layout in zip(codecs, raw, layouts, strict=True)
-    )
-    return Entry(name, shape, form, streams)
+    raw = tensors.raw_streams(coded)
+    integers = () if form.kind == "float16" else (0, len(raw) - 2) if form.rank else (0,)
+    codecs = [params.codec if index in integers else "brotli" for index in range(len(raw))]
+    return Entry(name, shape, form, container.encode_streams(form, shape, raw, codecs, params.brotli_quality))
 
 
 def _decode(entry: Entry) -> Tensor:

@@ -26,11 +26,18 @@ class Layout:
     rows: int
     columns: int
     states: int = 1
+    exponents: bytes = b""  # signed bytes, of rows and then of columns, where they are known beforehand (lattice.py)
 
     @property
     def raw_bytes(self) -> int:
         """Bytes once decoded."""
         return self.item_bytes * self.rows * self.columns
+
+    @property
+    def axes(self) -> tuple[np.ndarray, np.ndarray]:
+        """The exponents of rows and of columns, int8; zeros where they are not known."""
+        known = np.frombuffer(self.exponents or bytes(self.rows + self.columns), np.int8)
+        return known[: self.rows], known[self.rows :]
 
 
 class Codec(NamedTuple):
@@ -102,11 +109,11 @@ def _decode_brotli(payload: bytes, layout: Layout) -> bytes:
 
 def _encode_adaptive(raw: bytes, layout: Layout, _: int) -> bytes:
     values = np.frombuffer(raw, f"<i{layout.item_bytes}").reshape(layout.rows, layout.columns)
-    return coder.encode(values.astype(np.int16), layout.states)
+    return coder.encode(values.astype(np.int16), *layout.axes, layout.states)
 
 
 def _decode_adaptive(payload: bytes, layout: Layout) -> bytes:
-    values = coder.decode(payload, layout.rows, layout.columns, layout.states)
+    values = coder.decode(payload, *layout.axes, layout.states)
     narrow = values.astype(f"<i{layout.item_bytes}")
     if not np.array_equal(narrow, values):
         raise ValueError(f"an arithmetic-coded stream holds values beyond {layout.item_bytes} bytes")

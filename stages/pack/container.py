@@ -8,14 +8,18 @@
     48      H     header: brotli over canonical JSON
     48+H          streams, one after another, in the header's order, to the end of the file
 
-    header  {"model": {...}, "tensors": [{"name", "shape", "form": [kind, size], "streams": [{"codec", "bytes"}, ...]}, ...]}
+    header  {"model": {...}, "tensors": [{"name", "shape", "form": [kind, size, rank], "streams": [{"codec", "bytes"}, ...]}, ...]}
 
 The form says what the streams decode to:
 
-    ["float16", 16]     the values
-    ["rows", bits]      int8 values row by row; float16 steps, one for each row
-    ["lattice", states] int16 levels row by row, which follow a trellis of so many states; a float32 step and one signed byte for each
-                        row and each column, their exponents (lattice.py)
+    ["float16", 16, 0]     the values
+    ["rows", bits, K]      int8 values row by row; float16 steps, one for each row
+    ["groups", bits, K]    the same, and a byte for each group of 64 columns: 1 where steps are as much finer as makes 8 bits of the values
+    ["lattice", states, K] int16 levels row by row, which follow a trellis of so many states; a float32 step and one signed byte for each
+                           row and each column, their exponents (lattice.py). The adaptive codec of the levels needs these.
+
+and, where K is above 0, a correction of that rank: K rows of int8, each a column of the one factor and a row of the other; K float32 steps
+(correction.py).
 
 How long a stream is when decoded follows from form and shape, so that no length can contradict another.
 
@@ -28,15 +32,16 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, NoReturn, get_args
 
 from stages.pack import codec
 from stages.pack.codec import Layout
+from stages.pack.correction import MAX_RANK
 from stages.pack.trellis import STATES
 
 MAGIC = b"\x89CADDIE\n"
-VERSION = 2
+VERSION = 3
 CHECKSUM_START = len(MAGIC) + 4
 HEADER_START = CHECKSUM_START + 32
 MAX_HEADER_BYTES = 1 << 20  # decompressed; a record-size header takes 20 kB
@@ -44,12 +49,14 @@ MAX_TENSORS = 5_000  # a hundred and odd in the record's model
 MAX_DIMENSIONS = 4
 MAX_SIDE = 1 << 20  # of a dimension: a decoder keeps a few numbers for each column
 MAX_RAW_BYTES = 1 << 28  # of all decoded streams together: seven times the record's model
+STEP_BYTES = 4  # of a lattice, before its exponents
 MAX_DIGITS = 15  # of an integer in the header
 NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 MAX_NAME_LENGTH = 200
 
 
-FormKind = Literal["float16", "rows", "lattice"]
+GROUP_COLUMNS = 64  # of AWQ-lite (#1908)
+FormKind = Literal["float16", "rows", "groups", "lattice"]
 FORM_KINDS: tuple[FormKind, ...] = get_args(FormKind)
 
 
@@ -58,6 +65,7 @@ class Form(NamedTuple):
 
     kind: FormKind
     size: int  # bits of a value, or states of the trellis
+    rank: int = 0  # of the correction that is added
 
 
 @dataclass(frozen=True)
@@ -96,9 +104,11 @@ def layouts(form: Form, shape: Sequence[int]) -> tuple[Layout, ...]:
     if form.kind == "float16":
         return (Layout(2, 1, math.prod(shape)),)
     rows, columns = shape
-    if form.kind == "rows":
-        return Layout(1, rows, columns), Layout(2, 1, rows)
-    return Layout(2, rows, columns, form.size), Layout(1, 1, 4 + rows + columns)
+    correction = (Layout(1, form.rank, rows + columns), Layout(4, 1, form.rank)) if form.rank else ()
+    if form.kind == "lattice":
+        return Layout(2, rows, columns, form.size), Layout(1, 1, STEP_BYTES + rows + columns), *correction
+    groups = (Layout(1, 1, -(-columns // GROUP_COLUMNS)),) if form.kind == "groups" else ()
+    return Layout(1, rows, columns), Layout(2, 1, rows), *groups, *correction
 
 
 def write(contents: Contents) -> bytes:
@@ -125,15 +135,26 @@ def read(blob: bytes) -> Contents:
     return Contents(header["model"], entries)
 
 
+def encode_streams(form: Form, shape: Sequence[int], raw: Sequence[bytes], codecs: Sequence[str], quality: int) -> tuple[Stream, ...]:
+    """A tensor's streams from their raw bytes, by the codecs of these names; `quality` is brotli's."""
+    first, *others = layouts(form, shape)
+    every = _informed(form, first, raw[1:]), *others
+    return tuple(Stream(by, codec.encode(by, stream, of, quality)) for by, stream, of in zip(codecs, raw, every, strict=True))
+
+
 def decode_streams(entry: Entry) -> tuple[bytes, ...]:
     """The raw bytes of each stream of a tensor."""
     try:
-        return tuple(
-            codec.decode(stream.codec, stream.payload, layout)
-            for stream, layout in zip(entry.streams, layouts(entry.form, entry.shape), strict=True)
-        )
+        (first, *others), (layout, *others_layouts) = entry.streams, layouts(entry.form, entry.shape)
+        side = [codec.decode(stream.codec, stream.payload, of) for stream, of in zip(others, others_layouts, strict=True)]
+        return codec.decode(first.codec, first.payload, _informed(entry.form, layout, side)), *side
     except ValueError as error:
         raise ValueError(f"damaged model file: tensor {entry.name}: {error}") from error
+
+
+def _informed(form: Form, first: Layout, side: Sequence[bytes]) -> Layout:
+    """What the first stream decodes to, knowing the others: levels on a lattice know its exponents."""
+    return replace(first, exponents=side[0][STEP_BYTES:]) if form.kind == "lattice" else first
 
 
 def _header(contents: Contents) -> dict[str, Any]:
@@ -214,7 +235,7 @@ def _check_record(record: Any) -> None:
     name, shape, form, streams = (record[key] for key in ("name", "shape", "form", "streams"))
     if not isinstance(name, str) or len(name) > MAX_NAME_LENGTH or not NAME.fullmatch(name):
         _refuse("the name of a tensor is not words joined by dots")
-    if not isinstance(form, list) or len(form) != 2 or not _is_form(*form):
+    if not isinstance(form, list) or len(form) != 3 or not _is_form(*form):
         _refuse(f"tensor {name} is kept in an impossible form")
     if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(_is_size(size) and size <= MAX_SIDE for size in shape):
         _refuse(f"the shape of tensor {name} is not a list of at most {MAX_DIMENSIONS} sizes")
@@ -245,10 +266,12 @@ def _cut(records: list[dict[str, Any]], body: bytes) -> tuple[Entry, ...]:
     return tuple(entries)
 
 
-def _is_form(kind: Any, size: Any) -> bool:
-    if type(size) is not int or kind not in FORM_KINDS:
+def _is_form(kind: Any, size: Any, rank: Any) -> bool:
+    if type(size) is not int or type(rank) is not int or kind not in FORM_KINDS:
         return False
-    return {"float16": size == 16, "rows": 2 <= size <= 8, "lattice": size in STATES}[kind]
+    if not 0 <= rank <= (0 if kind == "float16" else MAX_RANK):
+        return False
+    return {"float16": size == 16, "rows": 2 <= size <= 8, "groups": 2 <= size <= 7, "lattice": size in STATES}[kind]
 
 
 def _is_size(value: Any) -> bool:

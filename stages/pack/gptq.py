@@ -15,22 +15,29 @@ What is unusual here: U comes from one Cholesky factorisation and one triangular
 order of rows and columns of H (J H J), factor it as L L^T, and reverse L: H = R R^T with R = J L J upper triangular, so
 H^-1 = R^-T R^-1 and U = R^-1. All else is float32. Nothing here alters its arguments.
 
-Shapes: R rows (outputs), C columns (inputs), N columns of a block.
+Matrices of one shape are worked on together: a column of one matrix is too little work for a GPU, and on a CPU too little to pay for the
+calls. Each product is of one matrix by itself, so that on a CPU the company changes no bit (a test says so); cuBLAS chooses its algorithm
+by the size of the batch too, and promises the same bits only for the same batch.
+
+Shapes: B matrices worked on together, R rows (outputs), C columns (inputs), N columns of a block.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 SMALLEST_STEP = 1e-10  # floor of the divisor, so that a row of zeros divides
+INVERTED_WHOLE = 64  # size up to which a triangular matrix is inverted by substitution
 
 
 class Quantised(NamedTuple):
-    """A matrix as integers and one step for each row."""
+    """A matrix as integers, one step for each row, and by what power of two the steps of a column are finer."""
 
     values_RC: Tensor  # int8
     steps_R: Tensor  # float16
+    finer_C: Tensor  # uint8: 0 almost everywhere
 
 
 class Feedback(NamedTuple):
@@ -49,70 +56,88 @@ def row_steps(weight_RC: Tensor, clip: float, qmax: int, name: str) -> Tensor:
     return steps
 
 
-def feedback(hessian_CC: Tensor, damping: float, name: str, act_order: bool = True) -> Feedback:
-    """Dead columns, order and U of a Hessian; a ValueError when it is not positive definite after damping.
+def feedback(hessians_BCC: Tensor, damping: float, names: Sequence[str], act_order: bool = True) -> list[Feedback]:
+    """Dead columns, order and U of each Hessian; a ValueError names the first that is not positive definite after damping.
 
     Without act-order the columns stay as they are.
     """
-    hessian = hessian_CC.double()
-    diagonal = hessian.diagonal()
-    dead = diagonal == 0
-    diagonal = torch.where(dead, 1.0, diagonal)
-    columns = torch.arange(len(diagonal), device=hessian.device)
-    order = torch.sort(diagonal, descending=True, stable=True).indices if act_order else columns
-    damped = hessian - torch.diag(hessian.diagonal()) + torch.diag(diagonal + damping * diagonal.mean())
-    reversed_order = order.flip(0)
-    lower, failed = torch.linalg.cholesky_ex(damped[reversed_order][:, reversed_order])
-    if int(failed) or not bool(torch.isfinite(lower).all()):
-        raise ValueError(
-            f"{name}: its Hessian is not positive definite with damping {damping} (mean diagonal {float(diagonal.mean()):.3g});"
-            " calibrate on more data or raise pack.damping"
-        )
-    identity = torch.eye(len(order), dtype=torch.float64, device=hessian.device)
-    upper = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
-    return Feedback(order, dead, upper.float())
+    hessians = hessians_BCC.double()
+    diagonals = hessians.diagonal(dim1=1, dim2=2)
+    dead_BC = diagonals == 0
+    diagonals = torch.where(dead_BC, 1.0, diagonals)
+    columns = torch.arange(diagonals.shape[1], device=hessians.device).expand_as(diagonals)
+    order_BC = torch.sort(diagonals, dim=1, descending=True, stable=True).indices if act_order else columns
+    means_B1 = diagonals.mean(1, keepdim=True)
+    damped = hessians.diagonal_scatter(diagonals + damping * means_B1, dim1=1, dim2=2)
+    lower, failed_B = torch.linalg.cholesky_ex(_permuted(damped, order_BC.flip(1)))
+    for name, failed, factor, mean in zip(names, failed_B.tolist(), lower, means_B1, strict=True):
+        if failed or not bool(torch.isfinite(factor).all()):
+            raise ValueError(
+                f"{name}: its Hessian is not positive definite with damping {damping} (mean diagonal {float(mean):.3g});"
+                " calibrate on more data or raise pack.damping"
+            )
+    return [Feedback(*of) for of in zip(order_BC, dead_BC, _inverse(lower.flip(1, 2)).float(), strict=True)]
 
 
-def quantise(weight_RC: Tensor, known: Feedback, steps_R: Tensor, qmax: int, block_columns: int) -> tuple[Tensor, Tensor]:
-    """The integers of GPTQ, (R, C) int8, and the values that were rounded to them: weights after feedback (R, C), float32.
+def _permuted(matrices_BCC: Tensor, order_BC: Tensor) -> Tensor:
+    """Rows and columns of each matrix in its order."""
+    rows = order_BC[:, :, None].expand_as(matrices_BCC)
+    return matrices_BCC.gather(1, rows).gather(2, rows.transpose(1, 2))
+
+
+def _inverse(upper_BCC: Tensor) -> Tensor:
+    """The inverses of upper triangular matrices, by halves: a third of the work of solving for the identity, most of it products."""
+    size = upper_BCC.shape[1]
+    if size <= INVERTED_WHOLE:
+        identity = torch.eye(size, dtype=upper_BCC.dtype, device=upper_BCC.device).expand_as(upper_BCC)
+        return torch.linalg.solve_triangular(upper_BCC, identity, upper=True)
+    half = size // 2
+    first, last = _inverse(upper_BCC[:, :half, :half]), _inverse(upper_BCC[:, half:, half:])
+    inverse = torch.zeros_like(upper_BCC)
+    inverse[:, :half, :half], inverse[:, half:, half:] = first, last
+    inverse[:, :half, half:] = -(first @ upper_BCC[:, :half, half:] @ last)
+    return inverse
+
+
+def quantise(
+    weights_BRC: Tensor, known: Sequence[Feedback], steps_BR: Tensor, finer_BC: Tensor, qmax: int, block_columns: int
+) -> tuple[Tensor, Tensor]:
+    """The integers of GPTQ, (B, R, C) int8, and the values that were rounded to them: weights after feedback (B, R, C), float32.
 
     Columns are rounded in blocks of N. Inside a block, column j gathers the errors of the block's earlier columns just before it is
     rounded; the columns after the block receive the errors of the whole block in one matrix product (the lazy update):
 
         | done | block: e_0 .. e_N-1 | the rest: W -= U[block, rest]^T e, once a block |
+
+    A column that is finer by f takes steps 2^f times as fine, and integers up to as many times qmax.
     """
-    rows, columns = weight_RC.shape
-    step = steps_R.float()
-    divisor = step.clamp_min(SMALLEST_STEP)
-    left_CR = weight_RC.float().masked_fill(known.dead_C, 0.0)[:, known.order_C].T.contiguous()
-    rounded_CR, entered_CR = torch.empty_like(left_CR), torch.empty_like(left_CR)
+    count, rows, columns = weights_BRC.shape
+    order_BC, dead_BC, upper_BCC = (torch.stack(of) for of in zip(*known, strict=True))
+    order_BRC = order_BC[:, None].expand_as(weights_BRC)
+    left_BCR = weights_BRC.float().masked_fill(dead_BC[:, None], 0.0).gather(2, order_BRC).transpose(1, 2).contiguous()
+    rounded_BCR, entered_BCR = torch.empty_like(left_BCR), torch.empty_like(left_BCR)
+    times_BC1 = torch.exp2(finer_BC.float()).gather(1, order_BC)[:, :, None]
     for start in range(0, columns, block_columns):
         stop = min(start + block_columns, columns)
-        lower_NN = known.upper_CC[start:stop, start:stop].T.contiguous()
-        errors_NR = torch.empty(stop - start, rows, device=left_CR.device)
+        lower_BNN = upper_BCC[:, start:stop, start:stop].transpose(1, 2).contiguous()
+        errors_BNR = torch.empty(count, stop - start, rows, device=left_BCR.device)
         for j in range(stop - start):
-            column = torch.addmv(left_CR[start + j], errors_NR[:j].T, lower_NN[j, :j], alpha=-1.0)
-            rounded = torch.round(column / divisor).clamp_(-qmax, qmax)
-            errors_NR[j] = (column - rounded * step) / lower_NN[j, j]
-            rounded_CR[start + j], entered_CR[start + j] = rounded, column
-        left_CR[stop:].addmm_(known.upper_CC[start:stop, stop:].T, errors_NR, alpha=-1.0)
-    back_C = torch.argsort(known.order_C)
-    return rounded_CR[back_C].T.contiguous().to(torch.int8), entered_CR[back_C].T.contiguous()
-
-
-def gptq(
-    weight_RC: Tensor, hessian_CC: Tensor, *, qmax: int, clip: float, damping: float, block_columns: int, name: str = "matrix"
-) -> Quantised:
-    """A matrix to integers and steps; `name` is the layer's, for errors."""
-    if hessian_CC.shape != (weight_RC.shape[1],) * 2:
-        raise ValueError(f"{name}: a Hessian of shape {tuple(hessian_CC.shape)} does not fit the weights {tuple(weight_RC.shape)}")
-    steps = row_steps(weight_RC, clip, qmax, name)
-    return Quantised(quantise(weight_RC, feedback(hessian_CC, damping, name), steps, qmax, block_columns)[0], steps)
+            column_BR, times_B1 = left_BCR[:, start + j], times_BC1[:, start + j]
+            if j:
+                column_BR = torch.baddbmm(column_BR[:, None], lower_BNN[:, j : j + 1, :j], errors_BNR[:, :j], alpha=-1.0)[:, 0]
+            step_BR = steps_BR.float() / times_B1
+            rounded_BR = torch.round(column_BR / step_BR.clamp_min(SMALLEST_STEP)).clamp_(-qmax * times_B1, qmax * times_B1)
+            errors_BNR[:, j] = (column_BR - rounded_BR * step_BR) / lower_BNN[:, j, j, None]
+            rounded_BCR[:, start + j], entered_BCR[:, start + j] = rounded_BR, column_BR
+        left_BCR[:, stop:].baddbmm_(upper_BCC[:, start:stop, stop:].transpose(1, 2), errors_BNR, alpha=-1.0)
+    back_BRC = torch.argsort(order_BC, dim=1)[:, None].expand_as(weights_BRC)
+    rounded_BRC, entered_BRC = (of.transpose(1, 2).gather(2, back_BRC) for of in (rounded_BCR, entered_BCR))
+    return rounded_BRC.to(torch.int8), entered_BRC
 
 
 def dequantise(quantised: Quantised) -> Tensor:
     """The weights that the decoder sees, float32 (R, C)."""
-    return quantised.values_RC.float() * quantised.steps_R.float()[:, None]
+    return quantised.values_RC.float() * (quantised.steps_R.float()[:, None] / torch.exp2(quantised.finer_C.float()))
 
 
 def costs(difference_RC: Tensor, hessian_CC: Tensor) -> Tensor:

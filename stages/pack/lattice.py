@@ -23,6 +23,7 @@ time; its last DELAY decisions are taken back and searched again with the next b
 Shapes: R rows, C columns, S states.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -31,6 +32,7 @@ from numba import njit
 
 from stages.pack.coder import LARGEST
 from stages.pack.trellis import trellis
+from stages.pack.workers import in_threads
 
 PER_OCTAVE = 8  # factors of rows and columns are powers of 2^(1/8)
 ROOTS = np.array([1.0, 1.0905077, 1.1892071, 1.2968396, 1.4142135, 1.5422108, 1.6817929, 1.8340081], np.float32)
@@ -38,9 +40,11 @@ FARTHEST = 127  # exponents are signed bytes
 
 BLOCK, DELAY_PER_BIT = 128, 8  # columns searched at once, and how many of them are taken back for each bit of the trellis's state
 ROWS_AT_ONCE = 16  # whose feedback shares a pass over V
-CLASSES, CLASSES_PER_OCTAVE, NARROWEST = 72, 4, -4.0  # of a value's deviation, from 2^-4 levels on
+PIECE_WEIGHTS = 1 << 19  # of a matrix that are searched by one thread
+CLASSES, CLASSES_PER_OCTAVE, NARROWEST = 72, 4, -4  # of a value's deviation, from 2^-4 levels on
 TABULATED = 256  # magnitudes whose bits are tabulated
 RAREST = 1e-9  # probability in the table of bits
+TINY = 1e-300
 
 
 class Lattice(NamedTuple):
@@ -58,6 +62,23 @@ class Chosen(NamedTuple):
 
     lattice: Lattice
     entered_RC: np.ndarray  # float32
+
+
+class Columns(NamedTuple):
+    """What is known of a matrix's inputs; the same for all matrices that share them, and for every step."""
+
+    exponents_C: np.ndarray  # int8: the columns' factors
+    cost_C: np.ndarray  # float64: of an error of one step, but for the row's part
+    unit_CC: np.ndarray  # float32: V
+
+
+class Axes(NamedTuple):
+    """What `choose` needs of a matrix but the step."""
+
+    scaled_RC: np.ndarray  # float32: weights over the factors of their rows and columns
+    rows_R: np.ndarray  # int8: exponents
+    cost_R: np.ndarray  # float64: of an error of one step, but for the column's part
+    columns: Columns
 
 
 def scales(exponents: np.ndarray) -> np.ndarray:
@@ -81,60 +102,98 @@ def weights(lattice: Lattice) -> np.ndarray:
     return lattice.levels_RC.astype(np.float32) * columns_C * scales(lattice.rows_R)[:, None]
 
 
-def choose(
-    weight_RC: np.ndarray,
-    upper_CC: np.ndarray,
-    importance_R: np.ndarray,
-    rows_R: np.ndarray,
-    columns_C: np.ndarray,
-    step: float,
-    states: int,
-    rate_weight: float,
-) -> Chosen:
-    """The levels of float32 weights. `upper_CC` is GPTQ's U in the order of the columns, `importance_R` the rows' g.
+def variances(values_RC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The mean squares of rows (R,), relative to all, and of columns (C,): a value's variance is taken for the product of both."""
+    squares = values_RC.astype(np.float64) ** 2
+    return squares.mean(1) / max(float(squares.mean()), TINY), squares.mean(0)
+
+
+def columns_of(upper_CC: np.ndarray, exponents_C: np.ndarray) -> Columns:
+    """The columns' part of the search, from GPTQ's U in the order of the columns. U_jk / U_jj is what an error of 1 in column j takes
+    from column k; in V both are in steps of their own columns."""
+    across_C, diagonal_C = scales(exponents_C), upper_CC.diagonal().astype(np.float64)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):  # looked at below
+        unit_CC = np.ascontiguousarray(upper_CC * (across_C / diagonal_C)[:, None] / across_C, np.float32)
+        cost_C = (across_C / diagonal_C) ** 2
+    _require_finite(unit_CC, cost_C)
+    return Columns(exponents_C, cost_C, unit_CC)
+
+
+def axes_of(weight_RC: np.ndarray, importance_R: np.ndarray, rows_R: np.ndarray, columns: Columns) -> Axes:
+    """A matrix of float32 weights for the search; `importance_R` are the rows' g, `rows_R` their exponents."""
+    down_R = scales(rows_R)
+    scaled_RC = np.ascontiguousarray(weight_RC / down_R[:, None] / scales(columns.exponents_C))
+    return Axes(scaled_RC, rows_R, importance_R.astype(np.float64) * down_R.astype(np.float64) ** 2, columns)
+
+
+def widened(axes: Axes, eighths_C: np.ndarray) -> Axes:
+    """The same with columns whose exponents are larger by so many eighths of an octave."""
+    scaled_RC, rows_R, cost_R, columns = axes
+    exponents_C = np.minimum(columns.exponents_C + eighths_C, FARTHEST).astype(np.int8)
+    by_C = scales(exponents_C.astype(np.int16) - columns.exponents_C)
+    unit_CC = columns.unit_CC * by_C[:, None] / by_C
+    wider = Columns(exponents_C, columns.cost_C * by_C.astype(np.float64) ** 2, unit_CC)
+    return Axes(scaled_RC / by_C, rows_R, cost_R, wider)
+
+
+def choose(axes: Axes, step: float, states: int, rate_weight: float) -> Chosen:
+    """The levels of a matrix at one step, on a trellis of so many states.
 
     `rate_weight` is lambda over the squared distance of the levels to choose from. 0 takes the nearest path. At 0.1 bits and squared error
     are at their best together, but the levels are drawn towards zero, and trained weights suffer from that more than from errors without
     a direction: at equal bytes 0 lost a quarter of what 0.1 lost (docs/log.md). A ValueError when a level would not fit 16 bits.
     """
-    code = trellis(states)
-    across_C, down_R = scales(columns_C), scales(rows_R) * np.float32(step)
-    y_RC = np.ascontiguousarray(weight_RC / down_R[:, None] / across_C)
-    largest = float(np.abs(y_RC).max(initial=0.0))
-    if not largest <= LARGEST // 2:  # feedback may add to it
-        raise ValueError(f"a weight is {largest:.4g} steps from zero, {LARGEST // 2} are allowed; its step is too fine")
-    diagonal_C = upper_CC.diagonal().astype(np.float64)
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):  # looked at below
-        # U_jk / U_jj is what an error of 1 in column j takes from column k; here both are in steps of their own columns.
-        unit_CC = np.ascontiguousarray(upper_CC / diagonal_C[:, None] * across_C[:, None] / across_C, np.float32)
-        cost_R = importance_R.astype(np.float64) * scales(rows_R).astype(np.float64) ** 2
-        cost_C = (across_C / diagonal_C) ** 2
-        cost_R = cost_R / (cost_R.mean() * cost_C.mean())
-    if not all(np.isfinite(of).all() for of in (unit_CC, cost_R, cost_C)):
-        raise ValueError("the costs of errors are not finite numbers above zero; see to the Hessian and to the importance of rows")
-    row_class_R, column_class_C = _classes(y_RC)
-    levels_RC = np.zeros(y_RC.shape, np.int16)
+    code, columns = trellis(states), axes.columns
+    y_RC = axes.scaled_RC / np.float32(step)
+    _require_room(y_RC, LARGEST // 2)  # feedback may add to it
+    with np.errstate(divide="ignore", invalid="ignore"):
+        mean_cost = axes.cost_R.mean() * columns.cost_C.mean()
+        cost_R = axes.cost_R / mean_cost
+    _require_finite(cost_R)
+    if rate_weight > 0:
+        row_class_R, column_class_C = _classes(y_RC)
+        prices = np.float32(rate_weight * code.stride**2) * bit_table(states)
+    else:
+        row_class_R, column_class_C = np.zeros(len(y_RC), np.int64), np.zeros(y_RC.shape[1], np.int64)
+        prices = np.zeros((1, 1), np.float32)
+    odd_S = (np.arange(states) % 2).astype(np.float32)
     delay = min(BLOCK // 2, DELAY_PER_BIT * (states.bit_length() - 1))
-    lagrangian = np.float32(rate_weight * code.stride**2)
-    _search(
-        y_RC,
-        unit_CC,
-        cost_R.astype(np.float32),
-        cost_C.astype(np.float32),
-        row_class_R,
-        column_class_C,
-        lagrangian * bit_table(states),
-        code.into_S2,
-        code.stride,
-        delay,
-        levels_RC,
-    )
+    task = _Task(columns.unit_CC, columns.cost_C.astype(np.float32), column_class_C, prices, code.into_S2, odd_S, code.stride, delay)
+    levels_RC, cost_R = np.zeros(y_RC.shape, np.int16), cost_R.astype(np.float32)
+
+    def search(rows: slice) -> None:
+        _search(y_RC[rows], cost_R[rows], row_class_R[rows], task, _places(states), levels_RC[rows])
+
+    in_threads(search, pieces := _pieces(*y_RC.shape), lambda rows: rows.stop - rows.start, len(pieces))
+    _require_room(y_RC, LARGEST - 2 * code.stride)
+    return Chosen(Lattice(levels_RC, axes.rows_R, columns.exponents_C, float(np.float32(step)), states), y_RC)
+
+
+def compile_ahead() -> None:
+    """Have the search compiled, which takes seconds."""
+    one, none = np.ones((1, 1), np.float32), np.zeros(1, np.int8)
+    choose(axes_of(one, one[0], none, columns_of(one, none)), 1.0, 1, 0.0)
+
+
+def _pieces(rows: int, columns: int) -> list[slice]:
+    """Rows that a thread searches on its own, so that the largest matrix is not waited for; no row depends on another."""
+    count = max(1, PIECE_WEIGHTS // max(1, columns) // ROWS_AT_ONCE) * ROWS_AT_ONCE
+    return [slice(first, min(first + count, rows)) for first in range(0, rows, count)]
+
+
+def _require_finite(*costs: np.ndarray) -> None:
+    if not all(np.isfinite(of).all() for of in costs):
+        raise ValueError("the costs of errors are not finite numbers above zero; see to the Hessian and to the importance of rows")
+
+
+def _require_room(y_RC: np.ndarray, most: int) -> None:
+    """A ValueError when a value lies too many steps from zero for levels of 16 bits."""
     largest = float(np.abs(y_RC).max(initial=0.0))
-    if not largest < LARGEST - 2 * code.stride:
-        raise ValueError(f"feedback drives a weight to {largest:.4g} steps from zero, where 16 bits end; its step is too fine")
-    return Chosen(Lattice(levels_RC, rows_R, columns_C, float(np.float32(step)), states), y_RC)
+    if not largest <= most:
+        raise ValueError(f"a weight is {largest:.4g} steps from zero, {most} are allowed; its step is too fine")
 
 
+@functools.cache
 def bit_table(states: int) -> np.ndarray:
     """Bits of a level by class of deviation, parity and magnitude, for normal values: (CLASSES, TABULATED) float32.
 
@@ -148,36 +207,47 @@ def bit_table(states: int) -> np.ndarray:
 
 
 def _classes(y_RC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Classes of deviation for rows and for columns, whose sum is a value's: deviations are taken for a product of both."""
-    squares = y_RC.astype(np.float64) ** 2
-    mean = max(squares.mean(), 1e-12)
+    """Classes of deviation for rows and for columns, whose sum is a value's row in the table of bits."""
+    rows_R, columns_C = (np.rint(CLASSES_PER_OCTAVE * np.log2(np.maximum(of, 1e-12)) / 2).astype(np.int64) for of in variances(y_RC))
+    return rows_R, columns_C - CLASSES_PER_OCTAVE * NARROWEST
 
-    def class_of(means: np.ndarray) -> np.ndarray:
-        return np.rint(CLASSES_PER_OCTAVE * np.log2(np.maximum(means, 1e-12)) / 2).astype(np.int64)
 
-    return class_of(squares.mean(1) / mean), class_of(squares.mean(0)) - round(CLASSES_PER_OCTAVE * NARROWEST)
+class _Task(NamedTuple):
+    """What all rows of a search share; compiled code takes it apart."""
+
+    unit_CC: np.ndarray
+    cost_C: np.ndarray
+    column_class_C: np.ndarray
+    prices: np.ndarray  # bits times lambda, by class and magnitude
+    into_S2: np.ndarray
+    odd_S: np.ndarray  # float32: 1 where a state's levels are odd
+    stride: int
+    delay: int
+
+
+class _Survivors(NamedTuple):
+    """Places for the survivors of one row and one block of columns; for values ahead there are two, which take turns."""
+
+    parents_BS: np.ndarray
+    levels_BS: np.ndarray
+    ahead_2SB: np.ndarray
+    costs_2S: np.ndarray
+    branch_levels_2S: np.ndarray
+    branch_errors_2S: np.ndarray
+    branch_totals_2S: np.ndarray
+
+
+def _places(states: int) -> _Survivors:
+    sizes = (BLOCK, states), (BLOCK, states), (2, states, BLOCK), *[(2, states)] * 4
+    return _Survivors(*(np.empty(size, np.int64 if i < 2 else np.float32) for i, size in enumerate(sizes)))
 
 
 @njit(nogil=True)
-def _search(
-    y_RC: np.ndarray,
-    unit_CC: np.ndarray,
-    cost_R: np.ndarray,
-    cost_C: np.ndarray,
-    row_class_R: np.ndarray,
-    column_class_C: np.ndarray,
-    prices: np.ndarray,
-    into_S2: np.ndarray,
-    stride: int,
-    delay: int,
-    levels_RC: np.ndarray,
-) -> None:
+def _search(y_RC: np.ndarray, cost_R: np.ndarray, row_class_R: np.ndarray, task: _Task, of: _Survivors, levels_RC: np.ndarray) -> None:
     """Fill `levels_RC`; `y_RC` ends as the values that entered the quantiser. Sums have a fixed order, so results do too."""
     rows, columns = y_RC.shape
     start_R = np.zeros(rows, np.int64)
-    parents = np.empty((BLOCK, len(into_S2)), np.int64)
-    candidates = np.empty((BLOCK, len(into_S2)), np.int64)
-    ahead = np.empty((2, len(into_S2), BLOCK), np.float32)
+    unit_CC, delay = task.unit_CC, task.delay
     for first_row in range(0, rows, ROWS_AT_ONCE):
         last_row = min(first_row + ROWS_AT_ONCE, rows)
         first = 0
@@ -185,88 +255,101 @@ def _search(
             last = min(first + BLOCK, columns)
             kept = last if last == columns else last - delay
             for row in range(first_row, last_row):
-                best = _survivors(
-                    y_RC[row], unit_CC, cost_R[row], cost_C, row_class_R[row], column_class_C, prices, into_S2, stride,
-                    start_R[row], first, last, parents, candidates, ahead,
-                )  # fmt: skip
-                for column in range(last - 1, first - 1, -1):
-                    if column == kept - 1:
-                        start_R[row] = best
-                    if column < kept:
-                        levels_RC[row, column] = candidates[column - first, best]
-                    best = parents[column - first, best]
+                best = _survive(y_RC[row], cost_R[row], row_class_R[row], start_R[row], first, last, task, of)
+                start_R[row] = _trace(best, first, last, kept, of.parents_BS, of.levels_BS, levels_RC[row])
             for column in range(first, kept):
                 moved_by = unit_CC[column, column + 1 :]
                 for row in range(first_row, last_row):
-                    error = y_RC[row, column] - np.float32(levels_RC[row, column])
-                    ahead_of_row = y_RC[row, column + 1 :]
-                    for i in range(len(moved_by)):
-                        ahead_of_row[i] -= error * moved_by[i]
+                    _move(y_RC[row, column + 1 :], y_RC[row, column] - np.float32(levels_RC[row, column]), moved_by)
             first = kept
 
 
+@njit(nogil=True, inline="always")
+def _move(ahead: np.ndarray, error: float, moved_by: np.ndarray) -> None:
+    """Let an error move the columns after it."""
+    for i in range(len(moved_by)):
+        ahead[i] -= error * moved_by[i]
+
+
 @njit(nogil=True)
-def _survivors(
-    y_C: np.ndarray,
-    unit_CC: np.ndarray,
-    row_cost: float,
-    cost_C: np.ndarray,
-    row_class: int,
-    column_class_C: np.ndarray,
-    prices: np.ndarray,
-    into_S2: np.ndarray,
-    stride: int,
-    start: int,
-    first: int,
-    last: int,
-    parents: np.ndarray,
-    candidates: np.ndarray,
-    ahead: np.ndarray,
-) -> int:
+def _trace(best: int, first: int, last: int, kept: int, parents_BS: np.ndarray, levels_BS: np.ndarray, levels_C: np.ndarray) -> int:
+    """The levels of columns first..kept on the path that ends in state `best` at `last`, into `levels_C`; its state at `kept`."""
+    start = best
+    for column in range(last - 1, first - 1, -1):
+        if column == kept - 1:
+            start = best
+        if column < kept:
+            levels_C[column] = levels_BS[column - first, best]
+        best = parents_BS[column - first, best]
+    return start
+
+
+@njit(nogil=True)
+def _survive(y_C: np.ndarray, row_cost: float, row_class: int, start: int, first: int, last: int, task: _Task, of: _Survivors) -> int:
     """Search one row's columns first..last from state `start`; the cheapest path's last state. Parents and levels are left to trace it."""
-    states = len(into_S2)
-    costs, new_costs = np.full(states, np.float32(np.inf), np.float32), np.empty(states, np.float32)
+    unit_CC, cost_C, column_class_C, prices, into_S2, odd_S, stride, _ = task
+    parents_BS, levels_BS, ahead_2SB, costs_2S, levels_2S, errors_2S, totals_2S = of
+    costs, new_costs, now, new = costs_2S[0], costs_2S[1], ahead_2SB[0], ahead_2SB[1]
+    costs[:] = np.float32(np.inf)
     costs[start] = 0.0
-    levels_2S, errors_2S = np.empty((2, states), np.float32), np.empty((2, states), np.float32)
-    totals_2S = np.empty((2, states), np.float32)
-    y_S, odd_S = np.empty(states, np.float32), np.zeros(states, np.float32)
-    if stride == 2:
-        odd_S[1::2] = 1.0
-    spacing, half, most = np.float32(2 * stride), np.float32(0.5), np.float32(prices.shape[1] - 1)
-    now, new = ahead[0], ahead[1]
     now[:] = 0.0  # survivors that are not yet there cost infinitely much, and must only be numbers
     for column in range(first, last):
         now[start, column - first] = y_C[column]
     for column in range(first, last):
         place = column - first
-        cost = row_cost * cost_C[column]
-        a_class = min(max(row_class + column_class_C[column], 0), len(prices) - 1)
-        priced = prices[a_class]
-        for state in range(states):
-            y_S[state] = now[state, place]
+        priced = prices[min(max(row_class + column_class_C[column], 0), len(prices) - 1)]
         for branch in range(2):
-            levels, errors, totals, shift = levels_2S[branch], errors_2S[branch], totals_2S[branch], np.float32(stride * branch)
-            for state in range(states):
-                offset = odd_S[state] + shift
-                level = np.floor((y_S[state] - offset) / spacing + half) * spacing + offset
-                error = y_S[state] - level
-                levels[state], errors[state] = level, error
-                totals[state] = costs[state] + error * error * cost + priced[np.int32(min(abs(level), most))]
+            _branch(
+                now,
+                place,
+                odd_S,
+                stride,
+                branch,
+                costs,
+                row_cost * cost_C[column],
+                priced,
+                levels_2S[branch],
+                errors_2S[branch],
+                totals_2S[branch],
+            )
         moved_by = unit_CC[column, column + 1 : last]
-        for state in range(states):
+        for state in range(len(costs)):
             step, other = into_S2[state, 0], into_S2[state, 1]
             if totals_2S[other & 1, other >> 1] < totals_2S[step & 1, step >> 1]:
                 step = other
             parent, branch = step >> 1, step & 1
             new_costs[state] = totals_2S[branch, parent]
-            parents[place, state], candidates[place, state] = parent, np.int64(levels_2S[branch, parent])
+            parents_BS[place, state], levels_BS[place, state] = parent, np.int64(levels_2S[branch, parent])
             values, error, into = now[parent, place + 1 :], errors_2S[branch, parent], new[state, place + 1 :]
             for i in range(len(moved_by)):
                 into[i] = values[i] - error * moved_by[i]
         now, new = new, now
         costs, new_costs = new_costs, costs
-    best = 0
-    for state in range(1, states):
-        if costs[state] < costs[best]:
-            best = state
-    return best
+    return int(np.argmin(costs))
+
+
+@njit(nogil=True, inline="always")
+def _branch(
+    now: np.ndarray,
+    place: int,
+    odd_S: np.ndarray,
+    stride: int,
+    branch: int,
+    costs: np.ndarray,
+    cost: float,
+    priced: np.ndarray,
+    levels: np.ndarray,
+    errors: np.ndarray,
+    totals: np.ndarray,
+) -> None:
+    """Each state's nearest level on one branch, its error, and what the path would then have cost."""
+    spacing, shift, half, most = np.float32(2 * stride), np.float32(stride * branch), np.float32(0.5), np.float32(len(priced) - 1)
+    for state in range(len(costs)):
+        y, offset = now[state, place], odd_S[state] + shift
+        level = np.floor((y - offset) / spacing + half) * spacing + offset
+        error = y - level
+        levels[state], errors[state] = level, error
+        totals[state] = costs[state] + error * error * cost
+    if len(priced) > 1:
+        for state in range(len(costs)):
+            totals[state] += priced[np.int32(min(abs(levels[state]), most))]

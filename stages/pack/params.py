@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from stages.config import reject, require_positive
+from stages.pack.correction import MAX_RANK
 from stages.pack.trellis import STATES
 from stages.parallel import ParallelParams
 from stages.train.params import ModelParams
@@ -20,10 +21,12 @@ class PackParams:
     row_weight: float  # rate: exponent of the rows' measured importance; 0 lets all rows of a matrix weigh the same
     matrix_bits: int  # sdclip: of a value of a block matrix, 2 to 8 (#1493: 6)
     embedding_bits: int  # sdclip: of a value of the embedding, 2 to 8 (#1493: 8)
-    matrix_clip: (
-        float  # sdclip: k, values are clipped k standard deviations of their row from zero (SDClip, #1394); wider is smaller and coarser
-    )
+    attention_clip: float  # sdclip: attention's values are clipped so many standard deviations of their row from zero (SDClip, #1394)
+    mlp_clip: float  # sdclip: the same for the MLPs' matrices; wider is smaller and coarser (a clip for each class: #1586)
     embedding_clip: float  # sdclip: the same for the embedding
+    lqer_rank: int  # of a low-rank correction of the matrices that gain most from one (correction.py; #1797); 0 is none
+    lqer_tensors: int  # how many matrices are corrected
+    awq_groups: int  # sdclip: groups of 64 columns, of the whole model, whose values get 8 bits (AWQ-lite, #1908); 0 is none
     damping: float  # added to the diagonal of each Hessian, as a fraction of the diagonal's mean
     block_columns: int  # sdclip: columns between two lazy updates of the rest of a matrix; changes speed and last digits only
     brotli_quality: int  # 0 to 11
@@ -36,12 +39,12 @@ class PackParams:
                 reject(key, f"{getattr(self, key)} is not between 2 and 8")
         if self.states not in STATES:
             reject("states", f"{self.states} is not among {', '.join(map(str, STATES))}")
-        for key in ("rate_weight", "row_weight"):
+        for key in ("rate_weight", "row_weight", "awq_groups", "damping"):
             if getattr(self, key) < 0:
                 reject(key, f"{getattr(self, key)} is negative")
-        require_positive(self, "matrix_clip", "embedding_clip", "block_columns", "budget_bytes")
-        if self.damping < 0:
-            reject("damping", f"{self.damping} is negative")
+        if not 0 <= self.lqer_rank <= MAX_RANK:
+            reject("lqer_rank", f"{self.lqer_rank} is not between 0 and {MAX_RANK}")
+        require_positive(self, "lqer_tensors", "attention_clip", "mlp_clip", "embedding_clip", "block_columns", "budget_bytes")
         if not 0 <= self.brotli_quality <= 11:
             reject("brotli_quality", f"{self.brotli_quality} is not between 0 and 11")
         if not 0 <= self.code_reserve_bytes < self.budget_bytes:

@@ -1,11 +1,11 @@
 """The two ways to quantise a model's matrices: #1493's clip widths, and steps at one level of cost for a whole budget.
 
 A quantiser knows the weights, Hessians and importances; one number, its scale, decides how coarse everything is, and so the bytes. It
-quantises a tensor at a time, on one thread (workers.py).
+says which tensors are to be quantised together, which does not depend on the number of threads: each batch is one thread's (workers.py).
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple, Protocol, TypeVar
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -13,10 +13,12 @@ from torch import Tensor
 
 from stages.calibrate.hessians import hessian_name, importance_name
 from stages.pack import gptq, lattice, roles
-from stages.pack.container import Form
-from stages.pack.gptq import Quantised
+from stages.pack.budget import Scales
+from stages.pack.container import GROUP_COLUMNS, Form
+from stages.pack.gptq import Feedback, Quantised
 from stages.pack.lattice import Lattice
 from stages.pack.params import PackParams
+from stages.pack.tensors import Corrected
 from stages.pack.workers import in_threads, usable_cores
 from stages.report import Report
 
@@ -30,13 +32,15 @@ MOST_BITS = 12.0  # of a value on average: finer steps would say nothing more, a
 MOST_STEPS = 8192.0  # from zero to the largest weight of a column
 DEVIATIONS_PER_OCTAVE = 8
 
-T = TypeVar("T")
+WIDEST = 8.0  # factor on the clip widths, beyond which hardly anything but zeros is left
+COARSEST = 2.0**60
+BATCH_WEIGHTS = 1 << 21  # that a thread of a CPU works on together, so that there is work for all of them
 
 
 class Result(NamedTuple):
     """A quantised matrix, and what rate and distortion are measured by."""
 
-    coded: Quantised | Lattice
+    coded: Quantised | Lattice | Corrected
     form: Form
     entered_RC: np.ndarray  # float32: the values after feedback that entered the quantiser, in its units
     rounded_RC: np.ndarray  # float32: what it made of them
@@ -46,8 +50,17 @@ class Result(NamedTuple):
 class Quantiser(Protocol):
     """A way to quantise."""
 
-    def quantise(self, name: str, scale: float) -> Result:
-        """The matrix of that name, at a scale."""
+    on_cpu: ClassVar[bool]  # whether it is no work for a GPU, and the bytes shall not depend on one
+    known: Mapping[str, Feedback]  # GPTQ's of each matrix
+    batches: Sequence[Sequence[str]]  # names of the matrices, those together that are quantised together
+
+    def __init__(self, state: Mapping[str, Tensor], hessians: Mapping[str, Tensor], params: PackParams, report: Report) -> None: ...
+
+    def quantise(self, names: Sequence[str], scale: float) -> list[Result]:
+        """The matrices of one batch, at a scale."""
+
+    def scales(self, bits: float) -> Scales:
+        """The range of its scale, and where to begin when all matrices together may take so many bits."""
 
 
 def hessian_of(name: str, weight: Tensor, hessians: Mapping[str, Tensor]) -> Tensor:
@@ -62,128 +75,195 @@ def hessian_of(name: str, weight: Tensor, hessians: Mapping[str, Tensor]) -> Ten
 
 
 class SDClip:
-    """Steps proportional to a row's standard deviation, a fixed number of bits (#1394, #1493); the scale multiplies all clip widths."""
+    """Steps proportional to a row's standard deviation, a fixed number of bits (#1394, #1493).
+
+    The scale multiplies all clip widths. It is never below 1: finer steps would clip what the parameters say shall not be clipped.
+    """
+
+    on_cpu: ClassVar = False
 
     def __init__(self, state: Mapping[str, Tensor], hessians: Mapping[str, Tensor], params: PackParams, report: Report) -> None:
         self.state, self.params = state, params
         found = {name: hessian_of(name, tensor, hessians).to(tensor.device) for name, tensor in state.items()}
-        self.known = _by_source(found, lambda hessian, source: gptq.feedback(hessian, params.damping, source), report)
+        self.known: Mapping[str, Feedback] = _feedback(found, params.damping, True, report)
+        self.batches: Sequence[Sequence[str]] = _batches(list(state), lambda name: (roles.kind_of(name), state[name].shape), state)
+        self.finer = _finer_columns(state, found, params)
 
-    def quantise(self, name: str, scale: float) -> Result:
-        """GPTQ with the grid of the tensor's role."""
-        weight, grid = self.state[name].detach(), roles.grid(roles.kind_of(name), self.params, scale)
-        steps = gptq.row_steps(weight, grid.clip, grid.qmax, name)
-        values, entered = gptq.quantise(weight, self.known[name], steps, grid.qmax, self.params.block_columns)
-        coded = Quantised(values, steps)
-        ones = np.ones(weight.shape[1], np.float32)
-        return Result(coded, Form("rows", grid.bits), entered.cpu().numpy(), gptq.dequantise(coded).cpu().numpy(), ones)
+    def quantise(self, names: Sequence[str], scale: float) -> list[Result]:
+        """GPTQ with the grid of the tensors' role."""
+        grid = roles.grid(roles.kind_of(names[0]), self.params, scale)
+        weights = torch.stack([self.state[name].detach() for name in names])
+        steps = torch.stack([gptq.row_steps(weight, grid.clip, grid.qmax, name) for weight, name in zip(weights, names, strict=True)])
+        finer = torch.stack([self.finer[name] for name in names])
+        known = [self.known[name] for name in names]
+        values, entered = gptq.quantise(weights, known, steps, finer, grid.qmax, self.params.block_columns)
+        return [self._result(grid, Quantised(*of), before) for *of, before in zip(values, steps, finer, entered, strict=True)]
+
+    def scales(self, bits: float) -> Scales:
+        """From the clip widths of the parameters on."""
+        return Scales(1.0, 1.0, WIDEST)
+
+    def _result(self, grid: roles.Grid, coded: Quantised, entered_RC: Tensor) -> Result:
+        form = Form("groups" if bool(coded.finer_C.any()) else "rows", grid.bits)
+        rounded_RC, ones_C = gptq.dequantise(coded), np.ones(entered_RC.shape[1], np.float32)
+        return Result(Quantised(*(of.cpu() for of in coded)), form, entered_RC.cpu().numpy(), rounded_RC.cpu().numpy(), ones_C)
 
 
-class _Axes(NamedTuple):
+def _finer_columns(state: Mapping[str, Tensor], hessians: Mapping[str, Tensor], params: PackParams) -> dict[str, Tensor]:
+    """AWQ-lite (#1908): by what power of two the steps of each matrix's columns are finer, (C,) uint8.
+
+    The `awq_groups` groups of columns with the largest sum of rms(input) * mean |weight| get values of 8 bits, in the whole model. #1908
+    keeps a second step for each of their rows; a power of two of the first says the same for nothing.
+    """
+    finer = {name: torch.zeros(tensor.shape[1], dtype=torch.uint8, device=tensor.device) for name, tensor in state.items()}
+    found: list[tuple[float, str, int]] = []
+    for name, tensor in state.items():
+        if roles.grid(roles.kind_of(name), params, 1.0).bits < 8 and params.awq_groups:
+            salience_C = hessians[name].diagonal().double().sqrt() * tensor.detach().abs().double().mean(0)
+            found += [(-float(group.sum()), name, index) for index, group in enumerate(salience_C.split(GROUP_COLUMNS))]
+    for _, name, index in sorted(found)[: params.awq_groups]:
+        bits = roles.grid(roles.kind_of(name), params, 1.0).bits
+        finer[name][index * GROUP_COLUMNS : (index + 1) * GROUP_COLUMNS] = 8 - bits
+    return finer
+
+
+class _Inputs(NamedTuple):
+    """What is known of a Hessian."""
+
+    dead_C: Tensor
+    columns: lattice.Columns
+    centre: float  # geometric mean of U's diagonal
+
+
+class _Matrix(NamedTuple):
     """What of a matrix does not change with the scale."""
 
-    weight_RC: np.ndarray
-    upper_CC: np.ndarray  # float32
-    importance_R: np.ndarray
-    rows_R: np.ndarray
-    columns_C: np.ndarray
+    axes: lattice.Axes
+    largest_C: np.ndarray  # magnitudes of the scaled weights
     unit: float  # the matrix's step at scale 1
 
 
 class AtRate:
-    """Steps that make every weight's error cost the same (lattice.py); the scale is the step of a weight whose error costs one.
+    """Steps that make every weight's error cost the same (lattice.py); the scale is the step of a weight whose error costs one."""
 
-    It works on the CPU, wherever the tensors are: the search is no work for a GPU, and so the bytes do not depend on one.
-    """
+    on_cpu: ClassVar = True
 
     def __init__(self, state: Mapping[str, Tensor], hessians: Mapping[str, Tensor], params: PackParams, report: Report) -> None:
         self.params = params
-        found = {name: hessian_of(name, tensor, hessians).cpu() for name, tensor in state.items()}
-        known = _by_source(found, lambda hessian, source: gptq.feedback(hessian, params.damping, source, act_order=False), report)
-        self.axes = {name: self._axes(name, state[name], hessians, found[name], known[name]) for name in state}
+        found = {name: hessian_of(name, tensor, hessians) for name, tensor in state.items()}
+        self.known: Mapping[str, Feedback] = _feedback(found, params.damping, False, report)
+        self.batches: Sequence[Sequence[str]] = [[name] for name in state]
+        alike = {hessian_name(name): name for name in state}  # matrices with one input share it
+        made = in_threads(lambda name: _inputs(self.known[name]), list(alike.values()), lambda name: found[name].numel(), usable_cores())
+        inputs = dict(zip(alike, made, strict=True))
+        self.matrices = {name: self._matrix(name, state[name], hessians, inputs[hessian_name(name)]) for name in state}
 
-    def quantise(self, name: str, scale: float) -> Result:
+    def quantise(self, names: Sequence[str], scale: float) -> list[Result]:
         """Levels on the trellis."""
-        of, states = self.axes[name], self.params.states
-        steps_C = (
-            np.abs(of.weight_RC / lattice.scales(of.rows_R)[:, None]).max(0, initial=0.0) / lattice.scales(of.columns_C) / (of.unit * scale)
-        )
-        # Beyond so many steps a column's values would not fit their 16 bits, and no column needs a step that fine.
-        coarser_C = np.ceil(lattice.PER_OCTAVE * np.log2(np.maximum(1.0, steps_C / MOST_STEPS)))
-        columns_C = np.minimum(of.columns_C + coarser_C, lattice.FARTHEST).astype(np.int8)
-        chosen = lattice.choose(
-            of.weight_RC, of.upper_CC, of.importance_R, of.rows_R, columns_C, of.unit * scale, states, self.params.rate_weight
-        )
-        levels_RC = chosen.lattice.levels_RC.astype(np.float32)
-        return Result(chosen.lattice, Form("lattice", states), chosen.entered_RC, levels_RC, lattice.scales(columns_C))
+        return [self._quantise(name, scale) for name in names]
 
-    def scale_for(self, bits_total: float) -> float:
+    def scales(self, bits: float) -> Scales:
+        """Beginning where normal values of these deviations would take so many bits."""
+        finest = self._scale_for(MOST_BITS * sum(of.axes.scaled_RC.size for of in self.matrices.values()))
+        return Scales(max(finest, self._scale_for(bits)), finest, COARSEST)
+
+    def _quantise(self, name: str, scale: float) -> Result:
+        axes, largest_C, unit = self.matrices[name]
+        # Beyond so many steps a column's values would not fit their 16 bits, and no column needs a step that fine.
+        eighths_C = np.ceil(lattice.PER_OCTAVE * np.log2(np.maximum(1.0, largest_C / (unit * scale * MOST_STEPS))))
+        if eighths_C.any():
+            axes = lattice.widened(axes, eighths_C)
+        states = self.params.states
+        chosen = lattice.choose(axes, unit * scale, states, self.params.rate_weight)
+        levels_RC = chosen.lattice.levels_RC.astype(np.float32)
+        return Result(chosen.lattice, Form("lattice", states), chosen.entered_RC, levels_RC, lattice.scales(axes.columns.exponents_C))
+
+    def _scale_for(self, bits_total: float) -> float:
         """The scale at which normal values of these deviations would take so many bits."""
         stride = min(2, self.params.states)
         octaves, counts = self._deviations()
-        target = min(bits_total, MOST_BITS * counts.sum())
         low, high = -60.0, 60.0  # log2 of the scale
         while high - low > 1e-3:
             middle = (low + high) / 2
             ratio = 2.0 ** (2 * (octaves - middle)) / (NOISE[stride] * stride**2)
             bits = np.maximum(FEWEST_BITS, np.log2(1 + ratio) / 2 + OVERHEAD_BITS[stride] * np.minimum(1, ratio))
-            low, high = (middle, high) if (bits * counts).sum() > target else (low, middle)
+            low, high = (middle, high) if (bits * counts).sum() > bits_total else (low, middle)
         return float(2.0**high)
 
     def _deviations(self) -> tuple[np.ndarray, np.ndarray]:
         """How many weights have which deviation, as log2 in units of their steps at scale 1."""
         found: dict[int, int] = {}
-        for of in self.axes.values():
-            y_RC = of.weight_RC / (lattice.scales(of.columns_C) * np.float32(of.unit)) / lattice.scales(of.rows_R)[:, None]
-            squares = y_RC.astype(np.float64) ** 2
-            product = squares.mean(1)[:, None] * squares.mean(0) / max(squares.mean(), 1e-300)
-            octaves = np.rint(DEVIATIONS_PER_OCTAVE * np.log2(np.maximum(product, 1e-30)) / 2).astype(np.int64)
-            for value, count in zip(*np.unique(octaves, return_counts=True), strict=True):
-                found[int(value)] = found.get(int(value), 0) + int(count)
+        for axes, _, unit in self.matrices.values():
+            of_R, of_C = (np.log2(np.maximum(of, 1e-30)) / 2 for of in lattice.variances(axes.scaled_RC))
+            eighths_RC = np.rint(DEVIATIONS_PER_OCTAVE * (of_R[:, None] + of_C - np.log2(unit))).astype(np.int64)
+            least = int(eighths_RC.min(initial=0))
+            for value, count in enumerate(np.bincount((eighths_RC - least).ravel())):
+                found[value + least] = found.get(value + least, 0) + int(count)
         return np.array(sorted(found)) / DEVIATIONS_PER_OCTAVE, np.array([found[value] for value in sorted(found)])
 
-    def _axes(self, name: str, weight: Tensor, hessians: Mapping[str, Tensor], hessian: Tensor, known: gptq.Feedback) -> _Axes:
+    def _matrix(self, name: str, weight: Tensor, hessians: Mapping[str, Tensor], inputs: _Inputs) -> _Matrix:
         if not bool(torch.isfinite(weight).all()):
             raise ValueError(f"{name}: its weights are not finite")
-        importance_R = self._importance(name, weight, hessians, hessian)
-        diagonal_C = known.upper_CC.diagonal().double().numpy()
-        centre = float(np.exp(np.log(diagonal_C).mean()))
+        importance_R = importance_of(name, weight, hessians, self.params.row_weight)
         mean = float(importance_R.mean())
-        return _Axes(
-            weight.detach().float().cpu().masked_fill(known.dead_C, 0.0).numpy(),
-            known.upper_CC.numpy(),
-            importance_R.astype(np.float32),
-            lattice.exponents(np.sqrt(mean / importance_R)),
-            lattice.exponents(diagonal_C / centre),
-            centre / mean**0.5,
-        )
-
-    def _importance(self, name: str, weight: Tensor, hessians: Mapping[str, Tensor], hessian: Tensor) -> np.ndarray:
-        """g of each row: the squared gradient of the loss in the row's weights over what the inputs contribute to it."""
-        source = importance_name(name)
-        if source not in hessians or hessians[source].shape != weight.shape[:1]:
-            raise ValueError(f"{name}: the importance of its rows, {source}, is not among what calibration gave; run `dvc repro calibrate`")
-        squares_R = hessians[source].double().cpu().numpy() / max(float(hessian.diagonal().double().sum()), 1e-300)
-        mean = float(squares_R.mean())
-        if not (np.isfinite(mean) and mean > 0):
-            raise ValueError(f"{name}: the importance of its rows has mean {mean}; no gradient reached it in calibration")
-        return mean * np.clip(squares_R / mean, 1 / IMPORTANCE_RANGE, IMPORTANCE_RANGE) ** self.params.row_weight
+        alive = weight.detach().float().cpu().masked_fill(inputs.dead_C, 0.0).numpy()
+        axes = lattice.axes_of(alive, importance_R, lattice.exponents(np.sqrt(mean / importance_R)), inputs.columns)
+        return _Matrix(axes, np.abs(axes.scaled_RC).max(0, initial=0.0), inputs.centre / mean**0.5)
 
 
-def _by_source(found: Mapping[str, Tensor], factor: Callable[[Tensor, str], T], report: Report) -> dict[str, T]:
-    """What `factor` makes of each distinct Hessian, by matrix: matrices with one input share it."""
-    sources = sorted({hessian_name(name) for name in found})
-    with report.progress("Hessians", len(sources)) as progress:
+def importance_of(name: str, weight: Tensor, hessians: Mapping[str, Tensor], row_weight: float) -> np.ndarray:
+    """g of each row to the power `row_weight`: the squared gradient of the loss in its weights over what the inputs contribute to it."""
+    source, hessian = importance_name(name), hessian_of(name, weight, hessians)
+    if source not in hessians or hessians[source].shape != weight.shape[:1]:
+        raise ValueError(f"{name}: the importance of its rows, {source}, is not among what calibration gave; run `dvc repro calibrate`")
+    squares_R = hessians[source].double().cpu().numpy() / max(float(hessian.diagonal().double().sum()), 1e-300)
+    mean = float(squares_R.mean())
+    if not (np.isfinite(mean) and mean > 0):
+        raise ValueError(f"{name}: the importance of its rows has mean {mean}; no gradient reached it in calibration")
+    return mean * np.clip(squares_R / mean, 1 / IMPORTANCE_RANGE, IMPORTANCE_RANGE) ** row_weight
 
-        def one(source: str) -> T:
-            made = factor(found[source], source)
-            progress.advance(1, source)
+
+def _inputs(known: Feedback) -> _Inputs:
+    diagonal_C = known.upper_CC.diagonal().double().numpy()
+    centre = float(np.exp(np.log(diagonal_C).mean()))
+    return _Inputs(known.dead_C, lattice.columns_of(known.upper_CC.numpy(), lattice.exponents(diagonal_C / centre)), centre)
+
+
+def _feedback(found: Mapping[str, Tensor], damping: float, act_order: bool, report: Report) -> dict[str, Feedback]:
+    """GPTQ's knowledge of each matrix's Hessian: matrices with one input share it."""
+    by_source = {hessian_name(name): hessian for name, hessian in sorted(found.items())}
+    batches = _batches(list(by_source), lambda source: by_source[source].shape, by_source)
+    with report.progress("Hessians", len(by_source)) as progress:
+
+        def together(sources: Sequence[str]) -> list[Feedback]:
+            made = gptq.feedback(torch.stack([by_source[source] for source in sources]), damping, sources, act_order)
+            progress.advance(len(sources), sources[0])
             return made
 
-        made = dict(zip(sources, in_threads(one, sources, lambda source: found[source].numel(), threads_for(found.values())), strict=True))
-    return {name: made[hessian_name(name)] for name in found}
+        def work(sources: Sequence[str]) -> int:
+            return len(sources) * len(by_source[sources[0]]) ** 3
+
+        made = in_threads(together, batches, work, threads_for(found.values()))
+    known = {source: of for sources, batch in zip(batches, made, strict=True) for source, of in zip(sources, batch, strict=True)}
+    return {name: known[hessian_name(name)] for name in found}
+
+
+def _batches(names: Sequence[str], key: Callable[[str], Hashable], tensors: Mapping[str, Tensor]) -> list[list[str]]:
+    """Names with one key together; on a CPU BATCH_WEIGHTS at most, or one."""
+    by_key: dict[Hashable, list[str]] = {}
+    for name in names:
+        by_key.setdefault(key(name), []).append(name)
+    batches = []
+    for alike in by_key.values():
+        tensor = tensors[alike[0]]
+        most = max(1, BATCH_WEIGHTS // tensor.numel()) if tensor.device.type == "cpu" else len(alike)
+        batches += [alike[first : first + most] for first in range(0, len(alike), most)]
+    return batches
 
 
 def threads_for(tensors: Iterable[Tensor]) -> int:
     """All cores for work on the CPU, one for work on a GPU."""
     return usable_cores() if all(tensor.device.type == "cpu" for tensor in tensors) else 1
+
+
+QUANTISERS: dict[str, type[Quantiser]] = {"rate": AtRate, "sdclip": SDClip}

@@ -1,14 +1,14 @@
 """What becomes of each tensor: decided by its role, never by its size.
 
-Block matrices and the embedding are quantised; gains, scales, mixes and skips are kept in float16.
+Block matrices, the embedding and value tables are quantised; gains, scales, mixes and skips are kept in float16.
 """
 
 from typing import Literal, NamedTuple
 
 from stages.pack.params import PackParams
-from stages.train.model import is_matrix
+from stages.train.model import is_matrix, is_quantised
 
-Kind = Literal["matrix", "embedding", "rest"]
+Kind = Literal["attention", "mlp", "embedding", "rest"]
 
 
 class Grid(NamedTuple):
@@ -32,16 +32,17 @@ def kind_of(name: str) -> Kind:
     """The role of a tensor of the state dict.
 
     >>> kind_of("blocks.3.mlp.up.weight"), kind_of("embedding.weight"), kind_of("blocks.3.mix")
-    ('matrix', 'embedding', 'rest')
+    ('mlp', 'embedding', 'rest')
     """
-    if name == "embedding.weight":
+    if not is_quantised(name):
+        return "rest"
+    if not is_matrix(name):
         return "embedding"
-    return "matrix" if is_matrix(name) else "rest"
+    return "attention" if ".attention." in name else "mlp"
 
 
 def grid(kind: Kind, params: PackParams, clip_factor: float) -> Grid:
-    """The grid of a quantised kind with every clip width multiplied by `clip_factor`."""
+    """The grid of a quantised kind with every clip width multiplied by `clip_factor`; a clip for each class of matrices (#1586)."""
     assert kind != "rest", "float16 tensors have no grid"
-    if kind == "matrix":
-        return Grid(params.matrix_bits, clip_factor * params.matrix_clip)
-    return Grid(params.embedding_bits, clip_factor * params.embedding_clip)
+    clips = {"attention": params.attention_clip, "mlp": params.mlp_clip, "embedding": params.embedding_clip}
+    return Grid(params.embedding_bits if kind == "embedding" else params.matrix_bits, clip_factor * clips[kind])

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from stages.pack import gptq, roles
 from stages.pack.container import Entry
+from stages.pack.lattice import TINY, variances
 
-TINY = 1e-300
 CONTAINER = "container"  # the last row: everything that is no tensor's, so that the column adds up to the file
 COLUMNS = (
     "name", "kind", "shape", "form", "bytes", "bits_per_weight", "above_bound", "above_bound_by_column", "mean_squared_error",
@@ -57,7 +57,7 @@ def rows_of(entries: Sequence[Entry], file_bytes: int) -> list[Row]:
 
 def row_of(entry: Entry) -> Row:
     """What the file says of one tensor."""
-    form = f"{entry.form.kind}:{entry.form.size}"
+    form = f"{entry.form.kind}:{entry.form.size}" + (f"+{entry.form.rank}" if entry.form.rank else "")
     return Row(entry.name, roles.kind_of(entry.name), entry.shape, form, entry.payload_bytes, math.prod(entry.shape))
 
 
@@ -87,9 +87,8 @@ def with_bounds(row: Row, entered_RC: np.ndarray, rounded_RC: np.ndarray, scale_
         return row
     entered, error = entered_RC.astype(np.float64), (entered_RC - rounded_RC).astype(np.float64)
     by_row = _bits((entered * scale_C).var(1), ((error * scale_C) ** 2).mean(1))
-    squares = entered**2
-    product = squares.mean(1)[:, None] * squares.mean(0) / max(float(squares.mean()), TINY)
-    by_column = _bits(product, (error**2).mean(1)[:, None])
+    down_R, across_C = variances(entered)
+    by_column = _bits(down_R[:, None] * across_C, (error**2).mean(1)[:, None])
     bits = 8 * row.bytes / row.weights
     return row._replace(above_bound=bits - float(by_row.mean()), above_bound_by_column=bits - float(by_column.mean()))
 

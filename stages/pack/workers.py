@@ -1,13 +1,15 @@
 """Work on many tensors at once, with results that do not depend on how many threads there are.
 
 A sum that torch splits over threads depends on their number in its last bits, and those decide roundings, and so the bytes of the
-artifact. Here every tensor is worked on by one thread with one torch thread, and the tensors are spread over threads.
+artifact. Here every tensor, or batch of tensors of one shape, is worked on by one thread with one torch thread, and these are spread over
+threads; what is a batch does not depend on how many there are.
 """
 
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from threading import Thread
 from typing import TypeVar
 
 import torch
@@ -37,6 +39,16 @@ def in_threads(work: Callable[[T], R], items: Sequence[T], size: Callable[[T], i
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def beside(*works: Callable[[], object]) -> None:
+    """Do these, one after another, on a thread of their own, while the caller goes on; compiled code is waited for by whoever calls it."""
+
+    def all_of_them() -> None:
+        for work in works:
+            work()
+
+    Thread(target=all_of_them).start()
 
 
 @contextlib.contextmanager

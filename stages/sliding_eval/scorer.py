@@ -19,15 +19,25 @@ from stages.train.operations import compiled
 from stages.train.plain import softcapped
 
 
+def scores_of(model: Model, z_NV: torch.Tensor, targets_N: torch.Tensor, hints_N: torch.Tensor | None) -> torch.Tensor:
+    """The losses that logits before the softcap give, (1, N) float32; or, with hints, those and their log-probabilities, (2, N).
+
+    One softmax serves both.
+    """
+    nll_N = model.operations.cross_entropy(z_NV, targets_N, model.params.logit_softcap)
+    if hints_N is None:
+        return nll_N[None]
+    at_target, at_hint = (softcapped(z_NV.gather(1, ids[:, None])[:, 0], model.params.logit_softcap) for ids in (targets_N, hints_N))
+    return torch.stack((nll_N, at_hint - at_target - nll_N))
+
+
 def hinted_losses(
     model: Model, inputs_BT: torch.Tensor, targets_BT: torch.Tensor, hints_BT: torch.Tensor, scored_from: int
 ) -> torch.Tensor:
-    """The model's losses, and its log-probabilities of the hints, (2, B, T - scored_from) float32: one softmax serves both."""
+    """The model's losses, and its log-probabilities of the hints, (2, B, T - scored_from) float32."""
     targets, hints = targets_BT[:, scored_from:].flatten(), hints_BT[:, scored_from:].flatten()
     z_NV = model.head(model.features(inputs_BT, looped=True)[:, scored_from:], model.embedding.weight).flatten(0, 1)
-    nll = model.operations.cross_entropy(z_NV, targets, model.params.logit_softcap)
-    at_target, at_hint = (softcapped(z_NV.gather(1, ids[:, None])[:, 0], model.params.logit_softcap) for ids in (targets, hints))
-    return torch.stack((nll, at_hint - at_target - nll)).unflatten(1, (len(inputs_BT), -1))
+    return scores_of(model, z_NV, targets, hints).unflatten(1, (len(inputs_BT), -1))
 
 
 class SlidingScorer:

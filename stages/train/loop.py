@@ -16,7 +16,7 @@ from stages.report import Report
 from stages.train.checkpoint import Checkpoints, open_checkpoints
 from stages.train.data import Prefetched, Windows, micro_batch_size
 from stages.train.model import Model, initialise_, model_for
-from stages.train.operations import compiled
+from stages.train.operations import compiled, graphs_compiled
 from stages.train.optimizer import Optimizers
 from stages.train.params import Params
 from stages.train.schedule import StepSchedule, pacing, settings
@@ -124,6 +124,7 @@ class _Loop:
         self.local_losses: list[Tensor] = []
         self.host_losses: deque[Tensor] = deque(maxlen=HOST_LEAD + 1)
         self.events: deque[torch.cuda.Event] = deque()
+        self.graphs_of_warm_up = 0
 
     @property
     def steps_done(self) -> int:
@@ -157,6 +158,7 @@ class _Loop:
             if self.world.compile:
                 self.passes[looped] = Recorded(self.passes[looped], inputs, targets, pool)
         self.optimizers.load(saved)
+        self.graphs_of_warm_up = graphs_compiled(self.world)
         if self.world.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.world.device)
         self.world.synchronize()
@@ -189,11 +191,18 @@ class _Loop:
         return f"step {self.steps_done} loss {float(self.host_losses[0]):.4f}{' looped' if self.schedule[-1].looped else ''}"
 
     def measured(self, clock: Interval) -> dict[str, Any]:
-        """Speed and memory, for timing.json."""
+        """Speed, memory and compilation, for timing.json."""
         tokens = self.steps_done * self.params.train.batch_tokens
         # Reserved, not allocated: what a recorded pass uses is not seen as allocated when it is replayed.
         peak = torch.cuda.max_memory_reserved(self.world.device) if self.world.device.type == "cuda" else None
-        return {"tokens_per_second": tokens / max(1e-9, clock.seconds), "peak_memory_bytes": peak}
+        recompilations = graphs_compiled(self.world) - self.graphs_of_warm_up
+        assert recompilations == 0, f"{recompilations} graphs were compiled after the warm-up"
+        return {
+            "tokens_per_second": tokens / max(1e-9, clock.seconds),
+            "peak_memory_bytes": peak,
+            "recompilations": recompilations,
+            "graphs_of_warm_up": self.graphs_of_warm_up,
+        }
 
     def _is_checkpoint(self) -> bool:
         return self.checkpoints.every > 0 and self.steps_done % self.checkpoints.every == 0

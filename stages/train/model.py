@@ -8,7 +8,12 @@ Unusual here (#1493 and what it builds on):
 * every block sees x0, the normalised embedding, mixed into its input;
 * exclusive self-attention: the component of a head's output along the token's own value is removed;
 * q and k are normalised, and a learned gain on q sets the sharpness (QK-gain);
-* the MLP squares a leaky ReLU, so that its negative side comes out positive too.
+* the MLP squares a leaky ReLU, so that its negative side comes out positive too;
+* three parts that are off unless the parameters ask for them: a gate on each head's output, read from the first dimensions of the layer's
+  input (#1667); each embedding with a learned share of the one before it, never across a document's start (SmearGate: #1667, #1851); and
+  tables that add to a token's attention value what the token alone decides (value embeddings: modded-nanogpt; no product is needed).
+
+Adapters (adapters.py) plug into every product of a block and into the head's; without them no operation is added.
 
 Weights are float32 and are cast to the dtype of the activations where they are used; losses are computed in float32.
 
@@ -24,17 +29,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stages.parallel import World
+from stages.train.adapters import Adapter, VisitAdapters, adapted
 from stages.train.operations import PLAIN, Operations, operations
 from stages.train.params import ModelParams
 from stages.train.plain import Documents, Term, documents_of, rms_norm, softcapped, squared_leaky
 
+EMBEDDING = "embedding.weight"
+NO_ADAPTERS = VisitAdapters()
+
 
 class Places(NamedTuple):
-    """Where the tokens of a batch stand: the angles of every position, and the documents that attention keeps to, if it does."""
+    """What every block is told of a batch's tokens: the angles of every position, the documents that attention keeps to, if it does,
+    and what each value table holds for them."""
 
     cos_TR: Tensor
     sin_TR: Tensor
     documents: Documents | None
+    values: tuple[Tensor, ...]  # (B, T, KC) of each table
 
 
 Stream = list[Term]  # the residual stream, kept as a weighted sum until it is read
@@ -85,6 +96,18 @@ def rotary(tokens: int, params: ModelParams, device: torch.device) -> tuple[Tens
     return angle.cos(), angle.sin()
 
 
+def value_table(params: ModelParams, block: int) -> int | None:
+    """Which value table a block reads: the first blocks have one each, and the last blocks the same ones again, in the same order.
+
+    >>> [value_table(of_six_blocks_and_two_tables, block) for block in range(6)]
+    [0, 1, None, None, 0, 1]
+    """
+    first, last = block, block - (params.layers - params.value_tables)
+    if first < params.value_tables:
+        return first
+    return last if last >= 0 else None
+
+
 class Matrix(nn.Module):
     """A linear map without bias whose weight (out, in) is cast to the dtype of its input."""
 
@@ -100,7 +123,7 @@ class Matrix(nn.Module):
 class Attention(nn.Module):
     """Causal grouped-query attention with normalised q and k, a gain on q, partial rotation, and own-value exclusion."""
 
-    def __init__(self, params: ModelParams, operations: Operations) -> None:
+    def __init__(self, params: ModelParams, table: int | None, operations: Operations) -> None:
         super().__init__()
         self.params = params
         self.operations = operations
@@ -109,15 +132,30 @@ class Attention(nn.Module):
         self.value = Matrix(params.width, params.kv_heads * params.head_dim)
         self.output = Matrix(params.heads * params.head_dim, params.width)
         self.gain = nn.Parameter(torch.full((params.heads,), params.query_gain))
+        self.gate = nn.Parameter(torch.zeros(params.heads, params.gate_width)) if params.gate_width else None
+        self.table = table
+        self.table_share = nn.Parameter(torch.ones(params.kv_heads)) if table is not None else None
 
-    def forward(self, x_BTD: Tensor, places: Places) -> Tensor:
+    def forward(self, x_BTD: Tensor, places: Places, adapters: VisitAdapters = NO_ADAPTERS) -> Tensor:
         """The layer's output, (B, T, D). The three projections of one input are one product."""
         weight_ED = torch.cat((self.query.weight, self.key.weight, self.value.weight)).to(x_BTD.dtype)
         starts = places.documents.starts_BT if places.documents else None
-        joint = F.linear(x_BTD, weight_ED)
+        joint = self._adapted(F.linear(x_BTD, weight_ED), x_BTD, adapters)
         q, k, v = self.operations.split_heads(joint, self.gain, places.cos_TR, places.sin_TR, starts, self.params.kv_heads)
+        if self.table is not None and self.table_share is not None:
+            v = torch.addcmul(v, places.values[self.table].view(v.shape), self.table_share.to(v.dtype)[:, None])
         y = self.operations.attend(q, k, v, places.documents)
-        return self.output(y.flatten(2))
+        if self.gate is not None:
+            y = y * (2 * torch.sigmoid(F.linear(x_BTD[..., : self.gate.shape[1]], self.gate.to(x_BTD.dtype)))).unsqueeze(-1)
+        return adapted(self.output(y.flatten(2)), x_BTD, adapters.output)
+
+    def _adapted(self, joint_BTE: Tensor, x_BTD: Tensor, adapters: VisitAdapters) -> Tensor:
+        each = (adapters.query, adapters.key, adapters.value)
+        if each == (None, None, None):
+            return joint_BTE
+        kv_width = self.params.kv_heads * self.params.head_dim
+        parts = joint_BTE.split((self.params.heads * self.params.head_dim, kv_width, kv_width), dim=-1)
+        return torch.cat([adapted(part, x_BTD, adapter) for part, adapter in zip(parts, each, strict=True)], dim=-1)
 
 
 class MLP(nn.Module):
@@ -130,8 +168,8 @@ class MLP(nn.Module):
         self.down = Matrix(params.hidden, params.width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., D) to (..., D); the fused form is for training, the modules' own for whoever observes the hidden layer."""
-        if torch.is_grad_enabled() and self.operations.mlp is not None:
+        """x (..., D) to (..., D)."""
+        if self.operations.mlp is not None:
             return self.operations.mlp(x, self.up.weight.to(x.dtype), self.down.weight.to(x.dtype))
         return self.down(squared_leaky(self.up(x)))
 
@@ -142,7 +180,7 @@ class Block(nn.Module):
     def __init__(self, params: ModelParams, index: int, operations: Operations) -> None:
         super().__init__()
         self.operations = operations
-        self.attention = Attention(params, operations)
+        self.attention = Attention(params, value_table(params, index), operations)
         self.mlp = MLP(params, operations)
         self.attention_scale = nn.Parameter(torch.ones(params.width))
         self.mlp_scale = nn.Parameter(torch.ones(params.width))
@@ -150,34 +188,50 @@ class Block(nn.Module):
         self.input_scale = 1 / math.sqrt(index + 1)
         self.parallel = index >= params.parallel_from
 
-    def forward(self, stream: Stream, x0: Tensor, places: Places) -> Stream:
+    def forward(self, stream: Stream, x0: Tensor, places: Places, adapters: VisitAdapters = NO_ADAPTERS) -> Stream:
         """The stream (B, T, D) and x0 to the next stream; neither is summed before it is read."""
         u, h = self.operations.combine_norm([*weighed(stream, self.mix[0]), Term(x0, self.mix[1])], self.input_scale)
-        attended = Term(self.attention(h, places), self.attention_scale)
+        attended = Term(self.attention(h, places, adapters), self.attention_scale)
         if self.parallel:
-            return [Term(u), attended, Term(self.mlp(h), self.mlp_scale)]
+            return [Term(u), attended, Term(adapted(self.mlp(h), h, adapters.mlp), self.mlp_scale)]
         y, h = self.operations.combine_norm([Term(u), attended], self.input_scale)
-        return [Term(y), Term(self.mlp(h), self.mlp_scale)]
+        return [Term(y), Term(adapted(self.mlp(h), h, adapters.mlp), self.mlp_scale)]
 
 
-class Embedding(nn.Module):
-    """The tied table E (V, D): rows go in, and z = x E^T comes out."""
+class Table(nn.Module):
+    """A row for each token: the tied table E (V, D), whose rows go in and by which z = x E^T comes out, and the value tables."""
+
+    def __init__(self, vocab_size: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(vocab_size, width))
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        """Rows of the table, (B, T, width), in the table's dtype."""
+        return F.embedding(tokens_BT, self.weight)
+
+
+class Smear(nn.Module):
+    """e_t + share sigmoid(gate e_t[:n]) e_{t-1}; what begins a document, or the window, stays as it is (D20c)."""
 
     def __init__(self, params: ModelParams) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(params.vocab_size, params.width))
+        self.bos_id = params.bos_id
+        self.gate = nn.Parameter(torch.zeros(params.smear_width))
+        self.share = nn.Parameter(torch.zeros(()))
 
-    def forward(self, tokens_BT: Tensor) -> Tensor:
-        """Rows of the table, (B, T, D), in the table's dtype."""
-        return F.embedding(tokens_BT, self.weight)
+    def forward(self, rows_BTD: Tensor, tokens_BT: Tensor) -> Tensor:
+        """Embeddings (B, T, D) to the same."""
+        gate_BT = self.share * torch.sigmoid(rows_BTD[..., : len(self.gate)] @ self.gate) * (tokens_BT != self.bos_id)
+        before = F.pad(rows_BTD[:, :-1], (0, 0, 1, 0))
+        return torch.addcmul(rows_BTD, gate_BT.unsqueeze(-1), before)
 
 
 class Head(nn.Module):
     """The product with the tied table; a module of its own so that its input can be observed (calibration)."""
 
-    def forward(self, x: Tensor, table_VD: Tensor) -> Tensor:
+    def forward(self, x: Tensor, table_VD: Tensor, adapter: Adapter | None = None) -> Tensor:
         """x (..., D) to logits (..., V) before the softcap, in the dtype of x."""
-        return F.linear(x, table_VD.to(x.dtype))
+        return adapted(F.linear(x, table_VD.to(x.dtype)), x, adapter)
 
 
 class Model(nn.Module):
@@ -188,7 +242,9 @@ class Model(nn.Module):
         self.params = params
         self.dtype = dtype
         self.operations = operations
-        self.embedding = Embedding(params)
+        self.embedding = Table(params.vocab_size, params.width)
+        self.smear = Smear(params) if params.smear_width else None
+        self.value_tables = nn.ModuleList(Table(params.vocab_size, params.kv_heads * params.head_dim) for _ in range(params.value_tables))
         self.blocks = nn.ModuleList(Block(params, index, operations) for index in range(params.layers))
         skips = skip_count(params)
         self.skip_weight = nn.Parameter(torch.ones(skips, params.width))
@@ -196,23 +252,26 @@ class Model(nn.Module):
         self.head = Head()
         self.plans = {looped: visit_plan(params, looped) for looped in (False, True)}
 
-    def features(self, tokens_BT: Tensor, looped: bool) -> Tensor:
-        """The normalised residual stream before the head, (B, T, D)."""
+    def features(self, tokens_BT: Tensor, looped: bool, adapters: tuple[VisitAdapters, ...] = ()) -> Tensor:
+        """The normalised residual stream before the head, (B, T, D); `adapters` are one set for each visit, or none."""
         cos_TR, sin_TR = rotary(tokens_BT.shape[1], self.params, tokens_BT.device)
         within = self.params.attention == "documents"
-        places = Places(cos_TR, sin_TR, documents_of(tokens_BT, self.params.bos_id) if within else None)
-        x0 = rms_norm(self.embedding(tokens_BT).to(self.dtype))
+        values = tuple(table(tokens_BT).to(self.dtype) for table in self.value_tables)
+        places = Places(cos_TR, sin_TR, documents_of(tokens_BT, self.params.bos_id) if within else None, values)
+        rows = self.embedding(tokens_BT)
+        x0 = rms_norm((rows if self.smear is None else self.smear(rows, tokens_BT)).to(self.dtype))
         plan = self.plans[looped]
+        visits = iter(adapters or (NO_ADAPTERS,) * (len(plan.encoder) + len(plan.decoder)))
         stream: Stream = [Term(x0)]
         pushed = []
         for index in plan.encoder:
-            x = self.operations.combine(self.blocks[index](stream, x0, places))
+            x = self.operations.combine(self.blocks[index](stream, x0, places, next(visits)))
             pushed.append(x)
             stream = [Term(x)]
         for step, index in enumerate(plan.decoder):
             if pushed:
                 stream = self._with_skip(step, stream, pushed.pop())
-            stream = self.blocks[index](stream, x0, places)
+            stream = self.blocks[index](stream, x0, places, next(visits))
         return self.operations.combine_norm(stream, 1.0)[1]
 
     def logits(self, tokens_BT: Tensor, looped: bool = True, scored_from: int = 0) -> Tensor:
@@ -240,20 +299,30 @@ def model_for(params: ModelParams, world: World) -> Model:
 
 
 def is_matrix(name: str) -> bool:
-    """Whether a state-dict name is one of the blocks' matrices (the embedding and the vectors are not)."""
+    """Whether a state-dict name is one of the blocks' matrices (tables and vectors are not)."""
     return name.startswith("blocks.") and name.endswith(".weight")
+
+
+def is_table(name: str) -> bool:
+    """Whether a state-dict name is a table with a row for each token: the embedding, or one of the value tables."""
+    return name == EMBEDDING or (name.startswith("value_tables.") and name.endswith(".weight"))
+
+
+def is_quantised(name: str) -> bool:
+    """Whether a tensor is kept with fewer bits in the packed file, and so calibrated: the blocks' matrices and the tables."""
+    return is_matrix(name) or is_table(name)
 
 
 @torch.no_grad()
 def initialise_(model: Model, seed: int) -> None:
-    """Initial weights from the seed: orthogonal matrices, zero output projections, a small normal embedding.
+    """Initial weights from the seed: orthogonal matrices, zero output projections, a small normal embedding, value tables of zeros.
 
     Drawn on the CPU in float32, so that every device starts from the same values; with bfloat16 activations they start bfloat16-rounded, as
     in #1493 (which also holds the embedding in bfloat16: here all weights are float32).
     """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
-        if name == "embedding.weight":
+        if name == EMBEDDING:
             table = torch.empty(parameter.shape).normal_(0, model.params.embedding_std, generator=generator)
             parameter.copy_(table.to(model.dtype))
         elif is_matrix(name) and not name.endswith(("attention.output.weight", "mlp.down.weight")):

@@ -61,3 +61,8 @@ def compiled(work: Callable[..., Any], world: World) -> Callable[..., Any]:
 
         declare_operators()
     return torch.compile(work, dynamic=False, fullgraph=True)
+
+
+def graphs_compiled(world: World) -> int:
+    """How many graphs torch.compile has made in this process so far."""
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"]) if world.compile else 0

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from stages.parallel import World
-from stages.train.model import Model, is_matrix
+from stages.train.model import Model, is_matrix, is_table
 from stages.train.muon import Coefficients, coefficients, muon_update
 from stages.train.operations import compiled
 from stages.train.params import TrainParams
@@ -119,7 +119,7 @@ class Bank:
 
 
 class Optimizers:
-    """Muon for the block matrices, AdamW for the embedding and for every vector; weight decay is decoupled everywhere (#1493).
+    """Muon for the block matrices, AdamW for the tables and for every vector; weight decay is decoupled everywhere (#1493).
 
     The moving average of all weights is part of the step: it starts at the initial weights and is not bias-corrected.
     """
@@ -201,11 +201,11 @@ class Optimizers:
         return [Bank(named, shape, rule, 1, self.world) for shape, named in by_shape.items()]
 
     def _adam_banks(self, model: Model) -> list[Bank]:
-        embedding = [(name, parameter) for name, parameter in model.named_parameters() if name == "embedding.weight"]
-        vectors = [(n, parameter) for n, parameter in model.named_parameters() if not is_matrix(n) and n != "embedding.weight"]
+        tables = [(name, parameter) for name, parameter in model.named_parameters() if is_table(name)]
+        vectors = [(n, parameter) for n, parameter in model.named_parameters() if not is_matrix(n) and not is_table(n)]
         banks = []
         for named, lr, weight_decay in (
-            (embedding, self.params.embedding_lr, self.params.embedding_weight_decay),
+            (tables, self.params.embedding_lr, self.params.embedding_weight_decay),
             (vectors, self.params.scalar_lr, self.params.scalar_weight_decay),
         ):
             rule = self._rule(

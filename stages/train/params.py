@@ -28,6 +28,9 @@ class ModelParams:
     loop_first: int  # first block of the looped segment
     loop_last: int  # last block of the looped segment
     loops: int  # extra passes over the segment once looping is on (#1331)
+    gate_width: int  # leading dimensions of attention's input that gate its heads; 0 is no gate (#1667)
+    smear_width: int  # leading dimensions of an embedding that say how much of the one before it is added; 0 is none (#1667)
+    value_tables: int  # tables by token that are added to attention's values, in so many first and as many last blocks
     embedding_std: float  # of the initial embedding
 
     def __post_init__(self) -> None:
@@ -45,6 +48,11 @@ class ModelParams:
             reject("loop_first", f"blocks {self.loop_first} to {self.loop_last} are not a segment of {self.layers} layers")
         if self.loops < 0:
             reject("loops", f"{self.loops} is negative")
+        for key in ("gate_width", "smear_width"):
+            if not 0 <= getattr(self, key) <= self.width:
+                reject(key, f"{getattr(self, key)} is not between 0 and the width {self.width}")
+        if not 0 <= 2 * self.value_tables <= self.layers:
+            reject("value_tables", f"{self.value_tables} is not between 0 and half of the {self.layers} layers")
         if not 0 <= self.bos_id < self.vocab_size:
             reject("bos_id", f"{self.bos_id} is not an id of the vocabulary of {self.vocab_size}")
         if self.parallel_from < 0:
@@ -67,6 +75,7 @@ class TrainParams:
     batch_tokens: int  # tokens of one optimizer step over all ranks
     micro_batch_tokens: int  # most tokens of one forward pass on one rank
     loop_from: float  # fraction of the budget at which looping is switched on
+    warmup_steps: int  # first steps, over which learning rates rise linearly
     warmdown: float  # last fraction of the budget, over which learning rates fall linearly
     min_lr: float  # floor of the learning-rate multiplier
     clip_norm: float  # of the global gradient
@@ -96,8 +105,9 @@ class TrainParams:
                 reject(key, f"{getattr(self, key)} is negative")
         if not 0 <= self.reserve_seconds < self.seconds:
             reject("reserve_seconds", f"{self.reserve_seconds} is not between 0 and the {self.seconds} seconds of the budget")
-        if self.muon_momentum_warmup_steps < 0:
-            reject("muon_momentum_warmup_steps", f"{self.muon_momentum_warmup_steps} is negative")
+        for key in ("warmup_steps", "muon_momentum_warmup_steps"):
+            if getattr(self, key) < 0:
+                reject(key, f"{getattr(self, key)} is negative")
         if self.checkpoint_every < 0:
             reject("checkpoint_every", f"{self.checkpoint_every} is negative; 0 switches checkpoints off")
         if self.checkpoint_every and self.budget == "seconds":

@@ -1,6 +1,6 @@
 """What each step is told: learning-rate multiplier, Muon's momentum, and whether blocks are looped.
 
-Everything but the momentum's warm-up follows from one number, the fraction of the budget that is spent, so that a run is described by the
+Everything but the warm-ups follows from one number, the fraction of the budget that is spent, so that a run is described by the
 list of its fractions: that list is `schedule.json`, and `--replay` repeats it step for step.
 """
 
@@ -24,12 +24,14 @@ class StepSchedule(NamedTuple):
 def settings(step: int, fraction: float, params: TrainParams) -> StepSchedule:
     """The settings of 0-based `step` when `fraction` of the budget is spent.
 
-    The multiplier is 1 until the last `warmdown` of the budget, then falls linearly to 0, never below `min_lr`; there is no warm-up.
+    The multiplier rises linearly over the first `warmup_steps`, is 1 until the last `warmdown` of the budget, then falls linearly to 0,
+    never below `min_lr`.
     """
+    rise = min(1.0, (step + 1) / params.warmup_steps) if params.warmup_steps else 1.0
     decay = min(1.0, (1 - fraction) / params.warmdown) if params.warmdown > 0 else 1.0
     warm = min(1.0, step / params.muon_momentum_warmup_steps) if params.muon_momentum_warmup_steps else 1.0
     momentum = params.muon_momentum_start + warm * (params.muon_momentum - params.muon_momentum_start)
-    return StepSchedule(fraction, max(params.min_lr, decay), momentum, fraction >= params.loop_from)
+    return StepSchedule(fraction, rise * max(params.min_lr, decay), momentum, fraction >= params.loop_from)
 
 
 def read_fractions(path: Path) -> list[float]:

@@ -1,8 +1,8 @@
 """Score-first test-time training by SGD on whole chunks (#549, #1413, #1493).
 
 The stream is cut into chunks of targets. Chunk c is scored with weights that have seen chunks 0 ... c-1, and only then trained on, in
-stream order; the last chunk is not trained on, since nothing follows it. A chunk's training targets are exactly its scored targets. All
-parameters are trained; the loss is computed in float32 like everywhere.
+stream order; the last chunk is not trained on, since nothing follows it. A chunk's training targets are exactly its scored targets. The
+loss is computed in float32 like everywhere.
 """
 
 import copy
@@ -17,7 +17,8 @@ from stages.report import Report
 from stages.sliding_eval.params import SlidingEvalParams
 from stages.sliding_eval.scorer import SlidingScorer
 from stages.train.data import to_device
-from stages.train.model import Model
+from stages.train.model import Model, is_matrix, is_quantised
+from stages.ttt_eval.confidence import weighted
 from stages.ttt_eval.params import TttEvalParams
 
 
@@ -31,6 +32,14 @@ def sgd_(parameters: list[Tensor], gradients: list[Tensor], momenta: list[Tensor
     torch._foreach_mul_(momenta, momentum)
     torch._foreach_add_(momenta, gradients)
     torch._foreach_add_(parameters, momenta, alpha=-lr)
+
+
+def choose_(model: Model, trained: str) -> list[Tensor]:
+    """The parameters to train: all, the blocks' matrices, or the vectors; the others take no gradients from now on."""
+    for name, parameter in model.named_parameters():
+        chosen = {"all": True, "matrices": is_matrix(name), "vectors": not is_quantised(name)}[trained]
+        parameter.requires_grad_(chosen)
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 class TTTScorer:
@@ -55,7 +64,7 @@ class TTTScorer:
         self.report = report or Report(is_main=False)
         self.chunks = math.ceil(n_targets / params.chunk)
         self.scorer = SlidingScorer(copy.deepcopy(model), sliding, world)
-        self.momenta = [torch.zeros_like(parameter) for parameter in self.scorer.model.parameters()]
+        self.momenta = [torch.zeros_like(parameter) for parameter in choose_(self.scorer.model, params.trained)]
         self.is_shared = False  # whether a fork holds the same weights and momenta
         self.chunk = 0  # the one that is being scored
         self.pending: list[np.ndarray] = []  # tokens of this chunk so far, from its first input on, in pieces
@@ -122,7 +131,7 @@ class TTTScorer:
     def _train_on(self, tokens: np.ndarray) -> None:
         """Train on the scored chunk: tokens (chunk + 1,)."""
         self._own_weights()
-        parameters: list[Tensor] = list(self.scorer.model.parameters())
+        parameters = self._trained_parameters()
         lr = chunk_lr(self.chunk, self.chunks, self.params.lr)
         rows = np.lib.stride_tricks.sliding_window_view(tokens, self.window + 1)[:: self.window]
         per_step = min(len(rows), self.params.batch_tokens // self.window)
@@ -140,10 +149,14 @@ class TTTScorer:
         mine = rows[self.world.rank :: self.world.size].copy()  # the rows are a read-only view of overlapping windows
         inputs, targets = to_device(mine, self.world.device)
         with torch.enable_grad():
-            (self.scorer.loss_of(inputs, targets, looped=True).sum() / (len(rows) * self.window)).backward()
-        for parameter in self.scorer.model.parameters():
+            losses = weighted(self.scorer.loss_of(inputs, targets, looped=True), self.params.confidence)
+            (losses.sum() / (len(rows) * self.window)).backward()
+        for parameter in self._trained_parameters():
             assert parameter.grad is not None
             self.world.sum_(parameter.grad)
+
+    def _trained_parameters(self) -> list[Tensor]:
+        return [parameter for parameter in self.scorer.model.parameters() if parameter.requires_grad]
 
     def _own_weights(self) -> None:
         if not self.is_shared:

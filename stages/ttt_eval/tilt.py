@@ -24,6 +24,7 @@ from stages.sliding_eval.evaluate import TimedScorer
 from stages.sliding_eval.params import SlidingEvalParams
 from stages.train.model import Model
 from stages.ttt_eval.hints import LENGTHS, NO_HINT, STATES, Hints
+from stages.ttt_eval.lora import LoRAScorer
 from stages.ttt_eval.params import TttEvalParams
 from stages.ttt_eval.scorer import TTTScorer
 
@@ -182,6 +183,10 @@ class TiltScorer:
 def scorer_for(
     model: Model, sliding: SlidingEvalParams, params: TttEvalParams, world: World, n_targets: int, report: Report | None = None
 ) -> TimedScorer:
-    """The scorer that the sections ask for: test-time training, tilted or not."""
-    trained = TTTScorer(model, sliding, params, world, n_targets, report)
+    """The scorer that the sections ask for: test-time training of either kind, tilted or not."""
+    trained: HintedScorer
+    if params.kind == "lora":
+        trained = LoRAScorer(model, sliding, params, world, report)
+    else:
+        trained = TTTScorer(model, sliding, params, world, n_targets, report)
     return TiltScorer(trained, params.tilt_rate, n_targets) if params.tilt_rate else trained

@@ -96,14 +96,16 @@ def _(x: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.library.custom_op("caddie::squared_leaky_mlp_backward", mutates_args=())
-def _mlp_gradient(dy: Tensor, x: Tensor, up: Tensor, down: Tensor, h: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _mlp_gradient(dy: Tensor, x: Tensor, up: Tensor, down: Tensor, h: Tensor, a: Tensor, frozen: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x, up and down; those of frozen weights are empty."""
     dh = _hidden_gradient(dy, down, h, BACKWARD)
-    return dh @ up, dh.T @ x, dy.T @ a
+    return (dh @ up, up.new_empty(0), down.new_empty(0)) if frozen else (dh @ up, dh.T @ x, dy.T @ a)
 
 
 @_mlp_gradient.register_fake
-def _(dy: Tensor, x: Tensor, up: Tensor, down: Tensor, h: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(up), torch.empty_like(down)
+def _(dy: Tensor, x: Tensor, up: Tensor, down: Tensor, h: Tensor, a: Tensor, frozen: bool) -> tuple[Tensor, Tensor, Tensor]:
+    weights = (up.new_empty(0), down.new_empty(0)) if frozen else (torch.empty_like(up), torch.empty_like(down))
+    return torch.empty_like(x), *weights
 
 
 def _save(ctx, inputs, output):
@@ -112,7 +114,9 @@ def _save(ctx, inputs, output):
 
 
 def _vjp(ctx, dy, *_):
-    return _mlp_gradient(dy.contiguous(), *ctx.saved_tensors)
+    frozen = not any(ctx.needs_input_grad[1:])
+    dx, *weights = _mlp_gradient(dy.contiguous(), *ctx.saved_tensors, frozen)
+    return dx, *((None, None) if frozen else weights)
 
 
 _mlp.register_autograd(_vjp, setup_context=_save)
