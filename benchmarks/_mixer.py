@@ -22,6 +22,7 @@ CONTEXTS = ORDERS + 1  # and the word so far
 INPUTS = CONTEXTS + 3  # and the network, a constant, the match
 BITS = 22  # of a table's slots
 LIMIT = 60  # of a count
+STEADY = 1024  # updates of a set of weights behind which its steps shrink with their root
 SMALL = 0.4  # added to both counts
 LONGEST = 32  # of a match, in bytes; longer are alike
 MATCH_BITS, MATCH_BYTES = 20, 8
@@ -38,6 +39,7 @@ class State:
         self.counts = np.zeros((CONTEXTS, 1 << BITS, 3), np.uint8)  # of 0, of 1, check
         self.weights = np.zeros((SETS, INPUTS))
         self.weights[:, 0] = 1.0
+        self.updates = np.zeros(SETS, np.int64)
         self.matched = np.full((LONGEST + 1, 2), 1.0)  # how often the match's next bit was wrong, right
         self.text = np.zeros(text_bytes + 64, np.uint8)
         self.table = np.zeros(1 << MATCH_BITS, np.int64)
@@ -46,7 +48,7 @@ class State:
     @property
     def arrays(self) -> tuple[np.ndarray, ...]:
         """As compiled functions take them."""
-        return self.counts, self.weights, self.matched, self.text, self.table, self.registers
+        return self.counts, self.weights, self.updates, self.matched, self.text, self.table, self.registers
 
 
 @njit(nogil=True)
@@ -67,57 +69,58 @@ def _keys(text: np.ndarray, end: int, keys: np.ndarray) -> None:
 
 
 @njit(nogil=True)
+def _from_counts(counts: A, keys: A, event: np.uint64, slots_K: A, checks_K: A, x_K: A) -> int:
+    """The logit behind each context, 0 where it is new, and where it is kept; the longest known order, 0 for none."""
+    longest = 0
+    for k in range(CONTEXTS):
+        hashed = (keys[k] + event * np.uint64(0xD6E8FEB86659FD93)) * MULTIPLIER
+        hashed ^= hashed >> np.uint64(32)
+        slots_K[k], checks_K[k] = np.int64(hashed & np.uint64((1 << BITS) - 1)), np.uint8((hashed >> np.uint64(56)) | np.uint64(1))
+        seen, x_K[k] = counts[k, slots_K[k]], 0.0
+        if seen[2] == checks_K[k]:
+            x_K[k] = np.log((seen[1] + SMALL) / (seen[0] + SMALL))
+            longest = k + 1 if k < ORDERS else longest
+    return longest
+
+
+@njit(nogil=True)
+def _expected(byte: int, prefix: int) -> int:
+    """The next bit of a byte of which `prefix` is known; -1 where the byte begins otherwise."""
+    known = 0
+    while prefix >> (known + 1):
+        known += 1
+    return ((byte >> (7 - known)) & 1) if (byte | 256) >> (8 - known) == prefix else -1
+
+
+@njit(nogil=True)
 def _inputs(
     state: Arrays, trie: Trie, token: int, logits_D: A, slots_DK: A, checks_DK: A, x_DX: A, sets_D: A, expected_D: A, totals_D: A
-) -> int:
-    """Everything about a token's decisions that does not depend on their outcomes but those before; the number of decisions."""
-    counts, weights, matched, text, _, registers = state
-    first, last = trie.first_V[token], trie.first_V[token + 1]
-    start = registers[0]
-    size = trie.text_start_V[token + 1] - trie.text_start_V[token]
-    for j in range(size):
-        text[start + j] = trie.text[trie.text_start_V[token] + j]
-    keys, depth = np.empty(CONTEXTS, np.uint64), -1
-    follows = registers[2] > 0
-    for i in range(first, last):
-        d = i - first
-        if trie.depth_E[i] != depth:
-            for j in range(max(depth, 0), trie.depth_E[i]):
+) -> None:
+    """Everything about a token's decisions that depends on those before, and on nothing else."""
+    counts, weights, _, matched, text, _, registers = state
+    first, start, begin = trie.first_V[token], registers[0], trie.text_start_V[token]
+    text[start : start + trie.text_start_V[token + 1] - begin] = trie.text[begin : trie.text_start_V[token + 1]]
+    keys, depth, follows = np.empty(CONTEXTS, np.uint64), -1, registers[2] > 0
+    for d in range(trie.first_V[token + 1] - first):
+        if trie.depth_E[first + d] != depth:
+            for j in range(max(depth, 0), trie.depth_E[first + d]):
                 follows = follows and text[registers[1] + j] == text[start + j]
-            depth = trie.depth_E[i]
+            depth = trie.depth_E[first + d]
             _keys(text, start + depth, keys)
-        prefix, highest = trie.prefix_E[i], 0
-        event = np.uint64(prefix if prefix != END else 256 + trie.node_E[i])
-        x_DX[d, 0], x_DX[d, 1] = min(max(logits_D[d], -30.0), 30.0), 0.25
-        for k in range(CONTEXTS):
-            hashed = (keys[k] + event * np.uint64(0xD6E8FEB86659FD93)) * MULTIPLIER
-            hashed ^= hashed >> np.uint64(32)
-            slot, check = np.int64(hashed & np.uint64((1 << BITS) - 1)), np.uint8((hashed >> np.uint64(56)) | np.uint64(1))
-            slots_DK[d, k], checks_DK[d, k] = slot, check
-            x_DX[d, 2 + k] = 0.0
-            if counts[k, slot, 2] == check:
-                x_DX[d, 2 + k] = np.log((counts[k, slot, 1] + SMALL) / (counts[k, slot, 0] + SMALL))
-                highest = k + 1 if k < ORDERS else highest
-        x_DX[d, 2 + CONTEXTS], expected_D[d] = 0.0, -1
-        if follows and prefix != END:
-            byte = np.int64(text[registers[1] + depth]) | 256
-            known = 0
-            while prefix >> (known + 1):
-                known += 1
-            if byte >> (8 - known) == prefix:
-                expected_D[d] = (byte >> (7 - known)) & 1
-                length = min(registers[2] + depth, LONGEST)
-                chance = np.log(matched[length, 1] / matched[length, 0])
-                x_DX[d, 2 + CONTEXTS] = chance if expected_D[d] else -chance
-        bucket = 0
-        while bucket < len(NETWORK_EDGES) and abs(logits_D[d]) >= NETWORK_EDGES[bucket]:
-            bucket += 1
-        sets_D[d] = ((0 if prefix == END else 1) * (CONTEXTS + 1) + highest) * (len(NETWORK_EDGES) + 1) + bucket
-        total = 0.0
+        prefix = trie.prefix_E[first + d]
+        event = np.uint64(prefix if prefix != END else 256 + trie.node_E[first + d])
+        x_DX[d, 0], x_DX[d, 1], x_DX[d, 2] = min(max(logits_D[d], -30.0), 30.0), 0.25, 0.0
+        longest = _from_counts(counts, keys, event, slots_DK[d], checks_DK[d], x_DX[d, 3:])
+        expected_D[d] = _expected(np.int64(text[registers[1] + depth]), prefix) if follows and prefix != END else -1
+        if expected_D[d] >= 0:
+            length = min(registers[2] + depth, LONGEST)
+            chance = np.log(matched[length, 1] / matched[length, 0])
+            x_DX[d, 2] = chance if expected_D[d] else -chance
+        bucket = np.searchsorted(NETWORK_EDGES, abs(logits_D[d]), side="right")
+        sets_D[d] = ((0 if prefix == END else 1) * (CONTEXTS + 1) + longest) * (len(NETWORK_EDGES) + 1) + bucket
+        totals_D[d] = 0.0
         for k in range(INPUTS):
-            total += weights[sets_D[d], k] * x_DX[d, k]
-        totals_D[d] = total
-    return last - first
+            totals_D[d] += weights[sets_D[d], k] * x_DX[d, k]
 
 
 @njit(nogil=True)
@@ -135,13 +138,15 @@ def _learn(
     state: Arrays, trie: Trie, token: int, slots_DK: A, checks_DK: A, x_DX: A, sets_D: A, expected_D: A, totals_D: A, rate: float
 ) -> None:
     """Counts, weights and the match after a token."""
-    counts, weights, matched, text, table, registers = state
+    counts, weights, updates, matched, text, table, registers = state
     count = trie.first_V[token + 1] - trie.first_V[token]
     for d in range(count):
         bit = np.int64(trie.right_E[trie.first_V[token] + d])
         error = bit - 1 / (1 + np.exp(-totals_D[d]))
+        step = rate / np.sqrt(1 + updates[sets_D[d]] / STEADY)
+        updates[sets_D[d]] += 1
         for k in range(INPUTS):
-            weights[sets_D[d], k] += rate * error * x_DX[d, k]
+            weights[sets_D[d], k] += step * error * x_DX[d, k]
         for k in range(CONTEXTS):
             slot = slots_DK[d, k]
             if counts[k, slot, 2] != checks_DK[d, k]:

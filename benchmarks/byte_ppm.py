@@ -68,7 +68,8 @@ class Bytes:
 
     def spread(self, nll: np.ndarray) -> np.ndarray:
         """A token's nats, evenly over its bytes, (B,); those of tokens without bytes have no place and are left out."""
-        return np.repeat(nll.astype(np.float64) / np.maximum(1, self.sizes), self.sizes)
+        sizes = self.sizes[: len(nll)]
+        return np.repeat(nll.astype(np.float64) / np.maximum(1, sizes), sizes)
 
 
 def score(of: Bytes, nll: np.ndarray, targets: int) -> dict[str, float]:
@@ -159,7 +160,8 @@ def main() -> None:
         "status": "experimental and unlawful: not normalised (C2), the gate sees the target (C1); never part of val_bpb"
     }
     prefix = round(PREFIX_SHARE * stream.targets)
-    score(of, nll, min(prefix, 1000))  # compiles
+    _ppm.predict(of.text[:1000], _ppm.Tables(6), 0, 1000, np.empty(1000), np.empty(1000))  # compiles
+    result["changes"] = arguments.set
     result |= {"whole": score(of, nll, stream.targets), "prefix": score(of, nll, prefix), "prefix_share": PREFIX_SHARE}
     with world(params.parallel) as here:
         model = load_model(arguments.model, here)

@@ -31,11 +31,12 @@ from stages.parallel import world
 from stages.sliding_eval.evaluate import Stream, open_stream
 from stages.sliding_eval.windows import plan
 from stages.train.model import Model, model_for
+from stages.train.params import Params as TrainInput
 from stages.ttt_eval import tilt
 from stages.ttt_eval.hints import LENGTHS, STATES, Hints
 
 BATCH = 8
-RATES = {"tilt": (0.002, 0.005, 0.02, 0.05), "mixer": (0.0005, 0.002, 0.005, 0.02)}
+RATES = {"tilt": (0.01, 0.02, 0.05, 0.1, 0.2), "mixer": (0.002, 0.005, 0.02, 0.05)}
 Tries = tuple[_trie.Trie, _trie.Trie]
 
 
@@ -88,17 +89,14 @@ def decide(logp: np.ndarray, tries: Any, targets: np.ndarray, modes: np.ndarray,
 @torch.no_grad()
 def score(model: Model, case: Case, stride: int) -> Dump:
     """Every target with sliding windows of the model's context; their number must fill the last one."""
-    ids, parts, buffer = (
-        torch.from_numpy(case.stream.tokens.astype(np.int64)),
-        [],
-        np.empty(BATCH * model.params.context * _mixer.DECISIONS),
-    )
+    ids = torch.from_numpy(case.stream.tokens.astype(np.int64)).to(model.embedding.weight.device)
+    parts, buffer = [], np.empty(BATCH * model.params.context * _mixer.DECISIONS)
     windows = plan(0, case.stream.targets, model.params.context, stride)
     batches = [windows[:1], *(windows[i : i + BATCH] for i in range(1, len(windows), BATCH))]
     started = time.monotonic()
     for number, batch in enumerate(batches):
         logits = model.logits(torch.stack([ids[w.start : w.end] for w in batch]), True, batch[0].first - batch[0].start).flatten(0, 1)
-        logp = torch.log_softmax(logits, -1).numpy()
+        logp = torch.log_softmax(logits, -1).cpu().numpy()
         places = np.concatenate([np.arange(w.first, w.end) for w in batch])
         rows, targets, within = np.arange(len(places)), case.targets[places].astype(np.int64), np.empty(len(places))
         count = decide(logp, case.tries, targets, case.modes[places], buffer, within)
@@ -108,11 +106,20 @@ def score(model: Model, case: Case, stride: int) -> Dump:
     return Dump(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
-def tilted(of: Dump, case: Case, rate: float) -> np.ndarray:
+def tilted(nll: np.ndarray, hint_logp: np.ndarray, targets: np.ndarray, case: Case, rate: float) -> np.ndarray:
     """The tilt's losses, (N,)."""
-    weights = np.zeros((len(LENGTHS) * tilt.BUCKETS, tilt.INPUTS))
+    weights, updates = np.zeros((len(LENGTHS) * tilt.BUCKETS, tilt.INPUTS)), np.zeros(len(LENGTHS) * tilt.BUCKETS, np.int64)
     shares, counts = np.full((len(LENGTHS), STATES), 0.5), np.zeros((len(LENGTHS), STATES), np.int64)
-    return tilt.follow(case.hints, case.states, case.targets, of.nll, of.hint_logp, weights, shares, counts, rate)
+    return tilt.follow(case.hints, case.states, targets, nll, hint_logp, weights, shares, counts, updates, rate)
+
+
+def cost_of_learning(of: Dump, case: Case, rate: float) -> float:
+    """bpb that the tilt loses where nothing can be gained: whether a hint comes true is drawn from the network's own probability of it."""
+    p = np.exp(np.minimum(of.hint_logp, tilt.SURE).astype(np.float64))
+    came = (np.random.Generator(np.random.PCG64(0)).random(len(p)) < p) & (case.hints >= 0)
+    nll = np.where(came, -np.log(p), -np.log1p(-p)).astype(np.float32)
+    tilted_nll = tilted(nll, of.hint_logp, np.where(came, case.hints, case.hints + 1), case, rate)
+    return bits_per_byte(tilted_nll, case.stream.counted_bytes) - bits_per_byte(nll, case.stream.counted_bytes)
 
 
 def mixed(of: Dump, case: Case, rate: float) -> np.ndarray:
@@ -140,16 +147,45 @@ def best(name: str, run: Callable[[float], np.ndarray], case: Case) -> tuple[np.
     return tried[rate], {"rate": rate, "first_quarter_bpb_by_rate": first, "megabytes_per_second_of_one_core": megabytes / seconds}
 
 
-def figures(losses: dict[str, np.ndarray], case: Case) -> dict[str, Any]:
-    """bpb of each, and the paired differences, over everything and over the last quarter."""
-    documents = ledger.document_of_target(case.stream.tokens, case.stream.table.bos)
-    found: dict[str, Any] = {}
-    for part, first in (("all", 0), ("last quarter", 3 * case.stream.targets // 4)):
-        counted, numbers = case.stream.counted_bytes[first:], documents[first:] - documents[first]
-        found[part] = {name: bits_per_byte(nats[first:], counted) for name, nats in losses.items()}
-        for a, b in (("network", "tilt"), ("network", "mixer"), ("tilt", "mixer")):
-            found[part][f"{b} minus {a}"] = ledger.paired_difference(losses[a][first:], losses[b][first:], counted, numbers)._asdict()
+def differences(losses: dict[str, np.ndarray], of: np.ndarray, case: Case) -> dict[str, Any]:
+    """bpb of each and their paired differences, over the targets `of`."""
+    counted = case.stream.counted_bytes[of]
+    numbers = np.unique(ledger.document_of_target(case.stream.tokens, case.stream.table.bos)[of], return_inverse=True)[1]
+    found: dict[str, Any] = {name: bits_per_byte(nats[of], counted) for name, nats in losses.items()}
+    for a, b in (("network", "tilt"), ("network", "mixer"), ("tilt", "mixer")):
+        found[f"{b} minus {a}"] = ledger.paired_difference(losses[a][of], losses[b][of], counted, numbers)._asdict()
     return found
+
+
+def figures(losses: dict[str, np.ndarray], case: Case) -> dict[str, Any]:
+    """Over everything, over the last quarter, and over quarters of the bytes by how well the network knows their documents."""
+    targets, counted = np.arange(case.stream.targets), case.stream.counted_bytes
+    found: dict[str, Any] = {
+        "all": differences(losses, targets, case),
+        "last quarter": differences(losses, targets[3 * len(targets) // 4 :], case),
+    }
+    documents = ledger.document_of_target(case.stream.tokens, case.stream.table.bos)
+    size = np.bincount(documents, counted)
+    by_loss = np.argsort(np.bincount(documents, losses["network"]) / np.maximum(1, size))
+    quarter = np.empty(len(size), np.int64)
+    quarter[by_loss] = np.minimum(3, 4 * np.cumsum(size[by_loss]) / size.sum())
+    found["documents by the network's bpb, best quarter first"] = [
+        differences(losses, targets[quarter[documents] == number], case) for number in range(4)
+    ]
+    return found
+
+
+def network(arguments: argparse.Namespace, params: TrainInput, case: Case) -> Dump:
+    """What the model says of the case's targets, from the dump where there is one."""
+    if arguments.dump and arguments.dump.exists():
+        return Dump(**np.load(arguments.dump))
+    with world(params.parallel) as here:
+        model = model_for(params.model, here)
+        model.load_state_dict(load_file(arguments.model))
+        of = score(model, case, arguments.stride)
+    if arguments.dump:
+        np.savez(arguments.dump, **of._asdict())
+    return of
 
 
 def main() -> None:
@@ -165,35 +201,25 @@ def main() -> None:
     parser.add_argument("--results", type=Path, required=True)
     arguments = parser.parse_args()
     params = train_params(arguments.preset, arguments.set)
-    whole = open_stream(arguments.held_out, arguments.tokenizer)
-    window = params.model.context
+    whole, window = open_stream(arguments.held_out, arguments.tokenizer), params.model.context
     targets = window + (min(arguments.targets, whole.targets) - window) // arguments.stride * arguments.stride
-    stream = Stream(whole.tokens[: targets + 1], whole.counted_bytes[:targets], whole.table)
-    case = case_of(stream, arguments.tokenizer)
-    if arguments.dump and arguments.dump.exists():
-        of = Dump(**np.load(arguments.dump))
-    else:
-        with world(params.parallel) as here:
-            model = model_for(params.model, here)
-            model.load_state_dict(load_file(arguments.model))
-            of = score(model, case, arguments.stride)
-        if arguments.dump:
-            np.savez(arguments.dump, **of._asdict())
-    alone = mixed(of, case, 0.0)
-    result: dict[str, Any] = {
+    case = case_of(Stream(whole.tokens[: targets + 1], whole.counted_bytes[:targets], whole.table), arguments.tokenizer)
+    of = network(arguments, params, case)
+    losses, seen = {"network": of.nll}, {}
+    losses["tilt"], seen["tilt"] = best("tilt", lambda rate: tilted(of.nll, of.hint_logp, case.targets, case, rate), case)
+    seen["tilt"]["cost_of_learning_bpb_by_rate"] = {str(rate): cost_of_learning(of, case, rate) for rate in RATES["tilt"]}
+    losses["mixer"], seen["mixer"] = best("mixer", lambda rate: mixed(of, case, rate), case)
+    about = {
         "targets": targets,
-        "bytes": int(stream.counted_bytes.sum()),
+        "bytes": int(case.stream.counted_bytes.sum()),
         "preset": arguments.preset,
         "changes": arguments.set,
+        "decisions_per_target": len(of.logits) / targets,
+        "telescoped_minus_nll_largest_nats": float(np.abs(mixed(of, case, 0.0) - of.nll).max()),
     }
-    result["decisions_per_target"] = len(of.logits) / targets
-    result["telescoped_minus_nll_largest_nats"] = float(np.abs(alone - of.nll).max())
-    losses = {"network": of.nll}
-    losses["tilt"], result["tilt"] = best("tilt", lambda rate: tilted(of, case, rate), case)
-    losses["mixer"], result["mixer"] = best("mixer", lambda rate: mixed(of, case, rate), case)
-    result |= figures(losses, case)
-    arguments.results.write_text(json.dumps(result | clock.facts(), indent=2, sort_keys=True) + "\n")
-    print(json.dumps({part: result[part] for part in ("all", "last quarter")}, indent=1))
+    found = figures(losses, case)
+    arguments.results.write_text(json.dumps(about | seen | found | clock.facts(), indent=2, sort_keys=True) + "\n")
+    print(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

@@ -85,6 +85,9 @@ def test_bytes_are_the_text_and_spread_losses_add_up(scored) -> None:
     assert found["spread_over_bytes_bpb"] == pytest.approx(found["network_bpb"], rel=1e-12)
     assert found["network_bpb"] == pytest.approx(bpb.bits_per_byte(nll, stream.counted_bytes))
     assert found["ppm_bpb"] == pytest.approx(-sum(map(math.log2, slow_ppm(of.text.tobytes())[0])) / len(of.text))
+    prefix = byte_ppm.score(of, nll, 1000)
+    assert prefix["network_bpb"] == pytest.approx(bpb.bits_per_byte(nll[:1000], stream.counted_bytes[:1000]))
+    assert prefix["bytes"] == stream.counted_bytes[:1000].sum()
     assert found["gate_skips_share_of_bytes"] == pytest.approx((of.spread(nll) < 0.277).mean())
 
 

@@ -22,7 +22,7 @@ from tests.factories import TINY, TTT, random_model, world
 from tests.test_audit import PARAMS
 from tests.test_ttt_eval import SLIDING
 
-RATE = 0.02
+RATE = 0.05
 
 
 class HintedBigram(cheats.Bigram):

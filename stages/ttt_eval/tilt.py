@@ -32,6 +32,8 @@ INPUTS = 2 + len(LENGTHS)
 BUCKETS = 8  # of p(h): two units of its logit each
 MOST_CERTAIN = 8.0  # of a stretched share; of logit p(h), twice that
 COUNT_LIMIT = 255  # a share forgets by 1/256 in the end
+STEADY = 16  # updates of a set of weights behind which its steps shrink with their root: else noise costs more than a good network leaves
+LEARNT = ("weights", "updates", "shares_KS", "counts_KS")
 SURE = -1e-7  # the largest log p(h): float32 cannot tell it from 0
 
 
@@ -64,6 +66,7 @@ def follow(
     weights: np.ndarray,
     shares_KS: np.ndarray,
     counts_KS: np.ndarray,
+    updates: np.ndarray,
     rate: float,
 ) -> np.ndarray:
     """Each target's loss under the tilt, (N,) float32; behind each the shares and weights learn from it."""
@@ -78,8 +81,10 @@ def follow(
         log_z = math.log1p(math.exp(logp) * math.expm1(boost))
         tilted[i] = max(0.0, nll[i] - boost * came + log_z)
         error = came - math.exp(logp + boost - log_z)
+        step = rate / math.sqrt(1 + updates[chosen] / STEADY)
+        updates[chosen] += 1
         for k in range(len(x_X)):
-            weights[chosen, k] += rate * error * x_X[k]
+            weights[chosen, k] += step * error * x_X[k]
         for k in range(states.shape[1]):
             state = states[i, k]
             if state != NO_HINT:
@@ -111,6 +116,7 @@ class TiltScorer:
         self.hints = Hints(n_targets)
         self.is_shared = False  # whether a fork has the same tables
         self.weights = np.zeros((len(LENGTHS) * BUCKETS, INPUTS))
+        self.updates = np.zeros(len(self.weights), np.int64)
         self.shares_KS = np.full((len(LENGTHS), STATES), 0.5)
         self.counts_KS = np.zeros((len(LENGTHS), STATES), np.int64)
         self.waiting: list[int] = []
@@ -132,7 +138,8 @@ class TiltScorer:
         twin = object.__new__(type(self))
         twin.__dict__.update(self.__dict__)
         twin.scorer = self.scorer.fork()
-        twin.weights, twin.shares_KS, twin.counts_KS = self.weights.copy(), self.shares_KS.copy(), self.counts_KS.copy()
+        for name in LEARNT:
+            setattr(twin, name, getattr(self, name).copy())
         twin.waiting = []
         return twin
 
@@ -169,7 +176,8 @@ class TiltScorer:
         hints, states = self.hints.observe(tokens)
         hints, states = hints[given:], states[given:]
         nll, hint_logp = self.scorer.score(tokens, np.maximum(hints, 0))
-        return follow(hints, states, tokens[given:], nll, hint_logp, self.weights, self.shares_KS, self.counts_KS, self.rate)
+        learnt = (self.weights, self.shares_KS, self.counts_KS, self.updates)
+        return follow(hints, states, tokens[given:], nll, hint_logp, *learnt, self.rate)
 
 
 def scorer_for(
