@@ -8,6 +8,7 @@ show (a test).
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,7 +55,7 @@ def validate(raw: dict[str, Any]) -> None:
 
 
 def values(text: str, name: str) -> dict[str, Value]:
-    """The values of a parameter file's text by dotted key: top-level scalars, and the keys of each section.
+    """The values of a parameter file's text by dotted key: top-level scalars, and the keys of sections and of sections within them.
 
     >>> values("seed: 42  # of all randomness", "params.yaml")
     {'seed': Value(text='42', start=6, end=8)}
@@ -63,20 +64,22 @@ def values(text: str, name: str) -> dict[str, Value]:
     if not isinstance(root, yaml.MappingNode):
         raise ValueError(f"{name} is not a mapping of sections")
     found: dict[str, Value] = {}
-    for key, node in root.value:
-        pairs = (
-            [(f"{key.value}.{inner.value}", leaf) for inner, leaf in node.value]
-            if isinstance(node, yaml.MappingNode)
-            else [(key.value, node)]
-        )
-        for dotted, leaf in pairs:
-            start, end = leaf.start_mark.index, leaf.end_mark.index
-            if dotted in found:
-                raise ValueError(f"{dotted}: set twice in {name}")
-            if "\n" in text[start:end] or start == end:
-                raise ValueError(f"{dotted}: {name} must give its value on the key's own line, a list in brackets")
-            found[dotted] = Value(text[start:end], start, end)
+    for dotted, leaf in _leaves(root, ""):
+        start, end = leaf.start_mark.index, leaf.end_mark.index
+        if dotted in found:
+            raise ValueError(f"{dotted}: set twice in {name}")
+        if "\n" in text[start:end] or start == end:
+            raise ValueError(f"{dotted}: {name} must give its value on the key's own line, a list in brackets")
+        found[dotted] = Value(text[start:end], start, end)
     return found
+
+
+def _leaves(section: yaml.MappingNode, prefix: str) -> Iterator[tuple[str, yaml.Node]]:
+    for key, node in section.value:
+        if isinstance(node, yaml.MappingNode):
+            yield from _leaves(node, f"{prefix}{key.value}.")
+        else:
+            yield prefix + key.value, node
 
 
 def overlay(base: str, preset: str, base_name: str = "params.yaml", preset_name: str = "the preset") -> str:
