@@ -347,4 +347,4 @@ def test_hints_get_their_log_probabilities():
 )
 def test_parameters_that_cannot_be_right(changes, message):
     with pytest.raises(ValueError, match=message):
-        Params(PARALLEL, SLIDING, replace(TTT, lora=LoraParams(**{**LORA.__dict__, **changes})))
+        Params(PARALLEL, SLIDING, replace(TTT, kind="lora", lora=LoraParams(**{**LORA.__dict__, **changes})))

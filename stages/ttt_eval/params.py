@@ -68,7 +68,7 @@ class Params:
 
     def __post_init__(self) -> None:
         window = self.sliding_eval.window
-        if self.ttt_eval.lora.chunk > window:
+        if self.ttt_eval.kind == "lora" and self.ttt_eval.lora.chunk > window:
             reject("ttt_eval.lora.chunk", f"{self.ttt_eval.lora.chunk} is above sliding_eval.window ({window})")
         for key in ("chunk", "batch_tokens"):
             if getattr(self.ttt_eval, key) % window:
