@@ -55,7 +55,7 @@ class ParallelParams:
     device: Literal["auto", "cpu", "cuda"]
     dtype: Literal["auto", "float32", "bfloat16"]  # of activations; auto is float32 on CPU, bfloat16 on CUDA
     deterministic: bool  # deterministic kernels only; on CPU always on
-    compile: bool  # torch.compile on CUDA; on CPU never
+    compile: bool  # torch.compile of training on CUDA; on CPU never
     kernels: bool  # fused kernels, on CUDA in bfloat16; elsewhere the plain operations
 
     def __post_init__(self) -> None:

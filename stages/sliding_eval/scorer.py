@@ -1,11 +1,11 @@
 """The sliding scorer: a fixed model, a window of context, one score for each target.
 
 It keeps only as much of the observed prefix as the next window needs, so forks are cheap. Inputs behind the last observed token are padded
-to the window's length, which a causal model cannot see: every pass of one run has one shape.
+to the window's length, which a causal model cannot see. Nothing is compiled as a whole: a pass is large enough to hide its launches, the
+fused kernels leave little to fuse, and compiling took four times as long as the 679,261 targets of the shared text do (docs/log.md).
 """
 
 from collections.abc import Sequence
-from functools import partial
 
 import numpy as np
 import torch
@@ -15,7 +15,6 @@ from stages.report import Report
 from stages.sliding_eval.params import SlidingEvalParams
 from stages.sliding_eval.windows import Window, plan, window_of
 from stages.train.model import Model
-from stages.train.operations import compiled
 from stages.train.plain import softcapped
 
 
@@ -47,15 +46,9 @@ class SlidingScorer:
         self.params = params
         self.world = world
         self.report = report or Report(is_main=False)
-        self.replace_model(model)
+        self.model = model
         self.observed = 0  # tokens of the prefix
         self.kept = np.empty(0, dtype=np.int64)  # its last tokens, as many as a window can need
-
-    def replace_model(self, model: Model) -> None:
-        """Score with another model from now on."""
-        self.model = model
-        self.loss_of = compiled(model, self.world)
-        self.hinted_losses_of = compiled(partial(hinted_losses, model), self.world)
 
     @property
     def vocab_size(self) -> int:
@@ -64,7 +57,7 @@ class SlidingScorer:
 
     @property
     def warm_up_targets(self) -> int:
-        """The first window and a batch of others for each rank: both shapes are compiled then."""
+        """The first window and a batch of others for each rank: the kernels of both shapes are compiled then."""
         return self.params.window + self.params.stride * self.params.batch_windows * self.world.size
 
     def fork(self) -> "SlidingScorer":
@@ -126,18 +119,16 @@ class SlidingScorer:
         targets = self._rows(batch, self.kept, offset - 1)
         scored_from = min(self.params.window - self.params.stride, batch[0].first - batch[0].start)
         if hints is None:
-            losses = self.loss_of(inputs, targets, looped=True, scored_from=scored_from)[None]
+            losses = self.model(inputs, targets, looped=True, scored_from=scored_from)[None]
         else:
-            losses = self.hinted_losses_of(inputs, targets, self._rows(batch, hints, first), scored_from)
+            losses = hinted_losses(self.model, inputs, targets, self._rows(batch, hints, first), scored_from)
         for row, window in enumerate(batch):
             begin = window.first - window.start - scored_from
             scores[:, window.first - first : window.end - first] = losses[:, row, begin : begin + window.end - window.first]
 
     def _rows(self, batch: Sequence[Window], source: np.ndarray, offset: int) -> torch.Tensor:
         """For each window's positions what `source` holds, which begins at position `offset`; zeros elsewhere: (rows, window)."""
-        scores_a_stride = batch[0].first - batch[0].start >= self.params.window - self.params.stride
-        rows = self.params.batch_windows if self.world.compile and scores_a_stride else len(batch)
-        padded = np.zeros((rows, self.params.window), dtype=np.int64)
+        padded = np.zeros((len(batch), self.params.window), dtype=np.int64)
         for row, window in enumerate(batch):
             missing = max(0, offset - window.start)
             piece = source[window.start + missing - offset : window.end - offset]

@@ -149,7 +149,7 @@ class TTTScorer:
         mine = rows[self.world.rank :: self.world.size].copy()  # the rows are a read-only view of overlapping windows
         inputs, targets = to_device(mine, self.world.device)
         with torch.enable_grad():
-            losses = weighted(self.scorer.loss_of(inputs, targets, looped=True), self.params.confidence)
+            losses = weighted(self.scorer.model(inputs, targets, looped=True), self.params.confidence)
             (losses.sum() / (len(rows) * self.window)).backward()
         for parameter in self._trained_parameters():
             assert parameter.grad is not None
@@ -161,6 +161,6 @@ class TTTScorer:
     def _own_weights(self) -> None:
         if not self.is_shared:
             return
-        self.scorer.replace_model(copy.deepcopy(self.scorer.model))
+        self.scorer.model = copy.deepcopy(self.scorer.model)
         self.momenta = [momentum.clone() for momentum in self.momenta]
         self.is_shared = False
