@@ -339,7 +339,7 @@ SECTIONS: dict[str, Any] = {
         "code_reserve_bytes": 1_000,
     },
     "sliding_eval": {"window": 16, "stride": 4, "batch_windows": 8, "chunk": 128},
-    "ttt_eval": {"chunk": 256, "epochs": 1, "batch_tokens": 64, "lr": 0.01, "momentum": 0.9, "clip_norm": 1.0, "tilt_rate": 0.0},
+    "ttt_eval": dataclasses.asdict(dataclasses.replace(factories.TTT, chunk=256, epochs=1, batch_tokens=64, lr=0.01)),
     "audit": dataclasses.asdict(PARAMS) | {"segment_targets": 24, "substitutions": 6},
 }
 
