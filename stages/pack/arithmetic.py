@@ -4,6 +4,8 @@ It is the carryless one of PAQ (Mahoney 2002) with 40 bits of interval and 16 of
 and by 1/1024 in the end. Coding and decoding are one function, which is told each decision or finds it out.
 """
 
+from typing import Any
+
 import numpy as np
 from numba import njit
 
@@ -14,7 +16,7 @@ LOW, HIGH, CODE, POSITION = 0, 1, 2, 3  # of the registers
 
 PROBABILITY_BITS = 22  # of a counter; the coder takes the upper 16
 ONE = 1 << PROBABILITY_BITS
-HALF = 32768  # of 65,536
+HALF: Any = np.int64(32768)  # of 65,536; a plain constant would have the functions it is given to compiled anew
 MOST_CERTAIN = 24  # of 65,536: a decision never costs less than 0.0005 bits nor more than 11.4
 COUNT_LIMIT = 1023
 FLUSH_BYTES = 5  # that a decoder has read ahead

@@ -147,7 +147,7 @@ def _row(
     decoding: bool,
 ) -> bool:
     """One row. `sizes_C` become the magnitudes of its differences, `sums` their sum, what their columns expected, what predicting saved."""
-    state = share = 0
+    state = share = np.int64(0)
     # As many magnitudes as the spread of the rows' scales is worth stand for what other rows' were.
     prior = min(max(SAMPLING // max(facts[SPREAD], 1), 2), 256)
     seen, expected = max(1, (prior * facts[RATIO]) >> (POINT - SUM_POINT)), prior << SUM_POINT
@@ -229,7 +229,7 @@ def _signed(
     upward = remainder > 0
     same = 1 if (difference > 0) == upward else 0
     if likely:
-        same = learn(same, chances_KU, counts_KU, SIGNS, min(likely, UNARY - 1), registers, buffer, decoding)
+        same = learn(same, chances_KU, counts_KU, np.int64(SIGNS), min(likely, UNARY - 1), registers, buffer, decoding)
     else:
         same = code(same, HALF, registers, buffer, decoding)
     return size if (same == 1) == upward else -size
@@ -253,7 +253,7 @@ def _magnitude(
     scale = min(max((octaves >> 1) - SCALES_PER_OCTAVE * SMALLEST, 0), SCALES - 1)
     raw_bits = max(0, (octaves >> 3) - halving - RAW_BITS_FROM + 1)
     context, magnitude = 2 * scale + odd, size >> halving
-    high_part, length = magnitude >> raw_bits, 0
+    high_part, length = magnitude >> raw_bits, np.int64(0)
     while length < UNARY and learn(1 if length < high_part else 0, chances_KU, counts_KU, context, length, registers, buffer, decoding):
         length += 1
     if length == UNARY:
@@ -301,7 +301,7 @@ def _learn_direction(row: int, levels_C: np.ndarray, saved: int, direction_C: np
     products, squares = np.int64(0), _doubt(facts)
     for column in range(len(levels_C)):
         along = direction_C[column] >> 4
-        products += along * _bounded(levels_C[column])
+        products += along * _bounded(np.int64(levels_C[column]))
         squares += (along * along) >> 8
     share = _share(products, squares)
     decay = min(7, _eighths_of_octaves(row + 2) // 8)
@@ -312,7 +312,7 @@ def _learn_direction(row: int, levels_C: np.ndarray, saved: int, direction_C: np
     noise = np.int64(0)
     for column in range(len(levels_C)):
         along = direction_C[column]
-        error = (_bounded(levels_C[column]) << PREDICTION_POINT) - _predicted(share, along)
+        error = (_bounded(np.int64(levels_C[column])) << PREDICTION_POINT) - _predicted(share, along)
         noise += (error >> 8) * (error >> 8)
         direction_C[column] = min(max(along + ((gain * error + 2048) >> 12), -MOST), MOST)
     facts[NOISE] = max(1, facts[NOISE] + ((noise // max(len(levels_C), 1) - facts[NOISE]) >> decay))

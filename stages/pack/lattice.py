@@ -250,7 +250,7 @@ def _search(y_RC: np.ndarray, cost_R: np.ndarray, row_class_R: np.ndarray, task:
     unit_CC, delay = task.unit_CC, task.delay
     for first_row in range(0, rows, ROWS_AT_ONCE):
         last_row = min(first_row + ROWS_AT_ONCE, rows)
-        first = 0
+        first = np.int64(0)  # 0 would have all that is called with it compiled twice
         while first < columns:
             last = min(first + BLOCK, columns)
             kept = last if last == columns else last - delay
