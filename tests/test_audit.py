@@ -344,7 +344,7 @@ SECTIONS: dict[str, Any] = {
 }
 
 
-def made_artifacts(folder: Path) -> list[str]:
+def made_artifacts(folder: Path, sections: dict[str, Any]) -> list[str]:
     """What the stages before audit leave behind, small, and the arguments that point the stage at it."""
     for name in ("train", "val", "sliding", "ttt"):
         (folder / name).mkdir(parents=True)
@@ -373,17 +373,21 @@ def made_artifacts(folder: Path) -> list[str]:
     files_ = ("model.bin", "tokenizer.model", "documents.u64", "manifest.json", "train_timing.json", "calibrate_timing.json")
     arguments += [f"--{name.partition('.')[0].replace('_', '-')}={folder / name}" for name in files_]
     common = [f"--{name.partition('.')[0]}={folder / name}" for name in ("model.bin", "tokenizer.model")] + [f"--val={folder / 'val'}"]
-    command.launch(sliding_stage.STAGE, sliding_stage.main, [*common, f"--output={folder / 'sliding'}"], SECTIONS)
+    command.launch(sliding_stage.STAGE, sliding_stage.main, [*common, f"--output={folder / 'sliding'}"], sections)
     sliding = f"--sliding={folder / 'sliding' / 'nll.npy'}"
-    command.launch(ttt_stage.STAGE, ttt_stage.main, [*common, sliding, f"--output={folder / 'ttt'}"], SECTIONS)
+    command.launch(ttt_stage.STAGE, ttt_stage.main, [*common, sliding, f"--output={folder / 'ttt'}"], sections)
     return [*arguments, f"--code={folder / 'train_gpt.py'}"]
 
 
-def test_the_stage_passes_twice_alike_and_fails_with_one_line_and_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = made_artifacts(tmp_path)
+@pytest.mark.parametrize("kind", ["sgd", "lora"])
+def test_the_stage_passes_twice_alike_and_fails_with_one_line_and_a_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    sections = SECTIONS | {"ttt_eval": SECTIONS["ttt_eval"] | {"kind": kind, "lora": SECTIONS["ttt_eval"]["lora"] | {"lr": 0.001}}}
+    arguments = made_artifacts(tmp_path, sections)
     reports = []
     for name in ("a", "b"):
-        command.launch(stage.STAGE, stage.main, [*arguments, f"--output={tmp_path / name}"], SECTIONS)
+        command.launch(stage.STAGE, stage.main, [*arguments, f"--output={tmp_path / name}"], sections)
         reports.append([(tmp_path / name / file).read_bytes() for file in stage.STAGE.writes])
     assert reports[0] == reports[1]
     metrics = json.loads(reports[0][2])
@@ -395,7 +399,7 @@ def test_the_stage_passes_twice_alike_and_fails_with_one_line_and_a_report(tmp_p
     capsys.readouterr()
     output = tmp_path / "failed"
     with pytest.raises(SystemExit) as ended:
-        command.launch(stage.STAGE, stage.main, [*arguments, f"--output={output}"], SECTIONS)
+        command.launch(stage.STAGE, stage.main, [*arguments, f"--output={output}"], sections)
     assert ended.value.code == 1
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 1

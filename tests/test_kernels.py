@@ -263,6 +263,20 @@ def test_squared_leaky_mlp(place, draw, tokens, width, hidden):
     check(place, kernels.squared_leaky_mlp, plain.squared_leaky_mlp, *inputs)
 
 
+def test_squared_leaky_mlp_with_frozen_weights(place, draw):
+    """Adapters train beside weights that take no gradients; the input's is the same to the bit."""
+    x, up, down = draw(70, 24), draw(40, 24), draw(24, 40)
+    gradients = []
+    for frozen in (False, True):
+        leaf, *weights = x.clone().requires_grad_(), up.clone().requires_grad_(not frozen), down.clone().requires_grad_(not frozen)
+        kernels.squared_leaky_mlp(leaf, *weights).float().square().sum().backward()
+        gradients.append(leaf.grad)
+        assert all((weight.grad is None) == frozen for weight in weights)
+    assert torch.equal(*gradients)
+    arguments = operator_arguments(draw, place)["squared_leaky_mlp_backward"]
+    torch.library.opcheck(torch.ops.caddie.squared_leaky_mlp_backward.default, (*arguments[:-1], True))
+
+
 # Cross entropy
 
 

@@ -3,6 +3,8 @@
 import copy
 import itertools
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from stages.parallel import World
 from stages.sliding_eval.params import SlidingEvalParams
 from stages.train.model import Model
 from stages.train.params import ModelParams
@@ -18,7 +21,6 @@ from stages.ttt_eval.confidence import weighted
 from stages.ttt_eval.documents import groups, split
 from stages.ttt_eval.lora import LoRAScorer
 from stages.ttt_eval.params import LoraParams, Params, TttEvalParams
-from stages.ttt_eval.tilt import TiltScorer, scorer_for
 from tests.factories import LORA, PARALLEL, TINY, TTT, random_model, world
 
 SLIDING = SlidingEvalParams(window=16, stride=4, batch_windows=3, chunk=32)
@@ -243,10 +245,21 @@ def test_a_score_depends_on_its_own_document_s_past_alone():
         np.testing.assert_array_equal(scores[end:], base[end:])
 
 
+def test_few_documents_are_scored_by_the_past_alone_to_the_last_bit():
+    """Where documents end is the future's to say as well."""
+    tokens = stream()
+    base = scorer(documents=100).score_stream(tokens)
+    for position in (33, 60, 100, 130):
+        changed = tokens.copy()
+        changed[position : position + 9 : 2] = BOS
+        scores = scorer(documents=100).score_stream(changed)
+        np.testing.assert_array_equal(scores[: position - 1], base[: position - 1])
+
+
 def test_order_and_company_change_no_score():
     tokens = stream()
     base = scorer(lr=0.001).score_stream(tokens)
-    for documents in (1, 2, 100):
+    for documents in (1, 2, 10):
         np.testing.assert_allclose(scorer(lr=0.001, documents=documents).score_stream(tokens), base, atol=1e-5)
     parts = np.split(tokens, np.cumsum(LENGTHS)[:-1])
     places = np.split(np.arange(len(tokens)), np.cumsum(LENGTHS)[:-1])
@@ -302,25 +315,24 @@ def test_the_model_given_and_the_forks_are_independent():
 
 
 def test_ranks_share_the_documents_out_without_changing_a_score(monkeypatch):
-    """Each rank alone computes its share; here the other's is added by hand."""
+    """Ranks as threads that add what each of them has; also where a piece of a stream ends inside a document."""
     tokens = stream()
-    base = scorer().score_stream(tokens)
-    shares = []
-    for rank in (0, 1):
-        s = LoRAScorer(random_model(6), SLIDING, lora(), world(rank, 2))
-        monkeypatch.setattr(type(s.world), "sum_", lambda self, tensor: tensor)
-        shares.append(s.score_stream(tokens))
-    assert np.all((shares[0] == 0) != (shares[1] == 0))
-    np.testing.assert_allclose(shares[0] + shares[1], base, atol=1e-5)
+    whole = scorer(lr=0.001).score_stream(tokens)
+    meeting, given = threading.Barrier(2), [torch.empty(0), torch.empty(0)]
 
+    def sum_(self: World, tensor: torch.Tensor) -> torch.Tensor:
+        given[self.rank] = tensor.clone()
+        meeting.wait(60)
+        tensor.copy_(given[0] + given[1])
+        meeting.wait(60)
+        return tensor
 
-def test_the_tilt_wraps_it_and_nothing_learnt_is_nothing_changed():
-    tokens = stream()
-    tilted = scorer_for(random_model(6), SLIDING, replace(lora(), tilt_rate=1e-9), world(), len(tokens) - 1)
-    assert isinstance(tilted, TiltScorer)
-    np.testing.assert_allclose(tilted.score_stream(tokens), scorer().score_stream(tokens), atol=1e-4)
-    plain = scorer_for(random_model(6), SLIDING, lora(), world(), len(tokens) - 1)
-    assert isinstance(plain, LoRAScorer)
+    monkeypatch.setattr(World, "sum_", sum_)
+    ranks = [LoRAScorer(random_model(6), SLIDING, lora(lr=0.001), world(rank, 2)) for rank in (0, 1)]
+    with ThreadPoolExecutor(2) as threads:
+        for piece, expected in ((tokens[:47], whole[:46]), (tokens[47:50], whole[46:49]), (tokens[50:], whole[49:])):
+            for scores in threads.map(lambda rank, piece=piece: rank.score_stream(piece), ranks):
+                np.testing.assert_allclose(scores, expected, atol=1e-5)
 
 
 def test_hints_get_their_log_probabilities():

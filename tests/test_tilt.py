@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import hashlib
 import math
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from stages.audit.verdict import convicted, reason
 from stages.report import Report
 from stages.sliding_eval.scorer import SlidingScorer
 from stages.ttt_eval.hints import AGREES, LENGTHS, MOST_HITS, MOST_MISSES, NO_HINT, Hints
+from stages.ttt_eval.lora import LoRAScorer
 from stages.ttt_eval.scorer import TTTScorer
 from stages.ttt_eval.tilt import TiltScorer, scorer_for
 from tests import cheats, factories
@@ -201,17 +203,18 @@ def test_forks_are_independent_in_both_directions() -> None:
         np.testing.assert_array_equal(kept.score_stream(tokens[1500:]), expected)
 
 
-def test_the_audit_passes_the_tilt(tmp_path_factory: pytest.TempPathFactory) -> None:
+@pytest.mark.parametrize(("kind", "rate"), [("sgd", RATE), ("lora", RATE)])
+def test_the_audit_passes_adaptive_scorers(tmp_path_factory: pytest.TempPathFactory, kind: Literal["sgd", "lora"], rate: float) -> None:
     tokens = stream(1500, TINY.vocab_size)
     counted = (tokens[1:] != cheats.BOS).astype(np.int64)
     per_document = np.array([len(document) - 1 for document in shards.documents(tokens, cheats.BOS)])
-    params = dataclasses.replace(TTT, tilt_rate=RATE, chunk=256)
+    params = dataclasses.replace(TTT, kind=kind, tilt_rate=rate, chunk=256, lora=dataclasses.replace(TTT.lora, lr=0.001, documents=40))
     model = random_model(6)
     nll = scorer_for(model, SLIDING, params, world(), len(tokens) - 1).score_stream(tokens)
     table = tmp_path_factory.mktemp("chunks") / "chunks.tsv"
     ledger.write_chunks(table, nll, counted, 256)
     verdicts = audit_scorer(
-        "tilt",
+        f"{kind}, tilt {rate}",
         lambda n_targets: scorer_for(model, SLIDING, params, world(), n_targets),
         Stream(tokens, cheats.BOS, counted, coverage.DocumentBytes(per_document, np.zeros(len(per_document), dtype=bool))),
         Claim(nll, table.read_text(), bpb.bits_per_byte(nll, counted), (1e-4, 1e-6)),
@@ -225,8 +228,11 @@ def test_the_audit_passes_the_tilt(tmp_path_factory: pytest.TempPathFactory) -> 
 
 def test_the_parameter_decides() -> None:
     model = random_model(6)
-    for rate, kind in ((0.0, TTTScorer), (RATE, TiltScorer)):
-        params = dataclasses.replace(TTT, tilt_rate=rate)
-        assert type(scorer_for(model, SLIDING, params, factories.world(), 100)) is kind
+    kinds: tuple[tuple[float, Literal["sgd", "lora"], type], ...] = (
+        (0.0, "sgd", TTTScorer), (0.0, "lora", LoRAScorer), (RATE, "sgd", TiltScorer), (RATE, "lora", TiltScorer)
+    )  # fmt: skip
+    for rate, kind, expected in kinds:
+        params = dataclasses.replace(TTT, tilt_rate=rate, kind=kind)
+        assert type(scorer_for(model, SLIDING, params, factories.world(), 100)) is expected
     with pytest.raises(ValueError, match="tilt_rate: -1 is negative"):
         dataclasses.replace(TTT, tilt_rate=-1)

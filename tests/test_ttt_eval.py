@@ -58,6 +58,35 @@ def test_equals_a_slow_version_with_torch_s_sgd():
     np.testing.assert_allclose(scorer(tokens).score_stream(tokens), slow_ttt(tokens), atol=5e-4)
 
 
+@pytest.mark.parametrize("trained", ["matrices", "vectors"])
+def test_what_is_not_trained_stays_as_it_is(trained):
+    """Matrices are the blocks' products; vectors are all that is kept in full precision, so never a table."""
+    tokens = stream()
+    s = scorer(tokens, trained=trained)
+    before = copy.deepcopy(s.scorer.model.state_dict())
+    s.score_stream(tokens)
+    moved = {name for name, tensor in s.scorer.model.state_dict().items() if not torch.equal(before[name], tensor)}
+    matrices = {name for name, tensor in before.items() if name.startswith("blocks.") and name.endswith(".weight")}
+    tables = {"embedding.weight", "value_tables.0.weight", "value_tables.1.weight"}
+    assert moved == (matrices if trained == "matrices" else set(before) - matrices - tables)
+
+
+def test_confidence_weighs_losses_within_each_sequence():
+    """One chunk of one batch: the gradient is that of each loss times itself over its sequence's mean, bounded."""
+    tokens = stream(65)
+    s = scorer(tokens, confidence=True, batch_tokens=32, epochs=1)
+    s.score_stream(tokens[:33])
+    model = random_model(6)
+    ids = torch.from_numpy(tokens[:33].astype(np.int64))
+    losses = model(ids[:-1].view(2, 16), ids[1:].view(2, 16))
+    share = (losses.detach() / losses.detach().mean(1, keepdim=True)).clip(1 / 3, 3)
+    (share * losses).mean().backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for mine, theirs in zip(s.scorer.model.parameters(), model.parameters(), strict=True):
+        assert theirs.grad is not None
+        torch.testing.assert_close(mine, theirs - 0.05 * theirs.grad, atol=1e-5, rtol=1e-4)
+
+
 def test_learning_helps_and_the_first_chunk_is_the_plain_model():
     tokens = stream(400)
     adapted = scorer(tokens).score_stream(tokens)

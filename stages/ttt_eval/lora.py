@@ -7,8 +7,11 @@ Nothing passes from one document to another, so any documents may lie side by si
 the tokens before it in its own document only. (#1530 and its successors adapt a batch at a time too, but keep A from batch to batch and
 train the model between: then order matters.) The context of a chunk ends with the chunk and reaches back `window` tokens at most, and
 is recomputed for every chunk because the adapters have changed. A batch loses its rows as their documents end: with the lengths of web
-text, a fixed number of rows would be four times the work. So shapes are many, and nothing here is compiled; with its kernels the model does
-not need it.
+text, a fixed number of rows would be four times the work. So shapes are many, and nothing here is compiled.
+
+A document's company changes the last digits of its scores, since sums over other shapes run in another order. A call with too few documents
+to fill a batch scores them one by one, which costs little: then every shape follows from the chunk's number, and a score is a function of
+its past to the last bit.
 
 Shapes: B documents, T tokens of context, S targets of a chunk, V vocabulary.
 """
@@ -128,7 +131,8 @@ class LoRAScorer:
             bank = self._run(documents[:1], self.bank.copy(0), work)
             work.scores[:] *= self.world.is_main
         new = [document for document in documents if not document.first]
-        for group in groups(new, self.world.rank, self.world.size, self.lora.documents):
+        side_by_side = self.lora.documents if len(new) >= self.lora.documents else 1
+        for group in groups(new, self.world.rank, self.world.size, side_by_side):
             bank = self._run(group, fresh_bank(self.fresh_P, len(group)), work) or bank
         return self._from_its_rank(bank) if new else self._known(bank)
 
