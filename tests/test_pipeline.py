@@ -222,9 +222,8 @@ def test_the_bundle_is_the_same_file_after_a_run_and_with_its_output_in_the_tree
 def test_a_killed_dvc_leaves_no_output_half_written(repository):
     """A stage that fails publishes nothing: the folder holds what it held."""
     before = hashes(repository)
-    result = subprocess.run(
-        [sys.executable, "-m", "stages.pack", "--set", "pack.budget_bytes=68000"], cwd=repository, capture_output=True, text=True
-    )
+    two_thousand = ["--set", "pack.budget_bytes=2000", "--set", "pack.code_reserve_bytes=0"]
+    result = subprocess.run([sys.executable, "-m", "stages.pack", *two_thousand], cwd=repository, capture_output=True, text=True)
     assert result.returncode == 2
     assert len(result.stderr.splitlines()) == 1
     assert hashes(repository) == before
