@@ -10,7 +10,8 @@ Shapes: K contexts, U decisions.
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
+
+from stages.pack.compiled import inner
 
 INTERVAL_BITS = 40
 INTERVAL_MASK = (1 << INTERVAL_BITS) - 1
@@ -46,7 +47,7 @@ class Counters(NamedTuple):
     counts_KU: np.ndarray  # int64: how many decisions that is drawn from, of WHOLE
 
 
-@njit(nogil=True)
+@inner
 def code(bit: int, probability: int, stream: Stream) -> int:
     """Code or decode one decision whose being 1 has `probability` of 65,536."""
     registers, buffer, decoding = stream
@@ -72,7 +73,7 @@ def code(bit: int, probability: int, stream: Stream) -> int:
     return bit
 
 
-@njit(nogil=True)
+@inner
 def learn(bit: int, context: int, part: int, place: int, counters: Counters, stream: Stream) -> int:
     """Code or decode one decision that lies `part` of WHOLE from one context to the next, and let both counters learn it."""
     chances_KU = counters.chances_KU
@@ -85,7 +86,7 @@ def learn(bit: int, context: int, part: int, place: int, counters: Counters, str
     return bit
 
 
-@njit(nogil=True)
+@inner
 def _correct(error: int, weight: int, context: int, place: int, counters: Counters) -> None:
     """Move a counter by its share in an error."""
     chances_KU, counts_KU = counters
@@ -95,7 +96,7 @@ def _correct(error: int, weight: int, context: int, place: int, counters: Counte
     counts_KU[context, place] = min(count + weight, COUNT_LIMIT << PART_BITS)
 
 
-@njit(nogil=True)
+@inner
 def code_number(number: int, digits: int, stream: Stream) -> int:
     """Code or decode so many binary digits as they are."""
     value = 0

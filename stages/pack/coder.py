@@ -21,9 +21,9 @@ Shapes: R rows, C columns, S states, K contexts, U decisions of a magnitude (pri
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
 from stages.pack.arithmetic import HALF, PART_BITS, WHOLE, Counters, Stream, code, code_number, ending, learn, to_read, to_write
+from stages.pack.compiled import inner, outer
 from stages.pack.direction import PREDICTION_POINT, USEFUL, Direction, bounded, direction, doubt, learn_direction, predicted, share_of
 from stages.pack.prior import RAW_BITS_FROM, SCALES, SCALES_PER_OCTAVE, SIGNS, SMALLEST, UNARY, first_chances
 from stages.pack.trellis import trellis
@@ -122,7 +122,7 @@ def _factors(exponents: np.ndarray) -> np.ndarray:
     return (ROOTS[eighths % 8] << (eighths // 8)) >> (FARTHEST // 8)
 
 
-@njit(nogil=True)
+@outer
 def _run(levels_RC: np.ndarray, scales: _Scales, shared: Direction, coding: _Coding) -> bool:
     """Code `levels_RC`, or fill it from the stream; False for a level beyond LARGEST, which only a damaged stream holds."""
     for row in range(len(levels_RC)):
@@ -133,7 +133,7 @@ def _run(levels_RC: np.ndarray, scales: _Scales, shared: Direction, coding: _Cod
     return True
 
 
-@njit(nogil=True)
+@inner
 def _row(levels_C: np.ndarray, factor: int, scales: _Scales, shared: Direction, coding: _Coding) -> bool:
     """One row. `sizes_C` become the magnitudes of its differences, `sums` their sums."""
     _, means_C, _, facts, sizes_C, sums = scales
@@ -176,7 +176,7 @@ def _row(levels_C: np.ndarray, factor: int, scales: _Scales, shared: Direction, 
     return True
 
 
-@njit(nogil=True)
+@inner
 def _signed(size: int, difference: int, remainder: int, estimate: int, coding: _Coding) -> int:
     """Code or decode a difference's sign: likely that of what rounding left of the prediction, the more the larger both are."""
     if size == 0:
@@ -191,7 +191,7 @@ def _signed(size: int, difference: int, remainder: int, estimate: int, coding: _
     return size if (same == 1) == upward else -size
 
 
-@njit(nogil=True)
+@inner
 def _magnitude(size: int, estimate: int, odd: int, coding: _Coding) -> int:
     """Code or decode a magnitude of which the parity is known on a trellis; `estimate` is what it is expected to be."""
     counters, stream, halving = coding.counters, coding.stream, coding.stride - 1
@@ -211,7 +211,7 @@ def _magnitude(size: int, estimate: int, odd: int, coding: _Coding) -> int:
     return (length << halving) + odd
 
 
-@njit(nogil=True)
+@inner
 def _place(estimate: int, halving: int) -> tuple[int, int, int]:
     """The context below an expected magnitude, how far it lies above that (of WHOLE), and the octave in which it lies."""
     octave = np.int64(SMALLEST)
@@ -230,7 +230,7 @@ def _place(estimate: int, halving: int) -> tuple[int, int, int]:
     return scale, part, octave
 
 
-@njit(nogil=True)
+@inner
 def _learn_scales(row: int, factor: int, scales: _Scales) -> None:
     """What a row's magnitudes say of its columns' means, and of the ratio of rows to columns."""
     _, means_C, known, facts, sizes_C, sums = scales

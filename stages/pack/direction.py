@@ -9,7 +9,8 @@ Shapes: C columns.
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
+
+from stages.pack.compiled import inner
 
 PREDICTION_POINT = 12  # bits behind the point
 MOST = 4095 << PREDICTION_POINT  # of what is predicted; larger levels are taken for this
@@ -31,7 +32,7 @@ def direction(columns: int) -> Direction:
     return Direction(np.full(columns, FIRST_DIRECTION, np.int64), FIRST_FACTS.copy())
 
 
-@njit(nogil=True)
+@inner
 def bounded(level: int) -> int:
     """A level as directions know it, so that no sum of products overflows."""
     if level > 4095:
@@ -39,25 +40,25 @@ def bounded(level: int) -> int:
     return max(level, -4095)
 
 
-@njit(nogil=True)
+@inner
 def predicted(share: int, along: int) -> int:
     """What a share in the direction, of 256, makes of a column's level."""
     return min(max((share * along) >> 8, -MOST), MOST)
 
 
-@njit(nogil=True)
+@inner
 def share_of(products: int, squares: int) -> int:
     """Of a direction in a row, by least squares; of 256."""
     return min(max((products << 8) // squares, -16383), 16383)
 
 
-@njit(nogil=True)
+@inner
 def doubt(facts: np.ndarray) -> int:
     """What a row's squares start from, which draws its share to zero: the variance of residuals over that of shares."""
     return min((facts[NOISE] << 16) // (facts[POWER] + 1), np.int64(1) << 40) + 1
 
 
-@njit(nogil=True)
+@inner
 def learn_direction(row: int, levels_C: np.ndarray, saved: int, known: Direction) -> None:
     """Oja's rule: the direction turns to what it left of a row, the more the larger the row's share in it is.
 
