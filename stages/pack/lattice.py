@@ -31,6 +31,7 @@ import numpy as np
 from numba import njit
 
 from stages.pack.coder import LARGEST
+from stages.pack.compiled import inner, outer
 from stages.pack.trellis import trellis
 from stages.pack.workers import in_threads
 
@@ -242,7 +243,7 @@ def _places(states: int) -> _Survivors:
     return _Survivors(*(np.empty(size, np.int64 if i < 2 else np.float32) for i, size in enumerate(sizes)))
 
 
-@njit(nogil=True)
+@outer
 def _search(y_RC: np.ndarray, cost_R: np.ndarray, row_class_R: np.ndarray, task: _Task, of: _Survivors, levels_RC: np.ndarray) -> None:
     """Fill `levels_RC`; `y_RC` ends as the values that entered the quantiser. Sums have a fixed order, so results do too."""
     rows, columns = y_RC.shape
@@ -271,7 +272,7 @@ def _move(ahead: np.ndarray, error: float, moved_by: np.ndarray) -> None:
         ahead[i] -= error * moved_by[i]
 
 
-@njit(nogil=True)
+@inner
 def _trace(best: int, first: int, last: int, kept: int, parents_BS: np.ndarray, levels_BS: np.ndarray, levels_C: np.ndarray) -> int:
     """The levels of columns first..kept on the path that ends in state `best` at `last`, into `levels_C`; its state at `kept`."""
     start = best
@@ -284,7 +285,7 @@ def _trace(best: int, first: int, last: int, kept: int, parents_BS: np.ndarray, 
     return start
 
 
-@njit(nogil=True)
+@inner
 def _survive(y_C: np.ndarray, row_cost: float, row_class: int, start: int, first: int, last: int, task: _Task, of: _Survivors) -> int:
     """Search one row's columns first..last from state `start`; the cheapest path's last state. Parents and levels are left to trace it."""
     unit_CC, cost_C, column_class_C, prices, into_S2, odd_S, stride, _ = task
