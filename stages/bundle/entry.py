@@ -20,11 +20,10 @@ from stages.calibrate.params import Params as CalibrateInput
 from stages.pack.artifact import load_model, pack
 from stages.pack.params import PackParams
 from stages.parallel import ParallelParams, World, relaunch_under_torchrun, world
-from stages.sliding_eval.evaluate import REHEARSED_CHUNKS, TimedScorer, read_stream, rehearse, score, write_results
+from stages.sliding_eval.evaluate import Stream, TimedScorer, read_stream, score, write_results
 from stages.sliding_eval.params import SlidingEvalParams
 from stages.sliding_eval.scorer import SlidingScorer
 from stages.train.loop import train
-from stages.train.model import Model
 from stages.train.params import ModelParams, TrainParams
 from stages.train.params import Params as TrainInput
 from stages.ttt_eval.params import Params as TttInput
@@ -126,14 +125,9 @@ def evaluate(run: command.Run[Params]) -> None:
     files = {option: run.path(option) for option in EVAL.reads}
     relaunch_under_torchrun(params.parallel, sys.argv[0], sys.argv[1:])
     with world(params.parallel) as here:
-
-        def scorer_of(model: Model, targets: int) -> tuple[TimedScorer, str, int]:
-            return _scorer(name, params, model, targets, here, run)
-
-        rehearsal = REHEARSED_CHUNKS * params.ttt_eval.chunk
-        model = load_model(files["model"], here, lambda model: rehearse(scorer_of(model, rehearsal)[0], model.params.bos_id))
+        model = load_model(files["model"], here)
         stream = read_stream(files["val"], files["tokenizer"], model.params.vocab_size, params.sliding_eval.window)
-        scorer, prefix, chunk = scorer_of(model, stream.targets)
+        scorer, prefix, chunk = _scorer(name, params, model, stream, here, run)
         pace = clock.Pace(scorer.warm_up_targets)
         nll = score(scorer, stream, pace)
         if here.is_main:
@@ -159,12 +153,12 @@ def _on(here: World, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _scorer(
-    name: ScorerName, params: Params, model: Model, targets: int, here: World, run: command.Run[Params]
+    name: ScorerName, params: Params, model: Any, stream: Stream, here: World, run: command.Run[Params]
 ) -> tuple[TimedScorer, str, int]:
     """The scorer, the prefix of its metrics and the targets of a row of its chunks.tsv."""
     if name == "sliding_eval":
         return SlidingScorer(model, params.sliding_eval, here, run.report), "sliding", params.sliding_eval.chunk
-    scorer = scorer_for(model, params.sliding_eval, params.ttt_eval, here, targets, run.report)
+    scorer = scorer_for(model, params.sliding_eval, params.ttt_eval, here, stream.targets, run.report)
     return scorer, "ttt", params.ttt_eval.chunk
 
 

@@ -5,8 +5,7 @@ budget decides one number only, the quantiser's scale (budget.py, quantisers.py)
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -88,22 +87,20 @@ def pack(
 def unpack(blob: bytes) -> tuple[ModelParams, dict[str, Tensor]]:
     """The model's parameters and its float32 weights; a ValueError for a file that is damaged or not lawful."""
     contents = container.read(blob)
-    return _model_params(contents), _state(contents)
+    params = _model_params(contents)
+    try:
+        check_shapes({entry.name: entry.shape for entry in contents.entries}, params)
+    except ValueError as error:
+        raise ValueError(f"damaged model file: {error}") from error
+    state = in_threads(_decode, contents.entries, lambda entry: entry.payload_bytes, usable_cores())
+    return params, {entry.name: tensor for entry, tensor in zip(contents.entries, state, strict=True)}
 
 
-def load_model(path: Path, world: World, rehearse: Callable[[Model], object] = lambda model: None) -> Model:
-    """The model in a file, on the world's device and in its manner of computing.
-
-    Where the model runs on fused kernels, `rehearse` is called with it while its weights, still zeros, are decoded beside: the kernels that
-    it uses are compiled in the meantime.
-    """
-    contents = container.read(path.read_bytes())
-    model = model_for(_model_params(contents), world)
-    with ThreadPoolExecutor(1) as thread:
-        pending = thread.submit(_state, contents)
-        if world.kernels:
-            rehearse(model)
-        model.load_state_dict(pending.result())
+def load_model(path: Path, world: World) -> Model:
+    """The model in a file, on the world's device and in its manner of computing."""
+    params, state = unpack(path.read_bytes())
+    model = model_for(params, world)
+    model.load_state_dict(state)
     return model
 
 
@@ -205,14 +202,8 @@ def _decode(entry: Entry) -> Tensor:
     return tensors.decoded(tensors.from_raw(entry.form, entry.shape, streams, entry.name))
 
 
-def _state(contents: Contents) -> dict[str, Tensor]:
-    """The float32 weights."""
-    state = in_threads(_decode, contents.entries, lambda entry: entry.payload_bytes, usable_cores())
-    return {entry.name: tensor for entry, tensor in zip(contents.entries, state, strict=True)}
-
-
 def _model_params(contents: Contents) -> ModelParams:
-    """The model's parameters in a header: within what the file's tensors could possibly need, and such that these are its tensors."""
+    """The model's parameters in a header, within what the file's tensors could possibly need."""
     try:
         params = build({"model": contents.model}, _Header).model
     except ValueError as error:
@@ -221,8 +212,4 @@ def _model_params(contents: Contents) -> ModelParams:
         raise ValueError(f"damaged model file: a parameter of the model is above {MAX_SIZE}")
     if params.layers + params.loops * (params.loop_last + 1 - params.loop_first) > MAX_VISITS:
         raise ValueError(f"damaged model file: its model visits more than {MAX_VISITS} blocks")
-    try:
-        check_shapes({entry.name: entry.shape for entry in contents.entries}, params)
-    except ValueError as error:
-        raise ValueError(f"damaged model file: {error}") from error
     return params

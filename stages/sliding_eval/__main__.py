@@ -6,7 +6,7 @@ from pathlib import Path
 from stages import clock, command
 from stages.pack.artifact import load_model
 from stages.parallel import relaunch_under_torchrun, world
-from stages.sliding_eval.evaluate import read_stream, rehearse, score, write_results
+from stages.sliding_eval.evaluate import read_stream, score, write_results
 from stages.sliding_eval.params import Params
 from stages.sliding_eval.scorer import SlidingScorer
 from stages.train.operations import attention_backend
@@ -30,7 +30,7 @@ def main(run: command.Run[Params]) -> None:
     files = {name: run.path(name) for name in STAGE.reads}
     relaunch_under_torchrun(run.params.parallel, "stages.sliding_eval", sys.argv[1:])
     with world(run.params.parallel) as here:
-        model = load_model(files["model"], here, lambda model: rehearse(SlidingScorer(model, params, here), model.params.bos_id))
+        model = load_model(files["model"], here)
         stream = read_stream(files["val"], files["tokenizer"], model.params.vocab_size, params.window)
         scorer = SlidingScorer(model, params, here, run.report)
         pace = clock.Pace(scorer.warm_up_targets)

@@ -11,8 +11,6 @@ from stages.bpb import ByteTable, bits_per_byte, byte_table, load_tokenizer, tar
 from stages.clock import Pace
 from stages.scorer import Scorer
 
-REHEARSED_CHUNKS = 2  # of the stream that a rehearsing scorer believes in: it trains on all chunks but the last
-
 
 class Stream(NamedTuple):
     """The validation stream: its N tokens, the bytes of its N-1 targets, and the table that counted them."""
@@ -54,13 +52,6 @@ def read_stream(val_folder: Path, tokenizer_file: Path, vocab_size: int, window:
     if stream.targets < window:
         raise ValueError(f"{val_folder}: {stream.targets} targets are fewer than one window of {window}; give more validation text")
     return stream
-
-
-def rehearse(scorer: TimedScorer, bos: int) -> None:
-    """Let a scorer that is thrown away afterwards run through a made-up stream that is as long as its warm-up."""
-    tokens = np.random.Generator(np.random.PCG64(0)).integers(scorer.vocab_size, size=scorer.warm_up_targets + 1)
-    tokens[0] = bos
-    scorer.score_stream(tokens)
 
 
 def score(scorer: Scorer, stream: Stream, pace: Pace | None = None) -> np.ndarray:

@@ -6,8 +6,7 @@ from pathlib import Path
 from stages import clock, command, ledger
 from stages.pack.artifact import load_model
 from stages.parallel import relaunch_under_torchrun, world
-from stages.sliding_eval.evaluate import REHEARSED_CHUNKS, TimedScorer, read_stream, rehearse, score, write_results
-from stages.train.model import Model
+from stages.sliding_eval.evaluate import read_stream, score, write_results
 from stages.train.operations import attention_backend
 from stages.ttt_eval.params import Params
 from stages.ttt_eval.tilt import scorer_for
@@ -31,15 +30,10 @@ def main(run: command.Run[Params]) -> None:
     params = run.params
     files = {name: run.path(name) for name in STAGE.reads}
     relaunch_under_torchrun(params.parallel, "stages.ttt_eval", sys.argv[1:])
-    rehearsal = REHEARSED_CHUNKS * params.ttt_eval.chunk
     with world(params.parallel) as here:
-
-        def scorer_of(model: Model, targets: int) -> TimedScorer:
-            return scorer_for(model, params.sliding_eval, params.ttt_eval, here, targets, run.report)
-
-        model = load_model(files["model"], here, lambda model: rehearse(scorer_of(model, rehearsal), model.params.bos_id))
+        model = load_model(files["model"], here)
         stream = read_stream(files["val"], files["tokenizer"], model.params.vocab_size, params.sliding_eval.window)
-        scorer = scorer_of(model, stream.targets)
+        scorer = scorer_for(model, params.sliding_eval, params.ttt_eval, here, stream.targets, run.report)
         pace = clock.Pace(scorer.warm_up_targets)
         nll = score(scorer, stream, pace)
         run.timing |= pace.timing(stream.targets, int(stream.counted_bytes.sum()), here.size) | {"hardware": clock.hardware(here.device)}
