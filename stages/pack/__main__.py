@@ -12,7 +12,7 @@ from torch import Tensor
 from stages import command
 from stages.clock import hardware
 from stages.pack import table
-from stages.pack.artifact import pack
+from stages.pack.artifact import compile_ahead, pack
 from stages.pack.params import Params
 from stages.parallel import world
 
@@ -37,6 +37,7 @@ def main(run: command.Run[Params]) -> None:
     """Load weights and Hessians, pack, write the file, its table and its metrics."""
     params = run.params
     model_file, hessian_file = run.path("model"), run.path("hessians")
+    compile_ahead(params.pack)
     # Always one process: the tensors are few and the file is one, so that parallel.nproc is none of this stage's business.
     with world(dataclasses.replace(params.parallel, nproc=1)) as here:
         started = time.monotonic()
