@@ -12,7 +12,7 @@ from torch import Tensor
 from stages import command
 from stages.clock import hardware
 from stages.pack import table
-from stages.pack.artifact import compile_ahead, pack
+from stages.pack.artifact import compile_ahead, device_for, pack
 from stages.pack.params import Params
 from stages.parallel import world
 
@@ -41,7 +41,8 @@ def main(run: command.Run[Params]) -> None:
     # Always one process: the tensors are few and the file is one, so that parallel.nproc is none of this stage's business.
     with world(dataclasses.replace(params.parallel, nproc=1)) as here:
         started = time.monotonic()
-        state, hessians = load(model_file, here.device), load(hessian_file, here.device)
+        device = device_for(params.pack, here.device)
+        state, hessians = load(model_file, device), load(hessian_file, device)
         packed = pack(state, hessians, params.model, params.pack, run.report)
         run.write_bytes("model.bin", packed.blob)
         run.write_text("layers.tsv", table.tsv(packed.rows))

@@ -65,7 +65,7 @@ def pack(
     if make.on_cpu:
         state, hessians = ({name: tensor.cpu() for name, tensor in of.items()} for of in (state, hessians))
     matrices = {name: tensor.detach() for name, tensor in sorted(state.items()) if roles.kind_of(name) != "rest"}
-    rest = {name: _as_float16(name, tensor, pack_params) for name, tensor in sorted(state.items()) if name not in matrices}
+    rest = {name: tensors.half(tensor, name) for name, tensor in sorted(state.items()) if name not in matrices}
     with exact_operations():
         quantiser = make(matrices, hessians, pack_params, report)
 
@@ -73,14 +73,13 @@ def pack(
             results = _quantise(matrices, quantiser, scale, report)
             if pack_params.lqer_rank:
                 results |= lqer.corrected(results, matrices, hessians, quantiser.known, pack_params)
-            by_name = rest | _encode(results, pack_params)
-            entries = tuple(by_name[name] for name in sorted(by_name))
+            entries = _encode(rest, results, pack_params)
             blob = container.write(Contents(dataclasses.asdict(model_params), entries))
             report.log(f"pack: {len(blob):,} bytes at scale {scale:g}, {pack_params.model_budget_bytes:,} allowed")
             return Attempt(blob, entries, results)
 
         allowed, weights = pack_params.model_budget_bytes, sum(tensor.numel() for tensor in matrices.values())
-        scales = quantiser.scales(8.0 * (allowed - sum(entry.payload_bytes for entry in rest.values())))
+        scales = quantiser.scales(8.0 * (allowed - sum(half.nbytes for half in rest.values())))
         scale, best = budget.fill(attempt, lambda tried: len(tried.blob), allowed, weights, scales)
         rows = _measure(best, state, hessians)
     return Packed(best.blob, [*rows, table.container_row(rows, len(best.blob))], scale)
@@ -104,6 +103,11 @@ def load_model(path: Path, world: World) -> Model:
     model = model_for(params, world)
     model.load_state_dict(state)
     return model
+
+
+def device_for(params: PackParams, device: torch.device) -> torch.device:
+    """Where weights and Hessians had best lie: on a given device, if the quantiser uses it."""
+    return torch.device("cpu") if QUANTISERS[params.quantiser].on_cpu else device
 
 
 def compile_ahead(params: PackParams) -> None:
@@ -139,14 +143,19 @@ def _quantise(matrices: Mapping[str, Tensor], quantiser: Quantiser, scale: float
     return {name: result for batch in batches for name, result in batch.items()}
 
 
-def _encode(results: Mapping[str, Result], params: PackParams) -> dict[str, Entry]:
-    """Every quantised matrix encoded."""
+def _encode(rest: Mapping[str, Tensor], results: Mapping[str, Result], params: PackParams) -> tuple[Entry, ...]:
+    """All tensors encoded, by name: float16 and quantised ones."""
 
     def one(name: str) -> Entry:
-        return _entry(name, results[name].entered_RC.shape, results[name].form, results[name].coded, params)
+        shape = tuple(rest[name].shape) if name in rest else results[name].entered_RC.shape
+        form, coded = (FLOAT16, rest[name]) if name in rest else (results[name].form, results[name].coded)
+        raw = tensors.raw_streams(coded)
+        return Entry(name, shape, form, container.encode_streams(form, shape, raw, params.codec, params.brotli_quality))
 
-    entries = in_threads(one, list(results), lambda name: results[name].entered_RC.size, usable_cores())
-    return dict(zip(results, entries, strict=True))
+    def size(name: str) -> int:
+        return rest[name].numel() if name in rest else results[name].entered_RC.size
+
+    return tuple(in_threads(one, sorted([*rest, *results]), size, usable_cores()))
 
 
 def _measure(best: Attempt, state: Mapping[str, Tensor], hessians: Mapping[str, Tensor]) -> list[table.Row]:
@@ -162,17 +171,6 @@ def _measure(best: Attempt, state: Mapping[str, Tensor], hessians: Mapping[str, 
         return table.with_bounds(measured, result.entered_RC, result.rounded_RC, result.scale_C)
 
     return in_threads(one, best.entries, lambda entry: state[entry.name].numel(), threads_for(state.values()))
-
-
-def _as_float16(name: str, tensor: Tensor, params: PackParams) -> Entry:
-    """A tensor that is not quantised."""
-    half = tensors.half(tensor, name)
-    return _entry(name, tuple(half.shape), FLOAT16, half, params)
-
-
-def _entry(name: str, shape: tuple[int, ...], form: Form, coded: tensors.Coded, params: PackParams) -> Entry:
-    """A tensor's streams."""
-    return Entry(name, shape, form, container.encode_streams(form, shape, tensors.raw_streams(coded), params.codec, params.brotli_quality))
 
 
 def _decode(entry: Entry) -> Tensor:
