@@ -137,7 +137,7 @@ def test_the_leaderboard_is_whole() -> None:
 )
 def test_a_wrong_file_is_named(change: dict[str, object], message: str, tmp_path: Path) -> None:
     path = tmp_path / "leaderboard.yaml"
-    path.write_text(yaml.safe_dump({"rows": [], "credits": []} | change))
+    path.write_text(yaml.safe_dump({"rows": [], "credits": [], "own": []} | change))
     with pytest.raises(ValueError, match=re.escape(message)):
         leaderboard.read(path)
 

@@ -125,7 +125,7 @@ def test_the_command_takes_files_and_folders(scored: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("a", "message"),
     [
-        ("nothing.npy", "neither a ledger, nor a folder with one (nll.npy), nor a revision or experiment"),
+        ("nothing.npy", "nothing.npy is neither a file or folder here, nor a revision or experiment"),
         ("artifacts/tokenize", "artifacts/tokenize/nll.npy is not a ledger"),
         ("short.npy", "belongs to another stream"),
         ("HEAD:other", "'other' is no scorer; name one of sliding_eval, ttt_eval"),

@@ -1,4 +1,4 @@
-"""`data/leaderboard.yaml`: what others' submissions report, and who is to be credited for what.
+"""`data/leaderboard.yaml`: what others' submissions report, who is to be credited for what, and what is new.
 
 The file is data that people typed from pull requests, so reading it is strict: a wrong key or type is a ValueError that names the row.
 """
@@ -15,6 +15,12 @@ from stages import config
 FILE = Path("data/leaderboard.yaml")
 PULLS = "https://github.com/openai/parameter-golf/"
 OPERATORS = ("=", ">")
+# What an entry may leave out, by list.
+OPTIONAL: dict[str, dict[str, Any]] = {
+    "rows": {"note": None},
+    "credits": {"author": None, "when": ()},
+    "own": {"number": None, "author": None, "when": ()},
+}
 
 Status = Literal["merged", "accepted", "open", "closed", "draft", "disputed", "removed", "excluded", "invalid"]
 
@@ -42,7 +48,7 @@ class Row:
 class Credit:
     """Something that a submission builds on."""
 
-    number: int
+    number: int | None  # the pull request; None: this project
     author: str | None  # the account
     what: str
     when: tuple[str, ...]  # conditions on parameters, `key = value` or `key > number`; none: the base
@@ -63,6 +69,7 @@ class Leaderboard:
 
     rows: tuple[Row, ...]
     credits: tuple[Credit, ...]
+    own: tuple[Credit, ...]
 
     def row(self, name: str) -> Row:
         """The row called `1493` or `#1493`; a ValueError where there is none, or it has no mean."""
@@ -87,14 +94,13 @@ def read(path: Path = FILE) -> Leaderboard:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
-        raise ValueError(f"{path} holds {type(raw).__name__}, expected rows and credits")
+        raise ValueError(f"{path} holds {type(raw).__name__}, expected lists")
     for name in raw:
-        if name not in ("rows", "credits"):
-            raise ValueError(f"{path}: {name}: unknown key; known are rows, credits")
-    optional: dict[str, dict[str, Any]] = {"rows": {"note": None}, "credits": {"author": None, "when": ()}}
-    filled = {name: _with(raw.get(name), absent) for name, absent in optional.items()}
+        if name not in OPTIONAL:
+            raise ValueError(f"{path}: {name}: unknown key; known are {', '.join(OPTIONAL)}")
+    filled = {name: _with(raw.get(name), absent) for name, absent in OPTIONAL.items()}
     try:
-        read_back = config.build(raw | filled, Leaderboard)
+        read_back = config.build(filled, Leaderboard)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     numbers = [row.number for row in read_back.rows]
