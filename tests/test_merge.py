@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 from stages.sliding_eval import revisions
-from stages.submission import against, leaderboard, merge, record_readme
+from stages.submission import against, check, leaderboard, merge, record_readme
 from stages.submission.agreement import require_agreement
+from stages.submission.foreign.folder import read
 from stages.submission.record import record
 from stages.submission.runs import Run
 from tests import handed_in
@@ -59,6 +60,8 @@ def test_a_record_is_mean_deviation_and_the_worst_seed_of_runs(repository: Path,
     first = written(tmp_path / "a")
     assert first == written(tmp_path / "b")  # twice, in whatever order
     assert set(first) == FILES
+    (folder,) = (tmp_path / "a").iterdir()
+    assert check.findings(read(folder)) == []
     summary = summary_of(tmp_path / "a")
     scores = [result["val_bpb"] for result in summary["seed_results"].values()]
     assert summary["val_bpb"] == pytest.approx(statistics.mean(scores), rel=1e-15)
