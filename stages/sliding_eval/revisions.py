@@ -41,10 +41,14 @@ def read(name: str, targets: int) -> np.ndarray:
 
 
 def resolve(revision: str) -> str:
-    """The commit of a Git revision or of the DVC experiment of that name."""
-    found = _run("git", "rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}")
-    if found.returncode == 0:
-        return found.stdout.strip()
+    """The commit of a Git revision or of the DVC experiment of that name: the one started from HEAD, or the only one."""
+    found = _commit(revision)
+    if found:
+        return found
+    head = _commit("HEAD")
+    under_head = head and _commit(f"refs/exps/{head[:2]}/{head[2:]}/{revision}")
+    if under_head:
+        return under_head
     listed = _run("git", "for-each-ref", "--format=%(objectname) %(refname)", "refs/exps").stdout.splitlines()
     pairs = [line.split(" ", 1) for line in listed]
     commits = {commit for commit, ref in pairs if ref.count("/") == EXPERIMENT_PARTS - 1 and ref.endswith(f"/{revision}")}
@@ -81,8 +85,7 @@ def show(commit: str, path: str) -> str | None:
 
 def parent(commit: str) -> str:
     """The commit before: for an experiment the one that it was started from; a commit without one is its own."""
-    found = _run("git", "rev-parse", "--verify", "--quiet", f"{commit}^")
-    return found.stdout.strip() if found.returncode == 0 else commit
+    return _commit(f"{commit}^") or commit
 
 
 def fetch(commit: str, path: str, to: Path) -> None:
@@ -100,6 +103,12 @@ def _stream(lock: str) -> dict[str, str]:
     stages = content.get("stages", {}) if isinstance(content, dict) else {}
     entries = stages.get("sliding_eval", {}).get("deps", [])
     return {entry["path"]: entry.get("md5", "") for entry in entries if entry["path"] in STREAM}
+
+
+def _commit(revision: str) -> str | None:
+    """The commit that Git knows under this name."""
+    found = _run("git", "rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}")
+    return found.stdout.strip() if found.returncode == 0 else None
 
 
 def _run(*command: str) -> subprocess.CompletedProcess[str]:
