@@ -7,11 +7,14 @@ run of the same commits may give differently; the ids of experiments, which hold
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from stages.clock import OFFICIAL_BYTES
 from stages.submission.claims import sample
 from stages.submission.runs import Run
 from stages.submission.summary import MEASURED_FIELDS
 
 TAKEN = ("author", "github_id", "name", "blurb", "track", "scorer", "coverage", "reference", "source_sha256", "data", "attention_backend")
+# Counts of the same text differ by tokenizer and by how a stream's tail is cut (151,074,309 to 151,080,891); other text differs by more.
+TOLERANCE = 1e-4
 PER_SEED = ("model.bin",)  # of the hashes in a submission.json, those that depend on the seed
 
 
@@ -55,6 +58,11 @@ def note(runs: Sequence[Run]) -> str:
         f" {covered['documents']} documents), each once, none dropped at the tail. bytes_total, bytes_code and"
         " bytes_model are the worst seed's."
     )
+
+
+def is_official(summary: Mapping[str, Any]) -> bool:
+    """Whether the challenge's validation text was scored, going by its bytes."""
+    return bool(abs(summary["coverage"]["bytes"] / OFFICIAL_BYTES - 1) <= TOLERANCE)
 
 
 def bytes_per_token(summary: Mapping[str, Any]) -> float:

@@ -7,6 +7,7 @@ from stages.audit.render import CONDITIONS
 from stages.clock import OFFICIAL_BYTES
 from stages.submission.leaderboard import PULLS, Credit, Leaderboard
 from stages.submission.readme import table
+from stages.submission.record import is_official
 
 
 def render(summary: Mapping[str, Any], board: Leaderboard) -> str:
@@ -128,11 +129,9 @@ def _experimental(summary: Mapping[str, Any]) -> str:
 
 
 def _coverage(summary: Mapping[str, Any]) -> str:
-    covered = summary["coverage"]
-    share = covered["bytes"] / OFFICIAL_BYTES
-    official = (
-        f"The challenge's validation text has {OFFICIAL_BYTES:,} bytes: this is other text, and its score no figure for that leaderboard."
-        if abs(share - 1) > 0.01
-        else f"The challenge's logs count {OFFICIAL_BYTES:,} bytes of the same text."
-    )
-    return f"## Coverage\n\n{summary['val_bpb_note']}\n\n{official}"
+    text = f"The challenge's logs count {OFFICIAL_BYTES:,} bytes of the same text."
+    if not is_official(summary):
+        text = (
+            f"The challenge's validation text has {OFFICIAL_BYTES:,} bytes: this is other text, its score no figure for that leaderboard."
+        )
+    return f"## Coverage\n\n{summary['val_bpb_note']}\n\n{text}"
