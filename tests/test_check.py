@@ -320,6 +320,38 @@ def test_a_log_in_the_words_of_our_stages() -> None:
     assert logs.parse("notes.txt", "nothing of a run") is None
 
 
+def test_our_words_on_the_record_track(tmp_path: Path) -> None:
+    """The whole stream, its tail too, is no subset; clocks of each run are judged."""
+    path = tmp_path / "ours"
+    path.mkdir()
+    code, model = b"print()\n", 15_900_000
+    total = model + len(code)
+    summary: dict[str, Any] = {
+        "track": "10min_16mb",
+        "val_bpb": 1.05,
+        "bytes_total": total,
+        "seeds": [1, 2, 3],
+        "seed_results": {str(seed): {"val_bpb": 1.05, "bytes_total": total} for seed in (1, 2, 3)},
+        "measured": {str(seed): {"training_seconds": 590.0, "evaluation_seconds": 500.0} for seed in (1, 2, 3)},
+        "coverage": {"targets": 40_541_162, "bytes": 151_080_000},
+    }
+    (path / "train_gpt.py").write_bytes(code)
+    for seed in (1, 2, 3):
+        (path / f"train_seed{seed}.log").write_text(
+            "     9.0s train: 4600 steps in 588.0 s, 2,355 tokens/s\n     9.1s calibrate: 66 Hessians, data read for 2.7 s\n"
+            f"     9.2s audit: pass: files budget bytes: {model} (model.bin) + {len(code)} (train_gpt.py) = {total} bytes on disk\n"
+            "     9.3s ttt_eval: 1.050000 bpb over 40,541,162 targets, 151,080,000 bytes\n"
+        )
+    (path / "submission.json").write_text(json.dumps(summary))
+    assert found_in(path) == []
+    summary["measured"]["2"] = {"training_seconds": 600.5, "evaluation_seconds": 601.0}
+    (path / "submission.json").write_text(json.dumps(summary))
+    assert [line.partition(" [")[0] for line in found_in(path)] == [
+        "submission.json: seed 2: train_seconds 600.5 is over 600",
+        "submission.json: seed 2: eval_seconds 601.0 is over 600",
+    ]
+
+
 def test_our_own_submission_is_clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder of one seed; tests/test_merge.py has one of three."""
     monkeypatch.chdir(tmp_path)

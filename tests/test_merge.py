@@ -31,7 +31,7 @@ pytestmark = pytest.mark.xdist_group("merge")
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A repository with an experiment for each seed; the working folder, and read without DVC but in one test."""
+    """The working folder: experiments of three seeds, and one whose learning rate is another. Read without DVC but in one test."""
     folder = tmp_path_factory.mktemp("merge") / "repository"
     folder.mkdir()
     handed_in.start(folder)
@@ -39,6 +39,8 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.chdir(folder)
         for seed, name in zip(SEEDS, NAMES, strict=True):
             handed_in.experiment(folder, name, replace(PARAMS, seed=seed))
+        faster = replace(PARAMS, seed=1000, train=replace(PARAMS.train, matrix_lr=0.03))
+        handed_in.experiment(folder, "faster", faster)
         patch.setattr(revisions, "fetch", handed_in.fetch_from_cache)
         yield folder
 
@@ -106,6 +108,7 @@ def test_the_readme_has_its_sections_and_only_lawful_figures(repository: Path, t
 @pytest.mark.parametrize(
     ("names", "message"),
     [
+        (("seed-42", "seed-314", "faster"), "differ in more than the seed: train.matrix_lr is 0.022 in seed-42, 0.03 in faster"),
         (("seed-42", "seed-314", "seed-42"), "seed-42 and seed-42 are both of seed 42"),
         (("seed-42",), "at least two seeds"),
         (("seed-42", "seed-1000"), "seed-1000 is neither a file or folder here, nor a revision or experiment"),

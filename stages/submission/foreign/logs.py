@@ -80,10 +80,12 @@ class Log:
         return tuple(score for score in self.scores if not score.diagnostic)
 
     @property
-    def derived_bytes(self) -> float | None:
-        """The bytes that the last score was divided by, from its loss, its bpb and the tokens."""
+    def scored_bytes(self) -> float | None:
+        """The bytes that the last score was divided by: as the log says, else from its loss, its bpb and the tokens."""
         last = next((score for score in reversed(self.final) if score.loss), None)
-        return None if last is None or not self.tokens else self.tokens * (last.loss or 0.0) / math.log(2) / last.bpb
+        if self.bytes is not None or last is None or not self.tokens:
+            return self.bytes
+        return self.tokens * (last.loss or 0.0) / math.log(2) / last.bpb
 
 
 def parse(name: str, text: str) -> Log | None:

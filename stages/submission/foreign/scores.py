@@ -35,6 +35,9 @@ def findings(folder: Folder) -> Iterator[Finding]:
     for seed, row in folder.seed_results.items():
         yield from _stated_clocks(folder, f"seed {seed}: ", row)
     yield from _stated_clocks(folder, "", renamed(folder.summary))
+    measured = folder.summary.get("measured")
+    for seed, row in measured.items() if isinstance(measured, dict) else ():
+        yield from _stated_clocks(folder, f"seed {seed}: ", renamed(row) if isinstance(row, dict) else {})
     yield from _subsets(folder)
 
 
@@ -109,8 +112,8 @@ def _counts(folder: Folder, log: Log) -> Iterator[Finding]:
                 yield Finding(log.name, f"scored {shown(said)} {key}, {SUMMARY} declares {shown(declared.get(key))}", "#1923")
         return
     yield from _tokens(log)
-    seen = float(log.bytes) if log.bytes is not None else log.derived_bytes
-    if seen is None or abs(seen / OFFICIAL_BYTES - 1) <= BYTES_TOLERANCE:
+    seen = log.scored_bytes
+    if seen is None or _is_official(seen):
         return
     known = next((words for size, words in WRONG_BYTES.items() if abs(seen / size - 1) < BYTES_TOLERANCE), None)
     what = "its val_bytes" if log.bytes is not None else "its loss and bpb"
@@ -121,6 +124,10 @@ def _counts(folder: Folder, log: Log) -> Iterator[Finding]:
     yield Finding(log.name, message, "#1698, #1184, #2138")
 
 
+def _is_official(counted_bytes: float) -> bool:
+    return abs(counted_bytes / OFFICIAL_BYTES - 1) <= BYTES_TOLERANCE
+
+
 def _tokens(log: Log) -> Iterator[Finding]:
     if log.tokens is None:
         yield Finding(log.name, "does not say how many tokens were scored", "#1785, #1835, #1858")
@@ -128,7 +135,7 @@ def _tokens(log: Log) -> Iterator[Finding]:
         yield Finding(log.name, f"scored {shown(log.tokens)} tokens: {WRONG_TOKENS[log.tokens]}", "#1854, #1923, #2109")
     elif log.tokens in SUBSET_TOKENS:
         yield Finding(log.name, f"scored {shown(log.tokens)} tokens, a subset", "#1785, #1835, #1858")
-    elif log.tokens not in TOKENS and (log.derived_bytes is None or abs(log.derived_bytes / OFFICIAL_BYTES - 1) > BYTES_TOLERANCE):
+    elif log.tokens not in TOKENS and not (log.scored_bytes and _is_official(log.scored_bytes)):
         known = ", ".join(f"{shown(count)} ({name})" for count, name in TOKENS.items())
         yield Finding(log.name, f"scored {shown(log.tokens)} tokens; known are {known}", "#2109")
     if log.documents == 0:
