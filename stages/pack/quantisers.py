@@ -27,7 +27,7 @@ from stages.report import Report
 IMPORTANCE_RANGE = 64.0
 # Rates and steps of an estimate: distortion over the squared distance of a state's levels, and what coding takes above the bound, with
 # exponents. At record size the first attempt should come within a hundredth of the budget, so that the second is the last.
-NOISE, OVERHEAD_BITS = {1: 0.088, 2: 0.067}, {1: 0.33, 2: 0.14}
+NOISE, OVERHEAD_BITS = {1: 0.088, 2: 0.067}, {1: 0.33, 2: 0.145}
 FEWEST_BITS = 0.02  # that a value costs however coarse its step
 MOST_BITS = 12.0  # of a value on average: finer steps would say nothing more, and a small model may leave some of a budget unused
 MOST_STEPS = 8192.0  # from zero to the largest weight of a column
