@@ -14,8 +14,8 @@ from stages.pack.prior import SCALES, first_chances
 from stages.pack.trellis import STATES, trellis
 
 GOLDEN = {
-    1: "a4bc508c26f442530cf4d5d4452372a0241a276c877ff7d3bcffcde91ef560e4",
-    8: "1931a07aaff7475bf62e229eb1f75e40e5de4f7705361c7bf158cca6e2091087",
+    1: "bd6b34614963215d768152fe25783fbda7f8bd2b7bc8b91ce6909e822777ebd1",
+    8: "cf2b3fde7d1b1f619b1f9fb328eafeb43c98eb3301902e54fb422a52cc87cc41",
 }
 FIRST_CHANCES = {
     1: "607dfb887a0ecd44bfb3f7a3d5e2a582dea6b5347fd6f5592c558af75b87fece",

@@ -5,8 +5,9 @@ its difference to what was predicted in unary, then its sign. What is known of t
 
 Its scale. The exponents of rows and columns (lattice.py) are known to both sides, and trained weights have about one scale, so that most of
 a level's is known before the first is coded. What is left is learnt: the columns' means of magnitudes, and how far a row's lie above them.
-The estimate lies between two contexts, four of which are in an octave; what is first believed of a context is a normal distribution
-(prior.py).
+Rows or columns of one attention head have scales of their own where they meet the others, so that the last magnitudes in the row and in
+the column may tell more: how far they are believed is learnt by least squares. The estimate lies between two contexts, four of which are in
+an octave; what is first believed of a context is a normal distribution (prior.py).
 
 Its mean. Rows of an embedding share a direction (those of rare tokens have hardly anything else), which predicts their levels
 (direction.py). Where that has not paid in the rows before, as in all other matrices, nothing is predicted.
@@ -41,8 +42,17 @@ RATIO_RATE, MEAN_RATE = 4681, 256  # of 65,536, in the end: by how much a row mo
 ROWS_KNOWN, ROWS_UNKNOWN = 64, 16  # that a column's mean counts for at first, where exponents are known and where they are not
 FARTHEST = 64  # eighths of octaves of a factor from the middle one
 ROOTS = np.array([65536, 71468, 77936, 84990, 92682, 101070, 110218, 120194], np.int64)  # 2^(i/8), of 65,536
-LARGEST_MEAN, LARGEST_RATIO = 1 << 26, 1 << 31  # so that no product overflows, whatever the exponents are
-RATIO, SPREAD = range(2)  # of what is known of rows
+LARGEST_MEAN, LARGEST_RATIO, LARGEST_ESTIMATE = (
+    1 << 26,
+    1 << 31,
+    LARGEST << POINT,
+)  # so that no product overflows, whatever the exponents are
+NEAR = 4  # of what is near, about the last 2^4 columns or rows count
+RESOLUTION = 10  # bits of a relative deviation
+SELDOM = 8  # one column in so many is looked at for whether what is near can be believed
+DOUBT = 1 << 22  # squares of deviations that what is near must outweigh, so as to be believed
+MEMORY = 7  # these squares are forgotten by 1/128 a row
+RATIO, SPREAD, ALONG, ALONG_SQUARES, DOWN, DOWN_SQUARES = range(6)  # of what is known of rows, and of what is near in a row and in a column
 EXPECTED, SIZES, SAVED = range(3)  # sums over a row: what its columns expected, its magnitudes, what predicting has saved
 
 
@@ -51,6 +61,8 @@ class _Scales(NamedTuple):
 
     factors_R: np.ndarray
     means_C: np.ndarray
+    near_C: np.ndarray  # means of the last rows
+    bases_C: np.ndarray  # what is expected: means, as far as what is near lets them be
     known: bool  # whether the columns' means began as their exponents say
     facts: np.ndarray  # RATIO, SPREAD
     sizes_C: np.ndarray  # of the row at hand: magnitudes of its differences
@@ -108,8 +120,9 @@ def _run_from_start(
     chances_KU = first_chances(walk.stride).copy()
     counts_KU = np.full(chances_KU.shape, CONFIDENCE * WHOLE, np.int64)
     counts_KU[SIGNS] = 0
-    places = np.array([FIRST_RATIO, FIRST_SPREAD], np.int64), np.zeros(columns, np.int64), np.zeros(3, np.int64)
-    scales = _Scales(_factors(rows_R), _factors(columns_C), bool(columns_C.any()), *places)
+    places = np.array([FIRST_RATIO, FIRST_SPREAD, 0, 0, 0, 0], np.int64), np.zeros(columns, np.int64), np.zeros(3, np.int64)
+    means = _factors(columns_C)
+    scales = _Scales(_factors(rows_R), means, means.copy(), means.copy(), bool(columns_C.any()), *places)
     coding = _Coding(walk.next_S2, walk.stride, Counters(chances_KU, counts_KU), Stream(registers, buffer, decoding))
     return bool(_run(levels_RC, scales, direction(columns), coding))
 
@@ -136,7 +149,7 @@ def _run(levels_RC: np.ndarray, scales: _Scales, shared: Direction, coding: _Cod
 @inner
 def _row(levels_C: np.ndarray, factor: int, scales: _Scales, shared: Direction, coding: _Coding) -> bool:
     """One row. `sizes_C` become the magnitudes of its differences, `sums` their sums."""
-    _, means_C, _, facts, sizes_C, sums = scales
+    facts, sizes_C, sums = scales.facts, scales.sizes_C, scales.sums
     stride, useful = coding.stride, shared.facts[USEFUL] > 0
     state = share = np.int64(0)
     # As many magnitudes as the spread of the rows' scales is worth stand for what other rows' were.
@@ -144,10 +157,16 @@ def _row(levels_C: np.ndarray, factor: int, scales: _Scales, shared: Direction, 
     seen, expected = max(1, (prior * facts[RATIO]) >> (POINT - SUM_POINT)), prior << SUM_POINT
     products, squares = np.int64(0), doubt(shared.facts)
     sums[:] = 0
+    trust = _trust(facts[ALONG], facts[ALONG_SQUARES])
+    near_seen = near_expected = np.int64(0)
     for column in range(len(levels_C)):
         odd = state & 1 if stride == 2 else 0
-        base = min(max((means_C[column] * factor) >> POINT, 1), LARGEST_MEAN)
-        estimate = max(1, min(base * seen // expected, np.int64(LARGEST) << POINT))
+        base = min(max((scales.bases_C[column] * factor) >> POINT, 1), LARGEST_MEAN)
+        usual = max(1, min(base * seen // expected, LARGEST_ESTIMATE))
+        if column == 0:
+            near_seen = near_expected = usual << NEAR
+        deviation = _deviation(near_seen, near_expected)
+        estimate = max(1, min(usual + ((usual * ((deviation * trust) >> RESOLUTION)) >> RESOLUTION), LARGEST_ESTIMATE))
         along = shared.along_C[column]
         prediction, shift, remainder = predicted(share, along), np.int64(0), np.int64(0)
         if useful:  # the nearest number to it; on a trellis an even one, so that parities stay
@@ -163,6 +182,11 @@ def _row(levels_C: np.ndarray, factor: int, scales: _Scales, shared: Direction, 
         if coding.stream.decoding:
             levels_C[column] = level
 
+        if column % SELDOM == SELDOM - 1:
+            facts[ALONG] += deviation * _deviation(size << POINT, usual)
+            facts[ALONG_SQUARES] += deviation * deviation
+        near_seen += (size << POINT) - (near_seen >> NEAR)
+        near_expected += usual - (near_expected >> NEAR)
         sizes_C[column] = size
         sums[SIZES] += size << SUM_POINT
         sums[EXPECTED] += base >> (POINT - SUM_POINT)
@@ -174,6 +198,18 @@ def _row(levels_C: np.ndarray, factor: int, scales: _Scales, shared: Direction, 
         share = share_of(products, squares)
         state = coding.next_S2[state, ((level - odd) >> 1) & 1] if stride == 2 else 0
     return True
+
+
+@inner
+def _deviation(seen: int, expected: int) -> int:
+    """By how much the one differs from the other, relatively; bounded."""
+    return min(((seen - expected) << RESOLUTION) // expected, 4 << RESOLUTION)
+
+
+@inner
+def _trust(products: int, squares: int) -> int:
+    """How far a deviation of what is near goes on, by least squares."""
+    return min(max((products << RESOLUTION) // (squares + DOUBT), 0), 1 << RESOLUTION)
 
 
 @inner
@@ -233,7 +269,7 @@ def _place(estimate: int, halving: int) -> tuple[int, int, int]:
 @inner
 def _learn_scales(row: int, factor: int, scales: _Scales) -> None:
     """What a row's magnitudes say of its columns' means, and of the ratio of rows to columns."""
-    _, means_C, known, facts, sizes_C, sums = scales
+    _, means_C, near_C, bases_C, known, facts, sizes_C, sums = scales
     before = facts[RATIO]
     ratio = min(max(1, ((sums[SIZES] + (before >> 5)) << POINT) // (sums[EXPECTED] + (8 << SUM_POINT))), LARGEST_RATIO)
     rate = max(131072 // (2 * row + 3), RATIO_RATE)
@@ -243,6 +279,17 @@ def _learn_scales(row: int, factor: int, scales: _Scales) -> None:
         facts[SPREAD] += ((deviation * deviation - facts[SPREAD]) * rate) >> 16
     scale = (np.int64(1) << (2 * POINT)) // max((ratio * factor) >> POINT, 1)
     rate = max(65536 // (row + (ROWS_KNOWN if known else ROWS_UNKNOWN)), MEAN_RATE)
+    facts[ALONG] -= facts[ALONG] >> MEMORY
+    facts[ALONG_SQUARES] -= facts[ALONG_SQUARES] >> MEMORY
+    facts[DOWN] -= facts[DOWN] >> MEMORY
+    facts[DOWN_SQUARES] -= facts[DOWN_SQUARES] >> MEMORY
+    trust = _trust(facts[DOWN], facts[DOWN_SQUARES])
     for column in range(len(sizes_C)):
-        size = min(sizes_C[column] * scale, LARGEST_MEAN)
-        means_C[column] = max(1, means_C[column] + (((size - means_C[column]) * rate + 32768) >> 16))
+        size, mean = min(sizes_C[column] * scale, LARGEST_MEAN), means_C[column]
+        if (column + row) % SELDOM == SELDOM - 1:
+            deviation = _deviation(near_C[column], mean)
+            facts[DOWN] += deviation * _deviation(size, mean)
+            facts[DOWN_SQUARES] += deviation * deviation
+        means_C[column] = max(1, mean + (((size - mean) * rate + 32768) >> 16))
+        near_C[column] += (size - near_C[column] + (1 << (NEAR - 1))) >> NEAR
+        bases_C[column] = max(1, means_C[column] + (((near_C[column] - means_C[column]) * trust) >> RESOLUTION))
