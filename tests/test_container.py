@@ -20,6 +20,12 @@ EXAMPLES = settings(max_examples=60, deadline=None)
 NAMES = st.from_regex(r"[a-z0-9_]{1,6}(\.[a-z0-9_]{1,6}){0,2}", fullmatch=True)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled() -> None:
+    """Compiling must not count as the time that an example takes."""
+    codec.compile_ahead("adaptive")
+
+
 @st.composite
 def entries(draw: st.DrawFn) -> tuple[tuple[Entry, ...], list[tuple[bytes, ...]]]:
     """Tensors of random bytes, and those bytes."""
