@@ -2,10 +2,12 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help environment repro test lint format bench preset clean
+.PHONY: help environment repro record test lint format bench preset clean
 
 PYTHON ?= python3# any 3.11 or 3.12 with venv and pip; `make environment PYTHON=python3.12`
 ARGS ?=# more arguments for dvc repro or pytest: `make repro ARGS=--force`, `make test ARGS=--slow`
+SEEDS ?= 42 314 999# of a record
+AGAINST ?=# what a record is claimed to be better than: `make record AGAINST=1493`
 VENV := .venv
 BENCHMARKS := scoring training# those that need no GPU and no data
 STAMP := $(VENV)/.installed
@@ -26,6 +28,15 @@ $(STAMP): requirements.lock requirements-dev.lock
 
 repro: environment  ## run the pipeline of params.yaml; stages that are up to date are skipped
 	$(ACTIVATE) && dvc repro $(ARGS)
+
+# One experiment after the other, each in a clone of its own. An experiment of that name is made anew, since it may be of another working
+# tree; stages that have run before with the same inputs come out of DVC's cache.
+record: environment  ## run the seeds as experiments and merge them into records/: make record AGAINST=1493
+	$(ACTIVATE) && for seed in $(SEEDS); do \
+	  if dvc exp list --name-only | grep --line-regexp "seed-$$seed" > /dev/null; then dvc exp remove --quiet seed-$$seed; fi; \
+	  dvc exp run --temp --name seed-$$seed --set-param seed=$$seed $(ARGS); \
+	done
+	$(ACTIVATE) && python -m stages.submission.merge $(SEEDS:%=seed-%) $(if $(AGAINST),--against $(AGAINST))
 
 test: environment  ## the tests, on two processes
 	$(ACTIVATE) && pytest -n 2 --dist loadgroup $(ARGS)

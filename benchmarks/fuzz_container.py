@@ -57,14 +57,15 @@ def seeds() -> list[bytes]:
     def stream(raw: bytes, layout: Layout, by: str) -> Stream:
         return Stream(by, codec.encode(by, raw, layout, 5))
 
-    rows = (stream(bytes(range(12)), Layout(1, 3, 4), "adaptive"), stream(bytes(6), Layout(2, 1, 3), "brotli"))
+    rows = (stream(bytes(range(12)), Layout(1, 3, 4), "adaptive"), stream(bytes(6), Layout(2, 1, 3, kind="series"), "series"))
     levels = np.array([[0, 2, -4], [6, 0, 0]], "<i2").tobytes()
-    axes = stream(b"\0\0\x80?" + bytes(5), Layout(1, 1, 9), "brotli")
+    step = stream(b"\0\0\x80?", Layout(4, 1, 1), "plain")
+    exponents = [stream(bytes(size), Layout(1, 1, size, kind="series"), "series") for size in (2, 3)]
     correction = (stream(b"\1\2\3\4\5\6\7", Layout(1, 1, 7), "adaptive"), stream(b"\0\0\x80?", Layout(4, 1, 1), "brotli"))
     groups = stream(b"\1", Layout(1, 1, 1), "brotli")
     entries = (
         Entry("a.weight", (3, 4), Form("rows", 6), rows),
-        Entry("b.weight", (2, 3), Form("lattice", 1), (stream(levels, Layout(2, 2, 3), "adaptive"), axes)),
+        Entry("b.weight", (2, 3), Form("lattice", 1), (stream(levels, Layout(2, 2, 3), "adaptive"), step, *exponents)),
         Entry("c.weight", (3, 4), Form("groups", 6, 1), (*rows, groups, *correction)),
         Entry("gain", (2,), Form("float16", 16), (stream(b"\0<\0<", Layout(2, 1, 2), "brotli"),)),
     )
@@ -86,6 +87,7 @@ def fuzz(arguments: list[str]) -> None:
         "stages.pack.tensors",
         "stages.pack.artifact",
         "stages.pack.lattice",
+        "stages.pack.series",
         "stages.pack.correction",
     ):
         for value in vars(sys.modules[module]).values():

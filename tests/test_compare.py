@@ -125,7 +125,7 @@ def test_the_command_takes_files_and_folders(scored: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("a", "message"),
     [
-        ("nothing.npy", "neither a ledger, nor a folder with one (nll.npy), nor a revision or experiment"),
+        ("nothing.npy", "nothing.npy is neither a file or folder here, nor a revision or experiment"),
         ("artifacts/tokenize", "artifacts/tokenize/nll.npy is not a ledger"),
         ("short.npy", "belongs to another stream"),
         ("HEAD:other", "'other' is no scorer; name one of sliding_eval, ttt_eval"),
@@ -188,9 +188,11 @@ def test_revisions_and_experiments_come_from_dvc_s_cache(repository: Path, monke
     np.testing.assert_array_equal(revisions.read("seed-2:ttt_eval", of.targets), ledgers(of.targets)[1])
 
     other = call(repository, "git", "rev-parse", "HEAD").stdout.strip()
-    call(repository, "git", "update-ref", f"refs/exps/{other[:2]}/{other[2:]}/seed-2", other)
+    call(repository, "git", "update-ref", f"refs/exps/11/{'1' * 38}/seed-2", other)
     with pytest.raises(ValueError, match="seed-2 names 2 experiments on different commits"):
         revisions.read("seed-2", of.targets)
+    call(repository, "git", "update-ref", f"refs/exps/{other[:2]}/{other[2:]}/seed-2", other)  # as after `dvc exp run` here
+    np.testing.assert_array_equal(revisions.read("seed-2", of.targets), first)
 
     lock = yaml.safe_load(Path("dvc.lock").read_text())
     for dependency in lock["stages"]["sliding_eval"]["deps"]:

@@ -36,16 +36,18 @@ def entries(draw: st.DrawFn) -> tuple[tuple[Entry, ...], list[tuple[bytes, ...]]
         shape = tuple(draw(st.lists(st.integers(0, 5), min_size=(n := draw(dimensions)), max_size=n)))
         layouts = container.layouts(form, shape)
         raw = tuple(draw(st.binary(min_size=layout.raw_bytes, max_size=layout.raw_bytes)) for layout in layouts)
-        # The arithmetic coder takes any integers of one state; on a trellis only those that it allows (test_coder.py).
-        codecs = ["adaptive" if layout.item_bytes == 1 and draw(st.booleans()) else "brotli" for layout in layouts]
-        streams = container.encode_streams(form, shape, raw, codecs, 5)
+        # The arithmetic coder takes any integers of one state; on a trellis only those that it allows (test_coder.py). A series takes all
+        # numbers but the one with all bits set.
+        raw = tuple(of.replace(b"\xff", b"\0") if layout.kind == "series" else of for of, layout in zip(raw, layouts, strict=True))
+        family = "adaptive" if form.kind != "lattice" and draw(st.booleans()) else "brotli"
+        streams = container.encode_streams(form, shape, raw, family, 5)
         made.append(Entry(name, shape, form, streams))
         raws.append(raw)
     return tuple(made), raws
 
 
 def example() -> Contents:
-    """Two tensors, three streams."""
+    """Three tensors, seven streams."""
 
     def stream(raw: bytes, layout: Layout, by: str = "brotli") -> Stream:
         return Stream(by, codec.encode(by, raw, layout, 11))
@@ -53,8 +55,9 @@ def example() -> Contents:
     matrix = Entry(
         "blocks.0.weight", (3, 4), Form("rows", 6), (stream(bytes(range(12)), Layout(1, 3, 4)), stream(bytes(6), Layout(2, 1, 3)))
     )
-    levels, axes = stream(bytes(12), Layout(2, 2, 3, 8), "adaptive"), stream(bytes(9), Layout(1, 1, 9))
-    on_axes = Entry("blocks.1.weight", (2, 3), Form("lattice", 8), (levels, axes))
+    levels, step = stream(bytes(12), Layout(2, 2, 3, 8), "adaptive"), stream(bytes(4), Layout(4, 1, 1), "plain")
+    rows, columns = (stream(bytes(size), Layout(1, 1, size, kind="series"), "series") for size in (2, 3))
+    on_axes = Entry("blocks.1.weight", (2, 3), Form("lattice", 8), (levels, step, rows, columns))
     gain = Entry("gain", (2,), Form("float16", 16), (stream(b"abcd", Layout(2, 1, 2)),))
     return Contents({"layers": 1, "rope_base": 10000.0}, (matrix, on_axes, gain))
 
@@ -306,7 +309,7 @@ def test_bytes_after_the_end_of_a_brotli_stream_are_refused() -> None:
 
 def test_another_version_and_another_file_say_so() -> None:
     blob = container.write(example())
-    with pytest.raises(ValueError, match="version 1; this program reads version 3"):
+    with pytest.raises(ValueError, match="version 1; this program reads version 4"):
         container.read(blob[:8] + (1).to_bytes(4, "little") + blob[12:])
     with pytest.raises(ValueError, match="not a model file: it begins with b'PK"):
         container.read(b"PK\3\4" + blob)

@@ -18,6 +18,7 @@ from hypothesis.extra.numpy import arrays
 from stages.pack import lattice
 from stages.pack.coder import LARGEST, encode
 from stages.pack.lattice import Chosen, Lattice
+from stages.pack.search import BLOCK
 from stages.pack.trellis import trellis
 
 
@@ -229,7 +230,7 @@ def test_levels_are_on_the_trellis_and_entered_values_are_those_of_feedback(colu
 
 @pytest.mark.parametrize("states", [1, 8, 64])
 def test_blocks_cost_nothing(states: int) -> None:
-    columns = 2 * lattice.BLOCK + 44
+    columns = 2 * BLOCK + 44
     case = problem(24, columns, states, 0.1, seed=9, feedback=False)
     of, got = slow(case), choose(case)
     best_R, found_R = slow_viterbi(of), costs_of(of, got)

@@ -250,10 +250,8 @@ def test_without_importance_the_tensor_is_named(state: dict[str, Tensor], hessia
 def test_impossible_steps_are_refused(state: dict[str, Tensor], hessians: dict[str, Tensor], step: float) -> None:
     contents = container.read(pack(state, hessians, MODEL, with_budget(20_000, AT_RATE), SILENT).blob)
     entry = contents.entries[[entry.form.kind for entry in contents.entries].index("lattice")]
-    exponents = container.decode_streams(entry)[1][container.STEP_BYTES :]  # without these the levels would not be read
-    raw = np.array(step, "<f4").tobytes() + exponents
-    axes = Stream("brotli", codec.encode("brotli", raw, container.layouts(entry.form, entry.shape)[1], 5))
-    changed = dataclasses.replace(entry, streams=(entry.streams[0], axes))
+    levels, _, *exponents = entry.streams
+    changed = dataclasses.replace(entry, streams=(levels, Stream("plain", np.array(step, "<f4").tobytes()), *exponents))
     entries = tuple(changed if other is entry else other for other in contents.entries)
     with pytest.raises(ValueError, match=f"damaged model file: tensor {entry.name} has the step"):
         unpack(container.write(container.Contents(contents.model, entries)))

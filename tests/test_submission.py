@@ -10,130 +10,22 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import pytest
-import sentencepiece
 import yaml
 from PIL import Image
 
-from stages import command, ledger, shards
-from stages.audit import render
-from stages.audit.params import AuditParams
-from stages.audit.verdict import Verdict
-from stages.bpb import bits_per_byte, byte_table, load_tokenizer, target_bytes
-from stages.bundle.params import BundleParams, SubmissionParams
-from stages.calibrate.params import CalibrateParams
-from stages.pack import table
-from stages.pack.params import PackParams
-from stages.sliding_eval.params import SlidingEvalParams
+from stages import ledger
 from stages.submission import plots
-from stages.submission.__main__ import STAGE, main
-from stages.submission.params import Params
-from stages.tokenize.params import TokenizeParams
-from tests import factories
-
-TEXT = [
-    f"the {word} of the {other} is a {word} and 1{i} more"
-    for i, word in enumerate(("abc", "dog", "sun"))
-    for other in ("cat", "day", "sea")
-]
-MODEL = b"\x89model" * 50
-CODE = b"print('hello')\n" * 20
-CLAIM = SubmissionParams("ttt_eval", "An Author", "author", "A name", "non-record-16mb", "What it is.")
-PARAMS = Params(
-    seed=42,
-    parallel=factories.PARALLEL,
-    model=factories.TINY,
-    tokenize=TokenizeParams("pydocs", "", "", "text", 0.1, 1000, "train", 300, 1000, 1, 1000),
-    train=factories.TRAIN,
-    calibrate=CalibrateParams(64, 32, 32, 1.0),
-    pack=PackParams("sdclip", "brotli", 8, 0.1, 0.5, 6, 8, 12.85, 12.85, 20.0, 0, 3, 0, 0.01, 128, 11, 16_000_000, 50_000),
-    sliding_eval=SlidingEvalParams(16, 4, 4, 32),
-    ttt_eval=replace(factories.TTT, epochs=1, lr=0.01),
-    bundle=BundleParams(11),
-    audit=AuditParams(20, 64, 0.1, 16, 16, 1e-3, 1e-4, 0.5, 1e-3, 1e-6, 600.0),
-    submission=CLAIM,
-)
-TIMING = {
-    "date": "2030-01-02T03:04:05Z",
-    "hardware": {"cores": 2, "processor": "P", "machine": "m"},
-    "versions": {"torch": "1"},
-    "training_seconds": 10.0,
-    "evaluation_seconds": 5.0,
-}
-
-
-def verdict(subject: str, outcome: Any = "pass") -> Verdict:
-    return Verdict("B6", "coverage", subject, ("C4",), outcome, "seen | it", 1, 1, 0, (), "gaps", "the rest")
-
-
-@pytest.fixture(scope="session")
-def tokenizer_bytes() -> bytes:
-    """A throw-away tokenizer of the pipeline's kind."""
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXT),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=300,
-        byte_fallback=True,
-        pad_id=0,
-        bos_id=1,
-        eos_id=2,
-        unk_id=3,
-        add_dummy_prefix=False,
-        minloglevel=2,
-    )
-    return model.getvalue()
+from stages.submission.__main__ import STAGE
+from tests import handed_in
+from tests.handed_in import CLAIM, CODE, PARAMS, TEXT, TIMING, run, verdict, write_json, write_report
 
 
 @pytest.fixture
-def tree(tmp_path: Path, tokenizer_bytes: bytes, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Artifacts of all stages, made by the project's own writers, below the working folder."""
+def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Artifacts of all stages below the working folder."""
     monkeypatch.chdir(tmp_path)
-    folder = tmp_path / "artifacts"
-    for stage in (*STAGE.reads.keys() - {"requirements"}, "tokenize/val"):
-        (folder / stage).mkdir(parents=True)
-    (folder / "tokenize/tokenizer.model").write_bytes(tokenizer_bytes)
-    tokenizer = load_tokenizer(folder / "tokenize/tokenizer.model")
-    tokens = np.concatenate([[tokenizer.bos_id(), *tokenizer.encode(text)] for text in TEXT]).astype(np.uint16)
-    shards.write(folder / "tokenize/val/val_000000.bin", tokens)
-    counted = target_bytes(tokens, byte_table(tokenizer))
-    generator = np.random.Generator(np.random.PCG64(0))
-    for stage, prefix, base in (("sliding_eval", "sliding", 2.0), ("ttt_eval", "ttt", 1.9)):
-        nll = (base + generator.random(len(counted))).astype(np.float32)
-        ledger.write(folder / stage / "nll.npy", nll)
-        ledger.write_chunks(folder / stage / "chunks.tsv", nll, counted, 32)
-        write_json(folder / stage / "metrics.json", {f"{prefix}_bpb": bits_per_byte(nll, counted)})
-    rows = [table.Row("embedding.weight", "embedding", (4, 4), "rows:8", 200, 16), table.Row("container", "container", (), "", 150, 0)]
-    (folder / "pack/layers.tsv").write_text(table.tsv(rows))
-    (folder / "pack/model.bin").write_bytes(MODEL)
-    (folder / "bundle/train_gpt.py").write_bytes(CODE)
-    steps = [f"{step}\t{8 / step:.6f}\t1.0\t{int(step > 4)}" for step in range(1, 13)]
-    (folder / "train/loss.tsv").write_text("\n".join(["step\tloss\tlr_multiplier\tlooped", *steps]) + "\n")
-    write_json(folder / "tokenize/manifest.json", {"source": "pydocs"})
-    write_json(folder / "pack/metrics.json", {"bytes_model": len(MODEL)})
-    write_json(folder / "bundle/metrics.json", {"bytes_code": len(CODE)})
-    for stage in ("train", "calibrate", "audit"):
-        write_json(folder / stage / "metrics.json", {})
-    write_report(folder, [verdict("files"), verdict("sliding_eval", "cannot tell"), verdict("ttt_eval")])
-    for stage in STAGE.reads.keys() - {"requirements"}:
-        write_json(folder / stage / "timing.json", TIMING)
-        (folder / stage / "log.txt").write_text(f"what {stage} said\n")
-    (tmp_path / "requirements.lock").write_text("torch==2.13.0\n")
+    handed_in.make(tmp_path)
     return tmp_path
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(command.canonical_json(value), encoding="utf-8")
-
-
-def write_report(folder: Path, verdicts: list[Verdict]) -> None:
-    write_json(folder / "audit/report.json", render.as_json(verdicts, {}))
-
-
-def run(tree: Path, params: Params = PARAMS, output: str = "out") -> Path:
-    (tree / "params.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(asdict(params)))), encoding="utf-8")
-    command.launch(STAGE, main, ["--output", output])
-    return tree / output
 
 
 def summary_of(folder: Path) -> dict[str, Any]:

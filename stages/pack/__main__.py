@@ -12,7 +12,7 @@ from torch import Tensor
 from stages import command
 from stages.clock import hardware
 from stages.pack import table
-from stages.pack.artifact import pack
+from stages.pack.artifact import compile_ahead, device_for, pack
 from stages.pack.params import Params
 from stages.parallel import world
 
@@ -37,10 +37,12 @@ def main(run: command.Run[Params]) -> None:
     """Load weights and Hessians, pack, write the file, its table and its metrics."""
     params = run.params
     model_file, hessian_file = run.path("model"), run.path("hessians")
+    compile_ahead(params.pack)
     # Always one process: the tensors are few and the file is one, so that parallel.nproc is none of this stage's business.
     with world(dataclasses.replace(params.parallel, nproc=1)) as here:
         started = time.monotonic()
-        state, hessians = load(model_file, here.device), load(hessian_file, here.device)
+        device = device_for(params.pack, here.device)
+        state, hessians = load(model_file, device), load(hessian_file, device)
         packed = pack(state, hessians, params.model, params.pack, run.report)
         run.write_bytes("model.bin", packed.blob)
         run.write_text("layers.tsv", table.tsv(packed.rows))

@@ -5,6 +5,7 @@ budget decides one number only, the quantiser's scale (budget.py, quantisers.py)
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -14,11 +15,10 @@ from torch import Tensor
 
 from stages.calibrate.hessians import importance_name
 from stages.config import build
-from stages.pack import budget, coder, container, correction, gptq, lattice, roles, table, tensors
+from stages.pack import budget, codec, container, lqer, roles, table, tensors
 from stages.pack.container import Contents, Entry, Form
 from stages.pack.params import PackParams
-from stages.pack.quantisers import QUANTISERS, Quantiser, Result, hessian_of, importance_of, threads_for
-from stages.pack.tensors import Corrected
+from stages.pack.quantisers import QUANTISERS, Quantiser, Result, hessian_of, threads_for
 from stages.pack.workers import beside, exact_operations, in_threads, usable_cores
 from stages.parallel import World
 from stages.report import Report
@@ -61,24 +61,25 @@ def pack(
     """
     check_shapes({name: tuple(tensor.shape) for name, tensor in state.items()}, model_params)
     make = QUANTISERS[pack_params.quantiser]
-    beside(*([lattice.compile_ahead] if make.on_cpu else []), *([coder.compile_ahead] if pack_params.codec == "adaptive" else []))
+    compile_ahead(pack_params)
     if make.on_cpu:
         state, hessians = ({name: tensor.cpu() for name, tensor in of.items()} for of in (state, hessians))
     matrices = {name: tensor.detach() for name, tensor in sorted(state.items()) if roles.kind_of(name) != "rest"}
-    rest = {name: _as_float16(name, tensor, pack_params) for name, tensor in sorted(state.items()) if name not in matrices}
+    rest = {name: tensors.half(tensor, name) for name, tensor in sorted(state.items()) if name not in matrices}
     with exact_operations():
         quantiser = make(matrices, hessians, pack_params, report)
 
         def attempt(scale: float) -> Attempt:
-            quantised = _quantise_all(matrices, hessians, quantiser, scale, pack_params, report)
-            by_name = rest | {name: entry for name, (entry, _) in quantised.items()}
-            entries = tuple(by_name[name] for name in sorted(by_name))
+            results = _quantise(matrices, quantiser, scale, report)
+            if pack_params.lqer_rank:
+                results |= lqer.corrected(results, matrices, hessians, quantiser.known, pack_params)
+            entries = _encode(rest, results, pack_params)
             blob = container.write(Contents(dataclasses.asdict(model_params), entries))
             report.log(f"pack: {len(blob):,} bytes at scale {scale:g}, {pack_params.model_budget_bytes:,} allowed")
-            return Attempt(blob, entries, {name: result for name, (_, result) in quantised.items()})
+            return Attempt(blob, entries, results)
 
         allowed, weights = pack_params.model_budget_bytes, sum(tensor.numel() for tensor in matrices.values())
-        scales = quantiser.scales(8.0 * (allowed - sum(entry.payload_bytes for entry in rest.values())))
+        scales = quantiser.scales(8.0 * (allowed - sum(half.nbytes for half in rest.values())))
         scale, best = budget.fill(attempt, lambda tried: len(tried.blob), allowed, weights, scales)
         rows = _measure(best, state, hessians)
     return Packed(best.blob, [*rows, table.container_row(rows, len(best.blob))], scale)
@@ -104,6 +105,16 @@ def load_model(path: Path, world: World) -> Model:
     return model
 
 
+def device_for(params: PackParams, device: torch.device) -> torch.device:
+    """Where weights and Hessians had best lie: on a given device, if the quantiser uses it."""
+    return torch.device("cpu") if QUANTISERS[params.quantiser].on_cpu else device
+
+
+def compile_ahead(params: PackParams) -> None:
+    """Begin, on a thread of its own, to compile what packing with these parameters will call; another time costs nothing."""
+    beside(QUANTISERS[params.quantiser].compile_ahead, functools.partial(codec.compile_ahead, params.codec))
+
+
 def check_shapes(shapes: Mapping[str, tuple[int, ...]], params: ModelParams) -> None:
     """A ValueError unless `shapes` are the names and shapes of a model with `params`; allocates nothing."""
     if params.layers > len(shapes):
@@ -116,56 +127,35 @@ def check_shapes(shapes: Mapping[str, tuple[int, ...]], params: ModelParams) -> 
             raise ValueError(f"tensor {name} {seen}, and {wanted} in a model with these parameters (section model)")
 
 
-def _quantise_all(
-    matrices: Mapping[str, Tensor],
-    hessians: Mapping[str, Tensor],
-    quantiser: Quantiser,
-    scale: float,
-    params: PackParams,
-    report: Report,
-) -> dict[str, tuple[Entry, Result]]:
-    """Every matrix quantised and encoded."""
+def _quantise(matrices: Mapping[str, Tensor], quantiser: Quantiser, scale: float, report: Report) -> dict[str, Result]:
+    """Every matrix quantised."""
     with report.progress("GPTQ", sum(tensor.numel() for tensor in matrices.values())) as progress:
-
-        def together(names: Sequence[str]) -> dict[str, Result]:
-            made = dict(zip(names, quantiser.quantise(names, scale), strict=True))
-            progress.advance(sum(matrices[name].numel() for name in names), names[0])
-            return made
 
         def size(names: Sequence[str]) -> int:
             return sum(matrices[name].numel() for name in names)
 
+        def together(names: Sequence[str]) -> dict[str, Result]:
+            made = dict(zip(names, quantiser.quantise(names, scale), strict=True))
+            progress.advance(size(names), names[0])
+            return made
+
         batches = in_threads(together, quantiser.batches, size, threads_for(matrices.values()))
-    results = {name: result for batch in batches for name, result in batch.items()}
-    if params.lqer_rank:
-        results |= _corrected(matrices, hessians, quantiser, results, params)
-
-    def encoded(name: str) -> Entry:
-        return _entry(name, tuple(matrices[name].shape), results[name].form, results[name].coded, params)
-
-    entries = in_threads(encoded, list(matrices), lambda name: matrices[name].numel(), usable_cores())
-    return {name: (entry, results[name]) for name, entry in zip(matrices, entries, strict=True)}
+    return {name: result for batch in batches for name, result in batch.items()}
 
 
-def _corrected(
-    matrices: Mapping[str, Tensor], hessians: Mapping[str, Tensor], quantiser: Quantiser, results: Mapping[str, Result], params: PackParams
-) -> dict[str, Result]:
-    """The results, with corrections, of the matrices for which the expected loss falls most for their bytes."""
+def _encode(rest: Mapping[str, Tensor], results: Mapping[str, Result], params: PackParams) -> tuple[Entry, ...]:
+    """All tensors encoded, by name: float16 and quantised ones."""
 
-    def one(name: str) -> tuple[float, str, Result]:
-        weight, result, rank = matrices[name].float(), results[name], params.lqer_rank
-        importance_R = torch.from_numpy(importance_of(name, weight, hessians, params.row_weight)).to(weight.device)
-        error = weight - tensors.decoded(result.coded).to(weight.device)
-        made = correction.correct(error, quantiser.known[name], importance_R, rank)
-        left = error - correction.product(made, len(weight)).to(weight.device)
-        hessian = hessian_of(name, weight, hessians).to(weight.device)
-        gain = float((importance_R * (gptq.costs(error, hessian) - gptq.costs(left, hessian))).sum()) / sum(weight.shape)
-        assert not isinstance(result.coded, Corrected), "a quantiser corrects nothing itself"
-        return gain, name, result._replace(coded=Corrected(result.coded, made), form=result.form._replace(rank=rank))
+    def one(name: str) -> Entry:
+        shape = tuple(rest[name].shape) if name in rest else results[name].entered_RC.shape
+        form, coded = (FLOAT16, rest[name]) if name in rest else (results[name].form, results[name].coded)
+        raw = tensors.raw_streams(coded)
+        return Entry(name, shape, form, container.encode_streams(form, shape, raw, params.codec, params.brotli_quality))
 
-    found = in_threads(one, list(matrices), lambda name: matrices[name].numel(), threads_for(matrices.values()))
-    best = sorted(found, key=lambda of: (-of[0], of[1]))[: params.lqer_tensors]
-    return {name: result for gain, name, result in best if gain > 0}
+    def size(name: str) -> int:
+        return rest[name].numel() if name in rest else results[name].entered_RC.size
+
+    return tuple(in_threads(one, sorted([*rest, *results]), size, usable_cores()))
 
 
 def _measure(best: Attempt, state: Mapping[str, Tensor], hessians: Mapping[str, Tensor]) -> list[table.Row]:
@@ -181,20 +171,6 @@ def _measure(best: Attempt, state: Mapping[str, Tensor], hessians: Mapping[str, 
         return table.with_bounds(measured, result.entered_RC, result.rounded_RC, result.scale_C)
 
     return in_threads(one, best.entries, lambda entry: state[entry.name].numel(), threads_for(state.values()))
-
-
-def _as_float16(name: str, tensor: Tensor, params: PackParams) -> Entry:
-    """A tensor that is not quantised."""
-    half = tensors.half(tensor, name)
-    return _entry(name, tuple(half.shape), FLOAT16, half, params)
-
-
-def _entry(name: str, shape: tuple[int, ...], form: Form, coded: tensors.Coded, params: PackParams) -> Entry:
-    """A tensor's streams: the integers by the codec that the parameters name, what little else there is by brotli."""
-    raw = tensors.raw_streams(coded)
-    integers = () if form.kind == "float16" else (0, len(raw) - 2) if form.rank else (0,)
-    codecs = [params.codec if index in integers else "brotli" for index in range(len(raw))]
-    return Entry(name, shape, form, container.encode_streams(form, shape, raw, codecs, params.brotli_quality))
 
 
 def _decode(entry: Entry) -> Tensor:

@@ -14,6 +14,7 @@ UNUSED = 2_000  # bytes of the budget that may be left
 TARGET = 0.4  # of UNUSED at which the search aims: sizes scatter by some hundred bytes, and over the budget is worse than under
 NARROWEST = 1.0e-4  # width of the bracket in log2 of the scale at which the search ends: 450 bytes of 36 million weights
 MAX_ATTEMPTS = 12
+SLOPE = 0.98  # bits a weight for a doubling, where weights take three and a half; columns that take few save less
 
 
 class Scales(NamedTuple):
@@ -73,7 +74,7 @@ def _next(points: list[Point], weights: int) -> float:
     """log2 of the scale to try: where the line through the attempts nearest to the target meets it, within the bracket."""
     target = -TARGET * UNUSED
     near = sorted(points, key=lambda point: abs(point.excess - target))
-    slope = -weights / 8  # bytes for a doubling
+    slope = -SLOPE * weights / 8  # bytes for a doubling
     if len(near) > 1 and near[0].x != near[1].x:
         measured = (near[0].excess - near[1].excess) / (near[0].x - near[1].x)
         slope = measured if 4 * slope < measured < slope / 50 else slope

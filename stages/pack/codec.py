@@ -1,21 +1,29 @@
 """Codecs of a stream: bytes to fewer bytes and back, by name.
 
 `brotli` shuffles first: all first bytes of the items, then all second bytes, so that the sign and exponent bytes of float16 values stand
-together. `adaptive` is our arithmetic coder of integers (coder.py). A stream records the name of its codec, so that a further codec is one
-more entry of CODECS. A decoder is told how many bytes must come out and never holds much more than that.
+together. `adaptive` is our arithmetic coder of matrices of integers (coder.py), `series` the same for one row of numbers (series.py), and
+`plain` leaves the bytes as they are. A stream records the name of its codec, so that a further codec is one more entry of CODECS. A decoder
+is told how many bytes must come out and never holds much more than that.
+
+Which codecs a stream may have follows from the family that the parameters name and from what the stream holds; the shortest is taken.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import brotli
 import numpy as np
 
-from stages.pack import coder
+from stages.pack import coder, series
 
 WINDOW_BITS = 24  # brotli's largest standard window, 16 MB: as large as the whole artifact
 CHUNK_BYTES = 1 << 20  # of output asked of the decoder at once; it may overshoot by as much again
+Kind = Literal["matrix", "series", "bytes"]  # what the arithmetic coder makes of a stream
+FAMILIES: dict[str, dict[Kind, tuple[str, ...]]] = {
+    "adaptive": {"matrix": ("adaptive",), "series": ("series", "brotli", "plain"), "bytes": ("brotli", "plain")},
+    "brotli": {"matrix": ("brotli",), "series": ("brotli",), "bytes": ("brotli",)},
+}
 
 
 @dataclass(frozen=True)
@@ -27,6 +35,7 @@ class Layout:
     columns: int
     states: int = 1
     exponents: bytes = b""  # signed bytes, of rows and then of columns, where they are known beforehand (lattice.py)
+    kind: Kind = "bytes"
 
     @property
     def raw_bytes(self) -> int:
@@ -50,6 +59,19 @@ class Codec(NamedTuple):
 def encode(codec: str, raw: bytes, layout: Layout, quality: int) -> bytes:
     """`raw`, which is laid out as `layout` says, as `codec` writes it; `quality` is brotli's."""
     return CODECS[codec].encode(raw, layout, quality)
+
+
+def shortest(family: str, raw: bytes, layout: Layout, quality: int) -> tuple[str, bytes]:
+    """The codec of the family that makes the fewest bytes of `raw`, and these."""
+    every = [(codec, encode(codec, raw, layout, quality)) for codec in FAMILIES[family][layout.kind]]
+    return min(every, key=lambda of: len(of[1]))
+
+
+def compile_ahead(family: str) -> None:
+    """Have compiled what the family's codecs call, which takes seconds."""
+    if family == "adaptive":
+        coder.compile_ahead()
+        series.compile_ahead()
 
 
 def decode(codec: str, payload: bytes, layout: Layout) -> bytes:
@@ -120,4 +142,29 @@ def _decode_adaptive(payload: bytes, layout: Layout) -> bytes:
     return narrow.tobytes()
 
 
-CODECS = {"brotli": Codec(_encode_brotli, _decode_brotli), "adaptive": Codec(_encode_adaptive, _decode_adaptive)}
+def _encode_series(raw: bytes, layout: Layout, _: int) -> bytes:
+    return series.encode(raw, layout.item_bytes)
+
+
+def _decode_series(payload: bytes, layout: Layout) -> bytes:
+    if layout.kind != "series":
+        raise ValueError("a stream that is no series of numbers is coded as one")
+    return series.decode(payload, layout.item_bytes, layout.rows * layout.columns)
+
+
+def _encode_plain(raw: bytes, _layout: Layout, _: int) -> bytes:
+    return raw
+
+
+def _decode_plain(payload: bytes, layout: Layout) -> bytes:
+    if len(payload) != layout.raw_bytes:
+        raise ValueError(f"a plain stream holds {len(payload)} bytes, {layout.raw_bytes} are declared")
+    return payload
+
+
+CODECS = {
+    "brotli": Codec(_encode_brotli, _decode_brotli),
+    "adaptive": Codec(_encode_adaptive, _decode_adaptive),
+    "series": Codec(_encode_series, _decode_series),
+    "plain": Codec(_encode_plain, _decode_plain),
+}

@@ -5,11 +5,11 @@ its difference to what was predicted in unary, then its sign. What is known of t
 
 Its scale. The exponents of rows and columns (lattice.py) are known to both sides, and trained weights have about one scale, so that most of
 a level's is known before the first is coded. What is left is learnt: the columns' means of magnitudes, and how far a row's lie above them.
-The estimate's quarter of an octave is the context; what is first believed of a context is a normal distribution (prior.py).
+The estimate lies between two contexts, four of which are in an octave; what is first believed of a context is a normal distribution
+(prior.py).
 
-Its mean. Rows of an embedding share a direction (those of rare tokens have hardly anything else). One direction is learnt by Oja's rule
-(1982) from the rows that are done, and the row's share in it by least squares from the row's levels so far. Where that has not paid in the
-rows before, as in all other matrices, nothing is predicted.
+Its mean. Rows of an embedding share a direction (those of rare tokens have hardly anything else), which predicts their levels
+(direction.py). Where that has not paid in the rows before, as in all other matrices, nothing is predicted.
 
 Its parity. On a trellis the state is known, and with it whether the level is even or odd (trellis.py).
 
@@ -18,32 +18,52 @@ Coding and decoding are one function: they must visit the same decisions in the 
 Shapes: R rows, C columns, S states, K contexts, U decisions of a magnitude (prior.py).
 """
 
-import numpy as np
-from numba import njit
+from typing import NamedTuple
 
-from stages.pack.arithmetic import HALF, code, code_number, ending, learn, to_read, to_write
+import numpy as np
+
+from stages.pack.arithmetic import HALF, PART_BITS, WHOLE, Counters, Stream, code, code_number, ending, learn, to_read, to_write
+from stages.pack.compiled import inner, outer
+from stages.pack.direction import PREDICTION_POINT, USEFUL, Direction, bounded, direction, doubt, learn_direction, predicted, share_of
 from stages.pack.prior import RAW_BITS_FROM, SCALES, SCALES_PER_OCTAVE, SIGNS, SMALLEST, UNARY, first_chances
 from stages.pack.trellis import trellis
 
 LARGEST = 32767  # magnitude of a level
-CONFIDENCE = 12  # decisions that what is first believed of a context counts for
+CONFIDENCE = 16  # decisions that what is first believed of a context counts for
 
 POINT = 16  # bits behind the point: of factors, means and ratios
 SUM_POINT = 8  # of sums of magnitudes
 FIRST_RATIO = 3 << POINT  # of a row's magnitudes to what its columns expect
 FIRST_SPREAD = 6000  # squared relative deviation of these ratios from row to row, of 65,536
 SAMPLING = 37356  # that of the mean of one normal value's magnitude: pi / 2 - 1 of 65,536
-ROW_DECAY = 9  # a row's sums forget by 1/512
+ROW_DECAY = 10  # a row's sums forget by 1/1024
+RATIO_RATE, MEAN_RATE = 4681, 256  # of 65,536, in the end: by how much a row moves the ratio, and a column's mean
+ROWS_KNOWN, ROWS_UNKNOWN = 64, 16  # that a column's mean counts for at first, where exponents are known and where they are not
 FARTHEST = 64  # eighths of octaves of a factor from the middle one
 ROOTS = np.array([65536, 71468, 77936, 84990, 92682, 101070, 110218, 120194], np.int64)  # 2^(i/8), of 65,536
 LARGEST_MEAN, LARGEST_RATIO = 1 << 26, 1 << 31  # so that no product overflows, whatever the exponents are
+RATIO, SPREAD = range(2)  # of what is known of rows
+EXPECTED, SIZES, SAVED = range(3)  # sums over a row: what its columns expected, its magnitudes, what predicting has saved
 
-PREDICTION_POINT = 12
-MOST = 4095 << PREDICTION_POINT  # of what is predicted; larger levels are taken for this
-FIRST_DIRECTION = 1 << (PREDICTION_POINT - 2)
-RATIO, SPREAD, NOISE, POWER, WEIGHT, USEFUL = range(6)  # of what is known of rows
-# Of residuals' squares (of 256), of shares' squares (of 65,536), and what all shares' squares count for at first: directions learn slowly.
-FIRST_FACTS = np.array([FIRST_RATIO, FIRST_SPREAD, 256, 6000, 2_000_000, 0], np.int64)
+
+class _Scales(NamedTuple):
+    """What is known of magnitudes; compiled code takes it apart."""
+
+    factors_R: np.ndarray
+    means_C: np.ndarray
+    known: bool  # whether the columns' means began as their exponents say
+    facts: np.ndarray  # RATIO, SPREAD
+    sizes_C: np.ndarray  # of the row at hand: magnitudes of its differences
+    sums: np.ndarray  # EXPECTED, SIZES, SAVED
+
+
+class _Coding(NamedTuple):
+    """By what decisions are coded."""
+
+    next_S2: np.ndarray
+    stride: int
+    counters: Counters
+    stream: Stream
 
 
 def encode(levels_RC: np.ndarray, rows_R: np.ndarray, columns_C: np.ndarray, states: int) -> bytes:
@@ -84,12 +104,14 @@ def compile_ahead() -> None:
 def _run_from_start(
     levels_RC: np.ndarray, rows_R: np.ndarray, columns_C: np.ndarray, states: int, registers: np.ndarray, buffer: np.ndarray, decoding: bool
 ) -> bool:
-    walk = trellis(states)
+    walk, columns = trellis(states), len(columns_C)
     chances_KU = first_chances(walk.stride).copy()
-    counts_KU = np.full(chances_KU.shape, CONFIDENCE, np.int64)
+    counts_KU = np.full(chances_KU.shape, CONFIDENCE * WHOLE, np.int64)
     counts_KU[SIGNS] = 0
-    axes = _factors(rows_R), _factors(columns_C), bool(columns_C.any())
-    return bool(_run(levels_RC, *axes, walk.next_S2, walk.stride, chances_KU, counts_KU, registers, buffer, decoding))
+    places = np.array([FIRST_RATIO, FIRST_SPREAD], np.int64), np.zeros(columns, np.int64), np.zeros(3, np.int64)
+    scales = _Scales(_factors(rows_R), _factors(columns_C), bool(columns_C.any()), *places)
+    coding = _Coding(walk.next_S2, walk.stride, Counters(chances_KU, counts_KU), Stream(registers, buffer, decoding))
+    return bool(_run(levels_RC, scales, direction(columns), coding))
 
 
 def _factors(exponents: np.ndarray) -> np.ndarray:
@@ -100,219 +122,127 @@ def _factors(exponents: np.ndarray) -> np.ndarray:
     return (ROOTS[eighths % 8] << (eighths // 8)) >> (FARTHEST // 8)
 
 
-@njit(nogil=True)
-def _run(
-    levels_RC: np.ndarray,
-    factors_R: np.ndarray,
-    means_C: np.ndarray,
-    known: bool,
-    next_S2: np.ndarray,
-    stride: int,
-    chances_KU: np.ndarray,
-    counts_KU: np.ndarray,
-    registers: np.ndarray,
-    buffer: np.ndarray,
-    decoding: bool,
-) -> bool:
-    """Code `levels_RC` into the buffer, or fill it from the buffer; False for a level beyond LARGEST, which only a damaged stream holds."""
-    rows, columns = levels_RC.shape
-    direction_C, sizes_C, facts = np.full(columns, FIRST_DIRECTION, np.int64), np.zeros(columns, np.int64), FIRST_FACTS.copy()
-    sums = np.zeros(3, np.int64)
-    for row in range(rows):
-        if not _row(
-            levels_RC[row], factors_R[row], means_C, direction_C, facts, sizes_C, sums,
-            next_S2, stride, chances_KU, counts_KU, registers, buffer, decoding,
-        ):  # fmt: skip
+@outer
+def _run(levels_RC: np.ndarray, scales: _Scales, shared: Direction, coding: _Coding) -> bool:
+    """Code `levels_RC`, or fill it from the stream; False for a level beyond LARGEST, which only a damaged stream holds."""
+    for row in range(len(levels_RC)):
+        if not _row(levels_RC[row], scales.factors_R[row], scales, shared, coding):
             return False
-        _learn_scales(row, factors_R[row], known, sizes_C, sums, means_C, facts)
-        _learn_direction(row, levels_RC[row], sums[2], direction_C, facts)
+        _learn_scales(row, scales.factors_R[row], scales)
+        learn_direction(row, levels_RC[row], scales.sums[SAVED], shared)
     return True
 
 
-@njit(nogil=True)
-def _row(
-    levels_C: np.ndarray,
-    factor: int,
-    means_C: np.ndarray,
-    direction_C: np.ndarray,
-    facts: np.ndarray,
-    sizes_C: np.ndarray,
-    sums: np.ndarray,
-    next_S2: np.ndarray,
-    stride: int,
-    chances_KU: np.ndarray,
-    counts_KU: np.ndarray,
-    registers: np.ndarray,
-    buffer: np.ndarray,
-    decoding: bool,
-) -> bool:
-    """One row. `sizes_C` become the magnitudes of its differences, `sums` their sum, what their columns expected, what predicting saved."""
+@inner
+def _row(levels_C: np.ndarray, factor: int, scales: _Scales, shared: Direction, coding: _Coding) -> bool:
+    """One row. `sizes_C` become the magnitudes of its differences, `sums` their sums."""
+    _, means_C, _, facts, sizes_C, sums = scales
+    stride, useful = coding.stride, shared.facts[USEFUL] > 0
     state = share = np.int64(0)
     # As many magnitudes as the spread of the rows' scales is worth stand for what other rows' were.
     prior = min(max(SAMPLING // max(facts[SPREAD], 1), 2), 256)
     seen, expected = max(1, (prior * facts[RATIO]) >> (POINT - SUM_POINT)), prior << SUM_POINT
-    products, squares = np.int64(0), _doubt(facts)
+    products, squares = np.int64(0), doubt(shared.facts)
     sums[:] = 0
     for column in range(len(levels_C)):
         odd = state & 1 if stride == 2 else 0
         base = min(max((means_C[column] * factor) >> POINT, 1), LARGEST_MEAN)
         estimate = max(1, min(base * seen // expected, np.int64(LARGEST) << POINT))
-        along = direction_C[column]
-        prediction, shift, remainder = _predicted(share, along), np.int64(0), np.int64(0)
-        if facts[USEFUL] > 0:  # the nearest number to it; on a trellis an even one, so that parities stay
+        along = shared.along_C[column]
+        prediction, shift, remainder = predicted(share, along), np.int64(0), np.int64(0)
+        if useful:  # the nearest number to it; on a trellis an even one, so that parities stay
             shift = ((prediction + (stride << (PREDICTION_POINT - 1))) >> (PREDICTION_POINT + stride - 1)) << (stride - 1)
             remainder = prediction - (shift << PREDICTION_POINT)
         difference = np.int64(levels_C[column]) - shift
-        size = _magnitude(abs(difference), estimate, odd, stride, chances_KU, counts_KU, registers, buffer, decoding)
+        size = _magnitude(abs(difference), estimate, odd, coding)
         if size > 2 * LARGEST:
             return False
-        if size:
-            difference = _signed(size, difference, remainder, estimate, chances_KU, counts_KU, registers, buffer, decoding)
-        level = shift + (difference if size else 0)
+        level = shift + _signed(size, difference, remainder, estimate, coding)
         if abs(level) > LARGEST:
             return False
-        if decoding:
+        if coding.stream.decoding:
             levels_C[column] = level
 
         sizes_C[column] = size
-        sums[0] += size << SUM_POINT
-        sums[1] += base >> (POINT - SUM_POINT)
-        sums[2] += (abs(level) << PREDICTION_POINT) - abs((level << PREDICTION_POINT) - prediction)
+        sums[SIZES] += size << SUM_POINT
+        sums[EXPECTED] += base >> (POINT - SUM_POINT)
+        sums[SAVED] += (abs(level) << PREDICTION_POINT) - abs((level << PREDICTION_POINT) - prediction)
         seen += (size << SUM_POINT) - (seen >> ROW_DECAY)
         expected += (base >> (POINT - SUM_POINT)) - (expected >> ROW_DECAY)
-        products += (along >> 4) * _bounded(level)
+        products += (along >> 4) * bounded(level)
         squares += ((along >> 4) * (along >> 4)) >> 8
-        share = _share(products, squares)
-        state = next_S2[state, ((level - odd) >> 1) & 1] if stride == 2 else 0
+        share = share_of(products, squares)
+        state = coding.next_S2[state, ((level - odd) >> 1) & 1] if stride == 2 else 0
     return True
 
 
-@njit(nogil=True)
-def _bounded(level: int) -> int:
-    """A level as directions know it, so that no sum of products overflows."""
-    if level > 4095:
-        return 4095
-    return max(level, -4095)
-
-
-@njit(nogil=True)
-def _predicted(share: int, along: int) -> int:
-    return min(max((share * along) >> 8, -MOST), MOST)
-
-
-@njit(nogil=True)
-def _share(products: int, squares: int) -> int:
-    """Of a direction in a row, by least squares; of 256."""
-    return min(max((products << 8) // squares, -16383), 16383)
-
-
-@njit(nogil=True)
-def _doubt(facts: np.ndarray) -> int:
-    """What a row's squares start from, which draws its share to zero: the variance of residuals over that of shares."""
-    return min((facts[NOISE] << 16) // (facts[POWER] + 1), np.int64(1) << 40) + 1
-
-
-@njit(nogil=True)
-def _signed(
-    size: int,
-    difference: int,
-    remainder: int,
-    estimate: int,
-    chances_KU: np.ndarray,
-    counts_KU: np.ndarray,
-    registers: np.ndarray,
-    buffer: np.ndarray,
-    decoding: bool,
-) -> int:
+@inner
+def _signed(size: int, difference: int, remainder: int, estimate: int, coding: _Coding) -> int:
     """Code or decode a difference's sign: likely that of what rounding left of the prediction, the more the larger both are."""
+    if size == 0:
+        return 0
     likely = ((abs(remainder) * size) << 22) // (estimate * estimate)
     upward = remainder > 0
     same = 1 if (difference > 0) == upward else 0
     if likely:
-        same = learn(same, chances_KU, counts_KU, np.int64(SIGNS), min(likely, UNARY - 1), registers, buffer, decoding)
+        same = learn(same, np.int64(SIGNS), np.int64(0), min(likely, UNARY - 1), coding.counters, coding.stream)
     else:
-        same = code(same, HALF, registers, buffer, decoding)
+        same = code(same, HALF, coding.stream)
     return size if (same == 1) == upward else -size
 
 
-@njit(nogil=True)
-def _magnitude(
-    size: int,
-    estimate: int,
-    odd: int,
-    stride: int,
-    chances_KU: np.ndarray,
-    counts_KU: np.ndarray,
-    registers: np.ndarray,
-    buffer: np.ndarray,
-    decoding: bool,
-) -> int:
+@inner
+def _magnitude(size: int, estimate: int, odd: int, coding: _Coding) -> int:
     """Code or decode a magnitude of which the parity is known on a trellis; `estimate` is what it is expected to be."""
-    halving = stride - 1
-    octaves = _eighths_of_octaves(estimate) - 8 * POINT
-    scale = min(max((octaves >> 1) - SCALES_PER_OCTAVE * SMALLEST, 0), SCALES - 1)
-    raw_bits = max(0, (octaves >> 3) - halving - RAW_BITS_FROM + 1)
-    context, magnitude = 2 * scale + odd, size >> halving
+    counters, stream, halving = coding.counters, coding.stream, coding.stride - 1
+    scale, part, octave = _place(estimate, halving)
+    raw_bits = max(0, octave - halving - RAW_BITS_FROM + 1)
+    context, magnitude = scale + SCALES * odd, size >> halving
     high_part, length = magnitude >> raw_bits, np.int64(0)
-    while length < UNARY and learn(1 if length < high_part else 0, chances_KU, counts_KU, context, length, registers, buffer, decoding):
+    while length < UNARY and learn(1 if length < high_part else 0, context, part, length, counters, stream):
         length += 1
     if length == UNARY:
         rest = high_part - UNARY + 1  # >= 1
         digits = 0
-        while digits < 16 and code(1 if rest >> (digits + 1) else 0, HALF, registers, buffer, decoding):
+        while digits < 16 and code(1 if rest >> (digits + 1) else 0, HALF, stream):
             digits += 1
-        length = UNARY - 1 + (1 << digits) + code_number(rest, digits, registers, buffer, decoding)
-    length = (length << raw_bits) + code_number(magnitude, raw_bits, registers, buffer, decoding)
+        length = UNARY - 1 + (1 << digits) + code_number(rest, digits, stream)
+    length = (length << raw_bits) + code_number(magnitude, raw_bits, stream)
     return (length << halving) + odd
 
 
-@njit(nogil=True)
-def _eighths_of_octaves(value: int) -> int:
-    """About 8 log2(value), linear between powers of two; value >= 1."""
-    octaves = 0
-    while value >> (octaves + 1):
-        octaves += 1
-    rest = value - (1 << octaves)
-    return 8 * octaves + (rest >> (octaves - 3) if octaves >= 3 else rest << (3 - octaves))
+@inner
+def _place(estimate: int, halving: int) -> tuple[int, int, int]:
+    """The context below an expected magnitude, how far it lies above that (of WHOLE), and the octave in which it lies."""
+    octave = np.int64(SMALLEST)
+    above = max(estimate >> (POINT + SMALLEST), 1)
+    while above > 1:
+        above >>= 1
+        octave += 1
+    # From here on in units of an octave's WHOLE-th of a quarter.
+    fine = max(estimate, 1 << (POINT + SMALLEST)) >> (POINT + octave - 2 - PART_BITS)
+    quarter, part = (fine >> PART_BITS) & (SCALES_PER_OCTAVE - 1), fine & (WHOLE - 1)
+    scale = SCALES_PER_OCTAVE * (octave - SMALLEST) + quarter
+    if scale >= SCALES - 1:
+        return np.int64(SCALES - 1), np.int64(0), octave
+    if quarter == SCALES_PER_OCTAVE - 1 and octave >= RAW_BITS_FROM - 1 + halving:
+        part = np.int64(0)  # the next context has one more raw bit
+    return scale, part, octave
 
 
-@njit(nogil=True)
-def _learn_scales(
-    row: int, factor: int, known: bool, sizes_C: np.ndarray, sums: np.ndarray, means_C: np.ndarray, facts: np.ndarray
-) -> None:
+@inner
+def _learn_scales(row: int, factor: int, scales: _Scales) -> None:
     """What a row's magnitudes say of its columns' means, and of the ratio of rows to columns."""
+    _, means_C, known, facts, sizes_C, sums = scales
     before = facts[RATIO]
-    ratio = min(max(1, ((sums[0] + (before >> 5)) << POINT) // (sums[1] + (8 << SUM_POINT))), LARGEST_RATIO)
-    rate = max(131072 // (2 * row + 3), 3277)  # of 65,536: 1/20 in the end
+    ratio = min(max(1, ((sums[SIZES] + (before >> 5)) << POINT) // (sums[EXPECTED] + (8 << SUM_POINT))), LARGEST_RATIO)
+    rate = max(131072 // (2 * row + 3), RATIO_RATE)
     facts[RATIO] = max(1, before + (((ratio - before) * rate) >> 16))
     if row:
         deviation = min((abs(ratio - before) << 8) // before, 1024)
         facts[SPREAD] += ((deviation * deviation - facts[SPREAD]) * rate) >> 16
     scale = (np.int64(1) << (2 * POINT)) // max((ratio * factor) >> POINT, 1)
-    rate = max(65536 // (row + (64 if known else 4)), 256)
+    rate = max(65536 // (row + (ROWS_KNOWN if known else ROWS_UNKNOWN)), MEAN_RATE)
     for column in range(len(sizes_C)):
         size = min(sizes_C[column] * scale, LARGEST_MEAN)
         means_C[column] = max(1, means_C[column] + (((size - means_C[column]) * rate + 32768) >> 16))
-
-
-@njit(nogil=True)
-def _learn_direction(row: int, levels_C: np.ndarray, saved: int, direction_C: np.ndarray, facts: np.ndarray) -> None:
-    """Oja's rule: the direction turns to what it left of a row, the more the larger the row's share in it is."""
-    products, squares = np.int64(0), _doubt(facts)
-    for column in range(len(levels_C)):
-        along = direction_C[column] >> 4
-        products += along * _bounded(np.int64(levels_C[column]))
-        squares += (along * along) >> 8
-    share = _share(products, squares)
-    decay = min(7, _eighths_of_octaves(row + 2) // 8)
-    facts[USEFUL] += saved - (facts[USEFUL] >> 6)
-    facts[WEIGHT] = min(facts[WEIGHT] + share * share, (facts[POWER] + 1) << 10)
-    facts[POWER] += (share * share - facts[POWER]) >> decay
-    gain = (share << 20) // facts[WEIGHT]
-    noise = np.int64(0)
-    for column in range(len(levels_C)):
-        along = direction_C[column]
-        error = (_bounded(np.int64(levels_C[column])) << PREDICTION_POINT) - _predicted(share, along)
-        noise += (error >> 8) * (error >> 8)
-        direction_C[column] = min(max(along + ((gain * error + 2048) >> 12), -MOST), MOST)
-    facts[NOISE] = max(1, facts[NOISE] + ((noise // max(len(levels_C), 1) - facts[NOISE]) >> decay))

@@ -15,8 +15,8 @@ The form says what the streams decode to:
     ["float16", 16, 0]     the values
     ["rows", bits, K]      int8 values row by row; float16 steps, one for each row
     ["groups", bits, K]    the same, and a byte for each group of 64 columns: 1 where steps are as much finer as makes 8 bits of the values
-    ["lattice", states, K] int16 levels row by row, which follow a trellis of so many states; a float32 step and one signed byte for each
-                           row and each column, their exponents (lattice.py). The adaptive codec of the levels needs these.
+    ["lattice", states, K] int16 levels row by row, which follow a trellis of so many states; a float32 step; a signed byte for each row;
+                           one for each column: exponents (lattice.py). The adaptive codec of the levels needs these.
 
 and, where K is above 0, a correction of that rank: K rows of int8, each a column of the one factor and a row of the other; K float32 steps
 (correction.py).
@@ -35,13 +35,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, NoReturn, get_args
 
-from stages.pack import codec
+from stages.pack import codec, series
 from stages.pack.codec import Layout
 from stages.pack.correction import MAX_RANK
 from stages.pack.trellis import STATES
 
 MAGIC = b"\x89CADDIE\n"
-VERSION = 3
+VERSION = 4
 CHECKSUM_START = len(MAGIC) + 4
 HEADER_START = CHECKSUM_START + 32
 MAX_HEADER_BYTES = 1 << 20  # decompressed; a record-size header takes 20 kB
@@ -49,7 +49,6 @@ MAX_TENSORS = 5_000  # a hundred and odd in the record's model
 MAX_DIMENSIONS = 4
 MAX_SIDE = 1 << 20  # of a dimension: a decoder keeps a few numbers for each column
 MAX_RAW_BYTES = 1 << 28  # of all decoded streams together: seven times the record's model
-STEP_BYTES = 4  # of a lattice, before its exponents
 MAX_DIGITS = 15  # of an integer in the header
 NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 MAX_NAME_LENGTH = 200
@@ -102,13 +101,15 @@ class Contents:
 def layouts(form: Form, shape: Sequence[int]) -> tuple[Layout, ...]:
     """What the streams of a tensor decode to."""
     if form.kind == "float16":
-        return (Layout(2, 1, math.prod(shape)),)
+        size = math.prod(shape)
+        return (Layout(2, 1, size, kind="series" if size <= series.LONGEST else "bytes"),)
     rows, columns = shape
-    correction = (Layout(1, form.rank, rows + columns), Layout(4, 1, form.rank)) if form.rank else ()
+    correction = (Layout(1, form.rank, rows + columns, kind="matrix"), Layout(4, 1, form.rank)) if form.rank else ()
     if form.kind == "lattice":
-        return Layout(2, rows, columns, form.size), Layout(1, 1, STEP_BYTES + rows + columns), *correction
+        exponents = Layout(1, 1, rows, kind="series"), Layout(1, 1, columns, kind="series")
+        return Layout(2, rows, columns, form.size, kind="matrix"), Layout(4, 1, 1), *exponents, *correction
     groups = (Layout(1, 1, -(-columns // GROUP_COLUMNS)),) if form.kind == "groups" else ()
-    return Layout(1, rows, columns), Layout(2, 1, rows), *groups, *correction
+    return Layout(1, rows, columns, kind="matrix"), Layout(2, 1, rows, kind="series"), *groups, *correction
 
 
 def write(contents: Contents) -> bytes:
@@ -135,11 +136,11 @@ def read(blob: bytes) -> Contents:
     return Contents(header["model"], entries)
 
 
-def encode_streams(form: Form, shape: Sequence[int], raw: Sequence[bytes], codecs: Sequence[str], quality: int) -> tuple[Stream, ...]:
-    """A tensor's streams from their raw bytes, by the codecs of these names; `quality` is brotli's."""
+def encode_streams(form: Form, shape: Sequence[int], raw: Sequence[bytes], family: str, quality: int) -> tuple[Stream, ...]:
+    """A tensor's streams from their raw bytes, by the codecs of a family (codec.py); `quality` is brotli's."""
     first, *others = layouts(form, shape)
     every = _informed(form, first, raw[1:]), *others
-    return tuple(Stream(by, codec.encode(by, stream, of, quality)) for by, stream, of in zip(codecs, raw, every, strict=True))
+    return tuple(Stream(*codec.shortest(family, stream, of, quality)) for stream, of in zip(raw, every, strict=True))
 
 
 def decode_streams(entry: Entry) -> tuple[bytes, ...]:
@@ -154,7 +155,7 @@ def decode_streams(entry: Entry) -> tuple[bytes, ...]:
 
 def _informed(form: Form, first: Layout, side: Sequence[bytes]) -> Layout:
     """What the first stream decodes to, knowing the others: levels on a lattice know its exponents."""
-    return replace(first, exponents=side[0][STEP_BYTES:]) if form.kind == "lattice" else first
+    return replace(first, exponents=side[1] + side[2]) if form.kind == "lattice" else first
 
 
 def _header(contents: Contents) -> dict[str, Any]:

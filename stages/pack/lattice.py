@@ -15,10 +15,7 @@ column j against the value that feedback has made of it. Equal costs therefore w
 one number for the whole model, which the byte budget decides (WaterSIC, 2026, derives the columns' part from rate-distortion theory). Rows
 and columns keep their factors as powers of 2^(1/8), one byte each, which cost next to nothing once coded.
 
-In units of its own step a value is y, a level l an integer, and feedback a unit upper triangular matrix V: choosing l_j moves y_k by
--(y_j - l_j) V_jk for k > j. The search is Viterbi's, along each row: of all paths into a state of the trellis the cheapest survives, and
-each survivor carries its own y of the columns ahead (per-survivor processing: Raheli et al. 1995). A block of columns is searched at a
-time; its last DELAY decisions are taken back and searched again with the next block, since survivors have not yet merged there.
+In units of its own step a value is y, a level l an integer, and feedback a unit upper triangular matrix V; search.py finds the levels.
 
 Shapes: R rows, C columns, S states.
 """
@@ -28,9 +25,9 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
 from stages.pack.coder import LARGEST
+from stages.pack.search import ROWS_AT_ONCE, places, search, task_of
 from stages.pack.trellis import trellis
 from stages.pack.workers import in_threads
 
@@ -38,8 +35,6 @@ PER_OCTAVE = 8  # factors of rows and columns are powers of 2^(1/8)
 ROOTS = np.array([1.0, 1.0905077, 1.1892071, 1.2968396, 1.4142135, 1.5422108, 1.6817929, 1.8340081], np.float32)
 FARTHEST = 127  # exponents are signed bytes
 
-BLOCK, DELAY_PER_BIT = 128, 8  # columns searched at once, and how many of them are taken back for each bit of the trellis's state
-ROWS_AT_ONCE = 16  # whose feedback shares a pass over V
 PIECE_WEIGHTS = 1 << 19  # of a matrix that are searched by one thread
 CLASSES, CLASSES_PER_OCTAVE, NARROWEST = 72, 4, -4  # of a value's deviation, from 2^-4 levels on
 TABULATED = 256  # magnitudes whose bits are tabulated
@@ -156,15 +151,13 @@ def choose(axes: Axes, step: float, states: int, rate_weight: float) -> Chosen:
     else:
         row_class_R, column_class_C = np.zeros(len(y_RC), np.int64), np.zeros(y_RC.shape[1], np.int64)
         prices = np.zeros((1, 1), np.float32)
-    odd_S = (np.arange(states) % 2).astype(np.float32)
-    delay = min(BLOCK // 2, DELAY_PER_BIT * (states.bit_length() - 1))
-    task = _Task(columns.unit_CC, columns.cost_C.astype(np.float32), column_class_C, prices, code.into_S2, odd_S, code.stride, delay)
+    task = task_of(code, columns.unit_CC, columns.cost_C.astype(np.float32), column_class_C, prices)
     levels_RC, cost_R = np.zeros(y_RC.shape, np.int16), cost_R.astype(np.float32)
 
-    def search(rows: slice) -> None:
-        _search(y_RC[rows], cost_R[rows], row_class_R[rows], task, _places(states), levels_RC[rows])
+    def piece(rows: slice) -> None:
+        search(y_RC[rows], cost_R[rows], row_class_R[rows], task, places(states), levels_RC[rows])
 
-    in_threads(search, pieces := _pieces(*y_RC.shape), lambda rows: rows.stop - rows.start, len(pieces))
+    in_threads(piece, pieces := _pieces(*y_RC.shape), lambda rows: rows.stop - rows.start, len(pieces))
     _require_room(y_RC, LARGEST - 2 * code.stride)
     return Chosen(Lattice(levels_RC, axes.rows_R, columns.exponents_C, float(np.float32(step)), states), y_RC)
 
@@ -210,146 +203,3 @@ def _classes(y_RC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Classes of deviation for rows and for columns, whose sum is a value's row in the table of bits."""
     rows_R, columns_C = (np.rint(CLASSES_PER_OCTAVE * np.log2(np.maximum(of, 1e-12)) / 2).astype(np.int64) for of in variances(y_RC))
     return rows_R, columns_C - CLASSES_PER_OCTAVE * NARROWEST
-
-
-class _Task(NamedTuple):
-    """What all rows of a search share; compiled code takes it apart."""
-
-    unit_CC: np.ndarray
-    cost_C: np.ndarray
-    column_class_C: np.ndarray
-    prices: np.ndarray  # bits times lambda, by class and magnitude
-    into_S2: np.ndarray
-    odd_S: np.ndarray  # float32: 1 where a state's levels are odd
-    stride: int
-    delay: int
-
-
-class _Survivors(NamedTuple):
-    """Places for the survivors of one row and one block of columns; for values ahead there are two, which take turns."""
-
-    parents_BS: np.ndarray
-    levels_BS: np.ndarray
-    ahead_2SB: np.ndarray
-    costs_2S: np.ndarray
-    branch_levels_2S: np.ndarray
-    branch_errors_2S: np.ndarray
-    branch_totals_2S: np.ndarray
-
-
-def _places(states: int) -> _Survivors:
-    sizes = (BLOCK, states), (BLOCK, states), (2, states, BLOCK), *[(2, states)] * 4
-    return _Survivors(*(np.empty(size, np.int64 if i < 2 else np.float32) for i, size in enumerate(sizes)))
-
-
-@njit(nogil=True)
-def _search(y_RC: np.ndarray, cost_R: np.ndarray, row_class_R: np.ndarray, task: _Task, of: _Survivors, levels_RC: np.ndarray) -> None:
-    """Fill `levels_RC`; `y_RC` ends as the values that entered the quantiser. Sums have a fixed order, so results do too."""
-    rows, columns = y_RC.shape
-    start_R = np.zeros(rows, np.int64)
-    unit_CC, delay = task.unit_CC, task.delay
-    for first_row in range(0, rows, ROWS_AT_ONCE):
-        last_row = min(first_row + ROWS_AT_ONCE, rows)
-        first = np.int64(0)  # 0 would have all that is called with it compiled twice
-        while first < columns:
-            last = min(first + BLOCK, columns)
-            kept = last if last == columns else last - delay
-            for row in range(first_row, last_row):
-                best = _survive(y_RC[row], cost_R[row], row_class_R[row], start_R[row], first, last, task, of)
-                start_R[row] = _trace(best, first, last, kept, of.parents_BS, of.levels_BS, levels_RC[row])
-            for column in range(first, kept):
-                moved_by = unit_CC[column, column + 1 :]
-                for row in range(first_row, last_row):
-                    _move(y_RC[row, column + 1 :], y_RC[row, column] - np.float32(levels_RC[row, column]), moved_by)
-            first = kept
-
-
-@njit(nogil=True, inline="always")
-def _move(ahead: np.ndarray, error: float, moved_by: np.ndarray) -> None:
-    """Let an error move the columns after it."""
-    for i in range(len(moved_by)):
-        ahead[i] -= error * moved_by[i]
-
-
-@njit(nogil=True)
-def _trace(best: int, first: int, last: int, kept: int, parents_BS: np.ndarray, levels_BS: np.ndarray, levels_C: np.ndarray) -> int:
-    """The levels of columns first..kept on the path that ends in state `best` at `last`, into `levels_C`; its state at `kept`."""
-    start = best
-    for column in range(last - 1, first - 1, -1):
-        if column == kept - 1:
-            start = best
-        if column < kept:
-            levels_C[column] = levels_BS[column - first, best]
-        best = parents_BS[column - first, best]
-    return start
-
-
-@njit(nogil=True)
-def _survive(y_C: np.ndarray, row_cost: float, row_class: int, start: int, first: int, last: int, task: _Task, of: _Survivors) -> int:
-    """Search one row's columns first..last from state `start`; the cheapest path's last state. Parents and levels are left to trace it."""
-    unit_CC, cost_C, column_class_C, prices, into_S2, odd_S, stride, _ = task
-    parents_BS, levels_BS, ahead_2SB, costs_2S, levels_2S, errors_2S, totals_2S = of
-    costs, new_costs, now, new = costs_2S[0], costs_2S[1], ahead_2SB[0], ahead_2SB[1]
-    costs[:] = np.float32(np.inf)
-    costs[start] = 0.0
-    now[:] = 0.0  # survivors that are not yet there cost infinitely much, and must only be numbers
-    for column in range(first, last):
-        now[start, column - first] = y_C[column]
-    for column in range(first, last):
-        place = column - first
-        priced = prices[min(max(row_class + column_class_C[column], 0), len(prices) - 1)]
-        for branch in range(2):
-            _branch(
-                now,
-                place,
-                odd_S,
-                stride,
-                branch,
-                costs,
-                row_cost * cost_C[column],
-                priced,
-                levels_2S[branch],
-                errors_2S[branch],
-                totals_2S[branch],
-            )
-        moved_by = unit_CC[column, column + 1 : last]
-        for state in range(len(costs)):
-            step, other = into_S2[state, 0], into_S2[state, 1]
-            if totals_2S[other & 1, other >> 1] < totals_2S[step & 1, step >> 1]:
-                step = other
-            parent, branch = step >> 1, step & 1
-            new_costs[state] = totals_2S[branch, parent]
-            parents_BS[place, state], levels_BS[place, state] = parent, np.int64(levels_2S[branch, parent])
-            values, error, into = now[parent, place + 1 :], errors_2S[branch, parent], new[state, place + 1 :]
-            for i in range(len(moved_by)):
-                into[i] = values[i] - error * moved_by[i]
-        now, new = new, now
-        costs, new_costs = new_costs, costs
-    return int(np.argmin(costs))
-
-
-@njit(nogil=True, inline="always")
-def _branch(
-    now: np.ndarray,
-    place: int,
-    odd_S: np.ndarray,
-    stride: int,
-    branch: int,
-    costs: np.ndarray,
-    cost: float,
-    priced: np.ndarray,
-    levels: np.ndarray,
-    errors: np.ndarray,
-    totals: np.ndarray,
-) -> None:
-    """Each state's nearest level on one branch, its error, and what the path would then have cost."""
-    spacing, shift, half, most = np.float32(2 * stride), np.float32(stride * branch), np.float32(0.5), np.float32(len(priced) - 1)
-    for state in range(len(costs)):
-        y, offset = now[state, place], odd_S[state] + shift
-        level = np.floor((y - offset) / spacing + half) * spacing + offset
-        error = y - level
-        levels[state], errors[state] = level, error
-        totals[state] = costs[state] + error * error * cost
-    if len(priced) > 1:
-        for state in range(len(costs)):
-            totals[state] += priced[np.int32(min(abs(levels[state]), most))]

@@ -25,8 +25,9 @@ from stages.report import Report
 # Of a matrix's rows: their importances are taken to lie within this factor of the mean. Rows that calibration hardly saw, as those of
 # rare tokens, are not known to matter that little.
 IMPORTANCE_RANGE = 64.0
-# Rates and steps of an estimate: distortion over the squared distance of a state's levels, and what coding takes above the bound.
-NOISE, OVERHEAD_BITS = {1: 0.088, 2: 0.067}, {1: 0.26, 2: 0.09}
+# Rates and steps of an estimate: distortion over the squared distance of a state's levels, and what coding takes above the bound, with
+# exponents. At record size the first attempt should come within a hundredth of the budget, so that the second is the last.
+NOISE, OVERHEAD_BITS = {1: 0.088, 2: 0.067}, {1: 0.33, 2: 0.145}
 FEWEST_BITS = 0.02  # that a value costs however coarse its step
 MOST_BITS = 12.0  # of a value on average: finer steps would say nothing more, and a small model may leave some of a budget unused
 MOST_STEPS = 8192.0  # from zero to the largest weight of a column
@@ -61,6 +62,10 @@ class Quantiser(Protocol):
 
     def scales(self, bits: float) -> Scales:
         """The range of its scale, and where to begin when all matrices together may take so many bits."""
+
+    @staticmethod
+    def compile_ahead() -> None:
+        """Have compiled what it calls, which takes seconds."""
 
 
 def hessian_of(name: str, weight: Tensor, hessians: Mapping[str, Tensor]) -> Tensor:
@@ -102,6 +107,10 @@ class SDClip:
     def scales(self, bits: float) -> Scales:
         """From the clip widths of the parameters on."""
         return Scales(1.0, 1.0, WIDEST)
+
+    @staticmethod
+    def compile_ahead() -> None:
+        """There is nothing to compile."""
 
     def _result(self, grid: roles.Grid, coded: Quantised, entered_RC: Tensor) -> Result:
         form = Form("groups" if bool(coded.finer_C.any()) else "rows", grid.bits)
@@ -166,6 +175,11 @@ class AtRate:
         """Beginning where normal values of these deviations would take so many bits."""
         finest = self._scale_for(MOST_BITS * sum(of.axes.scaled_RC.size for of in self.matrices.values()))
         return Scales(max(finest, self._scale_for(bits)), finest, COARSEST)
+
+    @staticmethod
+    def compile_ahead() -> None:
+        """The search."""
+        lattice.compile_ahead()
 
     def _quantise(self, name: str, scale: float) -> Result:
         axes, largest_C, unit = self.matrices[name]

@@ -52,7 +52,7 @@ def raw_streams(coded: Coded) -> tuple[bytes, ...]:
         return *raw_streams(coded.coded), _raw(levels_KN, INT8), _raw(steps_K, FLOAT32)
     if isinstance(coded, Lattice):
         step = np.array(coded.step, FLOAT32).tobytes()
-        return coded.levels_RC.astype(INT16).tobytes(), step + coded.rows_R.tobytes() + coded.columns_C.tobytes()
+        return coded.levels_RC.astype(INT16).tobytes(), step, coded.rows_R.tobytes(), coded.columns_C.tobytes()
     if isinstance(coded, Quantised):
         groups = (_raw(coded.finer_C[::GROUP_COLUMNS] > 0, INT8),) if bool(coded.finer_C.any()) else ()
         return _raw(coded.values_RC, INT8), _raw(coded.steps_R, FLOAT16), *groups
@@ -89,11 +89,10 @@ def _finer(form: Form, shape: tuple[int, ...], streams: tuple[bytes, ...], name:
 
 
 def _lattice(states: int, shape: tuple[int, ...], streams: tuple[bytes, ...], name: str) -> Lattice:
-    levels, (step,) = np.frombuffer(streams[0], INT16).astype(np.int16).reshape(shape), np.frombuffer(streams[1][:4], FLOAT32)
-    exponents = np.frombuffer(streams[1][4:], INT8)
+    levels, (step,) = np.frombuffer(streams[0], INT16).astype(np.int16).reshape(shape), np.frombuffer(streams[1], FLOAT32)
     if not (math.isfinite(step) and step > 0):
         raise ValueError(f"damaged model file: tensor {name} has the step {step}")
-    read = Lattice(levels, exponents[: shape[0]], exponents[shape[0] :], float(step), states)
+    read = Lattice(levels, np.frombuffer(streams[2], INT8), np.frombuffer(streams[3], INT8), float(step), states)
     if not np.isfinite(lattice.weights(read)).all():
         raise ValueError(f"damaged model file: tensor {name} has values that are not finite")
     return read

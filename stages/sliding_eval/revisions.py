@@ -41,15 +41,22 @@ def read(name: str, targets: int) -> np.ndarray:
 
 
 def resolve(revision: str) -> str:
-    """The commit of a Git revision or of the DVC experiment of that name."""
-    found = _run("git", "rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}")
-    if found.returncode == 0:
-        return found.stdout.strip()
+    """The commit of a Git revision or of the DVC experiment of that name: the one started from HEAD, or the only one."""
+    found = _commit(revision)
+    if found:
+        return found
+    head = _commit("HEAD")
+    under_head = head and _commit(f"refs/exps/{head[:2]}/{head[2:]}/{revision}")
+    if under_head:
+        return under_head
     listed = _run("git", "for-each-ref", "--format=%(objectname) %(refname)", "refs/exps").stdout.splitlines()
     pairs = [line.split(" ", 1) for line in listed]
     commits = {commit for commit, ref in pairs if ref.count("/") == EXPERIMENT_PARTS - 1 and ref.endswith(f"/{revision}")}
     if not commits:
-        raise ValueError(f"{revision} is neither a ledger, nor a folder with one ({FILE}), nor a revision or experiment of this repository")
+        raise ValueError(
+            f"{revision} is neither a file or folder here, nor a revision or experiment of this repository;"
+            " `dvc exp pull` fetches the experiments of others"
+        )
     if len(commits) > 1:
         raise ValueError(
             f"{revision} names {len(commits)} experiments on different commits: {', '.join(sorted(commits))}; name one of these"
@@ -59,15 +66,26 @@ def resolve(revision: str) -> str:
 
 def require_same_stream(name: str, commit: str) -> None:
     """Raise ValueError unless the commit scored the validation stream and tokenizer that this working tree has."""
-    shown = _run("git", "show", f"{commit}:./{LOCK}")
-    if shown.returncode != 0 or not Path(LOCK).exists():
-        raise ValueError(f"{name}: {LOCK} is missing {'there' if shown.returncode else 'here'}, so the stream it scored is not known")
-    there, here = _stream(shown.stdout), _stream(Path(LOCK).read_text(encoding="utf-8"))
+    shown = show(commit, LOCK)
+    if shown is None or not Path(LOCK).exists():
+        raise ValueError(f"{name}: {LOCK} is missing {'here' if shown else 'there'}, so the stream it scored is not known")
+    there, here = _stream(shown), _stream(Path(LOCK).read_text(encoding="utf-8"))
     for path in STREAM:
         if there.get(path) != here.get(path):
             raise ValueError(
                 f"{name} scored another {path} ({there.get(path)}) than this working tree has ({here.get(path)}): not comparable"
             )
+
+
+def show(commit: str, path: str) -> str | None:
+    """The text of a file that a commit holds in Git; None where it holds none."""
+    shown = _run("git", "show", f"{commit}:./{path}")
+    return shown.stdout if shown.returncode == 0 else None
+
+
+def parent(commit: str) -> str:
+    """The commit before: for an experiment the one that it was started from; a commit without one is its own."""
+    return _commit(f"{commit}^") or commit
 
 
 def fetch(commit: str, path: str, to: Path) -> None:
@@ -85,6 +103,12 @@ def _stream(lock: str) -> dict[str, str]:
     stages = content.get("stages", {}) if isinstance(content, dict) else {}
     entries = stages.get("sliding_eval", {}).get("deps", [])
     return {entry["path"]: entry.get("md5", "") for entry in entries if entry["path"] in STREAM}
+
+
+def _commit(revision: str) -> str | None:
+    """The commit that Git knows under this name."""
+    found = _run("git", "rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}")
+    return found.stdout.strip() if found.returncode == 0 else None
 
 
 def _run(*command: str) -> subprocess.CompletedProcess[str]:

@@ -30,15 +30,6 @@ def scores_of(model: Model, z_NV: torch.Tensor, targets_N: torch.Tensor, hints_N
     return torch.stack((nll_N, at_hint - at_target - nll_N))
 
 
-def hinted_losses(
-    model: Model, inputs_BT: torch.Tensor, targets_BT: torch.Tensor, hints_BT: torch.Tensor, scored_from: int
-) -> torch.Tensor:
-    """The model's losses, and its log-probabilities of the hints, (2, B, T - scored_from) float32."""
-    targets, hints = targets_BT[:, scored_from:].flatten(), hints_BT[:, scored_from:].flatten()
-    z_NV = model.head(model.features(inputs_BT, looped=True)[:, scored_from:], model.embedding.weight).flatten(0, 1)
-    return scores_of(model, z_NV, targets, hints).unflatten(1, (len(inputs_BT), -1))
-
-
 class SlidingScorer:
     """A lawful scorer (stages/scorer.py) over a fixed model; all ranks call it alike and all get every score."""
 
@@ -118,10 +109,9 @@ class SlidingScorer:
         inputs = self._rows(batch, self.kept, offset)
         targets = self._rows(batch, self.kept, offset - 1)
         scored_from = min(self.params.window - self.params.stride, batch[0].first - batch[0].start)
-        if hints is None:
-            losses = self.model(inputs, targets, looped=True, scored_from=scored_from)[None]
-        else:
-            losses = hinted_losses(self.model, inputs, targets, self._rows(batch, hints, first), scored_from)
+        z_NV = self.model.uncapped(inputs, True, slice(scored_from, None)).flatten(0, 1)
+        at_hints = None if hints is None else self._rows(batch, hints, first)[:, scored_from:].flatten()
+        losses = scores_of(self.model, z_NV, targets[:, scored_from:].flatten(), at_hints).unflatten(1, (len(batch), -1))
         for row, window in enumerate(batch):
             begin = window.first - window.start - scored_from
             scores[:, window.first - first : window.end - first] = losses[:, row, begin : begin + window.end - window.first]

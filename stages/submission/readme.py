@@ -19,7 +19,7 @@ def render(summary: Mapping[str, Any]) -> str:
         f"# {summary['name']}\n\n{summary['blurb']}",
         f"**val_bpb {summary['val_bpb']:.6f}** ({summary['scorer']}), **{summary['bytes_total']:,} bytes**, track {summary['track']},"
         f" by {summary['author']} ({summary['github_id']})",
-        "## Figures\n\n" + _table(("what", "value"), _figures(summary)),
+        "## Figures\n\n" + table(("what", "value"), _figures(summary)),
         summary["val_bpb_note"],
         *(f"![{text}]({path})" for path, text in PLOTS.items()),
         _reproduce(summary),
@@ -69,11 +69,12 @@ def _reproduce(summary: Mapping[str, Any]) -> str:
 def _compliance(verdicts: Sequence[Mapping[str, Any]]) -> str:
     passed = sum(verdict["outcome"] == "pass" for verdict in verdicts)
     rows = [(f"{v['check']} {v['name']}", v["subject"], v["outcome"], v["evidence"]) for v in verdicts]
-    return f"## Compliance\n\nThe audit passed: {passed} of {len(verdicts)} verdicts pass, none fails.\n\n" + _table(
+    return f"## Compliance\n\nThe audit passed: {passed} of {len(verdicts)} verdicts pass, none fails.\n\n" + table(
         ("check", "subject", "verdict", "evidence"), rows
     )
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
     lines = [header, ["---"] * len(header), *([str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

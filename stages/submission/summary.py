@@ -39,7 +39,7 @@ def submission(params: Params, made: Artifacts) -> dict[str, Any]:
         "hardware": hardware(measured["hardware"]),
         **result,
         "seeds": [params.seed],
-        "seed_results": {str(params.seed): result | {f"{name}_bpb": made.scores[name].bpb for name in made.scores}},
+        "seed_results": {str(params.seed): result | beside(made)},
         "scorer": claim.scorer,
         "scores": {name: {"bpb": score.bpb, "nats_per_token": score.nats_per_token} for name, score in made.scores.items()},
         "ttt_minus_sliding_bpb": made.gain._asdict(),
@@ -55,6 +55,11 @@ def submission(params: Params, made: Artifacts) -> dict[str, Any]:
         "measured": measured,
         "not_reproducible": list(MEASURED_FIELDS),
     }
+
+
+def beside(made: Artifacts) -> dict[str, Any]:
+    """What is told of a seed beside its result: every scorer's bpb, the steps of training."""
+    return {f"{name}_bpb": score.bpb for name, score in made.scores.items()} | {"steps": made.metrics["train"]["train_steps"]}
 
 
 def note(scorer: str, made: Artifacts) -> str:
@@ -77,6 +82,7 @@ def measurements(made: Artifacts, scorer: str) -> dict[str, Any]:
     return {
         "date": made.timing["train"]["date"],
         "hardware": made.timing["train"]["hardware"],
+        "driver": made.timing["train"].get("driver"),
         "versions": made.timing["train"]["versions"],
         "training_seconds": sum(parts.values()),
         "evaluation_seconds": made.timing[scorer].get("evaluation_seconds"),

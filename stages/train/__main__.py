@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from stages import command
 from stages.clock import Interval, hardware
 from stages.parallel import relaunch_under_torchrun, world
+from stages.train.driver import driver
 from stages.train.loop import Trained, train
 from stages.train.params import Params
 from stages.train.schedule import read_fractions
@@ -62,7 +63,8 @@ def main(run: command.Run[Params]) -> None:
                     "parameters": sum(tensor.numel() for tensor in trained.state.values()),
                 },
             )
-        run.timing |= {"training_seconds": clock.seconds, "hardware": hardware(here.device), "ranks": here.size} | trained.measured
+        facts = {"hardware": hardware(here.device), "driver": driver(), "ranks": here.size}
+        run.timing |= {"training_seconds": clock.seconds} | facts | trained.measured
         run.report.log(
             f"train: {len(trained.losses)} steps in {clock.seconds:.1f} s, {trained.measured['tokens_per_second']:,.0f} tokens/s"
         )

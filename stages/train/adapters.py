@@ -38,8 +38,8 @@ class VisitAdapters(NamedTuple):
 class Adapters(NamedTuple):
     """The adapters of a forward pass: a set for every visit in order, since a looped block does another thing at each, and the head's."""
 
-    visits: tuple[VisitAdapters, ...]
-    head: Adapter | None
+    visits: tuple[VisitAdapters, ...] = ()
+    head: Adapter | None = None
 
 
 def adapted(y_BTO: Tensor, x_BTI: Tensor, adapter: Adapter | None) -> Tensor:

@@ -29,13 +29,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stages.parallel import World
-from stages.train.adapters import Adapter, VisitAdapters, adapted
+from stages.train.adapters import Adapter, Adapters, VisitAdapters, adapted
 from stages.train.operations import PLAIN, Operations, operations
 from stages.train.params import ModelParams
 from stages.train.plain import Documents, Term, documents_of, rms_norm, softcapped, squared_leaky
 
 EMBEDDING = "embedding.weight"
-NO_ADAPTERS = VisitAdapters()
+UNADAPTED, NO_ADAPTERS = VisitAdapters(), Adapters()  # of a visit, of a forward pass
 
 
 class Places(NamedTuple):
@@ -136,7 +136,7 @@ class Attention(nn.Module):
         self.table = table
         self.table_share = nn.Parameter(torch.ones(params.kv_heads)) if table is not None else None
 
-    def forward(self, x_BTD: Tensor, places: Places, adapters: VisitAdapters = NO_ADAPTERS) -> Tensor:
+    def forward(self, x_BTD: Tensor, places: Places, adapters: VisitAdapters = UNADAPTED) -> Tensor:
         """The layer's output, (B, T, D). The three projections of one input are one product."""
         weight_ED = torch.cat((self.query.weight, self.key.weight, self.value.weight)).to(x_BTD.dtype)
         starts = places.documents.starts_BT if places.documents else None
@@ -189,7 +189,7 @@ class Block(nn.Module):
         self.input_scale = 1 / math.sqrt(index + 1)
         self.parallel = index >= params.parallel_from
 
-    def forward(self, stream: Stream, x0: Tensor, places: Places, adapters: VisitAdapters = NO_ADAPTERS) -> Stream:
+    def forward(self, stream: Stream, x0: Tensor, places: Places, adapters: VisitAdapters = UNADAPTED) -> Stream:
         """The stream (B, T, D) and x0 to the next stream; neither is summed before it is read."""
         u, h = self.operations.combine_norm([*weighed(stream, self.mix[0]), Term(x0, self.mix[1])], self.input_scale)
         attended = Term(self.attention(h, places, adapters), self.attention_scale)
@@ -262,7 +262,7 @@ class Model(nn.Module):
         rows = self.embedding(tokens_BT)
         x0 = rms_norm((rows if self.smear is None else self.smear(rows, tokens_BT)).to(self.dtype))
         plan = self.plans[looped]
-        visits = iter(adapters or (NO_ADAPTERS,) * (len(plan.encoder) + len(plan.decoder)))
+        visits = iter(adapters or (UNADAPTED,) * (len(plan.encoder) + len(plan.decoder)))
         stream: Stream = [Term(x0)]
         pushed = []
         for index in plan.encoder:
@@ -277,16 +277,17 @@ class Model(nn.Module):
 
     def logits(self, tokens_BT: Tensor, looped: bool = True, scored_from: int = 0) -> Tensor:
         """Softcapped logits of the positions from `scored_from` on, (B, T - scored_from, V) float32."""
-        return softcapped(self._uncapped(tokens_BT, looped, scored_from), self.params.logit_softcap)
+        return softcapped(self.uncapped(tokens_BT, looped, slice(scored_from, None)), self.params.logit_softcap)
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor, looped: bool = True, scored_from: int = 0) -> Tensor:
         """Negative log-likelihood in nats of the targets from `scored_from` on, (B, T - scored_from) float32."""
-        z_NV = self._uncapped(tokens_BT, looped, scored_from).flatten(0, 1)
+        z_NV = self.uncapped(tokens_BT, looped, slice(scored_from, None)).flatten(0, 1)
         targets = targets_BT[:, scored_from:]
         return self.operations.cross_entropy(z_NV, targets.flatten(), self.params.logit_softcap).view(targets.shape)
 
-    def _uncapped(self, tokens_BT: Tensor, looped: bool, scored_from: int) -> Tensor:
-        return self.head(self.features(tokens_BT, looped)[:, scored_from:], self.embedding.weight)
+    def uncapped(self, tokens_BT: Tensor, looped: bool, places: slice, adapters: Adapters = NO_ADAPTERS) -> Tensor:
+        """Logits before the softcap of the positions `places`, (B, positions, V) in the model's dtype."""
+        return self.head(self.features(tokens_BT, looped, adapters.visits)[:, places], self.embedding.weight, adapters.head)
 
     def _with_skip(self, step: int, stream: Stream, skipped: Tensor) -> Stream:
         """(1 - g) w s + g x, with g the sigmoid of the slot's gate."""

@@ -171,9 +171,7 @@ class LoRAScorer:
 
     def _uncapped(self, inputs_BT: Tensor, place: slice, weights_BP: Tensor) -> Tensor:
         """Logits before the softcap at the positions `place`, (B, S, V)."""
-        adapters = self.layout.adapters(weights_BP.to(self.model.dtype))
-        x_BSD = self.model.features(inputs_BT, looped=True, adapters=adapters.visits)[:, place]
-        return self.model.head(x_BSD, self.model.embedding.weight, adapters.head)
+        return self.model.uncapped(inputs_BT, True, place, self.layout.adapters(weights_BP.to(self.model.dtype)))
 
     def _context(self, chunk: int) -> tuple[int, int]:
         """Where the context of a chunk begins and ends in its document; known before the document's end is."""

@@ -1,0 +1,51 @@
+"""Does a record folder add up? `python -m stages.submission.check FOLDER`, for any folder of the challenge.
+
+The exit code is 0 where nothing was found, 1 with findings, 2 where there is nothing to check.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from stages.submission.foreign import page, scores, sizes, source
+from stages.submission.foreign.finding import Finding
+from stages.submission.foreign.folder import SUMMARY, Folder, read
+
+
+def findings(folder: Folder) -> list[Finding]:
+    """What does not add up, each once."""
+    found = [Finding(SUMMARY, folder.broken, "rules: submission.json")] if folder.broken else []
+    for part in (sizes.findings, scores.findings, page.findings, source.findings):
+        found += part(folder)
+    return list(dict.fromkeys(found))
+
+
+def report(folder: Folder, found: list[Finding]) -> str:
+    """What is printed."""
+    seeds = ", ".join(map(str, folder.claimed_seeds)) or "none"
+    read_from = f"{folder.path}: {len(folder.logs)} logs, seeds {seeds}, {'record track' if folder.is_record else 'not the record track'}"
+    lines = [read_from, *(finding.line() for finding in found)]
+    lines.append(f"{len(found)} findings" if found else "nothing was found")
+    return "\n".join([*lines, "not seen from here: " + "; ".join(source.BLIND)])
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m stages.submission.check",
+        description="Check the folder of a record: its submission.json, README, logs and code against each other and what is known.",
+    )
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="of one record, by whomever")
+    arguments = parser.parse_args(argv)
+    try:
+        folder = read(arguments.folder)
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"error: check: {' '.join(str(error).split())}\n")
+        raise SystemExit(2) from None
+    found = findings(folder)
+    print(report(folder, found))
+    raise SystemExit(1 if found else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Record folders of the challenge, whoever made them: read leniently, judged strictly."""
