@@ -2,12 +2,13 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help environment repro record test lint format bench preset clean
+.PHONY: help environment repro record report test lint format bench preset clean
 
 PYTHON ?= python3# any 3.11 or 3.12 with venv and pip; `make environment PYTHON=python3.12`
 ARGS ?=# more arguments for dvc repro or pytest: `make repro ARGS=--force`, `make test ARGS=--slow`
 SEEDS ?= 42 314 999# of a record
 AGAINST ?=# what a record is claimed to be better than: `make record AGAINST=1493`
+RUNS ?=# of a report: folders, revisions or experiments; without one, the working tree
 VENV := .venv
 BENCHMARKS := scoring training# those that need no GPU and no data
 STAMP := $(VENV)/.installed
@@ -37,6 +38,9 @@ record: environment  ## run the seeds as experiments and merge them into records
 	  dvc exp run --temp --name seed-$$seed --set-param seed=$$seed $(ARGS); \
 	done
 	$(ACTIVATE) && python -m stages.submission.merge $(SEEDS:%=seed-%) $(if $(AGAINST),--against $(AGAINST))
+
+report: environment  ## one page about runs side by side, in .scratch/report/: make report RUNS="seed-42 seed-999"
+	$(ACTIVATE) && python -m stages.submission.report $(RUNS)
 
 test: environment  ## the tests, on two processes
 	$(ACTIVATE) && pytest -n 2 --dist loadgroup $(ARGS)

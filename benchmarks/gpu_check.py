@@ -3,9 +3,8 @@
     python -m benchmarks.gpu_check --text FOLDER --tokenizer FOLDER --results FILE
 
 The record's architecture at a small batch. Everything is a pair that must agree within a stated bound: losses of one and two ranks, of
-fused kernels and plain operations, of recorded and eager passes; ledgers of one and two ranks, fused and plain; the
-bundle's and the stages' model.bin. Exits 1 if a pair does not. With
-one GPU the pairs of two ranks are left out, and the result says so.
+fused kernels and plain operations, of recorded and eager passes; ledgers of one and two ranks, fused and plain; the bundle's and the
+stages' model.bin. Exits 1 if a pair does not. With one GPU the pairs of two ranks are left out, and the result says so.
 """
 
 import argparse

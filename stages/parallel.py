@@ -175,7 +175,10 @@ def set_determinism(params: ParallelParams, device: torch.device) -> None:
     deterministic = params.deterministic or device.type == "cpu"
     if deterministic and device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when the first handle is made
-    torch.use_deterministic_algorithms(deterministic)
+    if params.compile and device.type == "cuda":
+        torch.use_deterministic_algorithms(deterministic)
+    else:  # the same for what is not compiled, without importing the compiler: two seconds of each stage
+        torch.set_deterministic_debug_mode("error" if deterministic else "default")
 
 
 def leave_word(reason: str) -> None:

@@ -37,8 +37,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def _clean_torch() -> Iterator[None]:
     """Give each test the same start, and take back what it set: default dtype, random states, threads, determinism, process group."""
-    dtype, deterministic = torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    dtype, deterministic = torch.get_default_dtype(), torch.get_deterministic_debug_mode()
     precision, threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
     torch_state, numpy_state, python_state = torch.get_rng_state(), np.random.get_state(), random.getstate()
     torch.set_num_threads(1)  # the tests run side by side
@@ -46,7 +45,7 @@ def _clean_torch() -> Iterator[None]:
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision(precision)
     torch.set_default_dtype(dtype)
-    torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+    torch.set_deterministic_debug_mode(deterministic)
     torch.set_rng_state(torch_state)
     np.random.set_state(numpy_state)
     random.setstate(python_state)

@@ -1,14 +1,17 @@
 """Small parameters, shards and models that several test files need."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 
 from stages import shards
 from stages.parallel import ParallelParams, World
+from stages.train.loop import Trained
 from stages.train.model import Model, initialise_
 from stages.train.params import ModelParams, Params, TrainParams
 from stages.ttt_eval.params import LoraParams, TttEvalParams
@@ -121,3 +124,13 @@ def write_shards(folder: Path, lengths: tuple[int, ...] = (700, 900), vocab: int
         tokens[::50] = 1
         shards.write(folder / f"train_{number:06d}.bin", tokens.astype(np.uint16))
     return folder
+
+
+def assert_trained_alike(folder: Path, alone: Trained, ranks: int) -> None:
+    """What `ranks` ranks of the stage train wrote is what one process trained, but for the order of sums."""
+    np.testing.assert_allclose(np.loadtxt(folder / "loss.tsv", skiprows=1)[:, 1], alone.losses, atol=1e-4)
+    state = load_file(folder / "model.safetensors")
+    assert state.keys() == alone.state.keys()
+    for name, tensor in alone.state.items():
+        torch.testing.assert_close(state[name], tensor, atol=2e-3, rtol=0)
+    assert json.loads((folder / "timing.json").read_text())["ranks"] == ranks

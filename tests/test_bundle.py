@@ -18,9 +18,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from stages import config
+from stages import command, config
 from stages.bundle import carrier, cuts, entry, layout, literal, strip
-from stages.bundle.__main__ import embedded
+from stages.bundle.__main__ import STAGE, embedded, main
 from stages.bundle.carrier import ENTRY
 from stages.bundle.closure import closure, module_name
 from stages.bundle.params import Params
@@ -360,12 +360,13 @@ def test_the_stage_builds_one_file_whatever_happened_before(tmp_path: Path) -> N
     assert {path: path.read_bytes() for path in sources} == sources
 
 
-def test_the_output_may_not_lie_in_the_source(tmp_path: Path) -> None:
-    shutil.copytree(ROOT / "stages", tmp_path / "stages", ignore=shutil.ignore_patterns("__pycache__"))
-    done = run_bundle("--source", str(tmp_path / "stages"), "--output", str(tmp_path / "stages/bundle"))
-    assert done.returncode == 2
-    assert "lies in the source" in done.stderr
-    assert not (tmp_path / "stages/bundle/train_gpt.py").exists()
+def test_the_output_may_not_lie_in_the_source(toy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as stopped:
+        command.launch(STAGE, main, ["--source", str(toy / "stages"), "--output", str(toy / "stages/bundle")])
+    assert stopped.value.code == 2
+    assert "lies in the source" in capsys.readouterr().err
+    assert not (toy / "stages/bundle/train_gpt.py").exists()
 
 
 # --- it runs

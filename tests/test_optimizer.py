@@ -1,23 +1,20 @@
 """Muon, AdamW, clipping and the moving average, in banks and over ranks."""
 
 import math
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from stages.parallel import World
 from stages.train.model import is_matrix, is_table
 from stages.train.muon import NewtonSchulz, coefficients, muon_update, normalise_rows, orthogonalise
 from stages.train.optimizer import Optimizers
 from stages.train.schedule import StepSchedule
+from tests import ranks
 from tests.factories import TRAIN, random_model, world
 
-ROOT = Path(__file__).resolve().parent.parent
 UNCLIPPED = 1e9  # a clip_norm above every gradient's norm
 FIXED = (3.4445, -4.7750, 2.0315)
 KINDS: tuple[NewtonSchulz, ...] = ("fixed", "polar_express")
@@ -263,25 +260,15 @@ def test_a_loaded_state_gives_the_same_next_step_bit_for_bit():
 
 # Ranks
 
-SHARDED = """
-import sys
-import torch
-from stages.parallel import world as this_world
-from stages.train.optimizer import Optimizers
-from stages.train.schedule import StepSchedule
-from tests.factories import PARALLEL, TRAIN, random_model, world
 
-def gradients(step, rank):
-    generator = torch.Generator().manual_seed(100 * step + rank)
-    return {name: 0.01 * torch.randn(parameter.shape, generator=generator) for name, parameter in alone.named_parameters()}
-
-with this_world(PARALLEL) as here:
+def sharded(here: World) -> None:
     alone, shared = random_model(0), random_model(0)
     one, several = Optimizers(alone, TRAIN, world()), Optimizers(shared, TRAIN, here)
     padded = [bank.weights.shape[0] > sum(p.numel() for p in bank.parameters) // bank.weights[0].numel() for bank in several.banks]
-    assert any(padded) and all(bank.average.shape[0] * here.size == bank.weights.shape[0] for bank in several.banks)
+    assert any(padded)
+    assert all(bank.average.shape[0] * here.size == bank.weights.shape[0] for bank in several.banks)
     for step in range(3):
-        of_ranks = [gradients(step, rank) for rank in range(here.size)]
+        of_ranks = [random_gradients(alone, 100 * step + rank, 0.01) for rank in range(here.size)]
         one.collect({name: torch.stack([part[name] for part in of_ranks]).mean(0) for name in of_ranks[0]}, 0)
         several.collect(of_ranks[here.rank], 0)
         now = StepSchedule(0.0, 1 - step / 4, 0.9, True)
@@ -293,17 +280,8 @@ with this_world(PARALLEL) as here:
     assert set(average) == set(expected)
     for name, tensor in expected.items():
         torch.testing.assert_close(average[name], tensor, atol=1e-6, rtol=0)
-    sys.stdout.write(f"rank {here.rank} of {here.size} agrees\\n")
-"""
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_ranks_that_share_the_banks_step_like_one(ranks: int, tmp_path: Path) -> None:
+def test_ranks_that_share_the_banks_step_like_one() -> None:
     """Neither 5 nor 10 matrices of a shape divide over 3 ranks, nor 5 over 2."""
-    script = tmp_path / "sharded.py"
-    script.write_text(SHARDED, encoding="utf-8")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", str(script)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=120)
-    assert result.returncode == 0, result.stderr
-    assert sorted(result.stdout.splitlines()) == [f"rank {rank} of {ranks} agrees" for rank in range(ranks)]
+    ranks.agree("tests.test_optimizer:sharded", (2, 3))

@@ -1,7 +1,6 @@
 """Processes that work together: collectives, runs over several machines, and what happens when a process dies."""
 
 import contextlib
-import json
 import os
 import signal
 import socket
@@ -12,15 +11,21 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import yaml
 
 from stages import shards
+from stages.clock import Interval
+from stages.command import MEASURED_OUTPUTS
+from stages.parallel import World
+from stages.report import Report
+from stages.train.__main__ import STAGE
 from stages.train.checkpoint import MARKER, Checkpoints
 from stages.train.data import Windows
-from tests.factories import TINY, params, world, write_shards
+from stages.train.loop import train
+from tests import ranks
+from tests.factories import TINY, assert_trained_alike, params, world, write_shards
 
 ROOT = Path(__file__).resolve().parent.parent
 END_SECONDS = 30.0  # from a rank's death to the end of every command of the run
@@ -30,13 +35,8 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 # Collectives
 
-COLLECTIVES = """
-import sys
-import torch
-from tests.factories import PARALLEL
-from stages.parallel import world
 
-with world(PARALLEL) as here:
+def collectives(here: World) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         rows = torch.arange(here.size * 2 * 3).reshape(here.size * 2, 3)
         mine = slice(2 * here.rank, 2 * here.rank + 2)
@@ -50,20 +50,12 @@ with world(PARALLEL) as here:
         inside[mine] = rows[mine].to(dtype)
         for handle in [here.all_gather(inside, inside[mine]), here.all_gather(outside, rows[mine].to(dtype))]:
             handle.wait()
-        assert torch.equal(inside, rows.to(dtype)) and torch.equal(outside, inside), (inside, outside)
-    sys.stdout.write(f"rank {here.rank} of {here.size} agrees\\n")
-"""
+        assert torch.equal(inside, rows.to(dtype))
+        assert torch.equal(outside, inside)
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_slices_of_a_mean_and_all_slices_on_every_rank(ranks: int, tmp_path: Path) -> None:
-    script = tmp_path / "collectives.py"
-    script.write_text(COLLECTIVES, encoding="utf-8")
-    command = [*TORCHRUN, "--standalone", f"--nproc-per-node={ranks}", str(script)]
-    result = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=120)
-    assert result.returncode == 0, result.stderr
-    assert sorted(result.stdout.splitlines()) == [f"rank {rank} of {ranks} agrees" for rank in range(ranks)]
-    assert "deprecated" not in result.stderr
+def test_slices_of_a_mean_and_all_slices_on_every_rank() -> None:
+    ranks.agree("tests.test_parallel:collectives", (2, 3))
 
 
 def test_alone_a_process_copies_only_what_lies_elsewhere() -> None:
@@ -136,7 +128,7 @@ def rank_command(folder: Path, rank: int, size: int, role: str) -> list[object]:
     return [sys.executable, folder / "rank.py", rank, size, folder, role]
 
 
-def ranks(folder: Path, *roles: str) -> contextlib.AbstractContextManager[list[subprocess.Popen[str]]]:
+def in_company(folder: Path, *roles: str) -> contextlib.AbstractContextManager[list[subprocess.Popen[str]]]:
     return running(*(rank_command(folder, rank, len(roles), role) for rank, role in enumerate(roles)))
 
 
@@ -159,7 +151,7 @@ def spoken(folder: Path) -> dict[int, str]:
 
 
 def test_ranks_that_end_well_one_after_the_other_say_nothing(tmp_path: Path) -> None:
-    with ranks(tmp_path, "well", "well", "well") as processes:
+    with in_company(tmp_path, "well", "well", "well") as processes:
         begin(tmp_path, processes)
         assert [(process.communicate(timeout=20), process.returncode) for process in processes] == [(("left the context\n", ""), 0)] * 3
     assert spoken(tmp_path) == {}
@@ -167,7 +159,7 @@ def test_ranks_that_end_well_one_after_the_other_say_nothing(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("victim", [0, 2])
 def test_a_killed_rank_ends_those_that_hang(tmp_path: Path, victim: int) -> None:
-    with ranks(tmp_path, "hang", "hang", "hang") as processes:
+    with in_company(tmp_path, "hang", "hang", "hang") as processes:
         begin(tmp_path, processes)
         processes[victim].kill()
         codes = [process.wait(timeout=20) for process in processes]
@@ -177,7 +169,7 @@ def test_a_killed_rank_ends_those_that_hang(tmp_path: Path, victim: int) -> None
 
 
 def test_the_reason_of_a_failed_rank_reaches_all(tmp_path: Path) -> None:
-    with ranks(tmp_path, "hang", "error", "broken") as processes:
+    with in_company(tmp_path, "hang", "error", "broken") as processes:
         begin(tmp_path, processes)
         errors = [process.communicate(timeout=20)[1] for process in processes]
     assert [process.returncode for process in processes] == [1, 1, 1]
@@ -187,7 +179,7 @@ def test_the_reason_of_a_failed_rank_reaches_all(tmp_path: Path) -> None:
 
 
 def test_an_error_of_a_collective_that_no_death_explains_is_the_rank_s_own(tmp_path: Path) -> None:
-    with ranks(tmp_path, "broken", "hang") as processes:
+    with in_company(tmp_path, "broken", "hang") as processes:
         begin(tmp_path, processes)
         error = processes[0].communicate(timeout=20)[1]
         processes[1].wait(timeout=20)
@@ -255,18 +247,14 @@ LONG = ("--set", "train.steps=1000000", "--set", "train.checkpoint_every=20")
 
 
 def test_two_machines_train_like_one_process_and_one_of_them_writes(tmp_path: Path) -> None:
-    write_shards(tmp_path / "train")
-    subprocess.run([sys.executable, *map(str, stage(tmp_path, "one"))], cwd=ROOT, check=True, capture_output=True, timeout=120)
+    alone = train(params(), write_shards(tmp_path / "train"), world(), Report(is_main=False), Interval())
     with running(*two_machines(stage(tmp_path, "first"), stage(tmp_path, "second"))) as agents:
         for agent in agents:
             _, error = agent.communicate(timeout=120)
             assert agent.returncode == 0, error
-    written = [tmp_path / name for name in ("first", "second") if (tmp_path / name).exists()]
-    assert len(written) == 1
-    assert {path.name for path in written[0].iterdir()} == {path.name for path in (tmp_path / "one").iterdir()}
-    losses = [np.loadtxt(folder / "loss.tsv", skiprows=1)[:, 1] for folder in (tmp_path / "one", written[0])]
-    np.testing.assert_allclose(losses[1], losses[0], atol=1e-4)
-    assert json.loads((written[0] / "timing.json").read_text())["ranks"] == 2
+    (written,) = [tmp_path / name for name in ("first", "second") if (tmp_path / name).exists()]
+    assert {path.name for path in written.iterdir()} == {*STAGE.writes, *MEASURED_OUTPUTS}
+    assert_trained_alike(written, alone, 2)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -205,20 +205,20 @@ def test_forks_are_independent_in_both_directions() -> None:
 
 @pytest.mark.parametrize(("kind", "rate"), [("sgd", RATE), ("lora", RATE)])
 def test_the_audit_passes_adaptive_scorers(tmp_path_factory: pytest.TempPathFactory, kind: Literal["sgd", "lora"], rate: float) -> None:
-    tokens = stream(1500, TINY.vocab_size)
+    tokens = stream(600, TINY.vocab_size)
     counted = (tokens[1:] != cheats.BOS).astype(np.int64)
     per_document = np.array([len(document) - 1 for document in shards.documents(tokens, cheats.BOS)])
-    params = dataclasses.replace(TTT, kind=kind, tilt_rate=rate, chunk=256, lora=dataclasses.replace(TTT.lora, lr=0.001, documents=40))
+    params = dataclasses.replace(TTT, kind=kind, tilt_rate=rate, chunk=128, lora=dataclasses.replace(TTT.lora, lr=0.001, documents=40))
     model = random_model(6)
     nll = scorer_for(model, SLIDING, params, world(), len(tokens) - 1).score_stream(tokens)
     table = tmp_path_factory.mktemp("chunks") / "chunks.tsv"
-    ledger.write_chunks(table, nll, counted, 256)
+    ledger.write_chunks(table, nll, counted, 128)
     verdicts = audit_scorer(
         f"{kind}, tilt {rate}",
         lambda n_targets: scorer_for(model, SLIDING, params, world(), n_targets),
         Stream(tokens, cheats.BOS, counted, coverage.DocumentBytes(per_document, np.zeros(len(per_document), dtype=bool))),
         Claim(nll, table.read_text(), bpb.bits_per_byte(nll, counted), (1e-4, 1e-6)),
-        positions.Edges(window=SLIDING.stride, chunk=256),
+        positions.Edges(window=SLIDING.stride, chunk=128),
         hashlib.sha256(b"tilt").digest(),
         dataclasses.replace(PARAMS, substitutions=TINY.vocab_size),
         Report(is_main=False),

@@ -16,18 +16,19 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 
 from stages import config
 from stages.clock import Interval
+from stages.command import launch
 from stages.report import Report
+from stages.train.__main__ import STAGE, main
 from stages.train.checkpoint import Checkpoints, open_checkpoints
 from stages.train.data import Prefetched, Windows, micro_batch_size
 from stages.train.loop import _batch_shape, _Loop, train
 from stages.train.model import Model, initialise_
 from stages.train.params import Params
 from stages.train.schedule import pacing, read_fractions, settings
-from tests.factories import TINY, TRAIN, params, world, write_shards
+from tests.factories import TINY, TRAIN, assert_trained_alike, params, world, write_shards
 
 ROOT = Path(__file__).parents[1]
 QUIET = Report(is_main=False)
@@ -163,6 +164,11 @@ def run_train(tmp_path, name, *options, environment=None, launcher=()):
     return command, output, {**os.environ, **(environment or {})}
 
 
+def launch_here(command):
+    """The same command in this process."""
+    launch(STAGE, main, command[command.index("stages.train") + 1 :])
+
+
 def finish(command, environment):
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
 
@@ -240,25 +246,19 @@ def test_steps_after_warm_up_are_those_without(layers):
         assert all(map(torch.equal, everything(cold), everything(warm)))
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_several_gloo_ranks_give_one_rank_s_loss(tmp_path, ranks):
-    command, one, environment = run_train(tmp_path, "one")
-    assert finish(command, environment).returncode == 0
-    command, several, environment = run_train(tmp_path, "several", "--set", f"parallel.nproc={ranks}")
+def test_four_gloo_ranks_give_one_rank_s_loss(tmp_path):
+    """Two: tests/test_parallel.py, on two machines."""
+    command, several, environment = run_train(tmp_path, "several", "--set", "parallel.nproc=4")
+    alone = train(params(), tmp_path / "train", world(), QUIET, Interval())
     result = finish(command, environment)
     assert result.returncode == 0, result.stderr
-    losses = [np.loadtxt(folder / "loss.tsv", skiprows=1)[:, 1] for folder in (one, several)]
-    np.testing.assert_allclose(losses[1], losses[0], atol=1e-4)
-    states = [load_file(folder / "model.safetensors") for folder in (one, several)]
-    for name in states[0]:
-        torch.testing.assert_close(states[1][name], states[0][name], atol=2e-3, rtol=0)
-    assert json.loads((several / "timing.json").read_text())["ranks"] == ranks
+    assert_trained_alike(several, alone, 4)
 
 
 def test_killed_then_resumed_ends_with_the_same_bytes(tmp_path):
-    options = ("--set", "train.steps=120", "--set", "train.checkpoint_every=5")
-    command, straight, environment = run_train(tmp_path, "straight", *options)
-    assert finish(command, environment).returncode == 0
+    options = ("--set", "train.steps=80", "--set", "train.checkpoint_every=5")
+    command, straight, _ = run_train(tmp_path, "straight", *options)
+    launch_here(command)
     assert not any((tmp_path / "scratch").iterdir())
     command, killed, environment = run_train(tmp_path, "killed", *options)
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -293,12 +293,13 @@ def test_a_checkpoint_of_another_seed_is_not_continued(tmp_path):
     assert len(names) == 4
 
 
-def test_resuming_a_budget_of_seconds_is_refused(tmp_path):
-    command, _, environment = run_train(tmp_path, "out", "--set", "train.budget=seconds", "--set", "train.checkpoint_every=5")
-    result = finish(command, environment)
-    assert result.returncode == 2
-    assert "train.checkpoint_every" in result.stderr
-    assert len(result.stderr.splitlines()) == 1
+def test_resuming_a_budget_of_seconds_is_refused(tmp_path, capsys):
+    command, _, _ = run_train(tmp_path, "out", "--set", "train.budget=seconds", "--set", "train.checkpoint_every=5")
+    with pytest.raises(SystemExit) as stopped:
+        launch_here(command)
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "train.checkpoint_every" in line
 
 
 def test_a_stage_ends_when_its_parent_dies(tmp_path):

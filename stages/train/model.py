@@ -184,7 +184,8 @@ class Block(nn.Module):
         self.mlp = MLP(params, operations)
         self.attention_scale = nn.Parameter(torch.ones(params.width))
         self.mlp_scale = nn.Parameter(torch.ones(params.width))
-        self.mix = nn.Parameter(torch.stack((torch.ones(params.width), torch.zeros(params.width))))
+        # Ones above zeros. On the meta device (pack's check of shapes) torch.stack would import torch's compiler: two seconds a stage.
+        self.mix = nn.Parameter(F.pad(torch.ones(1, params.width), (0, 0, 0, 1)))
         self.input_scale = 1 / math.sqrt(index + 1)
         self.parallel = index >= params.parallel_from
 
