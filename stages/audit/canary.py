@@ -7,8 +7,8 @@ each token in turn, L_n the bits it charges for the first n, and W_n = -log2 P(x
 (sub)probability on sequences. So P(W_n >= k) = P(q/P >= 2^k) <= 2^-k: a lawful scorer wins k bits with probability 2^-k at most, whatever
 it learnt, remembers or draws at random. The bound is on the total, not on each token.
 
-*Ville.* M_n = q(X_1..X_n)/P(X_1..X_n) is a nonnegative supermartingale that starts at 1: given the past, E[M_n | past] = M_(n-1) times the sum
-of q(. | past) over the support of P, which is at most 1. Hence P(sup over n of M_n >= 2^k) <= 2^-k. One may watch the running sum and
+*Ville.* M_n = q(X_1..X_n)/P(X_1..X_n) is a nonnegative supermartingale that starts at 1: given the past, E[M_n | past] = M_(n-1) times the
+sum of q(. | past) over the support of P, which is at most 1. Hence P(sup over n of M_n >= 2^k) <= 2^-k. One may watch the running sum and
 look at its highest point, which is what `judge` does; for m canaries the chance of any false alarm is at most m 2^-k.
 
 *Tight.* A gambler who stakes all on half of the ids at each step reaches k bits with probability exactly 2^-k on the uniform canary
@@ -75,7 +75,9 @@ class SelfSampled:
 
     def run(self, scorer: Scorer, tokens: np.ndarray) -> Won:
         """Draw it from one fork, score it from another."""
-        speaker, drawn, logp = scorer.fork(), [], []
+        speaker = scorer.fork()
+        drawn: list[int] = []
+        logp: list[float] = []
         for quantile in self.uniform.tolist():
             committed = walk.distribution(speaker)
             cumulative = np.cumsum(np.exp(committed - committed.max()))
@@ -110,14 +112,16 @@ def draw(source: str, key: bytes, count: int, tokens: np.ndarray, vocab_size: in
         return _known(mixed, np.where(mixed == own, KEPT, 0.0) + (1 - KEPT) / vocab_size)
     assert source == "chain", source
     follows = drawn.below(vocab_size, vocab_size * FOLLOWERS).reshape(vocab_size, FOLLOWERS)
-    chosen, walked, p = drawn.below(FOLLOWERS, count), [], []
+    chosen = drawn.below(FOLLOWERS, count)
+    walked: list[int] = []
+    chances: list[float] = []
     last = drawn.one(0, vocab_size)
     for own_step, choice, other in zip((quantile < CHAIN).tolist(), chosen.tolist(), uniform.tolist(), strict=True):
         token = int(follows[last, choice]) if own_step else other
-        p.append(CHAIN * float((follows[last] == token).mean()) + (1 - CHAIN) / vocab_size)
+        chances.append(CHAIN * float((follows[last] == token).mean()) + (1 - CHAIN) / vocab_size)
         walked.append(token)
         last = token
-    return _known(np.array(walked), np.array(p))
+    return _known(np.array(walked), np.array(chances))
 
 
 def spell(key: bytes, count: int, tokens: np.ndarray, pieces: Sequence[bytes]) -> Known:
@@ -130,7 +134,9 @@ def spell(key: bytes, count: int, tokens: np.ndarray, pieces: Sequence[bytes]) -
         if piece:
             by_piece.setdefault(piece, []).append(token)
     longest = max(map(len, by_piece), default=0)
-    at, walked, p = 0, [], []
+    at = 0
+    walked: list[int] = []
+    p: list[float] = []
     while at < len(text) and len(walked) < count:
         fitting = [token for size in range(1, longest + 1) for token in by_piece.get(text[at : at + size], []) if at + size <= len(text)]
         token = fitting[drawn.one(0, len(fitting))]
@@ -140,9 +146,7 @@ def spell(key: bytes, count: int, tokens: np.ndarray, pieces: Sequence[bytes]) -
     return _known(np.array(walked, dtype=np.int64), np.array(p))
 
 
-def probes(
-    key: bytes, starts: list[int], count: int, tokens: np.ndarray, vocab_size: int, pieces: Sequence[bytes] | None
-) -> list[Canary]:
+def probes(key: bytes, starts: list[int], count: int, tokens: np.ndarray, vocab_size: int, pieces: Sequence[bytes] | None) -> list[Canary]:
     """One canary of each source, at the places given in turn; spellings where the bytes of the ids are known."""
     made = {source: draw(source, key, count, tokens, vocab_size) for source in SOURCES}
     if pieces is not None:

@@ -66,12 +66,15 @@ def probe(key: bytes, start: int, tokens: np.ndarray, vocab_size: int, bos: int,
     longest = min(LONGEST, len(tokens) - 1)
     lengths = np.sort(draw.below(max(1, longest - SHORTEST), documents) + min(SHORTEST, longest) + np.arange(documents))
     lengths = np.roll(lengths, 1 + documents // 2)
-    made, places, substitutes, at = [], [], [], 0
+    at = 0
+    made: list[np.ndarray] = []
+    places: list[int] = []
+    substitutes: list[int] = []
     for length in np.minimum(lengths, len(tokens)).tolist():
         begin = draw.one(0, len(tokens) - length + 1)
         document = np.where(tokens[begin : begin + length] == bos, (bos + 1) % vocab_size, tokens[begin : begin + length])
         document[0] = bos
-        place = draw.one(1, length)
+        place = (length - 1, 1, draw.one(1, length))[len(made) % 3]  # leaks are commonest where documents meet
         substitute = (int(document[place]) + draw.one(1, vocab_size)) % vocab_size
         made.append(document.astype(tokens.dtype))
         places.append(at + place)

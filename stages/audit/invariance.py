@@ -6,6 +6,7 @@ help: a scorer that updates when it is asked, and not when it is told, ends in a
 factory begins with the same bits.
 """
 
+import itertools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -43,7 +44,7 @@ class Handing:
         whole = walk.score(scorer.fork(), stretch)
         handed = scorer.fork()
         bounds = [0, *self.cuts, len(stretch)]
-        pieces = [walk.score(handed, stretch[a:b]) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+        pieces = [walk.score(handed, stretch[a:b]) for a, b in itertools.pairwise(bounds)]
         looked, scored = self._traces(scorer, stretch[: LOOKS + 1]) if self.predicts else (0.0, 0.0)
         return Handed(whole, np.concatenate(pieces), looked, scored)
 
@@ -103,8 +104,8 @@ def judge_trace(subject: str, stretches: list[Handing], seen: list[Handed], tole
         subject=subject,
         conditions=("C3", "C4"),
         outcome=outcome(not guilty),
-        evidence=f"behind {len(seen)} stretches predict() differs by {looked:.1e} nats at most when it was read on the way, by {scored:.1e} "
-        "when the stretch was scored instead of observed",
+        evidence=f"behind {len(seen)} stretches predict() differs by {looked:.1e} nats at most when it was read on the way, "
+        f"by {scored:.1e} when the stretch was scored instead of observed",
         saw=worst,
         expected=0.0,
         bound=tolerance,

@@ -1,9 +1,9 @@
 """C2, by what a scorer must not care about (B10).
 
-Three changes that a lawful scorer shrugs off, for those who can make them of themselves. *Other names*: with the ids permuted, in the scorer
-and in the stream, the losses stay. *No memory*: with its memory's weight at zero, how the memory is hashed is nobody's business. *One
-bucket*: when every context falls into one, a memory knows nothing, and what it still gains is mass that was counted twice (#770, #779 and
-33 more: one bucket gave 0 bits a byte); on ids drawn at random that gain is bounded as in canary.py.
+Three changes that a lawful scorer shrugs off, for those who can make them of themselves. *Other names*: with the ids permuted, in the
+scorer and in the stream, the losses stay. *No memory*: with its memory's weight at zero, how the memory is hashed is nobody's business.
+*One bucket*: when every context falls into one, a memory knows nothing, and what it still gains is mass that was counted twice (#770, #779
+and 33 more: one bucket gave 0 bits a byte); on ids drawn at random that gain is bounded as in canary.py.
 """
 
 from collections.abc import Callable
@@ -27,6 +27,9 @@ class Variants(NamedTuple):
     forgetful: Callable[[int], Scorer] | None = None  # memory's weight 0, by the number of buckets
 
 
+NONE = Variants()
+
+
 def check(
     subject: str,
     variants: Variants,
@@ -38,7 +41,7 @@ def check(
 ) -> list[Verdict]:
     """One verdict for each variant that there is.
 
-    `base` is what the plain scorer charges for tokens[1:] from the stream's start; the tolerances are nats for one loss and bits won on noise.
+    `base` is what the plain scorer charges for tokens[1:] from the stream's start; tolerances: nats for one loss, bits won on noise.
     """
     verdicts = []
     if variants.relabelled is not None:

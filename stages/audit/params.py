@@ -25,6 +25,8 @@ class AuditParams:
     canary_bits: float  # k: what a lawful scorer wins on a canary with probability 2^-k at most
     distributions: int  # positions at which predict() is read, half of them in the last quarter (B2, B3)
     substitutions: int  # ids put in the place of x_t at each of those; a vocabulary no larger is put there whole
+    decoded_targets: int  # of the stream, coded and decoded by another process (B12); 0: none
+    shingle_rate: int  # one in so many 50-byte passages of val is looked for in train (B15); 0: none
     loss_tolerance: float  # nats, between two ways to compute one loss; float32 sums in batches of other shapes differ by 1e-5
     mean_tolerance: float  # nats, between the means of two such sets: a small gain at every target shows here
     bfloat16_loss_tolerance: float  # the same where the ledger was written with bfloat16 activations, which the audit does not use
@@ -38,6 +40,9 @@ class AuditParams:
         require_positive(self, "loss_tolerance", "mean_tolerance", "sum_tolerance")
         require_positive(self, "bfloat16_loss_tolerance", "bfloat16_mean_tolerance")
         require_fraction(self, "recomputed_share", "trained_share")
+        for key in ("decoded_targets", "shingle_rate"):
+            if getattr(self, key) < 0:
+                reject(key, f"{getattr(self, key)} is negative; 0 switches it off")
         if self.graph_documents < 2:
             reject("graph_documents", f"{self.graph_documents} documents cannot move each other; at least 2")
         if self.substitutions < 4:

@@ -73,7 +73,7 @@ def judge(subject: str, seen: list[Total], tolerance: float, bits: float) -> Ver
     won = 0.0 if exact else float(wealth(drawn).max())
     holds = all(one.total <= 1 + tolerance for one in seen) if exact else won <= bits
     evidence = (
-        f"{sum(one.ids for one in seen)} substitutions at {len(seen)} positions, the whole vocabulary at each: largest sum {worst.total:.7f}"
+        f"{sum(one.ids for one in seen)} substitutions at {len(seen)} positions, all ids at each: largest sum {worst.total:.7f}"
         if exact
         else f"{len(drawn)} substitutions drawn at {len(seen)} positions: sum {drawn.mean():.4f} on average (standard error "
         f"{drawn.std() / np.sqrt(len(drawn)):.4f}); a gambler against it was {won:+.1f} bits up at best, {bits:g} convict"
@@ -90,7 +90,9 @@ def judge(subject: str, seen: list[Total], tolerance: float, bits: float) -> Ver
         bound=tolerance if exact else bits,
         positions=tuple(one.position for one in seen if not exact or holds or one.total > 1 + tolerance),
         sees="target-dependent gates, update before score, unnormalised mixtures, scores for the realised token only",
-        blind="causality in time (B1)" if exact else "sums that exceed one by little, or through few tokens: the draws are not the vocabulary",
+        blind="causality in time (B1)"
+        if exact
+        else "sums that exceed one by little, or through few tokens: the draws are not the vocabulary",
     )
 
 

@@ -4,6 +4,7 @@ A scorer comes as a factory, `n_targets -> scorer at the empty prefix`, and noth
 of checks: a new one is some probes for the walk, and a judgement on what they found.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -57,7 +58,7 @@ class Case:
     edges: positions.Edges
     key: bytes
     params: AuditParams
-    variants: metamorphic.Variants = metamorphic.Variants()
+    variants: metamorphic.Variants = metamorphic.NONE
 
     @property
     def tokens(self) -> np.ndarray:
@@ -75,7 +76,7 @@ def audit_scorer(
     key: bytes,
     params: AuditParams,
     report: Report,
-    variants: metamorphic.Variants = metamorphic.Variants(),
+    variants: metamorphic.Variants = metamorphic.NONE,
 ) -> list[Verdict]:
     """Every verdict on one scorer and its ledger."""
     whole = coverage.check_ledger(name, claim.ledger, len(stream.tokens) - 1)
@@ -114,7 +115,7 @@ def _walked(case: Case, ledger: np.ndarray | None, tolerances: tuple[float, floa
     again = np.full(targets, np.nan, dtype=np.float32)
     again[: len(losses)] = losses
     first_of = np.cumsum([0, *(len(check.probes) for check in checks)])
-    found = [findings[a:b] for a, b in zip(first_of[:-1], first_of[1:], strict=True)]
+    found = [findings[a:b] for a, b in itertools.pairwise(first_of)]
     return [
         *(verdict for check, seen in zip(checks, found, strict=True) for verdict in check.judge(seen)),
         causality.judge_recomputation(case.name, ledger, again, groups, found[0], tolerances),
@@ -174,10 +175,13 @@ def _canaries(case: Case, vocab_size: int, predicts: bool) -> list[Check]:
     params, tokens = case.params, case.tokens
     starts = positions.spread(case.key, "canary", len(tokens), 1 + len(canary.SOURCES))
     known = canary.probes(case.key, starts, params.canary_targets, tokens, vocab_size, case.stream.spelling)
-    kinds = [("B7", "uniform canary", known[:1]), ("B9", "known-entropy canaries", known[1:])]
-    sampled = canary.self_sampled(case.key, starts[-1], params.sampled_targets)
-    made = [*kinds, *([("B8", "self-sampled canary", [sampled])] if predicts else [])]
-    return [Check(probes, _judge_canary(case, check, name)) for check, name, probes in made]
+    sampled = [canary.self_sampled(case.key, starts[-1], params.sampled_targets)] if predicts else []
+    made = [
+        Check(known[:1], _judge_canary(case, "B7", "uniform canary")),
+        Check(known[1:], _judge_canary(case, "B9", "known-entropy canaries")),
+        Check(sampled, _judge_canary(case, "B8", "self-sampled canary")),
+    ]
+    return [check for check in made if check.probes]
 
 
 def _judge_canary(case: Case, check: str, name: str) -> Callable[[list[Any]], list[Verdict]]:
