@@ -131,6 +131,9 @@ def test_a_timer_started_late_is_convicted_and_so_is_a_run_over_budget(tmp_path:
     verdicts = audited(late, late_seconds=1.2)
     assert failed(verdicts) == ["wall clock"]
     assert "timer was started late" in verdicts["wall clock"].evidence
+    early = "pathlib.Path('eval').mkdir(); pathlib.Path('eval/timing.json').write_text('{\"evaluation_seconds\": 0.1}'); time.sleep(1.5)"
+    early += "; pathlib.Path('eval/metrics.json').write_text('{\"toy_bpb\": 1.25}'); sys.exit(0)"
+    assert "stopped early" in audited(made(tmp_path / "early", early), late_seconds=1.2)["wall clock"].evidence
     seen = visit(made(tmp_path / "slow"), means=NONE)
     over = check_clean_room(seen, Claim("toy_bpb", 1.25, budget_seconds=1e-3))
     assert [verdict.name for verdict in convicted(over)] == ["wall clock"]

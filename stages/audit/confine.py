@@ -60,7 +60,8 @@ class Seen:
     """What a confined command did."""
 
     returncode: int | None  # None: it was stopped when patience ended
-    seconds: float  # from before its process was made to its end
+    began: float  # when its process was made, in seconds since the epoch, as files are dated
+    seconds: float  # from then to its end
     output: str  # what it printed last
     files: frozenset[Path]  # opened, or tried to
     programs: frozenset[str]
@@ -118,7 +119,7 @@ def run(
     variables = _variables(room, log) | dict(environment)
     wrapped = _wrapped(command, log, means, read_only, covered)
     with (log / "output").open("wb") as output:
-        started = time.monotonic()
+        began, started = time.time(), time.monotonic()
         process = subprocess.Popen(wrapped, cwd=room, env=variables, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
         returncode = None
         try:
@@ -130,6 +131,7 @@ def run(
     told = listener.finish() | {(kind, what) for kind, what in _traced(log / "trace") if not what.startswith(str(log))}
     return Seen(
         returncode,
+        began,
         seconds,
         (log / "output").read_text(encoding="utf-8", errors="replace")[-2000:],
         frozenset(Path(os.path.normpath(what)) for kind, what in told if kind == "file"),
@@ -185,7 +187,7 @@ def _line(line: bytes) -> tuple[str, str]:
 
 
 def _traced(log: Path) -> set[tuple[str, str]]:
-    """What strace wrote, if it ran: each file that was opened or run, each address."""
+    """What strace wrote, if it ran: files opened or run, and addresses but of name servers, which torchrun asks about itself."""
     found = set()
     for line in log.read_text(encoding="utf-8", errors="surrogateescape").splitlines() if log.exists() else []:
         if match := PATH_CALL.match(line):
@@ -194,13 +196,13 @@ def _traced(log: Path) -> set[tuple[str, str]]:
             opened = OPENED.search(line)
             named = name if name.startswith("/") or folder is None else f"{folder}/{name}"
             found.add(("file", opened.group(1) if opened else named))
-        elif match := INET.search(line):
+        elif (match := INET.search(line)) and "_port=htons(53)" not in line:
             found.add(("address", next(group for group in match.groups() if group)))
     return found
 
 
 def _is_loopback(host: str) -> bool:
-    return host in ("localhost", "::1", "", "None") or host.startswith("127.")
+    return host in ("localhost", "::1", "", "None") or host.removeprefix("::ffff:").startswith("127.")
 
 
 def _works(*command: str) -> bool:

@@ -2,10 +2,11 @@
 
 The room holds the counted files, the shards and the tokenizer, read-only; no network, no training data, no home, none of the caller's
 environment. What is opened is held against what a run may open: the room itself, the interpreter with its packages, and the system. The
-time is taken from before the process is made to after its end, so that a timer that was started late falls short of it. How far the system
-let us go stands in the evidence; what could not be enforced or watched is "cannot tell".
+time is taken from before the process is made to its last output, so that a timer that was started late falls short of it, and to its end
+for the budget. How far the system let us go stands in the evidence; what could not be enforced or watched is "cannot tell".
 """
 
+import hashlib
 import json
 import math
 import shutil
@@ -23,7 +24,7 @@ from stages.audit.confine import Means, Seen
 from stages.audit.verdict import Outcome, Verdict, outcome
 
 SYSTEM = ("/bin", "/dev", "/etc", "/lib", "/lib32", "/lib64", "/proc", "/sbin", "/sys", "/usr", "/var/cache/ldconfig")
-LATE_SECONDS = 5.0  # that an artifact's clock may fall short of ours: the interpreter's end, and its start before the clock is asked
+LATE_SECONDS = 5.0  # that an artifact's clock may fall short of ours: what it writes after it has asked, and the start of the watchers
 LISTED = 3  # files that a sentence names
 NAME = "clean room"
 
@@ -56,6 +57,7 @@ class Visit:
     room: Path  # which is gone
     sizes: Mapping[str, int]  # bytes of the counted files
     changed: tuple[str, ...]  # inputs that are not what they were
+    written: float  # seconds from the process's start to its last output
     metrics: Mapping[str, Any] = field(default_factory=dict)
     timing: Mapping[str, Any] = field(default_factory=dict)
 
@@ -75,14 +77,16 @@ def visit(
     with tempfile.TemporaryDirectory() as room_name, tempfile.TemporaryDirectory() as log_name:
         room, log = Path(room_name).resolve(), Path(log_name).resolve()
         inputs = _furnish(room, {**artifact.counted, **artifact.data})
-        before = {path: path.read_bytes() for path in inputs}
+        before = {path: _digest(path) for path in inputs}
+        sizes = {name: (room / name).stat().st_size for name in artifact.counted}
         hidden = [path.resolve() for path in covered if path.is_dir() and not any(_within(home, path.resolve()) for home in interpreter())]
         command = [sys.executable, *artifact.command]
         seen = confine.run(command, room, log, means, inputs, hidden, environment or {}, patience_seconds)
-        changed = [str(path.relative_to(room)) for path, was in before.items() if not path.is_file() or path.read_bytes() != was]
-        sizes = {name: len(before[room / name]) for name in artifact.counted}
+        changed = [str(path.relative_to(room)) for path, was in before.items() if not path.is_file() or _digest(path) != was]
         output = room / artifact.output
-        return Visit(seen, room, sizes, tuple(changed), _json(output / "metrics.json"), _json(output / "timing.json"))
+        # Of a file's times the kernel sets st_ctime alone: nobody can set it back.
+        written = max((path.stat().st_ctime for path in output.rglob("*")), default=seen.began) - seen.began
+        return Visit(seen, room, sizes, tuple(changed), written, _json(output / "metrics.json"), _json(output / "timing.json"))
 
 
 def check_clean_room(seen: Visit, claim: Claim, late_seconds: float = LATE_SECONDS) -> list[Verdict]:
@@ -159,7 +163,7 @@ def _check_network(seen: Visit) -> Verdict:
         0,
         0,
         sees="downloads, and services asked while scoring",
-        blind="a process elsewhere on the machine, reached through a file's socket",
+        blind="a process on this machine, reached through a socket in a file; names that native code looks up",
     )
 
 
@@ -171,8 +175,9 @@ def _check_clock(seen: Visit, claim: Claim, late_seconds: float) -> Verdict:
     evidence = f"from the process's start to its end within {claim.budget_seconds:g} seconds, and its own clock agrees"
     if took > claim.budget_seconds:
         result, evidence = "fail", f"from the process's start to its end {took:.1f} seconds, {claim.budget_seconds:g} are allowed"
-    elif known and float(said) < took - late_seconds:
-        result, evidence = "fail", f"it says {said:.1f} seconds and took {took:.1f}: its timer was started late, or stopped early"
+    elif known and float(said) < seen.written - late_seconds:
+        took, result = seen.written, "fail"
+        evidence = f"it says {said:.1f} seconds, and wrote its last output after {took:.1f}: its timer was started late, or stopped early"
     elif not known:
         result, evidence = "cannot tell", "it left no timing.json with its evaluation_seconds; by our clock it kept to its budget"
     numbers = (f"{took:.1f} s", f"{said} s") if result == "fail" else ("within", "within")
@@ -198,6 +203,11 @@ def _furnish(room: Path, wanted: Mapping[str, Path]) -> list[Path]:
             target.chmod(0o444)
             files.append(target)
     return files
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _within(path: Path, place: Path) -> bool:
