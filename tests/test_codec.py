@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.audit import codec, range_coder, recipes, walk
+from stages.audit import lanes as lanes_module
 from stages.audit.lanes import Lanes
 from stages.audit.pieces import Speller, cut
 from stages.audit.recipes import Recipe
@@ -82,7 +83,8 @@ def test_what_is_no_log_probability_is_refused(bad: float) -> None:
 
 
 @pytest.mark.parametrize("attention", ["windows", "documents"])
-def test_lanes_score_each_stream_as_the_sliding_scorer_does_alone(attention: Any) -> None:
+def test_lanes_score_each_stream_as_the_sliding_scorer_does_alone(attention: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lanes_module, "TOKENS_AT_ONCE", 24)  # so that streams are also taken in turn
     params = dataclasses.replace(factories.TINY, attention=attention)
     model = factories.random_model(5, params)
     streams = np.random.Generator(np.random.PCG64(1)).integers(4, params.vocab_size, (3, 41))

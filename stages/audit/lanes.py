@@ -23,6 +23,8 @@ from stages.train.operations import PLAIN, Operations
 from stages.train.params import ModelParams
 from stages.train.plain import Documents
 
+TOKENS_AT_ONCE = 1 << 16  # of one forward pass: memory; streams beyond it are taken in turn where windows are computed anew
+
 
 class Cache:
     """Keys and values of each visit of a block for windows that all hold `at` tokens (shapes: see stages/train/model.py)."""
@@ -34,19 +36,17 @@ class Cache:
         self.held: list[tuple[Tensor, Tensor]] = []  # by visit; (lanes, K, W, C)
         self.at = 0  # tokens held
         self.fresh = 0  # tokens of this pass that are not held yet; what stands before them is there for the smear gate alone
+        self.rows = slice(0)  # the streams of this pass
         self.visit = 0
 
     def operations(self) -> Operations:
         """The plain operations, with this cache in the place of those that know positions."""
         return PLAIN._replace(split_heads=self.split_heads, attend=self.attend)
 
-    def start(self, fresh: int) -> None:
-        """Announce a pass over so many new tokens."""
-        self.fresh, self.visit = fresh, 0
-
-    def finish(self) -> None:
-        """The pass is done: its tokens are held."""
-        self.at += self.fresh
+    def start(self, fresh: int, rows: slice) -> None:
+        """Announce a pass over new tokens of some streams: a window's first ones together, every other by itself."""
+        assert fresh == 1 or self.at == 0
+        self.fresh, self.rows, self.visit = fresh, rows, 0
 
     def split_heads(
         self, joint_BTE: Tensor, gain_H: Tensor, cos_TR: Tensor, sin_TR: Tensor, starts_BT: Tensor | None, kv_heads: int
@@ -57,18 +57,22 @@ class Cache:
         return plain.split_heads(joint_BTE, gain_H, self.cos_WR[places], self.sin_WR[places], None, kv_heads)
 
     def attend(self, q_BTHC: Tensor, k_BTKC: Tensor, v_BTKC: Tensor, documents: Documents | None) -> Tensor:
-        """The operation of that name; keys and values of earlier tokens come from the cache."""
+        """The operation of that name, zero for tokens that are not new; keys and values of earlier ones come from the cache."""
         if self.visit == len(self.held):
             self.held.append((self.empty.clone(), self.empty.clone()))
-        lanes, end = len(q_BTHC), self.at + self.fresh
-        keys, values = (held[:lanes, :, :end] for held in self.held[self.visit])
+        end = self.at + self.fresh
+        keys, values = (held[self.rows, :, :end] for held in self.held[self.visit])
         keys[:, :, self.at :] = k_BTKC[:, -self.fresh :].transpose(1, 2)
         values[:, :, self.at :] = v_BTKC[:, -self.fresh :].transpose(1, 2)
         self.visit += 1
-        query = torch.arange(end - q_BTHC.shape[1], end, device=q_BTHC.device)
-        visible = torch.arange(end, device=q_BTHC.device) <= query[:, None]
-        y = F.scaled_dot_product_attention(q_BTHC.transpose(1, 2), keys, values, attn_mask=visible, enable_gqa=True)
-        return plain.exclude_own_value(y.transpose(1, 2), v_BTKC)
+        q_BHTC = q_BTHC[:, -self.fresh :].transpose(1, 2)
+        if self.fresh > 1:
+            y_BHTC = F.scaled_dot_product_attention(q_BHTC, keys, values, is_causal=True, enable_gqa=True)
+        else:  # it sees everything, so that the heads of a group can stand where tokens would
+            groups = q_BHTC.reshape(len(keys), keys.shape[1], -1, keys.shape[3])
+            y_BHTC = F.scaled_dot_product_attention(groups, keys, values).reshape(q_BHTC.shape)
+        y_BTHC = F.pad(y_BHTC.transpose(1, 2), (0, 0, 0, 0, q_BTHC.shape[1] - self.fresh, 0))
+        return plain.exclude_own_value(y_BTHC, v_BTKC)
 
 
 class Lanes:
@@ -94,12 +98,18 @@ class Lanes:
         if start != self.window_start:
             self.window_start, self.cache.at = start, 0
         fresh = target + 1 - start - self.cache.at
+        together = max(1, TOKENS_AT_ONCE // fresh)
+        lanes = len(self.tokens_BN)
+        parts = [self._logits(fresh, slice(first, min(first + together, lanes))) for first in range(0, lanes, together)]
+        self.cache.at += fresh
+        return torch.log_softmax(torch.cat(parts).double(), dim=-1).cpu().numpy()
+
+    def _logits(self, fresh: int, rows: slice) -> Tensor:
+        """Softcapped logits of the next token of some streams, (rows, V), whose last `fresh` tokens are not in the cache."""
         before = 1 if self.cache.at and self.model.smear is not None else 0
-        self.cache.start(fresh)
-        inputs = self.tokens_BN[:, self.observed - fresh - before : self.observed]
-        logits = self.model.logits(inputs, looped=True, scored_from=inputs.shape[1] - 1)[:, 0]
-        self.cache.finish()
-        return torch.log_softmax(logits.double(), dim=-1).cpu().numpy()
+        inputs = self.tokens_BN[rows, self.observed - fresh - before : self.observed]
+        self.cache.start(fresh, rows)
+        return self.model.logits(inputs, looped=True, scored_from=inputs.shape[1] - 1)[:, 0]
 
     def observe(self, tokens: np.ndarray) -> None:
         """The next token of each stream, (B,)."""
