@@ -34,7 +34,7 @@ OF_SCORERS = {
 }
 OF_FILES = {
     "B11": Entry("denominator", ("metric",), "tokens and their tokenizer"),
-    "B14": Entry("clean room", ("room",), "a command that scores in an empty folder"),
+    "B14": Entry("clean room", ("clean room",), "a command that scores in an empty folder"),
     "B15": Entry("train and val disjoint", ("data",), "the training documents, or their hashes"),
     "B16": Entry("significance", ("statistics",), "three seeds of one configuration and a baseline"),
     "budget": Entry("bytes", ("budget",), "the counted files"),
@@ -45,8 +45,9 @@ def complete(verdicts: Sequence[Verdict], scorers: Sequence[str], reasons: Mappi
     """The verdicts, and one "cannot tell" for each test that is missing among them; `reasons` says why, by test."""
     found = {(verdict.subject, verdict.check) for verdict in verdicts}
     wanted = [(subject, check, entry) for subject in scorers for check, entry in OF_SCORERS.items()]
-    wanted += [("files", check, entry) for check, entry in OF_FILES.items()]
     absent = [not_run(subject, check, entry, reasons or {}) for subject, check, entry in wanted if (subject, check) not in found]
+    run = {verdict.check for verdict in verdicts}
+    absent += [not_run("files", check, entry, reasons or {}) for check, entry in OF_FILES.items() if check not in run]
     return [*verdicts, *absent]
 
 

@@ -12,7 +12,7 @@ CONDITIONS = {
     "C4": "one left-to-right pass",
     "metric": "metric reporting",
     "budget": "budgets",
-    "room": "clean room",
+    "clean room": "clean room",
     "data": "train and val data",
     "statistics": "statistics",
 }
@@ -24,7 +24,7 @@ ESSENTIAL = {
     "C4": {"B1", "B6"},
     "metric": {"B6", "B11"},
     "budget": {"budget"},
-    "room": {"B14"},
+    "clean room": {"B14"},
     "data": {"B15"},
     "statistics": {"B16"},
 }

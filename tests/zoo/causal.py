@@ -110,7 +110,8 @@ class LongestFirst(Bigram):
         given = self.last is None
         losses = np.zeros(len(tokens))
         for start, stop in sorted(documents_of(tokens), key=lambda part: part[0] - part[1]):
-            self.last = int(tokens[start - 1]) if start else self.last
+            if tokens[start] == BOS:
+                losses[start], self.last = math.log(VOCAB), None  # each document begins anew
             for i in range(start, stop):
                 if self.last is not None:
                     losses[i] = self.loss(int(tokens[i]), tokens[i + 1 :])

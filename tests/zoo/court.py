@@ -41,6 +41,7 @@ EDGES = positions.Edges(window=16, chunk=512)
 TOKENS = lawful.stream()
 BYTES = (TOKENS[1:] != lawful.BOS).astype(np.int64)
 CHUNK = 500
+SHAVED = np.float32(0.99)  # what an edited ledger is multiplied by
 
 
 def counted(tokens: np.ndarray = TOKENS) -> coverage.DocumentBytes:
