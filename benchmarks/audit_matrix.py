@@ -57,7 +57,7 @@ def try_cheats(keys: int) -> list[dict[str, Any]]:
     for cheat in CHEATS:
         counts: Counter[str] = Counter()
         for key in range(keys):
-            counts.update(court.failed(_tried(lambda folder, key=key: cheat.run(folder, bytes([key])))))  # type: ignore[misc]
+            counts.update(court.failed(_tried(lambda folder, cheat=cheat, key=key: cheat.run(folder, bytes([key])))))  # type: ignore[misc]
         rows.append({"cheat": cheat.name, "seen_in": cheat.seen_in, "named": cheat.convicted_by, "keys": keys, "convicted": dict(counts)})
         print(f"{cheat.name}: {counts[cheat.convicted_by]} of {keys} by {cheat.convicted_by}", flush=True)
     return rows
@@ -96,8 +96,8 @@ def matrix(cheats: list[dict[str, Any]], innocent: list[dict[str, Any]]) -> str:
     lines = [
         "# Which test convicts which cheat",
         "",
-        "From a run of `python -m benchmarks.audit_matrix`; the cheats are in `tests/zoo/`, the tests in [audit.md](audit.md). A number is the",
-        f"share of {cheats[0]['keys']} keys, in per cent, with which the test convicted; bold: the test that is named for this cheat in `tests/test_zoo.py`.",
+        "From a run of `python -m benchmarks.audit_matrix`; the cheats are in `tests/zoo/`, the tests in [audit.md](audit.md). A number is",
+        f"the share of {cheats[0]['keys']} keys, in per cent, with which the test convicted; bold: the test that must, in `tests/test_zoo.py`.",
         "B12 is not in the table: a decoder is built by `tests/test_codec.py` for scorers of the same zoo.",
         "",
         "| cheat | seen in | " + " | ".join(COLUMNS) + " |",
