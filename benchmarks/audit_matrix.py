@@ -27,7 +27,7 @@ from tests.zoo import court, lawful
 from tests.zoo.registry import CHEATS
 
 COLUMNS = ("B1", "B1c", "B2", "B3", "B4", "B5", "B6", "B7", "B8", "B9", "B10", "B11", "B13", "B14", "B15", "B16", "budget")
-SMALL = dataclasses.replace(factories.TINY, vocab_size=lawful.VOCAB, width=16, layers=3, heads=2, kv_heads=1, hidden=24, parallel_from=2)
+SMALL = dataclasses.replace(factories.TINY, vocab_size=lawful.VOCAB)
 SLIDING = SlidingEvalParams(window=16, stride=4, batch_windows=8, chunk=128)
 TTT = dataclasses.replace(factories.TTT, chunk=256, epochs=1, batch_tokens=64, lr=0.01)
 SERIAL = ParallelParams(nproc=1, threads=1, device="cpu", dtype="float32", deterministic=True, compile=False, kernels=False)
@@ -97,7 +97,7 @@ def matrix(cheats: list[dict[str, Any]], innocent: list[dict[str, Any]]) -> str:
         "# Which test convicts which cheat",
         "",
         "From a run of `python -m benchmarks.audit_matrix`; the cheats are in `tests/zoo/`, the tests in [audit.md](audit.md). A number is",
-        f"the share of {cheats[0]['keys']} keys, in per cent, with which the test convicted; bold: the test that must, in `tests/test_zoo.py`.",
+        f"the share of {cheats[0]['keys']} keys, in per cent, with which the test convicted; bold: the test that must, by name.",
         "B12 is not in the table: a decoder is built by `tests/test_codec.py` for scorers of the same zoo.",
         "",
         "| cheat | seen in | " + " | ".join(COLUMNS) + " |",

@@ -285,7 +285,8 @@ SECTIONS: dict[str, Any] = {
     },
     "sliding_eval": {"window": 16, "stride": 4, "batch_windows": 8, "chunk": 128},
     "ttt_eval": dataclasses.asdict(dataclasses.replace(factories.TTT, chunk=256, epochs=1, batch_tokens=64, lr=0.01)),
-    "audit": dataclasses.asdict(PARAMS) | {"segment_targets": 24, "substitutions": 6},
+    "audit": dataclasses.asdict(PARAMS)
+    | {"segment_targets": 24, "substitutions": 6, "distributions": 6, "canary_targets": 32, "sampled_targets": 6, "handed_stretches": 1},
 }
 
 
@@ -315,6 +316,7 @@ def made_artifacts(folder: Path, sections: dict[str, Any]) -> list[str]:
     for name in ("train_timing", "calibrate_timing"):
         (folder / f"{name}.json").write_text(json.dumps({"training_seconds": 5.0}))
     arguments = [f"--{name}={folder / name}" for name in ("val", "sliding", "ttt")]
+    arguments.append(f"--train={folder / 'train'}")
     files_ = ("model.bin", "tokenizer.model", "documents.u64", "manifest.json", "train_timing.json", "calibrate_timing.json")
     arguments += [f"--{name.partition('.')[0].replace('_', '-')}={folder / name}" for name in files_]
     common = [f"--{name.partition('.')[0]}={folder / name}" for name in ("model.bin", "tokenizer.model")] + [f"--val={folder / 'val'}"]
@@ -325,9 +327,7 @@ def made_artifacts(folder: Path, sections: dict[str, Any]) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", ["sgd", "lora"])
-def test_the_stage_passes_twice_alike_and_fails_with_one_line_and_a_report(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
-) -> None:
+def test_the_stage_passes_twice_alike(tmp_path: Path, kind: str) -> None:
     sections = SECTIONS | {"ttt_eval": SECTIONS["ttt_eval"] | {"kind": kind, "lora": SECTIONS["ttt_eval"]["lora"] | {"lr": 0.001}}}
     arguments = made_artifacts(tmp_path, sections)
     reports = []
@@ -336,9 +336,24 @@ def test_the_stage_passes_twice_alike_and_fails_with_one_line_and_a_report(
         reports.append([(tmp_path / name / file).read_bytes() for file in stage.STAGE.writes])
     assert reports[0] == reports[1]
     metrics = json.loads(reports[0][2])
-    assert (metrics["audit_passed"], metrics["audit_fail"], metrics["audit_cannot_tell"]) == (1, 0, 0)
-    assert {verdict["subject"] for verdict in json.loads(reports[0][0])["verdicts"]} == {"files", "sliding_eval", "ttt_eval"}
+    assert (metrics["audit_passed"], metrics["audit_fail"]) == (1, 0)
+    report = json.loads(reports[0][0])
+    assert {verdict["subject"] for verdict in report["verdicts"]} == {"files", "sliding_eval", "ttt_eval"}
+    unknown = {verdict["check"] for verdict in report["verdicts"] if verdict["outcome"] == "cannot tell"}
+    assert unknown == {"B12", "B14", "B16"}
+    assert {report["conditions"][key]["ttt_eval"] for key in ("C1", "C2", "C3", "C4", "metric", "budget")} == {"pass"}
+    assert report["conditions"]["clean room"] == {"files": "cannot tell"}
 
+
+def test_a_false_ledger_is_one_line_and_a_report_and_no_decoder_or_room_bears_it_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sections = SECTIONS | {"audit": SECTIONS["audit"] | {"decoded_targets": 8, "clean_room": True}}
+    arguments = made_artifacts(tmp_path, sections)
+    claimed = {f"{name}_bpb": json.loads((tmp_path / name / "metrics.json").read_text())[f"{name}_bpb"] for name in ("sliding", "ttt")}
+    claimed["ttt_bpb"] += 0.01
+    lines = ["import json, pathlib", "pathlib.Path('eval').mkdir()", f"pathlib.Path('eval/metrics.json').write_text(json.dumps({claimed}))"]
+    (tmp_path / "train_gpt.py").write_text("\n".join(lines))
     nll = np.load(tmp_path / "ttt" / "nll.npy")
     np.save(tmp_path / "ttt" / "nll.npy", nll * np.float32(0.9))
     capsys.readouterr()
@@ -351,3 +366,9 @@ def test_the_stage_passes_twice_alike_and_fails_with_one_line_and_a_report(
     assert errors[0].startswith("error: audit: ttt_eval fails B6 (reported bits per byte)")
     assert sorted(path.name for path in output.iterdir()) == sorted(stage.FAILED)
     assert "**fail**" in (output / "failed-report.md").read_text()
+    verdicts = {
+        (verdict["subject"], verdict["check"], verdict["name"]): verdict["outcome"]
+        for verdict in json.loads((output / "failed-report.json").read_text())["verdicts"]
+    }
+    for check in (("B12", "decoder round trip"), ("B14", "runs from the counted files alone")):
+        assert (verdicts["sliding_eval", *check], verdicts["ttt_eval", *check]) == ("pass", "fail")

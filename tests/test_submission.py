@@ -52,6 +52,7 @@ AUDIT = AuditParams(
     substitutions=16,
     decoded_targets=0,
     shingle_rate=0,
+    clean_room=False,
     loss_tolerance=1e-3,
     mean_tolerance=1e-4,
     bfloat16_loss_tolerance=0.5,

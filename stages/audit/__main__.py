@@ -9,6 +9,7 @@ as failed-report.md and failed-report.json in the output folder, until the next 
 import dataclasses
 import hashlib
 import json
+import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from stages import bpb, command, shards
-from stages.audit import catalogue, coverage, disjoint, files, outside, own, recipes, render, round_trip, statistics
+from stages.audit import catalogue, coverage, disjoint, files, outside, own, recipes, render, room, round_trip, statistics
 from stages.audit.claims import FUZZ
 from stages.audit.params import Params
 from stages.audit.pieces import Speller
@@ -49,8 +50,9 @@ STAGE = command.Stage(
 FAILED = ("failed-report.json", "failed-report.md")
 REASONS = {  # why a test may be missing from the pipeline's report
     "B12": "switched off: audit.decoded_targets is 0",
-    "B14": "the stage runs inside the repository",
+    "B14": "switched off: audit.clean_room is false",
 }
+ROOM_TOLERANCE = 1.0e-3  # bits per byte between two runs on one kind of GPU
 BUDGETED = {"sliding_eval": "sliding", "ttt_eval": "ttt"}  # scorer and the option that names its folder
 
 
@@ -68,6 +70,8 @@ def main(run: command.Run[Params]) -> None:
     exact = dataclasses.replace(run.params.parallel, dtype="float32", deterministic=True, compile=False)
     with world(exact) as here:
         verdicts += audit_scorers(run, paths, stream, key, here)
+        if run.params.audit.clean_room and run.is_main:
+            verdicts += visit_room(run.params, paths, here)
     verdicts = catalogue.complete(verdicts, list(BUDGETED), REASONS)
     declared = {"targets": len(stream.tokens) - 1, "bytes": int(stream.target_bytes.sum()), "positions' key": key.hex()}
     guilty = convicted(verdicts)
@@ -135,6 +139,22 @@ def audit_scorers(run: command.Run[Params], paths: Mapping[str, Path], stream: S
         verdicts += audit_scorer(name, one.factory, stream, claim, one.edges, key, params.audit, run.report, one.variants)
         if params.audit.decoded_targets:
             verdicts.append(_decoded(name, one.factory, params, paths["model"], stream, claim))
+    return verdicts
+
+
+def visit_room(params: Params, paths: Mapping[str, Path], here: World) -> list[Verdict]:
+    """B14: the counted files score in a room of their own, with each scorer; training data and this repository are covered."""
+    artifact = {"train_gpt.py": paths["code"], "model.bin": paths["model"]}
+    data = {"data/val": paths["val"], "data/tokenizer.model": paths["tokenizer"]}
+    verdicts = []
+    for name, option in BUDGETED.items():
+        metric = f"{option}_bpb"
+        claimed = float(read_json(paths[option] / "metrics.json").get(metric, math.nan))
+        command_words = ("train_gpt.py", "eval", "--scorer", name)
+        seen = room.visit(room.Artifact(artifact, data, command_words), covered=[paths["train"].absolute(), Path.cwd()])
+        exact = here.device.type == "cpu"
+        claim = room.Claim(metric, claimed, params.audit.evaluation_budget_seconds, 0.0 if exact else ROOM_TOLERANCE)
+        verdicts += [dataclasses.replace(verdict, subject=name) for verdict in room.check_clean_room(seen, claim)]
     return verdicts
 
 

@@ -34,6 +34,7 @@ QUICK = AuditParams(
     substitutions=16,
     decoded_targets=0,
     shingle_rate=0,
+    clean_room=False,
     loss_tolerance=1.0e-4,
     mean_tolerance=1.0e-6,
     bfloat16_loss_tolerance=0.5,

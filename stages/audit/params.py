@@ -27,6 +27,7 @@ class AuditParams:
     substitutions: int  # ids put in the place of x_t at each of those; a vocabulary no larger is put there whole
     decoded_targets: int  # of the stream, coded and decoded by another process (B12); 0: none
     shingle_rate: int  # one in so many 50-byte passages of val is looked for in train (B15); 0: none
+    clean_room: bool  # whether the counted files score once more, in a room of their own (B14): as long as both evaluations
     loss_tolerance: float  # nats, between two ways to compute one loss; float32 sums in batches of other shapes differ by 1e-5
     mean_tolerance: float  # nats, between the means of two such sets: a small gain at every target shows here
     bfloat16_loss_tolerance: float  # the same where the ledger was written with bfloat16 activations, which the audit does not use

@@ -29,6 +29,7 @@ PARAMS = AuditParams(
     substitutions=lawful.VOCAB,
     decoded_targets=0,
     shingle_rate=0,
+    clean_room=False,
     loss_tolerance=1e-4,
     bfloat16_loss_tolerance=0.5,
     bfloat16_mean_tolerance=1e-3,
