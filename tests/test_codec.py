@@ -31,12 +31,13 @@ from stages.scorer import Scorer
 from stages.sliding_eval.params import SlidingEvalParams
 from stages.sliding_eval.scorer import SlidingScorer
 from stages.tokenize import tokenizer
-from tests import cheats, factories
+from tests import factories
 from tests.test_audit import SECTIONS
+from tests.zoo import causal, lawful, mass
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXTS = [f"Document {i} says that {i * i} is the square of {i}, and nothing more.\n" * 2 for i in range(40)]
-TOKENS = cheats.stream(1200)
+TOKENS = lawful.stream(1200)
 
 
 def coded_bits(logs: np.ndarray, symbols: np.ndarray) -> float:
@@ -205,7 +206,7 @@ def test_damage_is_an_error_and_never_other_text(folder: Path, capsys: pytest.Ca
     assert (folder / "empty.again").read_bytes() == b""
 
 
-class Remembers(cheats.Bigram):
+class Remembers(lawful.Bigram):
     """C1: the process that coded knows the stream, and the one that decodes does not."""
 
     STREAM = np.empty(0, dtype=np.uint16)
@@ -214,24 +215,24 @@ class Remembers(cheats.Bigram):
         logs = super().predict()
         if self.seen >= len(self.STREAM):
             return logs
-        sure = np.full(cheats.VOCAB, math.log(0.01 / cheats.VOCAB))
+        sure = np.full(lawful.VOCAB, math.log(0.01 / lawful.VOCAB))
         sure[self.STREAM[self.seen]] = math.log(0.99)
         return sure
 
 
-def check(scorer: type[cheats.Bigram], start: int = 300, count: int = 300, recipe: Recipe | None = None) -> Verdict:
+def check(scorer: type[lawful.Bigram], start: int = 300, count: int = 300, recipe: Recipe | None = None) -> Verdict:
     named = recipe or Recipe(f"{scorer.__module__}:{scorer.__name__}")
     return check_round_trip(scorer.__name__, scorer, named, TOKENS, start, count, None, 1e-6)
 
 
 def test_a_lawful_score_is_a_file_that_a_fresh_process_reads() -> None:
-    verdict = check(cheats.Bigram)
+    verdict = check(lawful.Bigram)
     assert verdict.outcome == "pass", verdict.evidence
     assert float(verdict.expected) - 1 < float(verdict.saw) <= float(verdict.expected) + float(verdict.bound)
 
 
-@pytest.mark.parametrize("scorer", [cheats.LookAhead, cheats.SecondPass, cheats.TargetGate, cheats.UpdateFirst, cheats.HashedBuckets])
-def test_a_claim_below_the_file_is_convicted(scorer: type[cheats.Bigram]) -> None:
+@pytest.mark.parametrize("scorer", [causal.LookAhead, causal.SecondPass, mass.TargetGate, causal.UpdateFirst, mass.HashedBuckets])
+def test_a_claim_below_the_file_is_convicted(scorer: type[lawful.Bigram]) -> None:
     verdict = check(scorer)
     assert verdict.outcome == "fail"
     assert "no code length" in verdict.evidence
@@ -240,11 +241,11 @@ def test_a_claim_below_the_file_is_convicted(scorer: type[cheats.Bigram]) -> Non
 def test_a_coder_that_knows_the_stream_is_convicted_and_a_missing_scorer_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Remembers, "STREAM", TOKENS)
     assert "lost the thread" in check(Remembers).evidence
-    missing = check(cheats.Bigram, recipe=Recipe("tests.cheats:Nobody"))
+    missing = check(lawful.Bigram, recipe=Recipe("tests.cheats:Nobody"))
     assert (missing.outcome, "Nobody" in missing.evidence) == ("cannot tell", True)
-    monkeypatch.setattr(cheats.Bigram, "predict", lambda self: np.full(cheats.VOCAB, 0.5))
+    monkeypatch.setattr(lawful.Bigram, "predict", lambda self: np.full(lawful.VOCAB, 0.5))
     with pytest.raises(walk.BrokenProtocol, match="predict"):
-        check(cheats.Bigram)
+        check(lawful.Bigram)
 
 
 def test_the_pipelines_scorer_decodes_across_an_update_in_a_fresh_process(folder: Path) -> None:
