@@ -2,6 +2,7 @@
 
 import json
 import socket
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from stages.audit.verdict import Verdict, convicted
 ROOT = Path(__file__).resolve().parent.parent
 MEANS = confine.available()
 NONE = Means(network=False, mounts=False, traced=False)
-CLAIM = Claim("toy_bpb", 1.25, budget_seconds=20.0)
+CLAIM = Claim("toy_bpb", 1.25, budget_seconds=30.0)
 TOY = """
 import json, os, pathlib, socket, subprocess, sys, time
 started = time.monotonic()
@@ -45,7 +46,7 @@ def made(tmp_path: Path, line: str = "") -> Artifact:
     return Artifact({name: folder / name for name in ("train_gpt.py", "model.bin")}, {"data/val": folder / "val"})
 
 
-def audited(artifact: Artifact, means: Means = MEANS, covered: tuple[Path, ...] = (), late_seconds: float = 2.0) -> dict[str, Verdict]:
+def audited(artifact: Artifact, means: Means = MEANS, covered: tuple[Path, ...] = (), late_seconds: float = 10.0) -> dict[str, Verdict]:
     verdicts = check_clean_room(visit(artifact, covered, means, patience_seconds=60.0), CLAIM, late_seconds)
     assert all(verdict.check == "B14" for verdict in verdicts)
     return {verdict.name: verdict for verdict in verdicts}
@@ -94,6 +95,26 @@ def test_what_it_opens_elsewhere_convicts_it(tmp_path: Path, outside: Path, line
     assert verdicts["opened files"].expected == 0
 
 
+def test_a_trace_is_read_with_its_links_threads_and_quotes(tmp_path: Path) -> None:
+    lines = [
+        '7 openat(AT_FDCWD</room>, "a/b", O_RDONLY|O_CLOEXEC) = 3</real/b>',
+        '7 openat(AT_FDCWD</room>, "c \\"O_DIRECTORY\\n", O_RDONLY) = -1 ENOENT (No such file or directory)',
+        '7 openat(AT_FDCWD</room>, "list", O_RDONLY|O_DIRECTORY) = 3</elsewhere>',
+        '7 openat(5</dir>, "d", O_RDONLY <unfinished ...>',
+        "8 <... openat resumed>) = 4</real/d>",
+        '9 execve("/usr/bin/cat", ["cat"], 0x7ffd /* 3 vars */) = 0',
+        '9 connect(3<socket:[1]>, {sa_family=AF_INET, sin_port=htons(80), sin_addr=inet_addr("192.0.2.1")}, 16) = 0',
+        '9 connect(3<socket:[1]>, {sa_family=AF_INET, sin_port=htons(53), sin_addr=inet_addr("192.0.2.53")}, 16) = 0',
+        '9 sendto(3, "_port=htons(53), inet_addr(", 9, 0, {sin_port=htons(9), sin_addr=inet_addr("192.0.2.9")}, 16) = 9',
+        '9 connect(3, {sin6_port=htons(443), sin6_flowinfo=htonl(0), inet_pton(AF_INET6, "2001:db8::1", &sin6_addr)}, 28) = 0',
+        '9 connect(3, {sa_family=AF_UNIX, sun_path="/run/socket"}, 110) = 0',
+    ]
+    (tmp_path / "trace").write_text("\n".join(lines))
+    files = {"/real/b", '/room/c "O_DIRECTORY\n', "/dir/d", "/real/d", "/usr/bin/cat"}
+    hosts = {"192.0.2.1", "192.0.2.9", "2001:db8::1"}
+    assert confine._traced(tmp_path / "trace") == {("file", name) for name in files} | {("address", name) for name in hosts}
+
+
 @pytest.mark.skipif(not MEANS.traced, reason="strace is not installed, or may not trace")
 def test_native_code_is_traced(tmp_path: Path, outside: Path) -> None:
     verdicts = audited(made(tmp_path, f"subprocess.run(['cat', '{outside}/weights.npz'])"))
@@ -105,6 +126,13 @@ def test_native_code_is_traced(tmp_path: Path, outside: Path) -> None:
 def test_covered_folders_are_empty_and_looking_for_them_convicts(tmp_path: Path, outside: Path) -> None:
     line = f"assert os.listdir('{outside}') == []\ntry: open('{outside}/weights.npz')\nexcept FileNotFoundError: pass"
     assert failed(audited(made(tmp_path, line), covered=(outside, ROOT.parent / "nowhere"))) == ["opened files"]
+
+
+@pytest.mark.skipif(not MEANS.mounts or sys.prefix == sys.base_prefix, reason="no mounts, or no environment of the project's own")
+def test_a_repository_is_covered_around_the_environment_in_it(tmp_path: Path) -> None:
+    environment = Path(sys.prefix)
+    line = f"import numpy; assert os.listdir({str(environment.parent)!r}) == [{environment.name!r}]"
+    assert failed(audited(made(tmp_path, line), covered=(environment.parent, environment))) == []
 
 
 @pytest.mark.parametrize("means", [MEANS, NONE], ids=["all means", "hooks alone"])

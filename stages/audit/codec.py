@@ -37,7 +37,7 @@ HEAD = struct.Struct(
     f"<4sB{CHECK_BYTES}s{CHECK_BYTES}sIIIIB"
 )  # magic, version, hashes, window, stride, lanes, streams, bytes of the manner
 MOST_LANES = 4096
-MOST_TOKENS = 1 << 32  # of all streams, that a file may declare
+MOST_TOKENS = 1 << 28  # of streams side by side, the longest counted for each: eight bytes are held for one
 SHORTEST_STREAM = 1000  # characters; a stream begins without context, which costs some hundred bits
 
 
@@ -87,6 +87,11 @@ class Codec:
 
     def _code(self, header: "Header", coder: Coder, given: list[np.ndarray] | None) -> list[np.ndarray]:
         """All streams, in groups of the longest first, so that those that end leave from the back; coding and decoding are one."""
+        together = max(header.lengths, default=0) * min(header.lanes, len(header.lengths))
+        if together > MOST_TOKENS:
+            raise ValueError(
+                f"streams of {together} tokens side by side are more than {MOST_TOKENS}: the file is damaged, or too long for --lanes"
+            )
         order = sorted(range(len(header.lengths)), key=lambda i: (-header.lengths[i], i))
         found = [np.full(1, self.speller.bos, dtype=np.int64)] * len(order)
         with self.report.progress("compress" if given else "decompress", sum(header.lengths)) as progress:
@@ -162,8 +167,6 @@ class Header(NamedTuple):
         for _ in range(streams):
             length, at = _read_short(blob, at)
             lengths.append(length)
-        if sum(lengths) > MOST_TOKENS:
-            raise ValueError(f"damaged file: it declares {sum(lengths)} tokens")
         made_by = blob[HEAD.size : HEAD.size + said].decode("utf-8", errors="replace")
         return Header(digest, check, window, stride, lanes, lengths, made_by), blob[at:]
 

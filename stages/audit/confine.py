@@ -12,8 +12,10 @@ import re
 import secrets
 import shutil
 import signal
+import site
 import subprocess
 import sys
+import sysconfig
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -26,10 +28,11 @@ ARRANGE = """set -e
 ip link set lo up 2>/dev/null || true
 while [ "$1" != -- ]; do
   case "$1" in
-    cover) mount -t tmpfs -o ro none "$2" ;;
+    cover) mount -t tmpfs none "$2" ;;
+    bind) mkdir -p "$3"; mount --bind "$2" "$3" ;;
     keep) mount --bind "$2" "$2"; mount -o remount,bind,ro "$2" ;;
   esac
-  shift 2
+  shift 3
 done
 shift
 exec "$@"
@@ -37,7 +40,9 @@ exec "$@"
 TRACED = "trace=open,openat,openat2,creat,execve,execveat,connect,sendto,sendmsg,sendmmsg"
 PATH_CALL = re.compile(r'^\d+ +(?:open|openat|openat2|creat|execve|execveat)\((?:(?:AT_FDCWD|\d+)<([^>]*)>, )?"((?:[^"\\]|\\.)*)"')
 OPENED = re.compile(r"= \d+<([^>]*)>$")  # what a descriptor leads to, links resolved
-INET = re.compile(r'sin6?_(?:port|addr).*?(?:inet_addr\("([^"]*)"\)|inet_pton\(AF_INET6, "([^"]*)"|sin6_addr="([^"]*)")')
+RESUMED = re.compile(r"^\d+ +<\.\.\. (?:open|openat|openat2|creat) resumed>.*= \d+<([^>]*)>$")  # after another thread's line
+INET = re.compile(r'sin6?_port=htons\((\d+)\)[^"]*?(?:inet_addr\("([^"]*)"\)|inet_pton\(AF_INET6, "([^"]*)"|sin6_addr="([^"]*)")')
+NAME_SERVER = "53"  # its port
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,17 @@ class Seen:
     programs: frozenset[str]
     addresses: frozenset[str]  # hosts spoken to or looked up, the loopback aside
     means: Means
+
+
+def interpreter() -> list[Path]:
+    """The folders of this interpreter, its library and its packages."""
+    places = [
+        sys.prefix,
+        sys.base_prefix,
+        *site.getsitepackages(),
+        *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")),
+    ]
+    return sorted({Path(place).absolute() for place in places} | {Path(place).resolve() for place in places})
 
 
 class Listener:
@@ -111,7 +127,8 @@ def run(
 ) -> Seen:
     """Run a Python command in `room`; `log` is an empty folder outside it, for what the watchers write.
 
-    Nothing of the caller's environment is handed on; HOME and TMPDIR lie in the room. No process of the command outlives this call.
+    Nothing of the caller's environment is handed on; HOME and TMPDIR lie in the room. No process of the command outlives this call. Folders
+    in `covered` are empty for it, but for the interpreter.
     """
     (log / recorder.MODULE).write_text(Path(recorder.__file__).read_text(encoding="utf-8"), encoding="utf-8")
     (log / "sitecustomize.py").write_text(recorder.SITECUSTOMIZE.format(log=str(log / "told")), encoding="utf-8")
@@ -172,9 +189,25 @@ def _wrapped(command: Sequence[str], log: Path, means: Means, read_only: Sequenc
         return words
     arranged: list[str] = []
     if means.mounts:
-        arranged += [word for path in covered for word in ("cover", str(path))]
-        arranged += [word for path in read_only for word in ("keep", str(path))]
+        arranged += [word for number, path in enumerate(covered) for word in _cover(path, log, log / f"saved{number}")]
+        arranged += [word for path in read_only for word in ("keep", str(path), "-")]
     return ["unshare", "-rnm" if means.mounts else "-rn", "sh", "-c", ARRANGE, "sh", *arranged, "--", *words]
+
+
+def _cover(path: Path, log: Path, saved: Path) -> list[str]:
+    """Put an empty folder in a folder's place, and the interpreter back into it if it lies there, as in a repository with its `.venv`.
+
+    What holds the watchers, or is the interpreter's own, stays as it is.
+    """
+    path, homes = path.resolve(), interpreter()
+    if not path.is_dir() or log.is_relative_to(path) or any(path.is_relative_to(home) for home in homes):
+        return []
+    nested = [home for home in homes if home.is_relative_to(path)]
+    inside = [home for home in nested if not any(home != other and home.is_relative_to(other) for other in nested)]
+    places = [str(saved / str(number)) for number in range(len(inside))]
+    away = [word for home, place in zip(inside, places, strict=True) for word in ("bind", str(home), place)]
+    back = [word for home, place in zip(inside, places, strict=True) for word in ("bind", place, str(home))]
+    return [*away, "cover", str(path), "-", *back]
 
 
 def _line(line: bytes) -> tuple[str, str]:
@@ -188,17 +221,24 @@ def _line(line: bytes) -> tuple[str, str]:
 
 def _traced(log: Path) -> set[tuple[str, str]]:
     """What strace wrote, if it ran: files opened or run, and addresses but of name servers, which torchrun asks about itself."""
-    found = set()
-    for line in log.read_text(encoding="utf-8", errors="surrogateescape").splitlines() if log.exists() else []:
-        if match := PATH_CALL.match(line):
-            folder, name = match.groups()
-            name = name.encode("latin-1", errors="replace").decode("unicode_escape") if "\\" in name else name
-            opened = OPENED.search(line)
-            named = name if name.startswith("/") or folder is None else f"{folder}/{name}"
-            found.add(("file", opened.group(1) if opened else named))
-        elif (match := INET.search(line)) and "_port=htons(53)" not in line:
-            found.add(("address", next(group for group in match.groups() if group)))
-    return found
+    lines = log.read_text(encoding="utf-8", errors="surrogateescape").splitlines() if log.exists() else []
+    files = {("file", path) for line in lines if (path := _path(line)) is not None}
+    hosts = {("address", host) for line in lines for port, *hosts in INET.findall(line) if port != NAME_SERVER for host in hosts if host}
+    return files | hosts
+
+
+def _path(line: str) -> str | None:
+    """The path that a line is about, links resolved where the call succeeded; None for a list of names."""
+    if resumed := RESUMED.match(line):
+        return resumed.group(1)
+    match = PATH_CALL.match(line)
+    if match is None or "O_DIRECTORY" in line[match.end() :].partition(")")[0]:
+        return None
+    if opened := OPENED.search(line, match.end()):
+        return opened.group(1)
+    folder, name = match.groups()
+    name = name.encode("latin-1", errors="replace").decode("unicode_escape") if "\\" in name else name
+    return name if name.startswith("/") or folder is None else f"{folder}/{name}"
 
 
 def _is_loopback(host: str) -> bool:

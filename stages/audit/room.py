@@ -10,9 +10,7 @@ import hashlib
 import json
 import math
 import shutil
-import site
 import sys
-import sysconfig
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -71,7 +69,7 @@ def visit(
 ) -> Visit:
     """Run the artifact in a room of its own; folders in `covered` (training data, the repository) are empty for it where mounts allow.
 
-    Those that hold the interpreter or one of its packages stay as they are. `environment` is handed on to the run.
+    The interpreter stays where it is, also within them. `environment` is handed on to the run.
     """
     means = confine.available() if means is None else means
     with tempfile.TemporaryDirectory() as room_name, tempfile.TemporaryDirectory() as log_name:
@@ -79,9 +77,8 @@ def visit(
         inputs = _furnish(room, {**artifact.counted, **artifact.data})
         before = {path: _digest(path) for path in inputs}
         sizes = {name: (room / name).stat().st_size for name in artifact.counted}
-        hidden = [path.resolve() for path in covered if path.is_dir() and not any(_within(home, path.resolve()) for home in interpreter())]
         command = [sys.executable, *artifact.command]
-        seen = confine.run(command, room, log, means, inputs, hidden, environment or {}, patience_seconds)
+        seen = confine.run(command, room, log, means, inputs, covered, environment or {}, patience_seconds)
         changed = [str(path.relative_to(room)) for path, was in before.items() if not path.is_file() or _digest(path) != was]
         output = room / artifact.output
         # Of a file's times the kernel sets st_ctime alone: nobody can set it back.
@@ -94,20 +91,9 @@ def check_clean_room(seen: Visit, claim: Claim, late_seconds: float = LATE_SECON
     return [_check_result(seen, claim), _check_files(seen), _check_network(seen), _check_clock(seen, claim, late_seconds)]
 
 
-def interpreter() -> list[Path]:
-    """The folders of this interpreter, its library and its packages."""
-    places = [
-        sys.prefix,
-        sys.base_prefix,
-        *site.getsitepackages(),
-        *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")),
-    ]
-    return sorted({Path(place).absolute() for place in places} | {Path(place).resolve() for place in places})
-
-
 def outsiders(seen: Visit) -> list[Path]:
     """What was opened and is neither the room's, nor the interpreter's, nor the system's."""
-    allowed = [seen.room, *interpreter(), *map(Path, SYSTEM)]
+    allowed = [seen.room, *confine.interpreter(), *map(Path, SYSTEM)]
     return sorted(path for path in seen.seen.files if not any(_within(path, place) for place in allowed))
 
 
