@@ -120,14 +120,21 @@ def test_a_claim_is_held_against_what_can_be_counted(val: Path, tmp_path: Path) 
     counted = tmp_path / "counted"
     counted.mkdir()
     (counted / "model.bin").write_bytes(b"weights")
+    lines = [
+        "import json, os, pathlib",
+        "os.mkdir('eval')",
+        f"pathlib.Path('eval/metrics.json').write_text(json.dumps({{'val_bpb': {right['bpb']!r}}}))",
+    ]
+    (counted / "train_gpt.py").write_text("\n".join(lines))
     found = []
     for name, claim in (("right", right), ("wrong", wrong)):
         (tmp_path / f"{name}.json").write_text(json.dumps(claim))
-        more = ("--window", "40", "--claim", str(tmp_path / f"{name}.json"), "--artifact", str(counted))
+        more = ("--window", "40", "--claim", str(tmp_path / f"{name}.json"), "--artifact", str(counted), "--run", "train_gpt.py eval")
         found.append(audit(val, tmp_path / name, "scores_only", *more))
     assert [code for code, _ in found] == [0, 1]
     assert {outcomes(found[0][1])[check] for check in ("B6", "B11", "B16", "budget")} == {"pass"}
     assert found[0][1]["conditions"]["metric"] == {"files": "pass", "scorer": "pass"}
+    assert {verdict["name"]: verdict["outcome"] for verdict in found[0][1]["verdicts"]}["runs from the counted files alone"] == "pass"
     assert {check for check, outcome in outcomes(found[1][1]).items() if outcome == "fail"} == {"B11", "budget"}
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import sentencepiece
 
 from stages import bpb, command, shards
-from stages.audit import adapt, catalogue, claims, coverage, disjoint, files, levels, render, round_trip
+from stages.audit import adapt, catalogue, claims, coverage, disjoint, files, levels, render, room, round_trip
 from stages.audit.metamorphic import Variants
 from stages.audit.params import AuditParams
 from stages.audit.pieces import Speller
@@ -45,21 +45,24 @@ class Outside:
     words: tuple[str, ...]
     factory: Callable[..., Any]
     vocab_size: int
+    n_targets: int  # of the whole stream, also where only a part of it is shown
 
-    def scorer(self, n_targets: int, **keywords: Any) -> adapt.Stepping | adapt.Replaying:
+    def scorer(self, **keywords: Any) -> adapt.Stepping | adapt.Replaying:
         """One at the empty prefix."""
-        return adapt.adapt(lambda: self.factory(n_targets, *self.words, **keywords), self.vocab_size)
+        return adapt.adapt(lambda: self.factory(self.n_targets, *self.words, **keywords), self.vocab_size)
 
-    def variants(self, n_targets: int) -> Variants:
+    def factory_of(self, n_targets: int) -> adapt.Stepping | adapt.Replaying:
+        """The same, for those who would say how long their part of the stream is."""
+        return self.scorer()
+
+    def variants(self) -> Variants:
         """Those that the factory has keywords for."""
         keywords = inspect.signature(self.factory).parameters
         hashed = "buckets" in keywords
         return Variants(
-            relabelled=(lambda names: self.scorer(n_targets, permutation=names)) if "permutation" in keywords else None,
-            hashed=(lambda buckets: self.scorer(n_targets, buckets=buckets)) if hashed else None,
-            forgetful=(lambda buckets: self.scorer(n_targets, buckets=buckets, memory_weight=0.0))
-            if hashed and "memory_weight" in keywords
-            else None,
+            relabelled=(lambda names: self.scorer(permutation=names)) if "permutation" in keywords else None,
+            hashed=(lambda buckets: self.scorer(buckets=buckets)) if hashed else None,
+            forgetful=(lambda buckets: self.scorer(buckets=buckets, memory_weight=0.0)) if hashed and "memory_weight" in keywords else None,
         )
 
 
@@ -88,24 +91,24 @@ def audit(arguments: argparse.Namespace) -> list[Verdict]:
     print(f"nonce {nonce.hex()}: the same audit again with --nonce {nonce.hex()}", flush=True)
     claim = claims.read(arguments.claim)
     tokenizer = bpb.load_tokenizer(arguments.tokenizer)
-    outside = _load(arguments.scorer, arguments.artifact, tokenizer.vocab_size())
     stream = _stream(arguments.tokens, tokenizer)
-    scorer = outside.scorer(len(stream.tokens) - 1)
+    outside = _load(arguments.scorer, arguments.artifact, tokenizer.vocab_size(), len(stream.tokens) - 1)
+    scorer = outside.scorer()
     params, shown = _affordable(arguments, scorer, len(stream.tokens))
     part = _cut(stream, shown, tokenizer)
     verdicts, ledger = claims.check(SUBJECT, claim, stream, tokenizer)
-    verdicts += _artifact(arguments.artifact)
+    verdicts += _artifact(arguments.artifact) + _room(arguments, claim)
     if arguments.train is not None:
         verdicts.append(_passages(arguments, tokenizer))
     if ledger is None:
-        ledger = np.asarray(outside.scorer(shown - 1).score_stream(part.tokens), dtype=np.float32)
+        ledger = np.asarray(outside.scorer().score_stream(part.tokens), dtype=np.float32)
     key = hashlib.sha256(nonce + _hash(arguments)).digest()
     verdicts += _tried(arguments, outside, part, ledger[: shown - 1], params, key, is_part=shown < len(stream.tokens))
     if scorer.predicts and not convicted(verdicts):
         count = min(levels.LEVELS[arguments.level].decoded, shown - 1)
         recipe = Recipe(outside.spec, outside.words)
         tolerance = params.loss_tolerance
-        verdicts.append(round_trip.check_round_trip(SUBJECT, outside.scorer, recipe, part.tokens, 1, count, ledger[: shown - 1], tolerance))
+        verdicts.append(round_trip.check_round_trip(SUBJECT, outside.factory_of, recipe, stream.tokens, 1, count, ledger, tolerance))
     verdicts = catalogue.complete(verdicts, [SUBJECT], _reasons(shown, len(stream.tokens), convicted(verdicts)))
     declared = {
         "scorer": arguments.scorer,
@@ -127,8 +130,7 @@ def _tried(
     claim = Claim(ledger, None, None, (params.loss_tolerance, params.mean_tolerance))
     edges = Edges(window=arguments.window, chunk=arguments.chunk)
     report = Report(is_main=not arguments.quiet)
-    variants = outside.variants(len(part.tokens) - 1)
-    found = audit_scorer(SUBJECT, outside.scorer, part, claim, edges, key, params, report, variants)
+    found = audit_scorer(SUBJECT, outside.factory_of, part, claim, edges, key, params, report, outside.variants())
     dropped = {"reported bits per byte", *(["coverage"] if is_part else [])}
     return [verdict for verdict in found if verdict.name not in dropped or (verdict.name == "coverage" and verdict.outcome == "fail")]
 
@@ -194,7 +196,20 @@ def _artifact(folder: Path | None) -> list[Verdict]:
     return [files.check_sizes({str(path.relative_to(folder)): path.stat().st_size for path in _files(folder)}, CAP)]
 
 
-def _load(spec: str, artifact: Path | None, vocab_size: int) -> Outside:
+def _room(arguments: argparse.Namespace, claim: dict[str, Any]) -> list[Verdict]:
+    """B14, where it is said how the counted files score: they get the stream and the tokenizer, and nothing else."""
+    if arguments.run is None:
+        return []
+    if arguments.artifact is None or "bpb" not in claim:
+        raise ValueError("--run needs the counted files (--artifact) and the number that they claim (`bpb` in --claim)")
+    counted = {str(path.relative_to(arguments.artifact)): path for path in _files(arguments.artifact)}
+    data = {f"data/val/{path.name}": path for path in _files(arguments.tokens)} | {"data/tokenizer.model": arguments.tokenizer}
+    seen = room.visit(room.Artifact(counted, data, tuple(arguments.run.split())), covered=[Path.cwd()])
+    budget = float(claim.get("budget_seconds", claims.BUDGET_SECONDS))
+    return room.check_clean_room(seen, room.Claim(arguments.metric, float(claim["bpb"]), budget))
+
+
+def _load(spec: str, artifact: Path | None, vocab_size: int, n_targets: int) -> Outside:
     module_name, separator, name = spec.partition(":")
     if not separator:
         raise ValueError(f"--scorer {spec}: expected module:factory")
@@ -206,7 +221,7 @@ def _load(spec: str, artifact: Path | None, vocab_size: int) -> Outside:
         raise ValueError(f"--scorer {spec}: {module_name} has no function {name}")
     if artifact is not None and not artifact.is_dir():
         raise ValueError(f"--artifact {artifact}: expected a folder, the counted files in it")
-    return Outside(spec, () if artifact is None else (str(artifact.absolute()),), factory, vocab_size)
+    return Outside(spec, () if artifact is None else (str(artifact.absolute()),), factory, vocab_size, n_targets)
 
 
 def _files(path: Path) -> list[Path]:
@@ -248,6 +263,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--artifact", type=Path, metavar="DIR", help="the counted files")
     parser.add_argument("--claim", type=Path, metavar="FILE", help="JSON: what is claimed (docs/audit.md)")
     parser.add_argument("--train", type=Path, metavar="DIR", help="training shards, in which no passage of the stream may stand")
+    parser.add_argument("--run", metavar="WORDS", help='how the counted files score in a clean room, as in "train_gpt.py eval"')
+    parser.add_argument("--metric", default="val_bpb", metavar="KEY", help="their number in eval/metrics.json")
     parser.add_argument("--level", choices=tuple(levels.LEVELS), default="quick", help="how hard to look")
     parser.add_argument("--targets", type=int, metavar="N", help="targets that the scorer is asked for at most; default: the level's")
     parser.add_argument("--window", type=int, default=256, metavar="N", help="targets that one window of the scorer adds")
