@@ -73,12 +73,12 @@ def main(run: command.Run[Params]) -> None:
         if run.params.audit.clean_room and run.is_main:
             verdicts += visit_room(run.params, paths, here)
     verdicts = catalogue.complete(verdicts, list(BUDGETED), REASONS)
-    declared = {
+    declared: dict[str, Any] = {
         "targets": len(stream.tokens) - 1,
         "bytes": int(stream.target_bytes.sum()),
         "share that scorers with chunks were led over": run.params.audit.trained_share,
+        "positions' key": key.hex(),
     }
-    declared["positions' key"] = key.hex()
     guilty = convicted(verdicts)
     names = FAILED if guilty else ("report.json", "report.md")
     folder = ".." if guilty else "."
