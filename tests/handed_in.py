@@ -39,6 +39,28 @@ TEXT = [
 ]
 CODE = b"print('hello')\n" * 20
 CLAIM = SubmissionParams("ttt_eval", "An Author", "author", "A name", "non-record-16mb", "What it is.")
+AUDIT = AuditParams(
+    perturbations=20,
+    segment_targets=64,
+    recomputed_share=0.1,
+    trained_share=1.0,
+    graph_documents=4,
+    handed_stretches=2,
+    canary_targets=32,
+    sampled_targets=16,
+    canary_bits=64.0,
+    distributions=16,
+    substitutions=16,
+    decoded_targets=0,
+    shingle_rate=0,
+    clean_room=False,
+    loss_tolerance=1e-3,
+    mean_tolerance=1e-4,
+    bfloat16_loss_tolerance=0.5,
+    bfloat16_mean_tolerance=1e-3,
+    sum_tolerance=1e-6,
+    evaluation_budget_seconds=600.0,
+)
 PARAMS = Params(
     seed=42,
     parallel=factories.PARALLEL,
@@ -50,7 +72,7 @@ PARAMS = Params(
     sliding_eval=SlidingEvalParams(16, 4, 4, 32),
     ttt_eval=replace(factories.TTT, epochs=1, lr=0.01),
     bundle=BundleParams(11),
-    audit=AuditParams(20, 64, 0.1, 16, 16, 1e-3, 1e-4, 0.5, 1e-3, 1e-6, 600.0),
+    audit=AUDIT,
     submission=CLAIM,
 )
 TIMING = {

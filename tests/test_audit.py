@@ -5,7 +5,6 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from stages import bpb, command, ledger, shards
+from stages import bpb, command, shards
 from stages.audit import __main__ as stage
 from stages.audit import coverage, files, positions, render, walk
-from stages.audit.params import AuditParams
-from stages.audit.verb import Claim, Stream, audit_scorer
 from stages.audit.verdict import Verdict, convicted, reason
 from stages.calibrate.hessians import hessian_name
 from stages.pack import artifact, roles
@@ -27,55 +24,9 @@ from stages.scorer import Scorer
 from stages.sliding_eval import __main__ as sliding_stage
 from stages.tokenize import disjoint, tokenizer
 from stages.ttt_eval import __main__ as ttt_stage
-from tests import cheats, factories
-
-PARAMS = AuditParams(
-    perturbations=21,
-    segment_targets=64,
-    recomputed_share=0.1,
-    distributions=16,
-    substitutions=cheats.VOCAB,
-    loss_tolerance=1e-4,
-    bfloat16_loss_tolerance=0.5,
-    bfloat16_mean_tolerance=1e-3,
-    mean_tolerance=1e-6,
-    sum_tolerance=1e-5,
-    evaluation_budget_seconds=600.0,
-)
-KEY = hashlib.sha256(b"an artifact").digest()
-EDGES = positions.Edges(window=16, chunk=512)
-TOKENS = cheats.stream()
-BYTES = (TOKENS[1:] != cheats.BOS).astype(np.int64)
-CHUNK = 500
-
-
-def counted(tokens: np.ndarray = TOKENS) -> coverage.DocumentBytes:
-    per_document = np.array([len(document) - 1 for document in shards.documents(tokens, cheats.BOS)])
-    return coverage.DocumentBytes(per_document, np.zeros(len(per_document), dtype=bool))
-
-
-def chunk_table(nll: np.ndarray, tmp_path: Path) -> str:
-    ledger.write_chunks(tmp_path / "chunks.tsv", nll, BYTES, CHUNK)
-    return (tmp_path / "chunks.tsv").read_text()
-
-
-def audit(
-    scorer: type[cheats.Bigram],
-    tmp_path: Path,
-    edit: Callable[[np.ndarray], np.ndarray] = lambda nll: nll,
-    params: AuditParams = PARAMS,
-    key: bytes = KEY,
-) -> list[Verdict]:
-    """All verdicts on a scorer whose ledger is its own run over the whole stream, edited."""
-    nll = edit(scorer(len(TOKENS) - 1).score_stream(TOKENS))
-    whole = nll if len(nll) == len(BYTES) else np.resize(nll, len(BYTES))
-    claim = Claim(nll, chunk_table(whole, tmp_path), bpb.bits_per_byte(whole, BYTES), (1e-4, 1e-6))
-    stream = Stream(TOKENS, cheats.BOS, BYTES, counted())
-    return audit_scorer(scorer.__name__, scorer, stream, claim, EDGES, key, params, Report(is_main=False))
-
-
-def failed(verdicts: list[Verdict]) -> set[str]:
-    return {f"{verdict.check} {verdict.name}" for verdict in convicted(verdicts)}
+from tests import factories
+from tests.zoo import causal, lawful, mass
+from tests.zoo.court import BYTES, EDGES, KEY, PARAMS, TOKENS, audit, chunk_table, counted, failed
 
 
 def by_name(verdicts: list[Verdict], name: str) -> Verdict:
@@ -84,12 +35,12 @@ def by_name(verdicts: list[Verdict], name: str) -> Verdict:
 
 @pytest.mark.parametrize("run", range(10))
 def test_the_lawful_scorer_passes_everything(run: int, tmp_path: Path) -> None:
-    verdicts = audit(cheats.Bigram, tmp_path, key=bytes([run]))
+    verdicts = audit(lawful.Bigram, tmp_path, key=bytes([run]))
     assert {verdict.outcome for verdict in verdicts} == {"pass"}, [reason(verdict) for verdict in convicted(verdicts)]
 
 
 def test_looking_one_token_ahead_is_convicted_by_perturbation(tmp_path: Path) -> None:
-    verdicts = audit(cheats.LookAhead, tmp_path)
+    verdicts = audit(causal.LookAhead, tmp_path)
     assert {"B1 future perturbation", "B3 counterfactual sum", "B4 ledger equals commitment"} <= failed(verdicts)
     moved = by_name(verdicts, "future perturbation")
     assert moved.positions
@@ -98,44 +49,44 @@ def test_looking_one_token_ahead_is_convicted_by_perturbation(tmp_path: Path) ->
 
 
 def test_a_second_pass_is_convicted_by_perturbation_and_by_the_ledger(tmp_path: Path) -> None:
-    assert {"B1 future perturbation", "B1 ledger without the future"} <= failed(audit(cheats.SecondPass, tmp_path))
+    assert {"B1 future perturbation", "B1 ledger without the future"} <= failed(audit(causal.SecondPass, tmp_path))
 
 
 def test_a_gate_that_knows_the_target_is_convicted_by_the_counterfactual_sum(tmp_path: Path) -> None:
-    verdicts = audit(cheats.TargetGate, tmp_path)
+    verdicts = audit(mass.TargetGate, tmp_path)
     assert "B3 counterfactual sum" in failed(verdicts)
     assert "B1 future perturbation" not in failed(verdicts)
     assert float(by_name(verdicts, "counterfactual sum").saw) > 1.01
 
 
 def test_updating_before_scoring_is_convicted_by_the_counterfactual_sum(tmp_path: Path) -> None:
-    assert "B3 counterfactual sum" in failed(audit(cheats.UpdateFirst, tmp_path))
+    assert "B3 counterfactual sum" in failed(audit(causal.UpdateFirst, tmp_path))
 
 
 def test_probabilities_that_do_not_sum_to_one_are_convicted(tmp_path: Path) -> None:
-    verdicts = audit(cheats.HashedBuckets, tmp_path)
-    assert failed(verdicts) == {"B3 committed distribution sums to one"}
+    verdicts = audit(mass.HashedBuckets, tmp_path)
+    assert failed(verdicts) == {"B3 committed distribution sums to one", "B8 self-sampled canary"}
     assert float(by_name(verdicts, "committed distribution sums to one").saw) == pytest.approx(math.log(2))
 
 
 def test_knowing_where_the_document_ends_is_convicted_by_perturbation(tmp_path: Path) -> None:
-    assert "B1 future perturbation" in failed(audit(cheats.DocumentLength, tmp_path))
+    assert "B1 future perturbation" in failed(audit(causal.DocumentLength, tmp_path))
 
 
 def test_a_dropped_tail_is_convicted_by_coverage(tmp_path: Path) -> None:
-    assert {"B6 coverage", "B6 protocol"} <= failed(audit(cheats.DroppedTail, tmp_path))
-    assert failed(audit(cheats.Bigram, tmp_path, edit=lambda nll: nll[:-5])) == {"B6 coverage"}
+    assert {"B6 coverage", "B6 protocol"} <= failed(audit(causal.DroppedTail, tmp_path))
+    assert failed(audit(lawful.Bigram, tmp_path, edit=lambda nll: nll[:-5])) == {"B6 coverage"}
 
 
 def test_scoring_a_subset_is_convicted_by_the_commitment(tmp_path: Path) -> None:
     # This key happens to draw odd places only (once in 2^15 keys), where this cheat is honest and substitution sees nothing: that is why a
     # place commits to a run of targets.
     assert {place % 2 for place in positions.distribution_positions(KEY, len(TOKENS), PARAMS.distributions)} == {1}
-    assert "B4 ledger equals commitment" in failed(audit(cheats.Subset, tmp_path))
+    assert "B4 ledger equals commitment" in failed(audit(causal.Subset, tmp_path))
 
 
 def test_missing_losses_are_convicted_by_coverage(tmp_path: Path) -> None:
-    nll = cheats.Bigram(len(BYTES)).score_stream(TOKENS)
+    nll = lawful.Bigram(len(BYTES)).score_stream(TOKENS)
     for bad in (np.nan, np.inf, -1.0):
         edited = nll.copy()
         edited[100] = bad
@@ -144,23 +95,23 @@ def test_missing_losses_are_convicted_by_coverage(tmp_path: Path) -> None:
 
 
 def test_learning_from_the_whole_stream_is_convicted_by_recomputation_alone(tmp_path: Path) -> None:
-    assert failed(audit(cheats.PeekAtStream, tmp_path)) == {"B1 ledger without the future", "B4 ledger equals commitment"}
+    assert failed(audit(causal.PeekAtStream, tmp_path)) == {"B1 ledger without the future", "B4 ledger equals commitment"}
 
 
 def test_a_fork_that_shares_state_is_convicted(tmp_path: Path) -> None:
-    assert "B2 own-token independence" in failed(audit(cheats.SharedState, tmp_path))
+    assert "B2 own-token independence" in failed(audit(causal.SharedState, tmp_path))
 
 
 def test_a_prediction_that_changes_when_it_is_read_is_convicted(tmp_path: Path) -> None:
-    assert "B2 own-token independence" in failed(audit(cheats.LooksChange, tmp_path))
+    assert "B2 own-token independence" in failed(audit(causal.LooksChange, tmp_path))
 
 
 def test_an_edited_ledger_is_convicted(tmp_path: Path) -> None:
     assert {"B1 ledger without the future", "B4 ledger equals commitment"} <= failed(
-        audit(cheats.Bigram, tmp_path, edit=lambda nll: nll * np.float32(0.99))
+        audit(lawful.Bigram, tmp_path, edit=lambda nll: nll * np.float32(0.99))
     )
     # a little everywhere, below what one loss may differ by: the mean shows it
-    assert failed(audit(cheats.Bigram, tmp_path, edit=lambda nll: nll - np.float32(5e-5))) == {"B1 ledger without the future"}
+    assert failed(audit(lawful.Bigram, tmp_path, edit=lambda nll: nll - np.float32(5e-5))) == {"B1 ledger without the future"}
 
 
 def test_a_single_edited_loss_is_found_when_every_target_is_recomputed(tmp_path: Path) -> None:
@@ -169,25 +120,19 @@ def test_a_single_edited_loss_is_found_when_every_target_is_recomputed(tmp_path:
         edited[1717] = 0.0
         return edited
 
-    verdicts = audit(cheats.Bigram, tmp_path, edit=one, params=dataclasses.replace(PARAMS, recomputed_share=1.0))
+    verdicts = audit(lawful.Bigram, tmp_path, edit=one, params=dataclasses.replace(PARAMS, recomputed_share=1.0))
     assert failed(verdicts) == {"B1 ledger without the future"}
     assert by_name(verdicts, "ledger without the future").positions == (1718,)
 
 
-def test_every_cheat_is_convicted_and_none_by_luck_of_the_positions(tmp_path: Path) -> None:
-    for scorer in cheats.UNLAWFUL:
-        for run in range(3):
-            assert failed(audit(scorer, tmp_path, key=bytes([run]))), scorer.__name__
-
-
 def test_sampled_substitution_convicts_a_target_gate(tmp_path: Path) -> None:
     sampled = dataclasses.replace(PARAMS, substitutions=8)
-    assert "B3 counterfactual sum" in failed(audit(cheats.TargetGate, tmp_path, params=sampled))
-    assert not failed(audit(cheats.Bigram, tmp_path, params=sampled))
+    assert "B3 counterfactual sum" in failed(audit(mass.TargetGate, tmp_path, params=sampled))
+    assert not failed(audit(lawful.Bigram, tmp_path, params=sampled))
 
 
 def test_a_reported_number_must_follow_from_the_ledger() -> None:
-    nll = cheats.Bigram(len(BYTES)).score_stream(TOKENS)
+    nll = lawful.Bigram(len(BYTES)).score_stream(TOKENS)
     right = bpb.bits_per_byte(nll, BYTES)
     assert coverage.check_reported("x", nll, right, counted()).outcome == "pass"
     assert coverage.check_reported("x", nll, right * (1 - 1e-9), counted()).outcome == "fail"
@@ -196,7 +141,7 @@ def test_a_reported_number_must_follow_from_the_ledger() -> None:
 
 
 def test_a_chunk_table_must_cover_every_target_once(tmp_path: Path) -> None:
-    nll = cheats.Bigram(len(BYTES)).score_stream(TOKENS)
+    nll = lawful.Bigram(len(BYTES)).score_stream(TOKENS)
     table = chunk_table(nll, tmp_path)
     lines = table.splitlines()
     assert coverage.check_chunks("x", table, nll, BYTES).outcome == "pass"
@@ -234,9 +179,9 @@ def test_sizes_and_clocks_over_budget_fail_and_passing_verdicts_hold_no_time() -
 
 
 def test_a_val_document_in_train_is_found() -> None:
-    val = files.document_hashes(TOKENS, cheats.BOS)
-    train = np.sort(files.document_hashes(cheats.stream(seed=9), cheats.BOS))
-    first = next(shards.documents(TOKENS, cheats.BOS))
+    val = files.document_hashes(TOKENS, lawful.BOS)
+    train = np.sort(files.document_hashes(lawful.stream(seed=9), lawful.BOS))
+    first = next(shards.documents(TOKENS, lawful.BOS))
     assert val[0].tobytes() == hashlib.sha256(first.astype("<u2").tobytes()).digest()[:8]
     both = np.concatenate([train, np.sort(val)])
     assert files.check_disjoint(val, both, len(train), len(val)).outcome == "pass"
@@ -249,21 +194,21 @@ def test_a_val_document_in_train_is_found() -> None:
 
 
 def test_positions_follow_from_the_key_and_reach_every_kind_of_edge() -> None:
-    groups = positions.perturbation_groups(KEY, TOKENS, cheats.BOS, EDGES, 20, 64)
-    again = positions.perturbation_groups(KEY, TOKENS, cheats.BOS, EDGES, 20, 64)
-    other = positions.perturbation_groups(b"other", TOKENS, cheats.BOS, EDGES, 20, 64)
+    groups = positions.perturbation_groups(KEY, TOKENS, lawful.BOS, EDGES, 20, 64)
+    again = positions.perturbation_groups(KEY, TOKENS, lawful.BOS, EDGES, 20, 64)
+    other = positions.perturbation_groups(b"other", TOKENS, lawful.BOS, EDGES, 20, 64)
     assert groups == again != other
     assert {group.kind for group in groups} == {"chunk", "window", "document", "random"}
-    assert sum(len(group.positions) for group in groups) >= 20
+    assert sum(len(group.positions) for group in groups) == 6 * 3 + 1
     for group in groups:
         assert group.start >= 1
         assert group.stop <= len(TOKENS)
         assert group.stop - group.start == 64
         assert all(group.start <= position < group.stop - 1 for position in group.positions)
-    edge = next(group for group in groups if group.kind == "chunk").positions[1]
-    assert (edge - 1) % 512 == 0
+    (edge,) = next(group for group in groups if group.kind == "chunk").positions
+    assert (edge - 1) % 512 in (511, 0, 1)
     document = next(group for group in groups if group.kind == "document").positions[1]
-    assert TOKENS[document] == cheats.BOS
+    assert TOKENS[document] == lawful.BOS
     places = positions.distribution_positions(KEY, len(TOKENS), 16)
     assert len(places) == 16
     assert sum(place > 0.75 * len(TOKENS) for place in places) >= 8
@@ -274,11 +219,11 @@ def test_positions_follow_from_the_key_and_reach_every_kind_of_edge() -> None:
 
 def test_a_short_stream_can_be_audited_and_a_shorter_one_is_refused() -> None:
     for length in range(9, 40):
-        groups = positions.perturbation_groups(KEY, TOKENS[:length], cheats.BOS, EDGES, 20, 64)
+        groups = positions.perturbation_groups(KEY, TOKENS[:length], lawful.BOS, EDGES, 20, 64)
         assert all(group.start >= 1 and group.stop <= length for group in groups)
         assert all(1 <= place < length for place in positions.distribution_positions(KEY, length, 16))
     with pytest.raises(ValueError, match="needs at least"):
-        positions.perturbation_groups(KEY, TOKENS[:8], cheats.BOS, EDGES, 20, 64)
+        positions.perturbation_groups(KEY, TOKENS[:8], lawful.BOS, EDGES, 20, 64)
 
 
 def test_a_walk_recomputes_what_it_is_asked_to_and_shows_probes_no_more_than_the_prefix() -> None:
@@ -287,22 +232,22 @@ def test_a_walk_recomputes_what_it_is_asked_to_and_shows_probes_no_more_than_the
         start: int
 
         def run(self, scorer: Scorer, tokens: np.ndarray) -> tuple[int, int | None]:
-            assert isinstance(scorer, cheats.Bigram)
+            assert isinstance(scorer, lawful.Bigram)
             return scorer.seen, scorer.last
 
-    whole = cheats.Bigram(len(BYTES)).score_stream(TOKENS)
-    losses, found = walk.walk(cheats.Bigram(len(BYTES)), TOKENS, [Where(900), Where(7), Where(7)], [(5, 50), (60, 61)], segment=16)
+    whole = lawful.Bigram(len(BYTES)).score_stream(TOKENS)
+    losses, found = walk.walk(lawful.Bigram(len(BYTES)), TOKENS, [Where(900), Where(7), Where(7)], [(5, 50), (60, 61)], segment=16)
     assert found == [(900, TOKENS[899]), (7, TOKENS[6]), (7, TOKENS[6])]
     held = ~np.isnan(losses)
     assert np.array_equal(np.flatnonzero(held), [*range(4, 49), 59])
     assert np.array_equal(losses[held], whole[held])
-    complete, _ = walk.walk(cheats.Bigram(len(BYTES)), TOKENS, [Where(900)], [(1, len(TOKENS))], segment=64)
+    complete, _ = walk.walk(lawful.Bigram(len(BYTES)), TOKENS, [Where(900)], [(1, len(TOKENS))], segment=64)
     assert np.array_equal(complete, whole)
 
 
 def test_the_report_repeats_and_reads(tmp_path: Path) -> None:
-    verdicts = [*audit(cheats.TargetGate, tmp_path), files.check_sizes({"model.bin": 1}, 2)]
-    again = [*audit(cheats.TargetGate, tmp_path), files.check_sizes({"model.bin": 1}, 2)]
+    verdicts = [*audit(mass.TargetGate, tmp_path), files.check_sizes({"model.bin": 1}, 2)]
+    again = [*audit(mass.TargetGate, tmp_path), files.check_sizes({"model.bin": 1}, 2)]
     declared = {"targets": len(BYTES)}
     text = render.as_markdown(verdicts, declared)
     assert text == render.as_markdown(again, declared)
@@ -340,7 +285,9 @@ SECTIONS: dict[str, Any] = {
     },
     "sliding_eval": {"window": 16, "stride": 4, "batch_windows": 8, "chunk": 128},
     "ttt_eval": dataclasses.asdict(dataclasses.replace(factories.TTT, chunk=256, epochs=1, batch_tokens=64, lr=0.01)),
-    "audit": dataclasses.asdict(PARAMS) | {"segment_targets": 24, "substitutions": 6},
+    "audit": dataclasses.asdict(PARAMS)
+    | {"perturbations": 12, "segment_targets": 24, "recomputed_share": 0.05, "distributions": 4, "substitutions": 6}
+    | {"canary_targets": 24, "sampled_targets": 4, "handed_stretches": 1, "graph_documents": 3},
 }
 
 
@@ -370,6 +317,7 @@ def made_artifacts(folder: Path, sections: dict[str, Any]) -> list[str]:
     for name in ("train_timing", "calibrate_timing"):
         (folder / f"{name}.json").write_text(json.dumps({"training_seconds": 5.0}))
     arguments = [f"--{name}={folder / name}" for name in ("val", "sliding", "ttt")]
+    arguments.append(f"--train={folder / 'train'}")
     files_ = ("model.bin", "tokenizer.model", "documents.u64", "manifest.json", "train_timing.json", "calibrate_timing.json")
     arguments += [f"--{name.partition('.')[0].replace('_', '-')}={folder / name}" for name in files_]
     common = [f"--{name.partition('.')[0]}={folder / name}" for name in ("model.bin", "tokenizer.model")] + [f"--val={folder / 'val'}"]
@@ -380,22 +328,35 @@ def made_artifacts(folder: Path, sections: dict[str, Any]) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", ["sgd", "lora"])
-def test_the_stage_passes_twice_alike_and_fails_with_one_line_and_a_report(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
-) -> None:
+def test_the_stage_passes_and_twice_alike(tmp_path: Path, kind: str) -> None:
     sections = SECTIONS | {"ttt_eval": SECTIONS["ttt_eval"] | {"kind": kind, "lora": SECTIONS["ttt_eval"]["lora"] | {"lr": 0.001}}}
     arguments = made_artifacts(tmp_path, sections)
     reports = []
-    for name in ("a", "b"):
+    for name in ("a", "b") if kind == "sgd" else ("a",):
         command.launch(stage.STAGE, stage.main, [*arguments, f"--output={tmp_path / name}"], sections)
         reports.append([(tmp_path / name / file).read_bytes() for file in stage.STAGE.writes])
-    assert reports[0] == reports[1]
+    assert reports[0] == reports[-1]
     metrics = json.loads(reports[0][2])
-    assert (metrics["audit_passed"], metrics["audit_fail"], metrics["audit_cannot_tell"]) == (1, 0, 0)
-    assert {verdict["subject"] for verdict in json.loads(reports[0][0])["verdicts"]} == {"files", "sliding_eval", "ttt_eval"}
+    assert (metrics["audit_passed"], metrics["audit_fail"]) == (1, 0)
+    report = json.loads(reports[0][0])
+    assert {verdict["subject"] for verdict in report["verdicts"]} == {"files", "sliding_eval", "ttt_eval"}
+    unknown = {verdict["check"] for verdict in report["verdicts"] if verdict["outcome"] == "cannot tell"}
+    assert unknown == {"B12", "B14", "B16"}
+    assert {report["conditions"][key]["ttt_eval"] for key in ("C1", "C2", "C3", "C4", "metric", "budget")} == {"pass"}
+    assert report["conditions"]["clean room"] == {"files": "cannot tell"}
 
+
+def test_a_false_ledger_is_one_line_and_a_report_and_no_decoder_or_room_bears_it_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sections = SECTIONS | {"audit": SECTIONS["audit"] | {"decoded_targets": 8, "clean_room": True}}
+    arguments = made_artifacts(tmp_path, sections)
+    claimed = {f"{name}_bpb": json.loads((tmp_path / name / "metrics.json").read_text())[f"{name}_bpb"] for name in ("sliding", "ttt")}
+    claimed["ttt_bpb"] += 0.01
+    lines = ["import json, pathlib", "pathlib.Path('eval').mkdir()", f"pathlib.Path('eval/metrics.json').write_text(json.dumps({claimed}))"]
+    (tmp_path / "train_gpt.py").write_text("\n".join(lines))
     nll = np.load(tmp_path / "ttt" / "nll.npy")
-    np.save(tmp_path / "ttt" / "nll.npy", nll * np.float32(0.9))
+    np.save(tmp_path / "ttt" / "nll.npy", nll * np.float32(0.5))
     capsys.readouterr()
     output = tmp_path / "failed"
     with pytest.raises(SystemExit) as ended:
@@ -406,3 +367,9 @@ def test_the_stage_passes_twice_alike_and_fails_with_one_line_and_a_report(
     assert errors[0].startswith("error: audit: ttt_eval fails B6 (reported bits per byte)")
     assert sorted(path.name for path in output.iterdir()) == sorted(stage.FAILED)
     assert "**fail**" in (output / "failed-report.md").read_text()
+    verdicts = {
+        (verdict["subject"], verdict["check"], verdict["name"]): verdict["outcome"]
+        for verdict in json.loads((output / "failed-report.json").read_text())["verdicts"]
+    }
+    for check in (("B12", "decoder round trip"), ("B14", "runs from the counted files alone")):
+        assert (verdicts["sliding_eval", *check], verdicts["ttt_eval", *check]) == ("pass", "fail")

@@ -12,7 +12,7 @@ from benchmarks import _ppm, _trie, byte_ppm
 from stages import bpb, shards
 from stages.sliding_eval.evaluate import open_stream
 from stages.tokenize import tokenizer
-from tests import cheats
+from tests.zoo import lawful
 
 TEXTS = [f"Document {i} says that {i * i} is the square of {i}, and that caf\u00e9 costs {i % 7}.\n" * 2 for i in range(60)]
 
@@ -102,7 +102,7 @@ def test_weight_one_on_the_network_is_the_network() -> None:
     np.testing.assert_array_equal(gated != plain, (nats < 0.277) & (gated != plain))
 
 
-class Uniform(cheats.Bigram):
+class Uniform(lawful.Bigram):
     """A lawful network that knows nothing."""
 
     def predict(self) -> np.ndarray:

@@ -19,15 +19,16 @@ from stages.ttt_eval.hints import AGREES, LENGTHS, MOST_HITS, MOST_MISSES, NO_HI
 from stages.ttt_eval.lora import LoRAScorer
 from stages.ttt_eval.scorer import TTTScorer
 from stages.ttt_eval.tilt import TiltScorer, scorer_for
-from tests import cheats, factories
+from tests import factories
 from tests.factories import TINY, TTT, random_model, world
-from tests.test_audit import PARAMS
 from tests.test_ttt_eval import SLIDING
+from tests.zoo import lawful
+from tests.zoo.court import PARAMS
 
 RATE = 0.05
 
 
-class HintedBigram(cheats.Bigram):
+class HintedBigram(lawful.Bigram):
     """A cheap scorer to tilt: it adapts, and its distributions are exact."""
 
     warm_up_targets = 0
@@ -45,15 +46,15 @@ class HintedBigram(cheats.Bigram):
         return np.array(rows, dtype=np.float32).reshape(-1, 2).T
 
 
-def stream(count: int, vocab: int = cheats.VOCAB, seed: int = 0) -> np.ndarray:
+def stream(count: int, vocab: int = lawful.VOCAB, seed: int = 0) -> np.ndarray:
     """Random tokens in which phrases return: what a pair of tokens does not tell, a longer context does."""
     generator = np.random.Generator(np.random.PCG64(seed))
     phrases = generator.integers(4, vocab, (12, 24))
-    parts: list[np.ndarray] = [np.array([cheats.BOS])]
+    parts: list[np.ndarray] = [np.array([lawful.BOS])]
     while sum(map(len, parts)) < count:
         parts.append(phrases[generator.integers(12)] if generator.random() < 0.5 else generator.integers(4, vocab, 8))
         if generator.random() < 0.1:
-            parts.append(np.array([cheats.BOS]))
+            parts.append(np.array([lawful.BOS]))
     return np.concatenate(parts)[:count].astype(np.uint16)
 
 
@@ -137,10 +138,10 @@ def test_it_learns_what_pairs_do_not_tell() -> None:
 
 def test_noise_cannot_be_beaten() -> None:
     """The canary bound: on n uniform tokens of V, no lawful scorer is better than n log2 V - 64 bits, but once in 2^64 streams."""
-    tokens = np.random.Generator(np.random.PCG64(3)).integers(0, cheats.VOCAB, 20_000).astype(np.uint16)
+    tokens = np.random.Generator(np.random.PCG64(3)).integers(0, lawful.VOCAB, 20_000).astype(np.uint16)
     bits = tilted(len(tokens) - 1).score_stream(tokens).sum(dtype=np.float64) / math.log(2)
     plain = HintedBigram(0).score_stream(tokens).sum(dtype=np.float64) / math.log(2)
-    assert (len(tokens) - 1) * math.log2(cheats.VOCAB) - 64 < bits < plain + 0.005 * len(tokens)
+    assert (len(tokens) - 1) * math.log2(lawful.VOCAB) - 64 < bits < plain + 0.005 * len(tokens)
 
 
 def test_distributions_sum_to_one_late_in_a_long_stream_and_are_what_is_scored() -> None:
@@ -155,7 +156,7 @@ def test_distributions_sum_to_one_late_in_a_long_stream_and_are_what_is_scored()
         assert abs(np.exp(law).sum() - 1) < 1e-9
         moved += np.abs(law - scorer.scorer.predict()).max() > 1e-3
         # The counterfactual sum: what `score_stream` would have charged for each id in this place (float32).
-        charged = [scorer.fork().score_stream(np.array([token], dtype=np.uint16))[0] for token in range(cheats.VOCAB)]
+        charged = [scorer.fork().score_stream(np.array([token], dtype=np.uint16))[0] for token in range(lawful.VOCAB)]
         np.testing.assert_allclose(charged, -law, atol=1e-5)
         assert abs(np.exp(-np.array(charged, dtype=np.float64)).sum() - 1) < 1e-6
     assert moved >= 20
@@ -182,7 +183,7 @@ def test_scores_come_before_updates() -> None:
     base = tilted(1999).score_stream(tokens)
     for position in (300, 700, 701, 1500, 1999):
         changed = tokens.copy()
-        changed[position] = (changed[position] + 5) % cheats.VOCAB
+        changed[position] = (changed[position] + 5) % lawful.VOCAB
         scores = tilted(1999).score_stream(changed)
         np.testing.assert_array_equal(scores[: position - 1], base[: position - 1])
         assert scores[position - 1] != base[position - 1]
@@ -206,8 +207,8 @@ def test_forks_are_independent_in_both_directions() -> None:
 @pytest.mark.parametrize(("kind", "rate"), [("sgd", RATE), ("lora", RATE)])
 def test_the_audit_passes_adaptive_scorers(tmp_path_factory: pytest.TempPathFactory, kind: Literal["sgd", "lora"], rate: float) -> None:
     tokens = stream(600, TINY.vocab_size)
-    counted = (tokens[1:] != cheats.BOS).astype(np.int64)
-    per_document = np.array([len(document) - 1 for document in shards.documents(tokens, cheats.BOS)])
+    counted = (tokens[1:] != lawful.BOS).astype(np.int64)
+    per_document = np.array([len(document) - 1 for document in shards.documents(tokens, lawful.BOS)])
     params = dataclasses.replace(TTT, kind=kind, tilt_rate=rate, chunk=128, lora=dataclasses.replace(TTT.lora, lr=0.001, documents=40))
     model = random_model(6)
     nll = scorer_for(model, SLIDING, params, world(), len(tokens) - 1).score_stream(tokens)
@@ -216,7 +217,7 @@ def test_the_audit_passes_adaptive_scorers(tmp_path_factory: pytest.TempPathFact
     verdicts = audit_scorer(
         f"{kind}, tilt {rate}",
         lambda n_targets: scorer_for(model, SLIDING, params, world(), n_targets),
-        Stream(tokens, cheats.BOS, counted, coverage.DocumentBytes(per_document, np.zeros(len(per_document), dtype=bool))),
+        Stream(tokens, lawful.BOS, counted, coverage.DocumentBytes(per_document, np.zeros(len(per_document), dtype=bool))),
         Claim(nll, table.read_text(), bpb.bits_per_byte(nll, counted), (1e-4, 1e-6)),
         positions.Edges(window=SLIDING.stride, chunk=128),
         hashlib.sha256(b"tilt").digest(),

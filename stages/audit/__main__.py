@@ -1,5 +1,7 @@
 """audit: prove or refute, on this run, that the scores are lawful and the number is right.
 
+With --scorer it is the audit of somebody else's (outside.py, docs/audit.md).
+
 A failed audit exits with 1 and one line. Its report is no output of the stage (a pipeline must not go on from it) but is kept for a person
 as failed-report.md and failed-report.json in the output folder, until the next audit starts.
 """
@@ -7,6 +9,7 @@ as failed-report.md and failed-report.json in the output folder, until the next 
 import dataclasses
 import hashlib
 import json
+import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,15 +18,15 @@ from typing import Any
 import numpy as np
 
 from stages import bpb, command, shards
-from stages.audit import coverage, files, render
+from stages.audit import catalogue, coverage, disjoint, files, outside, own, recipes, render, room, round_trip, statistics
+from stages.audit.claims import FUZZ
 from stages.audit.params import Params
-from stages.audit.positions import Edges, key_of
-from stages.audit.verb import Claim, Stream, audit_scorer
+from stages.audit.pieces import Speller
+from stages.audit.positions import key_of
+from stages.audit.verb import Claim, Factory, Stream, audit_scorer
 from stages.audit.verdict import Verdict, convicted, reason
 from stages.pack.artifact import load_model
 from stages.parallel import World, activation_dtype, relaunch_under_torchrun, world
-from stages.sliding_eval.scorer import SlidingScorer
-from stages.ttt_eval.tilt import scorer_for
 
 STAGE = command.Stage(
     name="audit",
@@ -32,6 +35,7 @@ STAGE = command.Stage(
     reads={
         "model": Path("artifacts/pack/model.bin"),
         "code": Path("artifacts/bundle/train_gpt.py"),
+        "train": Path("artifacts/tokenize/train"),
         "val": Path("artifacts/tokenize/val"),
         "tokenizer": Path("artifacts/tokenize/tokenizer.model"),
         "documents": Path("artifacts/tokenize/documents.u64"),
@@ -44,6 +48,11 @@ STAGE = command.Stage(
     writes=("report.json", "report.md", "metrics.json"),
 )
 FAILED = ("failed-report.json", "failed-report.md")
+REASONS = {  # why a test may be missing from the pipeline's report
+    "B12": "switched off: audit.decoded_targets is 0",
+    "B14": "switched off: audit.clean_room is false",
+}
+ROOM_TOLERANCE = 1.0e-3  # bits per byte between two runs on one kind of GPU
 BUDGETED = {"sliding_eval": "sliding", "ttt_eval": "ttt"}  # scorer and the option that names its folder
 
 
@@ -61,7 +70,15 @@ def main(run: command.Run[Params]) -> None:
     exact = dataclasses.replace(run.params.parallel, dtype="float32", deterministic=True, compile=False)
     with world(exact) as here:
         verdicts += audit_scorers(run, paths, stream, key, here)
-    declared = {"targets": len(stream.tokens) - 1, "bytes": int(stream.target_bytes.sum()), "positions' key": key.hex()}
+        if run.params.audit.clean_room and run.is_main:
+            verdicts += visit_room(run.params, paths, here)
+    verdicts = catalogue.complete(verdicts, list(BUDGETED), REASONS)
+    declared: dict[str, Any] = {
+        "targets": len(stream.tokens) - 1,
+        "bytes": int(stream.target_bytes.sum()),
+        "share that scorers with chunks were led over": run.params.audit.trained_share,
+        "positions' key": key.hex(),
+    }
     guilty = convicted(verdicts)
     names = FAILED if guilty else ("report.json", "report.md")
     folder = ".." if guilty else "."
@@ -83,11 +100,12 @@ def read_stream(paths: Mapping[str, Path]) -> Stream:
     for path in shards.find(paths["val"]):
         shards.check_ids(path, table.vocab_size)
     tokens = shards.stream(paths["val"])
-    return Stream(tokens, table.bos, bpb.target_bytes(tokens, table), coverage.count_documents(tokens, tokenizer))
+    by_decoding = coverage.count_documents(tokens, tokenizer)
+    return Stream(tokens, table.bos, bpb.target_bytes(tokens, table), by_decoding, Speller(tokenizer).bytes_of)
 
 
 def audit_files(run: command.Run[Params], paths: Mapping[str, Path], stream: Stream) -> list[Verdict]:
-    """Bytes, clocks, denominator, data."""
+    """Bytes, clocks, denominator, data, seeds."""
     params, manifest = run.params, read_json(paths["manifest"])
     documents = np.frombuffer(paths["documents"].read_bytes(), dtype="<u8")
     training = [files.seconds_of(read_json(paths[name]), "training_seconds") for name in ("train_timing", "calibrate_timing")]
@@ -101,44 +119,62 @@ def audit_files(run: command.Run[Params], paths: Mapping[str, Path], stream: Str
         verdicts.append(files.check_clock("evaluation", subject, seconds, params.audit.evaluation_budget_seconds))
     recorded, counts = files.manifest_entries(manifest)
     found = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in shards.find(paths["val"])}
-    return [
-        *verdicts,
+    tokenizer = bpb.load_tokenizer(paths["tokenizer"])
+    verdicts += [
         coverage.check_denominator(stream.tokens, stream.bos, stream.target_bytes, stream.document_bytes),
+        coverage.check_table(tokenizer, FUZZ),
         files.check_shards(recorded, found),
         files.check_disjoint(files.document_hashes(stream.tokens, stream.bos), documents, *counts),
+        statistics.check_seeds([{}], []),
     ]
+    if params.audit.shingle_rate:
+        verdicts.append(disjoint.check_passages(disjoint.find(paths["train"], paths["val"], tokenizer, params.audit.shingle_rate)))
+    return verdicts
 
 
 def audit_scorers(run: command.Run[Params], paths: Mapping[str, Path], stream: Stream, key: bytes, here: World) -> list[Verdict]:
     """Both scorers of the pipeline, each against its own ledger."""
-    params = run.params
+    params, verdicts = run.params, []
     model = load_model(paths["model"], here)
-    sliding, ttt = params.sliding_eval, params.ttt_eval
     tolerances = (params.audit.loss_tolerance, params.audit.mean_tolerance)
     if activation_dtype(params.parallel, here.device) != here.dtype:
         tolerances = (params.audit.bfloat16_loss_tolerance, params.audit.bfloat16_mean_tolerance)
-    return [
-        *audit_scorer(
-            "sliding_eval",
-            lambda n_targets: SlidingScorer(model, sliding, here),
-            stream,
-            read_claim(paths["sliding"], "sliding_bpb", tolerances),
-            Edges(window=sliding.stride, chunk=None),
-            key,
-            params.audit,
-            run.report,
-        ),
-        *audit_scorer(
-            "ttt_eval",
-            lambda n_targets: scorer_for(model, sliding, ttt, here, n_targets),
-            stream,
-            read_claim(paths["ttt"], "ttt_bpb", tolerances),
-            Edges(window=sliding.stride, chunk=ttt.chunk),
-            key,
-            params.audit,
-            run.report,
-        ),
-    ]
+    for name, one in own.scorers(model, params.sliding_eval, params.ttt_eval, here, len(stream.tokens) - 1).items():
+        claim = read_claim(paths[BUDGETED[name]], f"{BUDGETED[name]}_bpb", tolerances)
+        verdicts += audit_scorer(name, one.factory, stream, claim, one.edges, key, params.audit, run.report, one.variants)
+        if params.audit.decoded_targets:
+            verdicts.append(_decoded(name, one.factory, params, paths["model"], stream, claim))
+    return verdicts
+
+
+def visit_room(params: Params, paths: Mapping[str, Path], here: World) -> list[Verdict]:
+    """B14: the counted files score in a room of their own, with each scorer; training data and this repository are covered."""
+    artifact = {"train_gpt.py": paths["code"], "model.bin": paths["model"]}
+    data = {"data/val": paths["val"], "data/tokenizer.model": paths["tokenizer"]}
+    verdicts = []
+    for name, option in BUDGETED.items():
+        metric = f"{option}_bpb"
+        claimed = float(read_json(paths[option] / "metrics.json").get(metric, math.nan))
+        command_words = ("train_gpt.py", "eval", "--scorer", name)
+        seen = room.visit(room.Artifact(artifact, data, command_words), covered=[paths["train"].absolute(), Path.cwd()])
+        exact = here.device.type == "cpu"
+        claim = room.Claim(metric, claimed, params.audit.evaluation_budget_seconds, 0.0 if exact else ROOM_TOLERANCE)
+        verdicts += [dataclasses.replace(verdict, subject=name) for verdict in room.check_clean_room(seen, claim)]
+    return verdicts
+
+
+def _decoded(name: str, factory: Factory, params: Params, model: Path, stream: Stream, claim: Claim) -> Verdict:
+    """B12: the stream's first targets, by a process of its own that computes as this one does."""
+    parallel = dataclasses.replace(params.parallel, dtype="float32", deterministic=True, compile=False, nproc=1)
+    sections = {
+        "parallel": dataclasses.asdict(parallel),
+        "sliding_eval": dataclasses.asdict(params.sliding_eval),
+        "ttt_eval": dataclasses.asdict(params.ttt_eval),
+    }
+    words = (name, str(model.absolute()), json.dumps(sections))
+    ledger = claim.ledger if claim.ledger.shape == (len(stream.tokens) - 1,) else None
+    recipe = recipes.Recipe(recipes.OWN, words)
+    return round_trip.check_round_trip(name, factory, recipe, stream.tokens, 1, params.audit.decoded_targets, ledger, claim.tolerances[0])
 
 
 def read_claim(folder: Path, metric: str, tolerances: tuple[float, float]) -> Claim:
@@ -162,4 +198,6 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    if outside.wanted(sys.argv[1:]):
+        outside.main(sys.argv[1:])
     command.launch(STAGE, main)

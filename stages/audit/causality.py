@@ -16,7 +16,8 @@ from stages.audit.positions import Draw, Group
 from stages.audit.verdict import Outcome, Verdict, outcome
 from stages.scorer import Scorer
 
-SUFFIXES = ("random ids", "other text", "another document")
+SUFFIXES = ("random ids", "other text", "another document", "moved boundaries")
+BOUNDARIES = 2  # put into a future whose own are taken away
 
 
 class Moved(NamedTuple):
@@ -64,7 +65,10 @@ class Perturbation:
 
 
 def probes(key: bytes, groups: list[Group], tokens: np.ndarray, vocab_size: int, bos: int) -> list[Perturbation]:
-    """One probe for each group; the futures are random ids, text from elsewhere in the stream, and another document by turns."""
+    """One probe for each group; the futures are by turns random ids, text from elsewhere, another document, and documents of other lengths.
+
+    The last (B1b) is the future itself with its boundaries moved: what sorts documents by length, or reads where they end, shows there.
+    """
     draw = Draw(key, "future")
     made = []
     turn = 0
@@ -72,7 +76,7 @@ def probes(key: bytes, groups: list[Group], tokens: np.ndarray, vocab_size: int,
         futures = []
         for position in group.positions:
             suffix = SUFFIXES[turn % len(SUFFIXES)]
-            future = _future(draw, suffix, group.stop - position - 1, tokens, vocab_size, bos)
+            future = _future(draw, suffix, tokens[position + 1 : group.stop], tokens, vocab_size, bos)
             if future[0] == tokens[position + 1]:  # the token next to t must change: most that looks ahead looks there
                 future[0] = (int(future[0]) + draw.one(1, vocab_size)) % vocab_size
             futures.append((suffix, future))
@@ -107,7 +111,8 @@ def judge_perturbation(subject: str, groups: list[Group], segments: list[Segment
         expected=expected,
         bound=0,
         positions=positions,
-        sees="any dependence of a score on later tokens of the same segment: look-ahead, second passes, training before scoring",
+        sees="any dependence of a score on later tokens of the same segment: look-ahead, second passes, training before scoring, "
+        "documents sorted by length",
         blind="validation text in the artifact, dependence on the target itself (B2, B3), tokens beyond the segment (recomputation)",
     )
 
@@ -157,7 +162,12 @@ def judge_recomputation(
     )
 
 
-def _future(draw: Draw, suffix: str, length: int, tokens: np.ndarray, vocab_size: int, bos: int) -> np.ndarray:
+def _future(draw: Draw, suffix: str, future: np.ndarray, tokens: np.ndarray, vocab_size: int, bos: int) -> np.ndarray:
+    length = len(future)
+    if suffix == "moved boundaries":
+        moved = np.where(future == bos, (bos + draw.one(1, vocab_size)) % vocab_size, future).astype(tokens.dtype)
+        moved[draw.below(length, BOUNDARIES)] = bos
+        return moved
     if suffix == "random ids" or length >= len(tokens):
         return draw.below(vocab_size, length).astype(tokens.dtype)
     begin = draw.one(0, len(tokens) - length)

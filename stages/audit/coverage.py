@@ -6,7 +6,7 @@ dropped that space already, as one with a dummy prefix does.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,11 +14,14 @@ import sentencepiece
 
 from stages import shards
 from stages.audit.verdict import Verdict, outcome
-from stages.bpb import SPACE_MARKER
+from stages.bpb import SPACE_MARKER, byte_table, target_bytes
 from stages.ledger import CHUNK_COLUMNS
 
 RELATIVE = 1.0e-12  # between two float64 sums of one set of numbers
 ROUNDING = 1.0e-6  # the chunk table has six decimals
+
+
+SizeOf = Callable[[np.ndarray, sentencepiece.SentencePieceProcessor], np.ndarray]
 
 
 class DocumentBytes(NamedTuple):
@@ -151,6 +154,42 @@ def check_denominator(tokens: np.ndarray, bos: int, target_bytes: np.ndarray, do
         positions=tuple(starts[wrong[:3]].tolist()),
         sees="spaces counted twice, byte-fallback pieces counted as three bytes, control tokens counted, another tokenizer",
         blind="text that the tokenizer lost before it was encoded; the manifest states it",
+    )
+
+
+def _sizes(tokens: np.ndarray, tokenizer: sentencepiece.SentencePieceProcessor) -> np.ndarray:
+    return target_bytes(tokens, byte_table(tokenizer))
+
+
+def check_table(tokenizer: sentencepiece.SentencePieceProcessor, texts: Sequence[str], size_of: SizeOf = _sizes) -> Verdict:
+    """B11 on awkward texts: for each, the counted bytes of its ids behind BOS are those of its decoded text.
+
+    `size_of` gives the bytes of each target of a stream, (N-1,): the project's own unless another is to be judged.
+    """
+    wrong = []
+    for text in texts:
+        tokens = np.array([tokenizer.bos_id(), *tokenizer.encode(text)], dtype=np.int64)
+        expected = int(count_documents(tokens, tokenizer).counted.sum())
+        counted = int(size_of(tokens, tokenizer).sum())
+        if counted != expected:
+            wrong.append((text, counted, expected))
+    evidence = f"{len(texts)} awkward texts (spaces, other scripts, control and private characters): all bytes counted once"
+    if wrong:
+        text, counted, expected = wrong[0]
+        evidence = f"{len(wrong)} of {len(texts)} awkward texts are counted wrongly, the first {text!r}: {counted} bytes for {expected}"
+    return Verdict(
+        check="B11",
+        name="awkward texts",
+        subject="files",
+        conditions=("metric",),
+        outcome=outcome(not wrong),
+        evidence=evidence,
+        saw=wrong[0][1] if wrong else 0,
+        expected=wrong[0][2] if wrong else 0,
+        bound=0,
+        positions=(),
+        sees="byte tables that are right on common text only",
+        blind="texts that were not tried",
     )
 
 

@@ -134,7 +134,7 @@ def judge_independence(subject: str, seen: list[Commitment]) -> Verdict:
 
 def judge_sum(subject: str, seen: list[Commitment], tolerance: float) -> Verdict:
     """B3, first half: the committed probabilities sum to one."""
-    deviation = np.array([abs(one.log_sum) if one.finite else np.inf for one in seen])
+    deviation = np.array([one.log_sum if one.finite else np.inf for one in seen])  # a sum below one gives bits away, which is lawful
     deviation = np.nan_to_num(deviation, nan=np.inf)
     worst = seen[int(deviation.argmax())]
     guilty = deviation > tolerance
@@ -144,13 +144,13 @@ def judge_sum(subject: str, seen: list[Commitment], tolerance: float) -> Verdict
         subject=subject,
         conditions=("C2",),
         outcome=outcome(not guilty.any()),
-        evidence=f"largest |log of the sum| over {len(seen)} distributions {deviation.max():.1e}; all entries finite: "
+        evidence=f"largest log of the sum over {len(seen)} distributions {deviation.max():.1e}; all entries finite: "
         f"{'yes' if all(one.finite for one in seen) else 'no'}",
         saw=worst.log_sum,
         expected=0.0,
         bound=tolerance,
         positions=tuple(one.position for one, bad in zip(seen, guilty, strict=True) if bad or not guilty.any()),
-        sees="probabilities over the whole vocabulary that do not sum to one",
+        sees="probabilities over the whole vocabulary that sum to more than one",
         blind="positions that were not drawn; whether these probabilities are the ones that are scored (substitution)",
     )
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Seven groups of three positions are 21, one of which crosses a chunk's edge: there test-time training runs once for each of them.
+# One of seven groups crosses a chunk's edge. There test-time training runs once for each position, so it has one; the others have three.
 KINDS = ("chunk", "window", "document", "random", "window", "document", "random")
 POSITIONS_PER_GROUP = 3
 BLOCK = 1 << 20
@@ -68,7 +68,7 @@ def key_of(paths: Iterable[Path]) -> bytes:
 
 
 def perturbation_groups(key: bytes, tokens: np.ndarray, bos: int, edges: Edges, count: int, segment: int) -> list[Group]:
-    """At least `count` positions in segments spread over the stream, around edges of every kind and anywhere."""
+    """About `count` positions in segments spread over the stream, around edges of every kind and anywhere."""
     draw = Draw(key, "perturbation")
     length = min(segment, len(tokens) - 1)
     if length < 8:
@@ -91,6 +91,11 @@ def distribution_positions(key: bytes, length: int, count: int) -> list[int]:
     return sorted(set(found))
 
 
+def spread(key: bytes, purpose: str, length: int, count: int) -> list[int]:
+    """`count` target positions in the later half of a stream of `length` tokens, where caches are full, each with a token behind it."""
+    return _stratified(Draw(key, f"place {purpose}"), 1 + (length - 1) // 2, length - 1, count)
+
+
 def recomputed_stretches(key: bytes, length: int, share: float, segment: int) -> list[tuple[int, int]]:
     """Disjoint ranges of target positions that hold `share` of them, one in each of as many equal parts of the stream."""
     draw, targets = Draw(key, "recomputed"), length - 1
@@ -111,8 +116,9 @@ def _group(draw: Draw, kind: str, anchor: int, length: int, segment: int) -> Gro
     stop = start + segment
     last = stop - 2  # something must follow
     wanted = [anchor - 1, anchor, anchor + 1] if kind != "random" else []
+    wanted = [wanted[draw.one(0, len(wanted))]] if kind == "chunk" else wanted
     chosen = {position for position in wanted if start <= position <= last}
-    while len(chosen) < POSITIONS_PER_GROUP:
+    while len(chosen) < (1 if kind == "chunk" else POSITIONS_PER_GROUP):
         chosen.add(draw.one(start, last + 1))
     return Group(kind, start, stop, tuple(sorted(chosen)))
 

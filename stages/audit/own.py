@@ -1,0 +1,61 @@
+"""The pipeline's own scorers as the audit takes them: a factory, where their machinery changes gear, and other names for their ids."""
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from stages.audit.metamorphic import Variants
+from stages.audit.positions import Edges
+from stages.audit.verb import Factory
+from stages.parallel import World
+from stages.scorer import Scorer
+from stages.sliding_eval.params import SlidingEvalParams
+from stages.sliding_eval.scorer import SlidingScorer
+from stages.train.model import Model
+from stages.ttt_eval.params import TttEvalParams
+from stages.ttt_eval.tilt import scorer_for
+
+
+class Own(NamedTuple):
+    """One of them."""
+
+    factory: Factory
+    edges: Edges
+    variants: Variants
+
+
+def scorers(model: Model, sliding: SlidingEvalParams, ttt: TttEvalParams, here: World, n_targets: int) -> dict[str, Own]:
+    """All of them, by the name of their stage."""
+    made: dict[str, tuple[Callable[[Model, int], Scorer], Edges]] = {
+        "sliding_eval": (lambda model, _: SlidingScorer(model, sliding, here), Edges(window=sliding.stride, chunk=None)),
+        "ttt_eval": (
+            lambda model, targets: scorer_for(model, sliding, ttt, here, targets),
+            Edges(window=sliding.stride, chunk=ttt.chunk if ttt.kind == "sgd" else None),
+        ),
+    }
+    return {name: _own(make, edges, model, n_targets) for name, (make, edges) in made.items()}
+
+
+def _own(make: Callable[[Model, int], Scorer], edges: Edges, model: Model, n_targets: int) -> Own:
+    return Own(
+        factory=lambda targets: make(model, targets),
+        edges=edges,
+        variants=Variants(relabelled=lambda names: make(relabelled(model, names), n_targets)),
+    )
+
+
+def relabelled(model: Model, names: np.ndarray) -> Model:
+    """A model that calls id a names[a], (V,): the rows of its tables in another order, and nothing else."""
+    twin = copy.deepcopy(model)
+    order = torch.from_numpy(np.argsort(names)).to(model.embedding.weight.device)
+    with torch.no_grad():
+        for table in (twin.embedding, *twin.value_tables):
+            table.weight.copy_(table.weight[order])
+    twin.params = dataclasses.replace(model.params, bos_id=int(names[model.params.bos_id]))
+    if twin.smear is not None:
+        twin.smear.bos_id = twin.params.bos_id
+    return twin
