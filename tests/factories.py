@@ -153,3 +153,17 @@ def assert_forks_are_independent(make: Callable[[Model], Scorer], tokens: np.nda
     np.testing.assert_array_equal(scorer.score_stream(tokens[cut:]), straight.score_stream(tokens[cut:]))
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def assert_pieces_and_predictions_agree(make: Callable[[], Scorer], tokens: np.ndarray, cuts: Sequence[int]) -> None:
+    """The stream in pieces, and token by token through predict() for 80 targets, score as the whole."""
+    whole, in_pieces, one_by_one = make().score_stream(tokens), make(), make()
+    pieces = np.concatenate([in_pieces.score_stream(part) for part in np.split(tokens, cuts)])
+    np.testing.assert_allclose(pieces, whole, atol=2e-4)
+    one_by_one.observe(int(tokens[0]))
+    for target in range(80):
+        distribution = one_by_one.predict()
+        assert abs(np.logaddexp.reduce(distribution)) < 1e-12
+        assert abs(distribution[tokens[target + 1]] + whole[target]) < 2e-4
+        one_by_one.observe(int(tokens[target + 1]))
+    np.testing.assert_allclose(one_by_one.score_stream(tokens[81:]), whole[80:], atol=2e-4)
