@@ -1,6 +1,8 @@
 """Small parameters, shards and models that several test files need."""
 
+import copy
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from safetensors.torch import load_file
 
 from stages import shards
 from stages.parallel import ParallelParams, World
+from stages.scorer import Scorer
 from stages.train.loop import Trained
 from stages.train.model import Model, initialise_
 from stages.train.params import ModelParams, Params, TrainParams
@@ -134,3 +137,33 @@ def assert_trained_alike(folder: Path, alone: Trained, ranks: int) -> None:
     for name, tensor in alone.state.items():
         torch.testing.assert_close(state[name], tensor, atol=2e-3, rtol=0)
     assert json.loads((folder / "timing.json").read_text())["ranks"] == ranks
+
+
+def assert_forks_are_independent(make: Callable[[Model], Scorer], tokens: np.ndarray, observed: Sequence[int] = ()) -> None:
+    """What a fork observes and scores moves neither the scorer that it comes from nor the model that this was given."""
+    model, cut = random_model(6), 40
+    before = copy.deepcopy(model.state_dict())
+    scorer, straight = make(model), make(random_model(6))
+    scorer.score_stream(tokens[:cut])
+    twin = scorer.fork()
+    for token in observed:
+        twin.observe(token)
+    twin.score_stream(np.full(60, 9, dtype=np.uint16))
+    straight.score_stream(tokens[:cut])
+    np.testing.assert_array_equal(scorer.score_stream(tokens[cut:]), straight.score_stream(tokens[cut:]))
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def assert_pieces_and_predictions_agree(make: Callable[[], Scorer], tokens: np.ndarray, cuts: Sequence[int]) -> None:
+    """The stream in pieces, and token by token through predict() for 80 targets, score as the whole."""
+    whole, in_pieces, one_by_one = make().score_stream(tokens), make(), make()
+    pieces = np.concatenate([in_pieces.score_stream(part) for part in np.split(tokens, cuts)])
+    np.testing.assert_allclose(pieces, whole, atol=2e-4)
+    one_by_one.observe(int(tokens[0]))
+    for target in range(80):
+        distribution = one_by_one.predict()
+        assert abs(np.logaddexp.reduce(distribution)) < 1e-12
+        assert abs(distribution[tokens[target + 1]] + whole[target]) < 2e-4
+        one_by_one.observe(int(tokens[target + 1]))
+    np.testing.assert_allclose(one_by_one.score_stream(tokens[81:]), whole[80:], atol=2e-4)

@@ -21,7 +21,16 @@ from stages.ttt_eval.confidence import weighted
 from stages.ttt_eval.documents import groups, split
 from stages.ttt_eval.lora import LoRAScorer
 from stages.ttt_eval.params import LoraParams, Params, TttEvalParams
-from tests.factories import LORA, PARALLEL, TINY, TTT, random_model, world
+from tests.factories import (
+    LORA,
+    PARALLEL,
+    TINY,
+    TTT,
+    assert_forks_are_independent,
+    assert_pieces_and_predictions_agree,
+    random_model,
+    world,
+)
 
 SLIDING = SlidingEvalParams(window=16, stride=4, batch_windows=3, chunk=32)
 DOCUMENTS = replace(TINY, attention="documents")
@@ -272,19 +281,7 @@ def test_order_and_company_change_no_score():
 
 
 def test_pieces_predictions_and_the_whole_stream_agree():
-    tokens = stream()
-    whole = scorer().score_stream(tokens)
-    in_pieces = scorer()
-    pieces = np.concatenate([in_pieces.score_stream(part) for part in np.split(tokens, [1, 2, 9, 14, 19, 20, 31, 56, 57, 97])])
-    np.testing.assert_allclose(pieces, whole, atol=2e-4)
-    one_by_one = scorer()
-    one_by_one.observe(int(tokens[0]))
-    for target in range(80):
-        distribution = one_by_one.predict()
-        assert abs(np.logaddexp.reduce(distribution)) < 1e-12
-        assert abs(distribution[tokens[target + 1]] + whole[target]) < 2e-4
-        one_by_one.observe(int(tokens[target + 1]))
-    np.testing.assert_allclose(one_by_one.score_stream(tokens[81:]), whole[80:], atol=2e-4)
+    assert_pieces_and_predictions_agree(scorer, stream(), [1, 2, 9, 14, 19, 20, 31, 56, 57, 97])
 
 
 def test_predictions_beyond_the_training_context_are_those_of_whole_chunks():
@@ -298,20 +295,8 @@ def test_predictions_beyond_the_training_context_are_those_of_whole_chunks():
 
 
 def test_the_model_given_and_the_forks_are_independent():
-    tokens = stream()
-    model = random_model(6)
-    before = copy.deepcopy(model.state_dict())
-    s = LoRAScorer(model, SLIDING, lora(), world())
-    s.score_stream(tokens[:40])
-    twin = s.fork()
-    for token in (9, 9, 8, 9, 7, 9, 6, 9, 9, 20, 21, BOS, 9):
-        twin.observe(token)
-    twin.score_stream(np.full(60, 9, dtype=np.uint16))
-    straight = scorer()
-    straight.score_stream(tokens[:40])
-    np.testing.assert_array_equal(s.score_stream(tokens[40:]), straight.score_stream(tokens[40:]))
-    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-    assert all(parameter.requires_grad for parameter in model.parameters())
+    observed = (9, 9, 8, 9, 7, 9, 6, 9, 9, 20, 21, BOS, 9)
+    assert_forks_are_independent(lambda model: LoRAScorer(model, SLIDING, lora(), world()), stream(), observed)
 
 
 def test_ranks_share_the_documents_out_without_changing_a_score(monkeypatch):

@@ -9,7 +9,7 @@ from stages.sliding_eval.params import SlidingEvalParams
 from stages.sliding_eval.scorer import SlidingScorer
 from stages.ttt_eval.params import Params, TttEvalParams
 from stages.ttt_eval.scorer import TTTScorer, chunk_lr
-from tests.factories import PARALLEL, TINY, TTT, random_model, world
+from tests.factories import PARALLEL, TINY, TTT, assert_forks_are_independent, assert_pieces_and_predictions_agree, random_model, world
 
 SLIDING = SlidingEvalParams(window=16, stride=4, batch_windows=3, chunk=32)
 
@@ -116,32 +116,12 @@ def test_zero_epochs_or_zero_rate_is_the_sliding_scorer():
 
 def test_pieces_predictions_and_the_whole_stream_agree():
     tokens = stream()
-    whole = scorer(tokens).score_stream(tokens)
-    in_pieces = scorer(tokens)
-    pieces = np.concatenate([in_pieces.score_stream(part) for part in np.split(tokens, [1, 20, 33, 34, 97])])
-    np.testing.assert_allclose(pieces, whole, atol=2e-4)
-    one_by_one = scorer(tokens)
-    one_by_one.observe(int(tokens[0]))
-    for target in range(80):
-        distribution = one_by_one.predict()
-        assert abs(np.logaddexp.reduce(distribution)) < 1e-12
-        assert abs(distribution[tokens[target + 1]] + whole[target]) < 2e-4
-        one_by_one.observe(int(tokens[target + 1]))
+    assert_pieces_and_predictions_agree(lambda: scorer(tokens), tokens, [1, 20, 33, 34, 97])
 
 
 def test_the_model_given_and_the_forks_are_independent():
     tokens = stream()
-    model = random_model(6)
-    before = copy.deepcopy(model.state_dict())
-    s = TTTScorer(model, SLIDING, TTT, world(), len(tokens) - 1)
-    s.score_stream(tokens[:40])
-    twin = s.fork()
-    twin.score_stream(np.full(60, 9, dtype=np.uint16))
-    after = s.score_stream(tokens[40:])
-    straight = scorer(tokens)
-    straight.score_stream(tokens[:40])
-    np.testing.assert_array_equal(after, straight.score_stream(tokens[40:]))
-    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert_forks_are_independent(lambda model: TTTScorer(model, SLIDING, TTT, world(), len(tokens) - 1), tokens)
 
 
 def test_a_fork_that_trains_first_does_not_move_the_original():
