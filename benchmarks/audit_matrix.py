@@ -8,14 +8,18 @@ scorer did not.
 import argparse
 import dataclasses
 import json
+import multiprocessing
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from stages.audit.params import AuditParams
 from stages.audit.verb import Factory
 from stages.audit.verdict import Verdict, convicted, reason
 from stages.parallel import ParallelParams, world
@@ -62,39 +66,33 @@ def own_scorers(seed: int) -> dict[str, Factory]:
     return made
 
 
-def try_cheats(keys: int) -> list[dict[str, Any]]:
-    """For each cheat, how many keys each check convicted it with."""
-    rows = []
-    for cheat in CHEATS:
-        counts: Counter[str] = Counter()
-        for key in range(keys):
-            counts.update(court.failed(_tried(lambda folder, cheat=cheat, key=key: cheat.run(folder, bytes([key])))))  # type: ignore[misc]
-        rows.append({"cheat": cheat.name, "seen_in": cheat.seen_in, "named": cheat.convicted_by, "keys": keys, "convicted": dict(counts)})
-        print(f"{cheat.name}: {counts[cheat.convicted_by]} of {keys} by {cheat.convicted_by}", flush=True)
-    return rows
+def try_cheat(number: int, keys: int) -> dict[str, Any]:
+    """How many keys each check convicted a cheat with."""
+    cheat, counts = CHEATS[number], Counter[str]()
+    for key in range(keys):
+        counts.update(court.failed(_tried(lambda folder, key=key: cheat.run(folder, bytes([key])))))  # type: ignore[misc]
+    print(f"{cheat.name}: {counts[cheat.convicted_by]} of {keys} by {cheat.convicted_by}", flush=True)
+    return {"cheat": cheat.name, "seen_in": cheat.seen_in, "named": cheat.convicted_by, "keys": keys, "convicted": dict(counts)}
 
 
-def try_lawful(runs: int, own_runs: int) -> list[dict[str, Any]]:
-    """For each lawful scorer, runs and false convictions; another stream and another key each time."""
-    rows = []
-    for scorer in lawful.LAWFUL:
-        rows.append(_lawful(scorer.__name__, lambda seed, scorer=scorer: (scorer, court.PARAMS, 1500), runs))  # type: ignore[misc]
-    with world(SERIAL):
-        for name in own_scorers(0):
-            rows.append(_lawful(name, lambda seed, name=name: (own_scorers(seed)[name], PARAMS, 600), own_runs))  # type: ignore[misc]
-    return rows
-
-
-def _lawful(name: str, make: Callable[[int], Any], runs: int) -> dict[str, Any]:
+def try_lawful(name: str, runs: int) -> dict[str, Any]:
+    """Runs of a lawful scorer and false convictions; another stream and another key each time."""
+    of_the_zoo = {scorer.__name__: scorer for scorer in lawful.LAWFUL}
     guilty, verdicts = [], 0
-    for seed in range(runs):
-        factory, params, length = make(seed)
-        key, tokens = f"{name} {seed}".encode(), lawful.stream(length, 1000 + seed)
-        found = _tried(lambda folder: court.audit(factory, folder, params=params, key=key, tokens=tokens))  # noqa: B023
-        verdicts += len(found)
-        guilty += [reason(verdict) for verdict in convicted(found)]
+    torch.set_num_threads(1)
+    with world(SERIAL):
+        for seed in range(runs):
+            factory = of_the_zoo[name] if name in of_the_zoo else own_scorers(seed)[name]
+            params, length = (court.PARAMS, 1500) if name in of_the_zoo else (PARAMS, 600)
+            found = _audited(factory, params, f"{name} {seed}".encode(), lawful.stream(length, 1000 + seed))
+            verdicts += len(found)
+            guilty += [reason(verdict) for verdict in convicted(found)]
     print(f"lawful {name}: {runs} runs, {verdicts} verdicts, {len(guilty)} convictions", flush=True)
     return {"scorer": name, "runs": runs, "verdicts": verdicts, "convictions": guilty}
+
+
+def _audited(factory: Factory, params: AuditParams, key: bytes, tokens: np.ndarray) -> list[Verdict]:
+    return _tried(lambda folder: court.audit(factory, folder, params=params, key=key, tokens=tokens))
 
 
 def _tried(run: Callable[[Path], list[Verdict]]) -> list[Verdict]:
@@ -142,11 +140,15 @@ def main() -> None:
     parser.add_argument("--keys", type=int, default=3, help="for each cheat")
     parser.add_argument("--runs", type=int, default=30, help="of each lawful scorer of the zoo")
     parser.add_argument("--own-runs", type=int, default=3, help="of each scorer of the project")
+    parser.add_argument("--workers", type=int, default=2, help="processes")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/audit_matrix.json"))
     parser.add_argument("--matrix", type=Path, default=Path("docs/audit_matrix.md"))
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    cheats, innocent = try_cheats(arguments.keys), try_lawful(arguments.runs, arguments.own_runs)
+    zoo, own = [scorer.__name__ for scorer in lawful.LAWFUL], list(own_scorers(0))
+    with ProcessPoolExecutor(arguments.workers, multiprocessing.get_context("spawn")) as pool:
+        tried = [pool.submit(try_cheat, number, arguments.keys) for number in range(len(CHEATS))]
+        spared = [pool.submit(try_lawful, name, arguments.own_runs if name in own else arguments.runs) for name in [*own, *zoo]]
+        cheats, innocent = [row.result() for row in tried], [row.result() for row in spared]
     arguments.results.write_text(json.dumps({"cheats": cheats, "lawful": innocent}, indent=1) + "\n", encoding="utf-8")
     arguments.matrix.write_text(matrix(cheats, innocent), encoding="utf-8")
     survived = [row["cheat"] for row in cheats if row["convicted"].get(row["named"], 0) < row["keys"]]

@@ -1,7 +1,8 @@
 """C1 and C4: does a score depend on what comes after it, and does the ledger (B1)?
 
 Two tests that need each other. *Perturbation*: two forks of one scorer score the same segment, but for one the tokens behind t are
-others, at the same length; the losses up to t must be the same bits. It sees every dependence that reaches no further than the segment.
+others, at the same length; the losses up to t must be the same, but for rounding. It sees every dependence that reaches no further than
+the segment.
 *Recomputation*: a scorer that is shown the stream a segment at a time must return the losses of the ledger, which was written with the
 whole stream at hand. What leaned on tokens behind the segment cannot agree, so it sees what perturbation does not.
 """
@@ -57,7 +58,7 @@ class Perturbation:
         for position, (suffix, future) in zip(self.group.positions, self.futures, strict=True):
             kept = position + 1 - self.group.start
             nll = walk.score(scorer.fork(), np.concatenate([segment[:kept], future]))
-            different = np.flatnonzero(nll[:kept].view(np.uint32) != base[:kept].view(np.uint32))
+            different = np.flatnonzero(walk.moved(nll[:kept], base[:kept]))
             first = int(different[0]) if len(different) else None
             before, after = (0.0, 0.0) if first is None else (float(base[first]), float(nll[first]))
             moved.append(Moved(position, suffix, None if first is None else self.group.start + first, before, after))
@@ -92,7 +93,7 @@ def judge_perturbation(subject: str, groups: list[Group], segments: list[Segment
     positions = tuple(sorted(moved.position for moved in found))
     saw, expected = 0.0, 0.0
     edges = ", ".join(f"{sum(group.kind == kind for group in groups)} at {kind}" for kind in sorted({group.kind for group in groups}))
-    evidence = f"{len(found)} futures replaced in {len(groups)} segments ({edges}): no loss at or before the change moved by a bit"
+    evidence = f"{len(found)} futures replaced in {len(groups)} segments ({edges}): no loss at or before the change moved"
     if guilty:
         worst = guilty[0]
         positions, saw, expected = tuple(sorted({moved.position for moved in guilty})), worst.after, worst.before
@@ -109,7 +110,7 @@ def judge_perturbation(subject: str, groups: list[Group], segments: list[Segment
         evidence=evidence,
         saw=saw,
         expected=expected,
-        bound=0,
+        bound=walk.ROUNDING,
         positions=positions,
         sees="any dependence of a score on later tokens of the same segment: look-ahead, second passes, training before scoring, "
         "documents sorted by length",

@@ -52,7 +52,7 @@ class Graph:
             exchanged = call.copy()
             exchanged[place] = substitute
             nll = walk.score(scorer.fork(), exchanged)
-            moved = np.flatnonzero(nll.view(np.uint32) != base.view(np.uint32))
+            moved = np.flatnonzero(walk.moved(nll, base))
             moved = moved[(owner[moved] != source) | (moved < place)]
             for target in np.unique(owner[moved]).tolist():
                 first = int(moved[owner[moved] == target][0])
@@ -105,10 +105,10 @@ def judge(subject: str, graph: Graph, arrows: list[Arrow], scope: str) -> Verdic
         evidence=evidence,
         saw=worst.after if worst else 0,
         expected=worst.before if worst else 0,
-        bound=0,
+        bound=walk.ROUNDING,
         positions=tuple(graph.start + arrow.position for arrow in guilty[:3]),
         sees="documents scored in another order than the stream's with state in common, circles, what crosses a declared boundary",
-        blind="documents further apart than those of one call; dependences too small to move a float32",
+        blind="documents further apart than those of one call; dependences too small to tell from rounding",
     )
 
 

@@ -71,7 +71,7 @@ class Substitution:
             charged=charged,
             deviation=float(deviation.max()),
             worst=int(ids[deviation.argmax()]),
-            prefix_moved=bool((nll[:, :at].view(np.uint32) != nll[:1, :at].view(np.uint32)).any()),
+            prefix_moved=bool(walk.moved(nll[:, :at], nll[:1, :at]).any()),
             total=_total(committed, ids, nll[:, at].astype(np.float64), drawn),
             ids=len(ids),
         )

@@ -28,6 +28,9 @@ class Probe(Protocol):
         ...
 
 
+ROUNDING = 1.0e-5  # nats: other boundaries behind a target may put it into a batch of another shape, whose sums differ in the last bits
+
+
 class BrokenProtocol(ValueError):
     """A scorer did not return what the protocol promises."""
 
@@ -80,6 +83,11 @@ def walk(
 def score(scorer: Scorer, tokens: np.ndarray) -> np.ndarray:
     """`score_stream` of a scorer that has observed something, held to its promise: one float32 for each token."""
     return _held_to("score_stream", scorer.score_stream(tokens), np.dtype(np.float32), tokens.shape)
+
+
+def moved(losses: np.ndarray, base: np.ndarray) -> np.ndarray:
+    """Where two runs differ by more than rounding, (n,) bool; what is no number differs."""
+    return ~(np.abs(losses.astype(np.float64) - base.astype(np.float64)) <= ROUNDING)
 
 
 def distribution(scorer: Scorer) -> np.ndarray:

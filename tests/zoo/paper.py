@@ -101,8 +101,8 @@ def in_the_room(line: str) -> Callable[[Path, bytes], list[Verdict]]:
 
     def run(folder: Path, key: bytes) -> list[Verdict]:
         (folder / "outside").mkdir()
-        for name in ("features.npz", "val_0.bin"):
-            (folder / "outside" / name).write_bytes(b"x")
+        for name in ("features.npz", "val_0.bin", "helper.py"):
+            (folder / "outside" / name).write_bytes(b"x = 1\n")
         artifact = test_room.made(folder, line.replace("OUTSIDE", str(folder / "outside")))
         return check_clean_room(visit(artifact, means=test_room.MEANS), Claim("toy_bpb", 1.25, budget_seconds=60.0), late_seconds=1.2)
 

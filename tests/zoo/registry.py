@@ -36,7 +36,7 @@ BUCKETS = Variants(hashed=lambda buckets: mass.TargetInKey(0, buckets=buckets))
 CHEATS = (
     Cheat("pre-quantisation training on val", "#1376, #1487, #1972", FUTURE, scorer(causal.PreQuantTraining)),
     Cheat("two passes, the second reported", "#846, #868, #888", FUTURE, scorer(causal.SecondPass)),
-    Cheat("the better of two runs", "#573", LEDGER, scorer(causal.BestOfTwo)),
+    Cheat("the better of two runs", "#573", FUTURE, scorer(causal.BestOfTwo)),
     Cheat("gate that knows the target", "#659, #1873", SUM, scorer(mass.TargetGate)),
     Cheat("anti-hijack gate", "#1858, #1885", SUM, scorer(mass.AntiHijack)),
     Cheat("byte mixture, p spread as p^(1/n)", "#1835, #1881, #1991", LAW, scorer(mass.SpreadBytes)),
@@ -72,6 +72,6 @@ CHEATS = (
     Cheat("chosen seeds", "#1769, #2118, #2124", "B16 significance", paper.chosen_seeds),
     Cheat("calibration on val", "#728, #1924", FILES, paper.in_the_room("open('OUTSIDE/val_0.bin').close()")),
     Cheat("a file outside the counted set", "#1437, #1514", FILES, paper.in_the_room("open('OUTSIDE/features.npz').close()")),
-    Cheat("a wrapper that reads the repository", "#1858", FILES, paper.in_the_room("sys.path.insert(0, 'OUTSIDE'); os.listdir('OUTSIDE')")),
+    Cheat("a wrapper that reads the repository", "#1858", FILES, paper.in_the_room("sys.path.insert(0, 'OUTSIDE'); import helper")),
     Cheat("timer started late", "#1967", "B14 wall clock", paper.in_the_room("time.sleep(1.5); started = time.monotonic()")),
 )
