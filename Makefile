@@ -42,8 +42,9 @@ record: environment  ## run the seeds as experiments and merge them into records
 report: environment  ## one page about runs side by side, in .scratch/report/: make report RUNS="seed-42 seed-999"
 	$(ACTIVATE) && python -m stages.submission.report $(RUNS)
 
+# Threads of torch that wait for each other must not spin: two processes, and what they start, have more threads than there are cores.
 test: environment  ## the tests, on two processes
-	$(ACTIVATE) && pytest -n 2 --dist loadgroup $(ARGS)
+	$(ACTIVATE) && OMP_WAIT_POLICY=passive pytest -n 2 --dist loadgroup $(ARGS)
 
 lint: environment  ## format, lint, types, spelling
 	$(ACTIVATE) && ruff format --check . && ruff check . && mypy && codespell
