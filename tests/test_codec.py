@@ -241,7 +241,7 @@ def test_a_claim_below_the_file_is_convicted(scorer: type[lawful.Bigram]) -> Non
 def test_a_coder_that_knows_the_stream_is_convicted_and_a_missing_scorer_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Remembers, "STREAM", TOKENS)
     assert "lost the thread" in check(Remembers).evidence
-    missing = check(lawful.Bigram, recipe=Recipe("tests.cheats:Nobody"))
+    missing = check(lawful.Bigram, recipe=Recipe(f"{lawful.__name__}:Nobody"))
     assert (missing.outcome, "Nobody" in missing.evidence) == ("cannot tell", True)
     monkeypatch.setattr(lawful.Bigram, "predict", lambda self: np.full(lawful.VOCAB, 0.5))
     with pytest.raises(walk.BrokenProtocol, match="predict"):
