@@ -19,11 +19,11 @@ from typing import Any
 
 import numpy as np
 import sentencepiece
-from numba import njit
 
 from stages import shards
 from stages.audit.pieces import Speller
 from stages.audit.verdict import Verdict, outcome
+from stages.pack.compiled import inner, outer
 from stages.tokenize.disjoint import documents
 
 SHINGLE_BYTES = 50
@@ -147,7 +147,7 @@ def kept_shingles(text: np.ndarray, limit: np.uint64) -> np.ndarray:
     return _keep(text, limit, np.empty(max(0, len(text) - SHINGLE_BYTES + 1), dtype=np.uint64)).copy()
 
 
-@njit(nogil=True)
+@outer
 def spell(ids: np.ndarray, ends: np.ndarray, letters: np.ndarray, out: np.ndarray) -> np.ndarray:
     """The bytes of ids, where those of id i are letters[ends[i] : ends[i + 1]]."""
     at = 0
@@ -158,7 +158,7 @@ def spell(ids: np.ndarray, ends: np.ndarray, letters: np.ndarray, out: np.ndarra
     return out
 
 
-@njit(nogil=True)
+@inner
 def _mixed(rolled: int) -> int:
     value = (rolled ^ (rolled >> SHIFT)) * MIX[0]
     value = (value ^ (value >> SHIFT)) * MIX[1]
@@ -166,7 +166,7 @@ def _mixed(rolled: int) -> int:
     return value if value != ABSENT else np.uint64(1)
 
 
-@njit(nogil=True)
+@inner
 def _leaving() -> int:
     """The weight of the byte that leaves: BASE to the power of a shingle's length."""
     power = np.uint64(1)
@@ -175,7 +175,7 @@ def _leaving() -> int:
     return power
 
 
-@njit(nogil=True)
+@outer
 def _keep(text: np.ndarray, limit: int, out: np.ndarray) -> np.ndarray:
     rolled, gone, count = np.uint64(0), _leaving(), 0
     for i in range(len(text)):
@@ -190,7 +190,7 @@ def _keep(text: np.ndarray, limit: int, out: np.ndarray) -> np.ndarray:
     return out[:count]
 
 
-@njit(nogil=True)
+@inner
 def _place(value: int, keys: np.ndarray) -> int:
     """Where a hash is in the table, or where it would go."""
     last = np.uint64(len(keys) - 1)
@@ -200,14 +200,14 @@ def _place(value: int, keys: np.ndarray) -> int:
     return place
 
 
-@njit(nogil=True)
+@outer
 def insert(hashes: np.ndarray, keys: np.ndarray) -> None:
     """Put hashes into a table that has room for them."""
     for value in hashes:
         keys[_place(value, keys)] = value
 
 
-@njit(nogil=True)
+@outer
 def mark(text: np.ndarray, limit: int, keys: np.ndarray, marks: np.ndarray) -> None:
     """Mark every hash of the table that is one of the text's kept shingles."""
     for value in _keep(text, limit, np.empty(max(0, len(text) - SHINGLE_BYTES + 1), dtype=np.uint64)):
@@ -216,7 +216,7 @@ def mark(text: np.ndarray, limit: int, keys: np.ndarray, marks: np.ndarray) -> N
             marks[place] = 1
 
 
-@njit(nogil=True)
+@outer
 def look_up(hashes: np.ndarray, keys: np.ndarray, marks: np.ndarray) -> np.ndarray:
     """The marks of hashes that are in the table, uint8."""
     found = np.empty(len(hashes), dtype=np.uint8)
