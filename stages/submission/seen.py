@@ -55,7 +55,9 @@ def read(name: str, stream: Stream) -> Seen:
     if folder.is_dir():
         _require_same_stream(folder)
         return _seen(
-            name, lambda path: _text(folder / path), {s: ledger.read(folder / _ledger(s), stream.targets) for s in revisions.SCORERS}
+            "the working tree" if folder == Path() else name,
+            lambda path: _text(folder / path),
+            {s: ledger.read(folder / _ledger(s), stream.targets) for s in revisions.SCORERS},
         )
     commit = revisions.resolve(name)
     ledgers = {scorer: revisions.read(f"{name}:{scorer}", stream.targets) for scorer in revisions.SCORERS}
