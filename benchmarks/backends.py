@@ -9,7 +9,6 @@ on the CPU, and on CUDA in float32 and in bfloat16 with each of torch's attentio
 
 import argparse
 import dataclasses
-import itertools
 import json
 import time
 from contextlib import nullcontext
@@ -20,7 +19,8 @@ import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from stages import clock, ledger
+from benchmarks._pairs import compared
+from stages import clock
 from stages.bpb import bits_per_byte
 from stages.pack.artifact import unpack
 from stages.parallel import ParallelParams, World, world
@@ -62,17 +62,6 @@ def scored(blob: bytes, here: World, tokens: np.ndarray) -> np.ndarray:
     model.load_state_dict(state)
     whole = SlidingEvalParams(window=params.context, stride=params.context, batch_windows=BATCH_WINDOWS, chunk=params.context)
     return SlidingScorer(model, whole, here).score_stream(tokens)
-
-
-def compared(ledgers: dict[str, np.ndarray], stream: Stream) -> list[dict[str, Any]]:
-    """Every pair: the difference in bpb with its interval, and the largest of one token."""
-    documents = ledger.document_of_target(stream.tokens, stream.table.bos)
-    rows = []
-    for a, b in itertools.combinations(ledgers, 2):
-        difference = ledger.paired_difference(ledgers[a], ledgers[b], stream.counted_bytes, documents)
-        largest = float(np.abs(ledgers[a].astype(np.float64) - ledgers[b]).max())
-        rows.append({"a": a, "b": b, "bpb": difference.bpb, "low": difference.low, "high": difference.high, "largest_nats": largest})
-    return rows
 
 
 def main() -> None:

@@ -13,13 +13,13 @@ import os
 import subprocess
 import sys
 import tempfile
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
+from benchmarks._pairs import compared
 from stages import clock, ledger
 from stages.bpb import bits_per_byte
 from stages.sliding_eval.evaluate import Stream, open_stream
@@ -42,8 +42,8 @@ WAYS: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 
 
-def run(name: str, arguments: argparse.Namespace, window: str, output: Path) -> dict[str, Any]:
-    """Score in one process; its timing.json."""
+def run(name: str, arguments: argparse.Namespace, window: str, output: Path) -> None:
+    """Score in one process, whose outputs stay in `output`."""
     stage, changes = WAYS[name]
     files = {"--params": arguments.params, "--model": arguments.model, "--val": arguments.val, "--tokenizer": arguments.tokenizer}
     command = [sys.executable, "-m", f"stages.{stage}", "--output", str(output)]
@@ -55,8 +55,6 @@ def run(name: str, arguments: argparse.Namespace, window: str, output: Path) -> 
     with tempfile.TemporaryDirectory() as cache:
         caches = {"TRITON_CACHE_DIR": f"{cache}/triton", "TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor"}
         subprocess.run(command, check=True, env=os.environ | caches)
-    timing: dict[str, Any] = json.loads((output / "timing.json").read_text())
-    return timing
 
 
 def figures(folder: Path, stream: Stream) -> dict[str, Any]:
@@ -65,17 +63,6 @@ def figures(folder: Path, stream: Stream) -> dict[str, Any]:
     kept = ("process_seconds", "startup_seconds", "targets_per_second", "projected_seconds_8gpu")
     nll = ledger.read(folder / "nll.npy", stream.targets)
     return {"bpb": bits_per_byte(nll, stream.counted_bytes)} | {key: timing[key] for key in kept}
-
-
-def compared(ledgers: Path, names: list[str], stream: Stream) -> list[dict[str, Any]]:
-    """The difference in bpb of every pair, with its 95 % interval over documents."""
-    documents = ledger.document_of_target(stream.tokens, stream.table.bos)
-    nll = {name: ledger.read(ledgers / name / "nll.npy", stream.targets) for name in names}
-    rows = []
-    for a, b in combinations(names, 2):
-        difference = ledger.paired_difference(nll[a], nll[b], stream.counted_bytes, documents)
-        rows.append({"a": a, "b": b, "bpb": difference.bpb, "low": difference.low, "high": difference.high})
-    return rows
 
 
 def main() -> None:
@@ -93,8 +80,9 @@ def main() -> None:
         print(name, json.dumps(figures(arguments.ledgers / name, stream)), flush=True)
     there = [name for name in WAYS if (arguments.ledgers / name / "timing.json").exists()]
     ways = {name: figures(arguments.ledgers / name, stream) for name in there}
+    ledgers = {name: ledger.read(arguments.ledgers / name / "nll.npy", stream.targets) for name in there}
     device = torch.device("cuda") if torch.cuda.is_available() else None
-    result = {"changes": arguments.set, "ways": ways, "pairs": compared(arguments.ledgers, there, stream)} | clock.facts(device)
+    result = {"changes": arguments.set, "ways": ways, "pairs": compared(ledgers, stream)} | clock.facts(device)
     arguments.results.write_text(json.dumps(result, indent=2, sort_keys=True) + "\n")
 
 
