@@ -108,7 +108,7 @@ def build(run: command.Run[Params]) -> None:
     """Training shards to model.bin; one clock over everything that reads them."""
     params, shard_folder = run.params, run.path("train")
     relaunch_under_torchrun(params.parallel, sys.argv[0], sys.argv[1:])
-    with world(params.parallel) as here:
+    with world(params.parallel, compiles=True) as here:
         state, hessians = _learn(params, shard_folder, here, run)
         if here.is_main:
             packed = pack(_on(here, state), _on(here, hessians), params.model, params.pack, run.report)
