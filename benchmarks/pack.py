@@ -63,6 +63,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "at a rate, uniform grid": {"states": 1},
     "at a rate, 4 states": {"states": 4},
     "at a rate, 32 states": {"states": 32},
+    "at a rate, 64 states": {"states": 64},
+    "at a rate, 256 states": {"states": 256},
     "8 states, rows alike": {"row_weight": 0.0},
     "8 states, rows by their full importance": {"row_weight": 1.0},
     "8 states, by error and bits": {"rate_weight": 0.1},

@@ -87,11 +87,11 @@ def overlap(train: Iterable[tuple[int, np.ndarray]], val: Iterable[tuple[int, np
     wanted = set(digests)
     for _, text in train:
         count += 1
-        mark(text, limit, table.keys, table.marks)
+        mark(kept_shingles(text, limit), table.keys, table.marks)
         digest = hashlib.sha256(text.tobytes()).digest()
         if digest in wanted:
             seen.add(digest)
-    marked = look_up(together, table.keys, table.marks)
+    marked = look_up(together, table.keys, table.marks, np.empty(len(together), dtype=np.uint8))
     kept = np.array([len(of) for of in hashes], dtype=np.int64)
     ends = np.cumsum([0, *kept.tolist()])
     running = np.concatenate([[0], np.cumsum(marked, dtype=np.int64)])
@@ -144,7 +144,8 @@ def _sampled(rate: int) -> str:
 
 def kept_shingles(text: np.ndarray, limit: np.uint64) -> np.ndarray:
     """The hashes of a text's shingles that are kept, in order, uint64."""
-    return _keep(text, limit, np.empty(max(0, len(text) - SHINGLE_BYTES + 1), dtype=np.uint64)).copy()
+    room = np.empty(max(0, len(text) - SHINGLE_BYTES + 1), dtype=np.uint64)
+    return room[: _keep(text, limit, room)].copy()
 
 
 @outer
@@ -176,7 +177,7 @@ def _leaving() -> int:
 
 
 @outer
-def _keep(text: np.ndarray, limit: int, out: np.ndarray) -> np.ndarray:
+def _keep(text: np.ndarray, limit: int, out: np.ndarray) -> int:
     rolled, gone, count = np.uint64(0), _leaving(), 0
     for i in range(len(text)):
         rolled = rolled * BASE + np.uint64(text[i])
@@ -187,7 +188,7 @@ def _keep(text: np.ndarray, limit: int, out: np.ndarray) -> np.ndarray:
             if value <= limit:
                 out[count] = value
                 count += 1
-    return out[:count]
+    return count
 
 
 @inner
@@ -208,18 +209,17 @@ def insert(hashes: np.ndarray, keys: np.ndarray) -> None:
 
 
 @outer
-def mark(text: np.ndarray, limit: int, keys: np.ndarray, marks: np.ndarray) -> None:
-    """Mark every hash of the table that is one of the text's kept shingles."""
-    for value in _keep(text, limit, np.empty(max(0, len(text) - SHINGLE_BYTES + 1), dtype=np.uint64)):
+def mark(hashes: np.ndarray, keys: np.ndarray, marks: np.ndarray) -> None:
+    """Mark those of the hashes that are in the table."""
+    for value in hashes:
         place = _place(value, keys)
         if keys[place] == value:
             marks[place] = 1
 
 
 @outer
-def look_up(hashes: np.ndarray, keys: np.ndarray, marks: np.ndarray) -> np.ndarray:
+def look_up(hashes: np.ndarray, keys: np.ndarray, marks: np.ndarray, out: np.ndarray) -> np.ndarray:
     """The marks of hashes that are in the table, uint8."""
-    found = np.empty(len(hashes), dtype=np.uint8)
     for i in range(len(hashes)):
-        found[i] = marks[_place(hashes[i], keys)]
-    return found
+        out[i] = marks[_place(hashes[i], keys)]
+    return out

@@ -70,10 +70,12 @@ def pack(
         quantiser = make(matrices, hessians, pack_params, report)
 
         def attempt(scale: float) -> Attempt:
-            results = _quantise(matrices, quantiser, scale, report)
+            results, encoded = _quantise(matrices, quantiser, scale, pack_params, report)
             if pack_params.lqer_rank:
                 results |= lqer.corrected(results, matrices, hessians, quantiser.known, pack_params)
-            entries = _encode(rest, results, pack_params)
+            coded: dict[str, Tensor | Result] = {**rest, **results}
+            encoded |= _encode({name: of for name, of in coded.items() if name not in encoded}, pack_params)
+            entries = tuple(entry for _, entry in sorted(encoded.items()))
             blob = container.write(Contents(dataclasses.asdict(model_params), entries))
             report.log(f"pack: {len(blob):,} bytes at scale {scale:g}, {pack_params.model_budget_bytes:,} allowed")
             return Attempt(blob, entries, results)
@@ -139,35 +141,41 @@ def check_shapes(shapes: Mapping[str, tuple[int, ...]], params: ModelParams) -> 
             raise ValueError(f"tensor {name} {seen}, and {wanted} in a model with these parameters (section model)")
 
 
-def _quantise(matrices: Mapping[str, Tensor], quantiser: Quantiser, scale: float, report: Report) -> dict[str, Result]:
-    """Every matrix quantised."""
+def _quantise(
+    matrices: Mapping[str, Tensor], quantiser: Quantiser, scale: float, params: PackParams, report: Report
+) -> tuple[dict[str, Result], dict[str, Entry]]:
+    """Every matrix quantised; and encoded by the thread that did it, unless that serves a GPU or a correction is still to come."""
+    at_once = quantiser.on_cpu and not params.lqer_rank
     with report.progress("GPTQ", sum(tensor.numel() for tensor in matrices.values())) as progress:
 
         def size(names: Sequence[str]) -> int:
             return sum(matrices[name].numel() for name in names)
 
-        def together(names: Sequence[str]) -> dict[str, Result]:
+        def together(names: Sequence[str]) -> tuple[dict[str, Result], dict[str, Entry]]:
             made = dict(zip(names, quantiser.quantise(names, scale), strict=True))
+            encoded = {name: _entry(name, result, params) for name, result in made.items()} if at_once else {}
             progress.advance(size(names), names[0])
-            return made
+            return made, encoded
 
         batches = in_threads(together, quantiser.batches, size, threads_for(matrices.values()))
-    return {name: result for batch in batches for name, result in batch.items()}
+    results, entries = ({name: of for batch in every for name, of in batch.items()} for every in zip(*batches, strict=True))
+    return results, entries
 
 
-def _encode(rest: Mapping[str, Tensor], results: Mapping[str, Result], params: PackParams) -> tuple[Entry, ...]:
-    """All tensors encoded, by name: float16 and quantised ones."""
-
-    def one(name: str) -> Entry:
-        shape = tuple(rest[name].shape) if name in rest else results[name].entered_RC.shape
-        form, coded = (FLOAT16, rest[name]) if name in rest else (results[name].form, results[name].coded)
-        raw = tensors.raw_streams(coded)
-        return Entry(name, shape, form, container.encode_streams(form, shape, raw, params.codec, params.brotli_quality))
+def _encode(coded: Mapping[str, Tensor | Result], params: PackParams) -> dict[str, Entry]:
+    """The entries of float16 tensors and of quantised matrices."""
 
     def size(name: str) -> int:
-        return rest[name].numel() if name in rest else results[name].entered_RC.size
+        of = coded[name]
+        return of.numel() if isinstance(of, Tensor) else of.entered_RC.size
 
-    return tuple(in_threads(one, sorted([*rest, *results]), size, usable_cores()))
+    return dict(zip(coded, in_threads(lambda name: _entry(name, coded[name], params), list(coded), size, usable_cores()), strict=True))
+
+
+def _entry(name: str, of: Tensor | Result, params: PackParams) -> Entry:
+    form, shape, coded = (FLOAT16, tuple(of.shape), of) if isinstance(of, Tensor) else (of.form, of.entered_RC.shape, of.coded)
+    streams = container.encode_streams(form, shape, tensors.raw_streams(coded), params.codec, params.brotli_quality)
+    return Entry(name, shape, form, streams)
 
 
 def _measure(best: Attempt, state: Mapping[str, Tensor], hessians: Mapping[str, Tensor]) -> list[table.Row]:

@@ -165,7 +165,12 @@ class AtRate:
         alike = {hessian_name(name): name for name in state}  # matrices with one input share it
         made = in_threads(lambda name: _inputs(self.known[name]), list(alike.values()), lambda name: found[name].numel(), usable_cores())
         inputs = dict(zip(alike, made, strict=True))
-        self.matrices = {name: self._matrix(name, state[name], hessians, inputs[hessian_name(name)]) for name in state}
+
+        def matrix(name: str) -> _Matrix:
+            return self._matrix(name, state[name], hessians, inputs[hessian_name(name)])
+
+        matrices = in_threads(matrix, list(state), lambda name: state[name].numel(), usable_cores())
+        self.matrices = dict(zip(state, matrices, strict=True))
 
     def quantise(self, names: Sequence[str], scale: float) -> list[Result]:
         """Levels on the trellis."""
@@ -173,8 +178,9 @@ class AtRate:
 
     def scales(self, bits: float) -> Scales:
         """Beginning where normal values of these deviations would take so many bits."""
-        finest = self._scale_for(MOST_BITS * sum(of.axes.scaled_RC.size for of in self.matrices.values()))
-        return Scales(max(finest, self._scale_for(bits)), finest, COARSEST)
+        octaves, counts = _deviations(list(self.matrices.values()))
+        finest = self._scale_for(MOST_BITS * counts.sum(), octaves, counts)
+        return Scales(max(finest, self._scale_for(bits, octaves, counts)), finest, COARSEST)
 
     @staticmethod
     def compile_ahead() -> None:
@@ -192,10 +198,9 @@ class AtRate:
         levels_RC = chosen.lattice.levels_RC.astype(np.float32)
         return Result(chosen.lattice, Form("lattice", states), chosen.entered_RC, levels_RC, lattice.scales(axes.columns.exponents_C))
 
-    def _scale_for(self, bits_total: float) -> float:
+    def _scale_for(self, bits_total: float, octaves: np.ndarray, counts: np.ndarray) -> float:
         """The scale at which normal values of these deviations would take so many bits."""
         stride = min(2, self.params.states)
-        octaves, counts = self._deviations()
         low, high = -60.0, 60.0  # log2 of the scale
         while high - low > 1e-3:
             middle = (low + high) / 2
@@ -203,17 +208,6 @@ class AtRate:
             bits = np.maximum(FEWEST_BITS, np.log2(1 + ratio) / 2 + OVERHEAD_BITS[stride] * np.minimum(1, ratio))
             low, high = (middle, high) if (bits * counts).sum() > bits_total else (low, middle)
         return float(2.0**high)
-
-    def _deviations(self) -> tuple[np.ndarray, np.ndarray]:
-        """How many weights have which deviation, as log2 in units of their steps at scale 1."""
-        found: dict[int, int] = {}
-        for axes, _, unit in self.matrices.values():
-            of_R, of_C = (np.log2(np.maximum(of, 1e-30)) / 2 for of in lattice.variances(axes.scaled_RC))
-            eighths_RC = np.rint(DEVIATIONS_PER_OCTAVE * (of_R[:, None] + of_C - np.log2(unit))).astype(np.int64)
-            least = int(eighths_RC.min(initial=0))
-            for value, count in enumerate(np.bincount((eighths_RC - least).ravel())):
-                found[value + least] = found.get(value + least, 0) + int(count)
-        return np.array(sorted(found)) / DEVIATIONS_PER_OCTAVE, np.array([found[value] for value in sorted(found)])
 
     def _matrix(self, name: str, weight: Tensor, hessians: Mapping[str, Tensor], inputs: _Inputs) -> _Matrix:
         if not bool(torch.isfinite(weight).all()):
@@ -223,6 +217,22 @@ class AtRate:
         alive = weight.detach().float().cpu().masked_fill(inputs.dead_C, 0.0).numpy()
         axes = lattice.axes_of(alive, importance_R, lattice.exponents(np.sqrt(mean / importance_R)), inputs.columns)
         return _Matrix(axes, np.abs(axes.scaled_RC).max(0, initial=0.0), inputs.centre / mean**0.5)
+
+
+def _deviations(matrices: Sequence[_Matrix]) -> tuple[np.ndarray, np.ndarray]:
+    """How many weights have which deviation, as log2 in units of their steps at scale 1."""
+
+    def counted(of: _Matrix) -> tuple[int, np.ndarray]:
+        of_R, of_C = (np.log2(np.maximum(squares, 1e-30)) / 2 for squares in lattice.variances(of.axes.scaled_RC))
+        eighths_RC = np.rint(DEVIATIONS_PER_OCTAVE * (of_R[:, None] + of_C - np.log2(of.unit))).astype(np.int64)
+        least = int(eighths_RC.min(initial=0))
+        return least, np.bincount((eighths_RC - least).ravel())
+
+    found: dict[int, int] = {}
+    for least, counts in in_threads(counted, matrices, lambda of: of.axes.scaled_RC.size, usable_cores()):
+        for value, count in enumerate(counts.tolist(), least):
+            found[value] = found.get(value, 0) + count
+    return np.array(sorted(found)) / DEVIATIONS_PER_OCTAVE, np.array([found[value] for value in sorted(found)])
 
 
 def importance_of(name: str, weight: Tensor, hessians: Mapping[str, Tensor], row_weight: float) -> np.ndarray:

@@ -10,9 +10,8 @@ Shapes: R rows, C columns, S states, B columns of a block.
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
-from stages.pack.compiled import inner, outer
+from stages.pack.compiled import inlined, inner, outer
 from stages.pack.trellis import Trellis
 
 BLOCK, DELAY_PER_BIT = 128, 8  # columns searched at once, and how many of them are taken back for each bit of the trellis's state
@@ -35,6 +34,7 @@ class Task(NamedTuple):
 class Survivors(NamedTuple):
     """Places for the survivors of one row and one block of columns; for values ahead there are two, which take turns."""
 
+    start_R: np.ndarray  # of the rows that are searched at once: the state in which the next block begins
     parents_BS: np.ndarray
     levels_BS: np.ndarray
     ahead_2SB: np.ndarray
@@ -53,25 +53,26 @@ def task_of(code: Trellis, unit_CC: np.ndarray, cost_C: np.ndarray, column_class
 
 def places(states: int) -> Survivors:
     """Where a thread's search keeps its survivors."""
-    sizes = (BLOCK, states), (BLOCK, states), (2, states, BLOCK), *[(2, states)] * 4
-    return Survivors(*(np.empty(size, np.int64 if i < 2 else np.float32) for i, size in enumerate(sizes)))
+    sizes = (ROWS_AT_ONCE,), (BLOCK, states), (BLOCK, states), (2, states, BLOCK), *[(2, states)] * 4
+    return Survivors(*(np.empty(size, np.int64 if i < 3 else np.float32) for i, size in enumerate(sizes)))
 
 
 @outer
 def search(y_RC: np.ndarray, cost_R: np.ndarray, row_class_R: np.ndarray, task: Task, of: Survivors, levels_RC: np.ndarray) -> None:
     """Fill `levels_RC`; `y_RC` ends as the values that entered the quantiser. Sums have a fixed order, so results do too."""
     rows, columns = y_RC.shape
-    start_R = np.zeros(rows, np.int64)
     unit_CC, delay = task.unit_CC, task.delay
     for first_row in range(0, rows, ROWS_AT_ONCE):
         last_row = min(first_row + ROWS_AT_ONCE, rows)
+        of.start_R[:] = 0
         first = np.int64(0)  # 0 would have all that is called with it compiled twice
         while first < columns:
             last = min(first + BLOCK, columns)
             kept = last if last == columns else last - delay
             for row in range(first_row, last_row):
-                best = _survive(y_RC[row], cost_R[row], row_class_R[row], start_R[row], first, last, task, of)
-                start_R[row] = _trace(best, first, last, kept, of.parents_BS, of.levels_BS, levels_RC[row])
+                start = of.start_R[row - first_row]
+                best = _survive(y_RC[row], cost_R[row], row_class_R[row], start, first, last, task, of)
+                of.start_R[row - first_row] = _trace(best, first, last, kept, of.parents_BS, of.levels_BS, levels_RC[row])
             for column in range(first, kept):
                 moved_by = unit_CC[column, column + 1 :]
                 for row in range(first_row, last_row):
@@ -79,7 +80,7 @@ def search(y_RC: np.ndarray, cost_R: np.ndarray, row_class_R: np.ndarray, task: 
             first = kept
 
 
-@njit(nogil=True, inline="always")
+@inlined
 def _move(ahead: np.ndarray, error: float, moved_by: np.ndarray) -> None:
     """Let an error move the columns after it."""
     for i in range(len(moved_by)):
@@ -103,7 +104,7 @@ def _trace(best: int, first: int, last: int, kept: int, parents_BS: np.ndarray, 
 def _survive(y_C: np.ndarray, row_cost: float, row_class: int, start: int, first: int, last: int, task: Task, of: Survivors) -> int:
     """Search one row's columns first..last from state `start`; the cheapest path's last state. Parents and levels are left to trace it."""
     unit_CC, cost_C, column_class_C, prices, into_S2, odd_S, stride, _ = task
-    parents_BS, levels_BS, ahead_2SB, costs_2S, levels_2S, errors_2S, totals_2S = of
+    _, parents_BS, levels_BS, ahead_2SB, costs_2S, levels_2S, errors_2S, totals_2S = of
     costs, new_costs, now, new = costs_2S[0], costs_2S[1], ahead_2SB[0], ahead_2SB[1]
     costs[:] = np.float32(np.inf)
     costs[start] = 0.0
@@ -143,7 +144,7 @@ def _survive(y_C: np.ndarray, row_cost: float, row_class: int, start: int, first
     return int(np.argmin(costs))
 
 
-@njit(nogil=True, inline="always")
+@inlined
 def _branch(
     now: np.ndarray,
     place: int,
@@ -159,9 +160,10 @@ def _branch(
 ) -> None:
     """Each state's nearest level on one branch, its error, and what the path would then have cost."""
     spacing, shift, half, most = np.float32(2 * stride), np.float32(stride * branch), np.float32(0.5), np.float32(len(priced) - 1)
+    inverse = np.float32(0.5 / stride)
     for state in range(len(costs)):
         y, offset = now[state, place], odd_S[state] + shift
-        level = np.floor((y - offset) / spacing + half) * spacing + offset
+        level = np.floor((y - offset) * inverse + half) * spacing + offset
         error = y - level
         levels[state], errors[state] = level, error
         totals[state] = costs[state] + error * error * cost
