@@ -65,7 +65,10 @@ def scorer_of(unpacking: Unpacking, here: World, make: Callable[[Model, Report],
     """What `make` makes of the model in a file; kernels are compiled while another process decodes the weights."""
     model = model_for(unpacking.params, here)
     if here.kernels:
-        rehearse(make(model, Report(is_main=False)))
+        from stages.train.kernels.ahead import compiled_side_by_side
+
+        with compiled_side_by_side(here.device.index):
+            rehearse(make(model, Report(is_main=False)))
     model.load_state_dict(unpacking.state())
     return make(model, report)
 
