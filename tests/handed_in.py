@@ -21,7 +21,7 @@ from stages.audit.verdict import Verdict
 from stages.bpb import bits_per_byte, byte_table, load_tokenizer, target_bytes
 from stages.bundle.params import BundleParams, SubmissionParams
 from stages.calibrate.params import CalibrateParams
-from stages.pack import table
+from stages.pack import layers, table
 from stages.pack.params import PackParams
 from stages.sliding_eval import revisions
 from stages.sliding_eval.params import SlidingEvalParams
@@ -132,7 +132,7 @@ def make(root: Path, seed: int = 42) -> None:
         write_json(folder / stage / "metrics.json", {f"{prefix}_bpb": bpb})
         (folder / stage / "log.txt").write_text(f"    1.0s {stage}: {bpb:.6f} bpb over {len(nll):,} targets, {counted.sum():,} bytes\n")
     rows = [table.Row("embedding.weight", "embedding", (4, 4), "rows:8", 200, 16), table.Row("container", "container", (), "", 150, 0)]
-    (folder / "pack/layers.tsv").write_text(table.tsv(rows))
+    (folder / "pack/layers.tsv").write_text(layers.tsv(rows))
     (folder / "pack/model.bin").write_bytes(model(seed))
     (folder / "bundle/train_gpt.py").write_bytes(CODE)
     steps = [f"{step}\t{8 / step:.6f}\t1.0\t{int(step > 4)}" for step in range(1, 13)]

@@ -17,7 +17,7 @@ from torch import Tensor
 from stages import command, config
 from stages.calibrate.hessians import hessian_name, importance_name
 from stages.pack import __main__ as stage
-from stages.pack import artifact, budget, codec, container, inspect, quantisers, roles, table
+from stages.pack import artifact, budget, codec, container, inspect, layers, quantisers, roles, table
 from stages.pack.artifact import pack, unpack
 from stages.pack.budget import Scales
 from stages.pack.codec import Layout
@@ -290,7 +290,7 @@ def test_the_table_adds_up_to_the_file(state: dict[str, Tensor], hessians: dict[
     assert row.mean_squared_error == pytest.approx(float(difference.square().mean()))
     relative = (difference @ hessian @ difference.T).trace() / (state[row.name].double() @ hessian @ state[row.name].double().T).trace()
     assert row.relative_error == pytest.approx(float(relative), rel=1e-4)
-    figures = table.metrics(packed.rows, packed.scale)
+    figures = layers.metrics(packed.rows, packed.scale)
     assert figures["bytes_model"] == len(packed.blob)
     assert figures["bits_per_weight"] == pytest.approx(8 * len(packed.blob) / sum(tensor.numel() for tensor in state.values()))
     command.canonical_json(figures)
@@ -404,9 +404,9 @@ def test_the_stage_and_inspect(
     assert blob == pack(state, hessians, MODEL, PACK, SILENT).blob
     assert json.loads((out / "metrics.json").read_text())["bytes_model"] == len(blob)
     lines = (out / "layers.tsv").read_text().splitlines()
-    assert lines[0].split("\t") == list(table.COLUMNS)
+    assert lines[0].split("\t") == list(layers.COLUMNS)
     assert len(lines) == len(state) + 2
-    assert all(line.count("\t") == len(table.COLUMNS) - 1 for line in lines)
+    assert all(line.count("\t") == len(layers.COLUMNS) - 1 for line in lines)
     capsys.readouterr()
     inspect.main([str(out / "model.bin")])
     printed = capsys.readouterr().out

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stages import command
 from stages.clock import hardware
-from stages.pack import table
+from stages.pack import layers
 from stages.pack.artifact import compile_ahead, device_for, pack
 from stages.pack.params import Params
 from stages.parallel import world
@@ -45,8 +45,8 @@ def main(run: command.Run[Params]) -> None:
         state, hessians = load(model_file, device), load(hessian_file, device)
         packed = pack(state, hessians, params.model, params.pack, run.report)
         run.write_bytes("model.bin", packed.blob)
-        run.write_text("layers.tsv", table.tsv(packed.rows))
-        run.write_json("metrics.json", table.metrics(packed.rows, packed.scale))
+        run.write_text("layers.tsv", layers.tsv(packed.rows))
+        run.write_json("metrics.json", layers.metrics(packed.rows, packed.scale))
         run.timing |= {"seconds": time.monotonic() - started, "hardware": hardware(here.device)}
 
 

@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-from stages.pack import container, table
+from stages.pack import container, layers
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: inspect: {error}\n")
         raise SystemExit(2) from None
-    print(table.aligned(table.rows_of(contents.entries, len(blob))), end="")
+    print(layers.aligned(layers.rows_of(contents.entries, len(blob))), end="")
     print(f"model: {json.dumps(contents.model, sort_keys=True)}")
 
 
