@@ -6,16 +6,16 @@ from typing import Any
 
 import numpy as np
 
-from stages import ledger
+from stages import bootstrap
 from stages.sliding_eval.evaluate import Stream
 
 
 def compared(ledgers: Mapping[str, np.ndarray], stream: Stream) -> list[dict[str, Any]]:
     """Every pair by name: the difference in bpb with its 95 % interval over documents, and the largest of one token in nats."""
-    documents = ledger.document_of_target(stream.tokens, stream.table.bos)
+    documents = bootstrap.document_of_target(stream.tokens, stream.table.bos)
     rows = []
     for a, b in itertools.combinations(ledgers, 2):
-        difference = ledger.paired_difference(ledgers[a], ledgers[b], stream.counted_bytes, documents)
+        difference = bootstrap.paired_difference(ledgers[a], ledgers[b], stream.counted_bytes, documents)
         largest = float(np.abs(ledgers[a].astype(np.float64) - ledgers[b]).max())
         rows.append({"a": a, "b": b, "bpb": difference.bpb, "low": difference.low, "high": difference.high, "largest_nats": largest})
     return rows

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 
 from benchmarks import _mixer, _trie
 from benchmarks._preset import train_params
-from stages import clock, ledger
+from stages import bootstrap, clock
 from stages.bpb import bits_per_byte, load_tokenizer
 from stages.parallel import world
 from stages.sliding_eval.evaluate import Stream, open_stream
@@ -150,10 +150,10 @@ def best(name: str, run: Callable[[float], np.ndarray], case: Case) -> tuple[np.
 def differences(losses: dict[str, np.ndarray], of: np.ndarray, case: Case) -> dict[str, Any]:
     """bpb of each and their paired differences, over the targets `of`."""
     counted = case.stream.counted_bytes[of]
-    numbers = np.unique(ledger.document_of_target(case.stream.tokens, case.stream.table.bos)[of], return_inverse=True)[1]
+    numbers = np.unique(bootstrap.document_of_target(case.stream.tokens, case.stream.table.bos)[of], return_inverse=True)[1]
     found: dict[str, Any] = {name: bits_per_byte(nats[of], counted) for name, nats in losses.items()}
     for a, b in (("network", "tilt"), ("network", "mixer"), ("tilt", "mixer")):
-        found[f"{b} minus {a}"] = ledger.paired_difference(losses[a][of], losses[b][of], counted, numbers)._asdict()
+        found[f"{b} minus {a}"] = bootstrap.paired_difference(losses[a][of], losses[b][of], counted, numbers)._asdict()
     return found
 
 
@@ -164,7 +164,7 @@ def figures(losses: dict[str, np.ndarray], case: Case) -> dict[str, Any]:
         "all": differences(losses, targets, case),
         "last quarter": differences(losses, targets[3 * len(targets) // 4 :], case),
     }
-    documents = ledger.document_of_target(case.stream.tokens, case.stream.table.bos)
+    documents = bootstrap.document_of_target(case.stream.tokens, case.stream.table.bos)
     size = np.bincount(documents, counted)
     by_loss = np.argsort(np.bincount(documents, losses["network"]) / np.maximum(1, size))
     quarter = np.empty(len(size), np.int64)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import yaml
 
-from stages import config, ledger
+from stages import bootstrap, config
 from stages.submission import claims, leaderboard
 from stages.submission.student import upper_tail
 
@@ -97,7 +97,7 @@ def test_paired_ledgers_against_a_plain_count_and_the_bootstrap() -> None:
     bits = sum(float(np.sum(nll, dtype=np.float64)) for nll in theirs) - sum(float(np.sum(nll, dtype=np.float64)) for nll in ours)
     assert found.gain_bpb == pytest.approx(bits / 3 / math.log(2) / counted.sum(), rel=1e-9)
     means = [np.stack(side).mean(axis=0, dtype=np.float64).astype(np.float32) for side in (ours, theirs)]
-    drawn = ledger.paired_difference(means[0], means[1], counted, documents)
+    drawn = bootstrap.paired_difference(means[0], means[1], counted, documents)
     assert (drawn.high - drawn.low) / 2 == pytest.approx(1.96 * found.error_bpb, rel=0.08)
     assert found.documents == 300
     answers = claims.over_documents(found, 3.0)

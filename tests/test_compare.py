@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
-from stages import ledger, shards
+from stages import bootstrap, ledger, shards
 from stages.bpb import ByteTable
 from stages.sliding_eval import compare, differences, revisions
 from stages.sliding_eval.evaluate import Stream, open_stream
@@ -64,7 +64,7 @@ def test_the_figures_equal_a_plain_count_and_add_up() -> None:
             assert part.difference.bpb == pytest.approx(bits / size, rel=1e-9)
             assert part.contribution == pytest.approx(bits / total, rel=1e-9)
         assert sum(part.contribution for part in parts) == pytest.approx(found.whole.bpb, rel=1e-9)
-    assert found.whole == ledger.paired_difference(a, b, of.counted_bytes, ledger.document_of_target(of.tokens, BOS))
+    assert found.whole == bootstrap.paired_difference(a, b, of.counted_bytes, bootstrap.document_of_target(of.tokens, BOS))
     assert found.course.shape == a.shape
     assert found.course[-1] == pytest.approx(found.whole.bpb, rel=1e-9)
     assert found.documents == 9
@@ -74,7 +74,7 @@ def test_a_ledger_against_itself_shows_no_difference() -> None:
     of = stream([100, 80, 400])
     a, _ = ledgers(of.targets)
     found = differences.compare(a, a, of)
-    assert found.whole == ledger.Difference(0.0, 0.0, 0.0)
+    assert found.whole == bootstrap.Difference(0.0, 0.0, 0.0)
     assert "no difference is shown" in compare.table(found, ("a", "b"), (1.0, 1.0))
 
 

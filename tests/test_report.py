@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stages import ledger
+from stages import bootstrap
 from stages.bpb import bits_per_byte
 from stages.sliding_eval.evaluate import open_stream
 from stages.submission import pictures, report, seen
@@ -70,14 +70,14 @@ def test_the_figures_are_those_of_the_runs(page: Path, runs: Path) -> None:
 
 def test_intervals_hold_the_score_that_they_are_of(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The bootstrap against a ledger of zeros is that of the score itself."""
-    drawn: list[ledger.Difference] = []
-    difference = ledger.paired_difference
+    drawn: list[bootstrap.Difference] = []
+    difference = bootstrap.paired_difference
 
-    def kept(a: np.ndarray, b: np.ndarray, counted_bytes: np.ndarray, documents: np.ndarray) -> ledger.Difference:
+    def kept(a: np.ndarray, b: np.ndarray, counted_bytes: np.ndarray, documents: np.ndarray) -> bootstrap.Difference:
         drawn.append(difference(a, b, counted_bytes, documents))
         return drawn[-1]
 
-    monkeypatch.setattr(ledger, "paired_difference", kept)
+    monkeypatch.setattr(bootstrap, "paired_difference", kept)
     stream = open_stream(Path("artifacts/tokenize/val"), Path("artifacts/tokenize/tokenizer.model"))
     both = [seen.read(name, stream) for name in (".", "other")]
     pictures.side_by_side(both, stream)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 
-from stages import ledger
+from stages import bootstrap
 from stages.bpb import bits_per_byte
 from stages.canvas import BLUE, GREY, ORANGE, canvas, png, styled
 from stages.sliding_eval import revisions
@@ -63,11 +63,11 @@ def _bars(axes: Axes, parts: list[Part], title: str, label: str) -> None:
     axes.grid(axis="x", visible=False)
 
 
-def _interval(difference: ledger.Difference) -> str:
+def _interval(difference: bootstrap.Difference) -> str:
     return f"{difference.bpb:+.6f} ({difference.low:+.6f} to {difference.high:+.6f})"
 
 
-def _verdict(difference: ledger.Difference) -> str:
+def _verdict(difference: bootstrap.Difference) -> str:
     """What may be said."""
     if difference.low <= 0 <= difference.high:
         return "no difference is shown"

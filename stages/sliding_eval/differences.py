@@ -4,8 +4,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from stages import ledger
-from stages.ledger import Difference
+from stages import bootstrap
+from stages.bootstrap import Difference
 from stages.sliding_eval.evaluate import Stream
 
 EDGES = (0, 64, 128, 256, 512, 1024, 2048, 4096)  # tokens; each class ends where the next begins
@@ -33,13 +33,13 @@ class Comparison(NamedTuple):
 
 def compare(a: np.ndarray, b: np.ndarray, stream: Stream) -> Comparison:
     """bpb(b) - bpb(a), paired over documents; ledgers (N-1,) float32."""
-    documents = ledger.document_of_target(stream.tokens, stream.table.bos)
+    documents = bootstrap.document_of_target(stream.tokens, stream.table.bos)
     starts = np.flatnonzero(stream.tokens == stream.table.bos)
     position = np.arange(1, len(stream.tokens)) - starts[documents]
     length = np.diff(starts, append=len(stream.tokens))[documents]
     bits = (b.astype(np.float64) - a.astype(np.float64)) / np.log(2)
     return Comparison(
-        whole=ledger.paired_difference(a, b, stream.counted_bytes, documents),
+        whole=bootstrap.paired_difference(a, b, stream.counted_bytes, documents),
         documents=len(starts),
         by_length=_parts(length, a, b, stream.counted_bytes, documents),
         by_position=_parts(position, a, b, stream.counted_bytes, documents),
@@ -67,7 +67,7 @@ def _parts(value: np.ndarray, a: np.ndarray, b: np.ndarray, counted_bytes: np.nd
         if not size:
             continue
         present, number = np.unique(documents[inside], return_inverse=True)  # the bootstrap draws of those alone
-        difference = ledger.paired_difference(a[inside], b[inside], counted_bytes[inside], number)
+        difference = bootstrap.paired_difference(a[inside], b[inside], counted_bytes[inside], number)
         label = f"{low} to {high - 1}" if high <= EDGES[-1] else f"{low} or more"
         found.append(Part(label, len(present), size, difference, difference.bpb * size / total))
     return found

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from stages import ledger
+from stages import bootstrap, ledger
 from stages.clock import OFFICIAL_BYTES
 from stages.sliding_eval import revisions
 from stages.sliding_eval.evaluate import Stream, open_stream
@@ -52,7 +52,7 @@ def _against_record(summary: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         stream = _stream(summary, theirs, folder, Path(scratch))
         better, worse = (_ledgers(side, stream.targets, Path(scratch)) for side in (summary, theirs))
-    documents = ledger.document_of_target(stream.tokens, stream.table.bos)
+    documents = bootstrap.document_of_target(stream.tokens, stream.table.bos)
     gain = claims.paired(better, worse, stream.counted_bytes, documents)
     bytes_each = bytes_per_token(summary)
     answers = [*claims.over_seeds(ours(summary), ours(theirs), bytes_each), *claims.over_documents(gain, bytes_each)]

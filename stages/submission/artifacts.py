@@ -17,7 +17,7 @@ import brotli
 import numpy as np
 from sentencepiece import SentencePieceProcessor
 
-from stages import ledger, shards
+from stages import bootstrap, ledger, shards
 from stages.bpb import bits_per_byte, byte_table, load_tokenizer, target_bytes
 
 STAGES = ("tokenize", "train", "calibrate", "pack", "sliding_eval", "ttt_eval", "bundle", "audit")
@@ -71,7 +71,7 @@ class Artifacts:
     coverage: Coverage
     reference: Reference
     scores: dict[str, Score]
-    gain: ledger.Difference  # bpb of ttt_eval minus that of sliding_eval
+    gain: bootstrap.Difference  # bpb of ttt_eval minus that of sliding_eval
 
     @property
     def bytes_total(self) -> int:
@@ -83,7 +83,7 @@ def load(folders: Mapping[str, Path], requirements: Path, claimed: str) -> Artif
     """Read the artifact folders of all stages; `claimed` is the scorer whose audit must have passed."""
     tokenizer = load_tokenizer(file(folders, "tokenize", "tokenizer.model"))
     tokens, counted_bytes = _stream(folders["tokenize"], tokenizer)
-    documents = ledger.document_of_target(tokens, tokenizer.bos_id())
+    documents = bootstrap.document_of_target(tokens, tokenizer.bos_id())
     metrics = {stage: _json(file(folders, stage, "metrics.json")) for stage in STAGES if stage != "tokenize"}
     ledgers = {scorer: ledger.read(file(folders, scorer, "nll.npy"), len(counted_bytes)) for scorer in SCORERS}
     code, model = (file(folders, *name).read_bytes() for name in (("bundle", "train_gpt.py"), ("pack", "model.bin")))
@@ -117,7 +117,7 @@ def load(folders: Mapping[str, Path], requirements: Path, claimed: str) -> Artif
         coverage=Coverage(len(counted_bytes), int(counted_bytes.sum()), int(documents.max()) + 1),
         reference=brotli_reference(tokens, tokenizer),
         scores=scores,
-        gain=ledger.paired_difference(ledgers["sliding_eval"], ledgers["ttt_eval"], counted_bytes, documents),
+        gain=bootstrap.paired_difference(ledgers["sliding_eval"], ledgers["ttt_eval"], counted_bytes, documents),
     )
 
 

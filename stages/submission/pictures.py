@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 
-from stages import ledger
+from stages import bootstrap
 from stages.bpb import bits_per_byte
 from stages.canvas import BLUE, GREEN, GREY, ORANGE, PURPLE, canvas, png, styled
 from stages.sliding_eval.differences import EDGES
@@ -39,7 +39,7 @@ def loss(runs: Sequence[Seen]) -> bytes:
 
 def classes(runs: Sequence[Seen], stream: Stream) -> bytes:
     """Bits per byte of the claimed scorer by the length of the document, and by the position in it."""
-    documents = ledger.document_of_target(stream.tokens, stream.table.bos)
+    documents = bootstrap.document_of_target(stream.tokens, stream.table.bos)
     starts = np.flatnonzero(stream.tokens == stream.table.bos)
     length = np.diff(starts, append=len(stream.tokens))[documents]
     position = np.arange(1, len(stream.tokens)) - starts[documents]
@@ -106,14 +106,14 @@ def errors(run: Seen) -> bytes:
 
 def side_by_side(runs: Sequence[Seen], stream: Stream) -> bytes:
     """Each run's claimed bits per byte, and its difference to the first run's, with 95 % intervals of a bootstrap over documents."""
-    documents = ledger.document_of_target(stream.tokens, stream.table.bos)
+    documents = bootstrap.document_of_target(stream.tokens, stream.table.bos)
     zero = np.zeros_like(runs[0].claimed)
     bases = [("Bits per byte", zero), (f"less those of {runs[0].name}, paired", runs[0].claimed)][: len(runs)]
     with styled():
         figure, panels = canvas(8, len(bases) * (1.2 + 0.35 * len(runs)), len(bases), squeeze=False)
         for axes, (title, base) in zip(panels.flat, bases, strict=True):
             for i, (run, color) in enumerate(zip(runs, _colors(runs), strict=True)):
-                found = ledger.paired_difference(base, run.claimed, stream.counted_bytes, documents)
+                found = bootstrap.paired_difference(base, run.claimed, stream.counted_bytes, documents)
                 reach = [[max(0.0, found.bpb - found.low)], [max(0.0, found.high - found.bpb)]]
                 axes.errorbar([found.bpb], [i], xerr=reach, fmt="o", color=color, capsize=4)
                 axes.annotate(f"{found.bpb:.5f}", (found.bpb, i), (0, 7), textcoords="offset points", ha="center", fontsize=8)

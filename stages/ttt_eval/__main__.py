@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from stages import clock, command, ledger
+from stages import bootstrap, clock, command, ledger
 from stages.pack.apart import Unpacking
 from stages.parallel import relaunch_under_torchrun, world
 from stages.report import Report
@@ -46,8 +46,8 @@ def main(run: command.Run[Params]) -> None:
         run.timing["attention_backend"] = attention_backend(here.kernels)
         if here.is_main:
             bpb = write_results(run.output, "ttt", nll, stream, params.ttt_eval.chunk, run.write_json)
-            documents = ledger.document_of_target(stream.tokens, stream.table.bos)
-            gain = ledger.paired_difference(ledger.read(files["sliding"], stream.targets), nll, stream.counted_bytes, documents)
+            documents = bootstrap.document_of_target(stream.tokens, stream.table.bos)
+            gain = bootstrap.paired_difference(ledger.read(files["sliding"], stream.targets), nll, stream.counted_bytes, documents)
             run.report.log(
                 f"ttt_eval: {bpb:.6f} bpb over {stream.targets:,} targets; against sliding {gain.bpb:+.6f}"
                 f" (95 % interval {gain.low:+.6f} to {gain.high:+.6f}, paired over documents)"
