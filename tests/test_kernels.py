@@ -5,6 +5,10 @@ bfloat16. The interpreter shows what a kernel computes, and nothing of what the 
 """
 
 import importlib
+import os
+import subprocess
+import sys
+import textwrap
 import zlib
 from dataclasses import replace
 from typing import NamedTuple
@@ -381,3 +385,41 @@ def test_operators_keep_their_word_to_the_compiler(place, draw):
     assert registered == set(arguments)
     for name, values in arguments.items():
         torch.library.opcheck(getattr(torch.ops.caddie, name).default, values)
+
+
+def test_kernels_are_compiled_side_by_side_and_then_no_more(tmp_path):
+    """For a GPU that is not there, on which nothing can be launched: within the block nothing is, and behind it all kernels are there."""
+    program = """
+        import torch
+        from triton import knobs
+        from triton.backends.compiler import GPUTarget
+        from triton.runtime import driver
+        from stages.train.kernels import stream
+        from stages.train.kernels.ahead import compiled_side_by_side
+        from stages.train.plain import Term
+
+        class Absent:
+            get_current_device = get_current_stream = lambda self, *of: 0
+            get_current_target = lambda self: GPUTarget("cuda", 90, 32)
+
+        driver.set_active(Absent())
+        compiled, asked = [], []
+        knobs.runtime.jit_post_compile_hook = lambda fn, **of: compiled.append(fn.name)
+        x, w = torch.zeros(4, 8, requires_grad=True), torch.ones(8)
+
+        def run():
+            stream.combine_norm([Term(x), Term(x, w)], 1.0)[1].sum().backward()
+
+        with compiled_side_by_side(-1):
+            run()
+            run()
+        print(*sorted(compiled))
+        knobs.runtime.jit_cache_hook = lambda **of: asked.append(of) or True
+        try:
+            run()
+        except AttributeError:
+            print("launched after", len(asked))
+    """
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    ran = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], env=environment, capture_output=True, text=True, check=True)
+    assert ran.stdout.splitlines() == ["_combine_backward _combine_forward", "launched after 0"]
