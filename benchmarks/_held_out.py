@@ -1,18 +1,42 @@
-"""The loss of weights on held-out windows, the same windows for all that are compared."""
+"""The loss of weights on held-out text, the same text for all that are compared."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from stages import shards
 from stages.bpb import ByteTable, target_bytes
 from stages.parallel import World
+from stages.sliding_eval.windows import plan
 from stages.train.data import Windows, to_device
-from stages.train.model import model_for
+from stages.train.model import Model, model_for
 from stages.train.params import ModelParams
 
 WINDOWS_AT_ONCE = 32
+SLIDING_WINDOW, SLIDING_STRIDE, SLIDING_TARGETS = 3072, 512, 262_144
+
+
+@torch.no_grad()
+def sliding_nats(model: Model, folder: Path, factors: Sequence[float], here: World) -> dict[float, float]:
+    """Mean nats a token of a folder's first targets by sliding windows, for each factor on the logits before the softcap.
+
+    Windows have one length whatever the model was trained with, so that models of other contexts are compared too.
+    """
+    tokens = shards.stream(folder)[: SLIDING_TARGETS + 1].astype(np.int64)
+    windows = [window for window in plan(0, len(tokens) - 1, SLIDING_WINDOW, SLIDING_STRIDE) if window.end - window.start == SLIDING_WINDOW]
+    sums, count = dict.fromkeys(factors, 0.0), 0
+    for first in range(1, len(windows), WINDOWS_AT_ONCE):
+        rows = np.stack([tokens[window.start : window.end + 1] for window in windows[first : first + WINDOWS_AT_ONCE]])
+        inputs, targets = to_device(rows, here.device)
+        z_NV = model.uncapped(inputs, True, slice(-SLIDING_STRIDE, None)).flatten(0, 1)
+        scored = targets[:, -SLIDING_STRIDE:].flatten()
+        count += len(scored)
+        for factor in factors:
+            sums[factor] += float(model.operations.cross_entropy(z_NV * factor, scored, model.params.logit_softcap).double().sum())
+    return {factor: total / count for factor, total in sums.items()}
 
 
 class HeldOut:

@@ -291,7 +291,7 @@ def main() -> None:
         inputs = Inputs(
             config.load(file, TrainInput, changes), config.load(file, CalibrateInput, changes), config.load(file, PackInput, changes)
         )
-    with tempfile.TemporaryDirectory() as made, world(dataclasses.replace(inputs.pack.parallel, nproc=1)) as here:
+    with tempfile.TemporaryDirectory() as made, world(dataclasses.replace(inputs.pack.parallel, nproc=1), compiles=True) as here:
         folder = arguments.keep or Path(made)
         folder.mkdir(parents=True, exist_ok=True)
         compare(arguments, inputs, folder, here)

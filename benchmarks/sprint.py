@@ -3,7 +3,9 @@
     python -m benchmarks.sprint --train SHARDS --held-out SHARDS --results FILE --variant "KEY=VALUE ..." [--variant ...] [--set KEY=VALUE]
 
 Each variant is the preset (`sprint`) with its changes, trained in this process from shards of `stages.tokenize`; its averaged weights are
-scored, looped, on windows of shards that it did not train on. These are shards of training text: nothing is chosen on validation text.
+scored, looped, on text that they were not trained on: windows of --held-out whole, and it and every --elsewhere (text of a kind that the
+training text has none of) by sliding windows, with logits as they are and times a few factors. All of it is training text: nothing is
+chosen on validation text.
 Several of these processes may share a GPU with one `--turns FILE`: they compile side by side and train in turns.
 With a budget of steps, variants `seed=1`, `parallel.kernels=false` and `parallel.deterministic=true` say how far seeds lie apart, whether
 the kernels give the plain path's loss within that, and what determinism costs.
@@ -18,7 +20,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from benchmarks._held_out import HeldOut
+from benchmarks._held_out import HeldOut, sliding_nats
 from benchmarks._preset import train_params
 from stages import clock
 from stages.clock import Interval
@@ -28,6 +30,7 @@ from stages.train.loop import train
 from stages.train.params import Params
 
 HELD_OUT_WINDOWS = 512
+FACTORS = (1.0, 0.8, 0.85, 0.9, 0.95, 1.05)
 
 
 class InTurn(Interval):
@@ -61,6 +64,9 @@ def run(params: Params, changes: list[str], arguments: argparse.Namespace, here:
     row = {
         "changes": changes,
         "held_out_nats": float(held_out.losses(trained.state).mean()),
+        "sliding_nats": {
+            folder.name: sliding_nats(held_out.model, folder, FACTORS, here) for folder in (arguments.held_out, *arguments.elsewhere)
+        },
         "steps": len(trained.losses),
         "tokens": trained.tokens,
         "train_nats_last_20": sum(trained.losses[-20:]) / len(trained.losses[-20:]),
@@ -79,6 +85,7 @@ def main() -> None:
     parser.add_argument("--preset", default="sprint")
     parser.add_argument("--train", type=Path, required=True)
     parser.add_argument("--held-out", type=Path, required=True)
+    parser.add_argument("--elsewhere", type=Path, action="append", default=[], metavar="SHARDS")
     parser.add_argument("--variant", action="append", required=True, metavar="CHANGES")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--turns", type=Path, help="a lock file, one for each GPU")
@@ -90,7 +97,7 @@ def main() -> None:
     # All are read, and refused if they must be, before the first is run.
     variants = [(train_params(arguments.preset, [*arguments.set, *changes]), changes) for changes in each]
     for params, changes in variants:
-        with world(params.parallel) as here:
+        with world(params.parallel, compiles=True) as here:
             rows.append(run(params, changes, arguments, here))
             result = {"preset": arguments.preset, "changes": arguments.set, "variants": rows} | clock.facts(here.device)
             arguments.results.write_text(json.dumps(result, indent=2, sort_keys=True) + "\n")

@@ -257,7 +257,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, required=True, help="the JSON file to write")
     arguments = parser.parse_args()
     params = train_params(arguments.preset, arguments.set)
-    with world(params.parallel) as here:
+    with world(params.parallel, compiles=True) as here:
         rates = ceilings(here)
         rows = []
         for tokens in arguments.batch or [params.train.batch_tokens]:

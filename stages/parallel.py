@@ -156,18 +156,19 @@ def relaunch_under_torchrun(params: ParallelParams, program: str, arguments: lis
 
 
 @contextlib.contextmanager
-def world(params: ParallelParams) -> Iterator[World]:
-    """Set up device, determinism and, under torchrun, the process group; tear the group down at the end."""
+def world(params: ParallelParams, compiles: bool = False) -> Iterator[World]:
+    """Set up device, determinism and, under torchrun, the process group; tear the group down at the end. `compiles`: what trains, may."""
     end_with_parent()
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     device = _device(params, int(os.environ.get("LOCAL_RANK", "0")))
     dtype = activation_dtype(params, device)
-    set_determinism(params, device)
+    compiles = compiles and params.compile and device.type == "cuda"
+    set_determinism(params, device, compiles)
     with _company(rank, size, device) as host_group:
-        yield World(rank, size, device, dtype, params.compile and device.type == "cuda", host_group, kernels=uses_kernels(params, device))
+        yield World(rank, size, device, dtype, compiles, host_group, kernels=uses_kernels(params, device))
 
 
-def set_determinism(params: ParallelParams, device: torch.device) -> None:
+def set_determinism(params: ParallelParams, device: torch.device, compiles: bool) -> None:
     """Threads, TF32, and deterministic algorithms (always on CPU, on request on CUDA)."""
     torch.set_num_threads(params.threads)
     torch.backends.cuda.matmul.allow_tf32 = not params.deterministic
@@ -175,7 +176,7 @@ def set_determinism(params: ParallelParams, device: torch.device) -> None:
     deterministic = params.deterministic or device.type == "cpu"
     if deterministic and device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when the first handle is made
-    if params.compile and device.type == "cuda":
+    if compiles:
         torch.use_deterministic_algorithms(deterministic)
     else:  # the same for what is not compiled, without importing the compiler: two seconds of each stage
         torch.set_deterministic_debug_mode("error" if deterministic else "default")

@@ -70,6 +70,7 @@ TRAIN = TrainParams(
     newton_schulz="fixed",
     newton_schulz_steps=5,
     ema_decay=0.9,
+    logit_scale=1.0,
     checkpoint_every=0,
 )
 

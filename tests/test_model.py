@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from stages import config
-from stages.train.model import Model, initialise_, value_table, visit_plan
+from stages.train.model import Model, initialise_, value_table, visit_plan, with_scaled_logits
 from stages.train.operations import PLAIN, operations
 from stages.train.params import ModelParams, Params
 from stages.train.plain import documents_of
@@ -85,6 +85,15 @@ def test_gates_smear_and_value_tables_begin_as_if_they_were_not_there():
     with torch.no_grad():
         with_all, without = (model.logits(torch.tensor(TOKENS)[None]) for model in models)
     torch.testing.assert_close(with_all, without, atol=1e-6, rtol=0)
+
+
+@each_attention
+def test_scaled_logits_are_those_of_the_same_model_times_the_factor(model_params):
+    model, scaled, tokens = random_model(8, model_params), random_model(8, model_params), torch.tensor(TOKENS)[None]
+    scaled.load_state_dict(with_scaled_logits(model.state_dict(), 0.75))
+    with torch.no_grad():
+        before, after = (of.uncapped(tokens, True, slice(None)) for of in (model, scaled))
+    torch.testing.assert_close(after, 0.75 * before, atol=1e-5, rtol=1e-4)
 
 
 def test_smear_adds_the_embedding_before_but_not_to_a_bos():

@@ -184,6 +184,16 @@ def test_training_learns_and_repeats_bit_for_bit(tmp_path):
     assert train(params(seed=7, steps=3), folder, world(), QUIET, Interval()).losses != first.losses[:3]
 
 
+def test_the_scale_of_the_logits_is_that_of_the_finished_weights_and_of_nothing_before(tmp_path):
+    folder = write_shards(tmp_path)
+    whole, half = (train(params(logit_scale=scale), folder, world(), QUIET, Interval()) for scale in (1.0, 0.5))
+    assert whole.losses == half.losses
+    assert torch.equal(half.state["embedding.weight"], 0.5 * whole.state["embedding.weight"])
+    assert torch.equal(half.state["smear.gate"], 2 * whole.state["smear.gate"])
+    changed = {name for name in whole.state if not torch.equal(whole.state[name], half.state[name])}
+    assert changed <= {"embedding.weight", "smear.gate"}
+
+
 def test_accumulating_micro_batches_equals_one_large_batch(tmp_path):
     folder = write_shards(tmp_path)
     whole = train(params(micro_batch_tokens=64), folder, world(), QUIET, Interval())

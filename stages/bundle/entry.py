@@ -17,13 +17,16 @@ from stages import clock, command
 from stages.calibrate.hessians import collect
 from stages.calibrate.params import CalibrateParams
 from stages.calibrate.params import Params as CalibrateInput
-from stages.pack.artifact import load_model, pack
+from stages.pack.apart import Unpacking
+from stages.pack.artifact import pack
 from stages.pack.params import PackParams
 from stages.parallel import ParallelParams, World, relaunch_under_torchrun, world
-from stages.sliding_eval.evaluate import Stream, TimedScorer, read_stream, score, write_results
+from stages.report import Report
+from stages.sliding_eval.evaluate import TimedScorer, read_stream, score, scorer_of, write_results
 from stages.sliding_eval.params import SlidingEvalParams
 from stages.sliding_eval.scorer import SlidingScorer
 from stages.train.loop import train
+from stages.train.model import Model
 from stages.train.params import ModelParams, TrainParams
 from stages.train.params import Params as TrainInput
 from stages.ttt_eval.params import Params as TttInput
@@ -108,7 +111,7 @@ def build(run: command.Run[Params]) -> None:
     """Training shards to model.bin; one clock over everything that reads them."""
     params, shard_folder = run.params, run.path("train")
     relaunch_under_torchrun(params.parallel, sys.argv[0], sys.argv[1:])
-    with world(params.parallel) as here:
+    with world(params.parallel, compiles=True) as here:
         state, hessians = _learn(params, shard_folder, here, run)
         if here.is_main:
             packed = pack(_on(here, state), _on(here, hessians), params.model, params.pack, run.report)
@@ -124,13 +127,20 @@ def evaluate(run: command.Run[Params]) -> None:
     name: ScorerName = run.arguments.scorer or params.submission.scorer
     files = {option: run.path(option) for option in EVAL.reads}
     relaunch_under_torchrun(params.parallel, sys.argv[0], sys.argv[1:])
+    unpacking = Unpacking(files["model"])
     with world(params.parallel) as here:
-        model = load_model(files["model"], here)
-        stream = read_stream(files["val"], files["tokenizer"], model.params.vocab_size, params.sliding_eval.window)
-        scorer, prefix, chunk = _scorer(name, params, model, stream, here, run)
+        stream = read_stream(files["val"], files["tokenizer"], unpacking.params.vocab_size, params.sliding_eval.window)
+
+        def make(model: Model, report: Report) -> TimedScorer:
+            if name == "sliding_eval":
+                return SlidingScorer(model, params.sliding_eval, here, report)
+            return scorer_for(model, params.sliding_eval, params.ttt_eval, here, stream.targets, report)
+
+        scorer = scorer_of(unpacking, here, make, run.report)
         pace = clock.Pace(scorer.warm_up_targets)
         nll = score(scorer, stream, pace)
         if here.is_main:
+            prefix, chunk = ("sliding", params.sliding_eval.chunk) if name == "sliding_eval" else ("ttt", params.ttt_eval.chunk)
             bpb = write_results(run.output, prefix, nll, stream, chunk, run.write_json)
             run.report.log(
                 f"train_gpt: {name} scores {bpb!r} bpb over {stream.targets:,} targets, {int(stream.counted_bytes.sum()):,} bytes"
@@ -150,16 +160,6 @@ def _learn(params: Params, shard_folder: Path, here: World, run: command.Run[Par
 def _on(here: World, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors on this process's device, where the pack stage has them."""
     return {name: tensor.to(here.device) for name, tensor in tensors.items()}
-
-
-def _scorer(
-    name: ScorerName, params: Params, model: Any, stream: Stream, here: World, run: command.Run[Params]
-) -> tuple[TimedScorer, str, int]:
-    """The scorer, the prefix of its metrics and the targets of a row of its chunks.tsv."""
-    if name == "sliding_eval":
-        return SlidingScorer(model, params.sliding_eval, here, run.report), "sliding", params.sliding_eval.chunk
-    scorer = scorer_for(model, params.sliding_eval, params.ttt_eval, here, stream.targets, run.report)
-    return scorer, "ttt", params.ttt_eval.chunk
 
 
 def _seed() -> int:

@@ -89,14 +89,26 @@ def pack(
 
 def unpack(blob: bytes) -> tuple[ModelParams, dict[str, Tensor]]:
     """The model's parameters and its float32 weights; a ValueError for a file that is damaged or not lawful."""
+    params, contents = opened(blob)
+    state = in_threads(decode, contents.entries, lambda entry: entry.payload_bytes, usable_cores())
+    return params, {entry.name: tensor for entry, tensor in zip(contents.entries, state, strict=True)}
+
+
+def opened(blob: bytes) -> tuple[ModelParams, Contents]:
+    """The model's parameters and its tensors, still encoded, which are those of such a model; a ValueError otherwise."""
     contents = container.read(blob)
     params = _model_params(contents)
     try:
         check_shapes({entry.name: entry.shape for entry in contents.entries}, params)
     except ValueError as error:
         raise ValueError(f"damaged model file: {error}") from error
-    state = in_threads(_decode, contents.entries, lambda entry: entry.payload_bytes, usable_cores())
-    return params, {entry.name: tensor for entry, tensor in zip(contents.entries, state, strict=True)}
+    return params, contents
+
+
+def decode(entry: Entry) -> Tensor:
+    """The float32 weights of one tensor; a ValueError when it is damaged."""
+    streams = container.decode_streams(entry)
+    return tensors.decoded(tensors.from_raw(entry.form, entry.shape, streams, entry.name))
 
 
 def load_model(path: Path, world: World) -> Model:
@@ -179,11 +191,6 @@ def _measure(best: Attempt, state: Mapping[str, Tensor], hessians: Mapping[str, 
         return table.with_bounds(measured, result.entered_RC, result.rounded_RC, result.scale_C)
 
     return in_threads(one, best.entries, lambda entry: state[entry.name].numel(), threads_for(state.values()))
-
-
-def _decode(entry: Entry) -> Tensor:
-    streams = container.decode_streams(entry)
-    return tensors.decoded(tensors.from_raw(entry.form, entry.shape, streams, entry.name))
 
 
 def _model_params(contents: Contents) -> ModelParams:

@@ -4,9 +4,9 @@ import sys
 from pathlib import Path
 
 from stages import clock, command
-from stages.pack.artifact import load_model
+from stages.pack.apart import Unpacking
 from stages.parallel import relaunch_under_torchrun, world
-from stages.sliding_eval.evaluate import read_stream, score, write_results
+from stages.sliding_eval.evaluate import read_stream, score, scorer_of, write_results
 from stages.sliding_eval.params import Params
 from stages.sliding_eval.scorer import SlidingScorer
 from stages.train.operations import attention_backend
@@ -29,10 +29,10 @@ def main(run: command.Run[Params]) -> None:
     params = run.params.sliding_eval
     files = {name: run.path(name) for name in STAGE.reads}
     relaunch_under_torchrun(run.params.parallel, "stages.sliding_eval", sys.argv[1:])
+    unpacking = Unpacking(files["model"])
     with world(run.params.parallel) as here:
-        model = load_model(files["model"], here)
-        stream = read_stream(files["val"], files["tokenizer"], model.params.vocab_size, params.window)
-        scorer = SlidingScorer(model, params, here, run.report)
+        stream = read_stream(files["val"], files["tokenizer"], unpacking.params.vocab_size, params.window)
+        scorer = scorer_of(unpacking, here, lambda model, report: SlidingScorer(model, params, here, report), run.report)
         pace = clock.Pace(scorer.warm_up_targets)
         nll = score(scorer, stream, pace)
         if here.is_main:

@@ -2,14 +2,18 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
 from stages import ledger, shards
 from stages.bpb import ByteTable, bits_per_byte, byte_table, load_tokenizer, target_bytes
 from stages.clock import Pace
+from stages.pack.apart import Unpacking
+from stages.parallel import World
+from stages.report import Report
 from stages.scorer import Scorer
+from stages.train.model import Model, model_for
 
 
 class Stream(NamedTuple):
@@ -34,6 +38,9 @@ class TimedScorer(Scorer, Protocol):
         ...
 
 
+S = TypeVar("S", bound=TimedScorer)
+
+
 def open_stream(val_folder: Path, tokenizer_file: Path) -> Stream:
     """The stream of a folder of shards and the bytes of its targets; a ValueError when they do not fit the tokenizer."""
     table = byte_table(load_tokenizer(tokenizer_file))
@@ -52,6 +59,20 @@ def read_stream(val_folder: Path, tokenizer_file: Path, vocab_size: int, window:
     if stream.targets < window:
         raise ValueError(f"{val_folder}: {stream.targets} targets are fewer than one window of {window}; give more validation text")
     return stream
+
+
+def scorer_of(unpacking: Unpacking, here: World, make: Callable[[Model, Report], S], report: Report) -> S:
+    """What `make` makes of the model in a file; kernels are compiled while another process decodes the weights."""
+    model = model_for(unpacking.params, here)
+    if here.kernels:
+        rehearse(make(model, Report(is_main=False)))
+    model.load_state_dict(unpacking.state())
+    return make(model, report)
+
+
+def rehearse(scorer: TimedScorer) -> None:
+    """Let a scorer, to be thrown away, score as much of a made-up stream as its warm-up is: the ids in turn."""
+    scorer.score_stream(np.arange(scorer.warm_up_targets + 1) % scorer.vocab_size)
 
 
 def score(scorer: Scorer, stream: Stream, pace: Pace | None = None) -> np.ndarray:

@@ -45,7 +45,7 @@ def main(run: command.Run[Params]) -> None:
     replay = read_fractions(run.arguments.replay) if run.arguments.replay else None
     shard_folder = run.path("train")
     relaunch_under_torchrun(params.parallel, "stages.train", sys.argv[1:])
-    with world(params.parallel) as here:
+    with world(params.parallel, compiles=True) as here:
         clock = Interval()
         trained = train(params, shard_folder, here, run.report, clock, replay, run.arguments.scratch)
         if here.is_main:

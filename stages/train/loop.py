@@ -15,7 +15,7 @@ from stages.parallel import World
 from stages.report import Report
 from stages.train.checkpoint import Checkpoints, open_checkpoints
 from stages.train.data import Prefetched, Windows, micro_batch_size
-from stages.train.model import Model, initialise_, model_for
+from stages.train.model import Model, initialise_, model_for, with_scaled_logits
 from stages.train.operations import compiled, graphs_compiled
 from stages.train.optimizer import Optimizers
 from stages.train.params import Params
@@ -75,7 +75,7 @@ def train(
     clock.mark()
     checkpoints.remove()
     average = loop.optimizers.average()
-    state = {name: average[name] for name, _ in model.named_parameters()}
+    state = with_scaled_logits({name: average[name] for name, _ in model.named_parameters()}, params.train.logit_scale)
     return Trained(state, losses, loop.schedule, loop.steps_done * params.train.batch_tokens, loop.measured(clock))
 
 

@@ -34,7 +34,7 @@ from stages.train.operations import PLAIN, Operations, operations
 from stages.train.params import ModelParams
 from stages.train.plain import Documents, Term, documents_of, rms_norm, softcapped, squared_leaky
 
-EMBEDDING = "embedding.weight"
+EMBEDDING, SMEAR_GATE = "embedding.weight", "smear.gate"
 UNADAPTED, NO_ADAPTERS = VisitAdapters(), Adapters()  # of a visit, of a forward pass
 
 
@@ -313,6 +313,15 @@ def is_table(name: str) -> bool:
 def is_quantised(name: str) -> bool:
     """Whether a tensor is kept with fewer bits in the packed file, and so calibrated: the blocks' matrices and the tables."""
     return is_matrix(name) or is_table(name)
+
+
+def with_scaled_logits(state: dict[str, Tensor], factor: float) -> dict[str, Tensor]:
+    """The weights of the same model but for its logits before the softcap, which are `factor` times what they were.
+
+    Only the head sees the length of the tied table's rows: on their way in they are normalised, and the smear gate makes up for it.
+    """
+    scaled = state | {EMBEDDING: factor * state[EMBEDDING]}
+    return scaled | {SMEAR_GATE: state[SMEAR_GATE] / factor} if SMEAR_GATE in state else scaled
 
 
 @torch.no_grad()

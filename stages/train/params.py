@@ -94,10 +94,12 @@ class TrainParams:
     newton_schulz: Literal["fixed", "polar_express"]  # one triple of coefficients for all iterations, or one for each (#1344)
     newton_schulz_steps: int
     ema_decay: float
+    logit_scale: float  # factor on the logits, before the softcap, of the averaged model
     checkpoint_every: int  # steps between checkpoints for resuming; 0 is none
 
     def __post_init__(self) -> None:
         require_positive(self, "steps", "seconds", "batch_tokens", "micro_batch_tokens", "clip_norm", "adam_eps", "newton_schulz_steps")
+        require_positive(self, "logit_scale")
         require_fraction(self, "loop_from", "warmdown", "min_lr", "adam_beta1", "adam_beta2", "muon_momentum", "muon_momentum_start")
         require_fraction(self, "ema_decay")
         for key in (f"{group}_{kind}" for group in ("embedding", "matrix", "scalar") for kind in ("lr", "weight_decay")):

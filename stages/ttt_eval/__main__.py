@@ -4,9 +4,11 @@ import sys
 from pathlib import Path
 
 from stages import clock, command, ledger
-from stages.pack.artifact import load_model
+from stages.pack.apart import Unpacking
 from stages.parallel import relaunch_under_torchrun, world
-from stages.sliding_eval.evaluate import read_stream, score, write_results
+from stages.report import Report
+from stages.sliding_eval.evaluate import TimedScorer, read_stream, score, scorer_of, write_results
+from stages.train.model import Model
 from stages.train.operations import attention_backend
 from stages.ttt_eval.params import Params
 from stages.ttt_eval.tilt import scorer_for
@@ -30,10 +32,14 @@ def main(run: command.Run[Params]) -> None:
     params = run.params
     files = {name: run.path(name) for name in STAGE.reads}
     relaunch_under_torchrun(params.parallel, "stages.ttt_eval", sys.argv[1:])
+    unpacking = Unpacking(files["model"])
     with world(params.parallel) as here:
-        model = load_model(files["model"], here)
-        stream = read_stream(files["val"], files["tokenizer"], model.params.vocab_size, params.sliding_eval.window)
-        scorer = scorer_for(model, params.sliding_eval, params.ttt_eval, here, stream.targets, run.report)
+        stream = read_stream(files["val"], files["tokenizer"], unpacking.params.vocab_size, params.sliding_eval.window)
+
+        def make(model: Model, report: Report) -> TimedScorer:
+            return scorer_for(model, params.sliding_eval, params.ttt_eval, here, stream.targets, report)
+
+        scorer = scorer_of(unpacking, here, make, run.report)
         pace = clock.Pace(scorer.warm_up_targets)
         nll = score(scorer, stream, pace)
         run.timing |= pace.timing(stream.targets, int(stream.counted_bytes.sum()), here.size) | {"hardware": clock.hardware(here.device)}

@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from stages.train.kernels.operator import operator
+
 SMALLEST_SQUARE = tl.constexpr(1e-24)  # of a value's norm, as in torch's normalize
 HIDDEN = tl.constexpr(-1.0e6)  # score of a masked pair: finite, so that a row whose first block is all masked stays a number
 
@@ -239,7 +241,7 @@ def _scale(C: int) -> float:
     return math.log2(math.e) / math.sqrt(C)
 
 
-@torch.library.custom_op("caddie::document_attention", mutates_args=())
+@operator("document_attention")
 def _attend(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, ends: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     B, T, H, C = q.shape
     y, lse, share = torch.empty_like(q), torch.empty(B, H, T, device=q.device), torch.empty(B, H, T, device=q.device)
@@ -249,13 +251,13 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, ends: Tensor) -> tu
     return y, lse, share
 
 
-@_attend.register_fake
+@torch.library.register_fake("caddie::document_attention")
 def _(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, ends: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     B, T, H, _ = q.shape
     return torch.empty_like(q), torch.empty(B, H, T, device=q.device), torch.empty(B, H, T, device=q.device)
 
 
-@torch.library.custom_op("caddie::document_attention_backward", mutates_args=())
+@operator("document_attention_backward")
 def _attend_gradient(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, starts: Tensor, ends: Tensor, y: Tensor, lse: Tensor, share: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -272,7 +274,7 @@ def _attend_gradient(
     return dq, dk, dv
 
 
-@_attend_gradient.register_fake
+@torch.library.register_fake("caddie::document_attention_backward")
 def _(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, starts: Tensor, ends: Tensor, y: Tensor, lse: Tensor, share: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -288,7 +290,7 @@ def _vjp(ctx, dy, *_):
     return *_attend_gradient(dy.contiguous(), *ctx.saved_tensors), None, None
 
 
-_attend.register_autograd(_vjp, setup_context=_save)
+torch.library.register_autograd("caddie::document_attention", _vjp, setup_context=_save)
 
 
 def attend(q_BTHC: Tensor, k_BTKC: Tensor, v_BTKC: Tensor, starts_BT: Tensor, ends_BT: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from stages.train.kernels.operator import operator
+
 COLUMNS = 1024  # logits that a program holds at once
 
 
@@ -48,7 +50,7 @@ def _loss_backward(dlosses, z, targets, lse, dz, cap, V, COLUMNS: tl.constexpr):
         tl.store(dz + row * V + column, (upstream * share * (1.0 - t * t)).to(dz.dtype.element_ty), mask=column < V)
 
 
-@torch.library.custom_op("caddie::softcapped_cross_entropy", mutates_args=())
+@operator("softcapped_cross_entropy")
 def _losses(z: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
     N, V = z.shape
     losses, lse = torch.empty(N, device=z.device), torch.empty(N, device=z.device)
@@ -56,19 +58,19 @@ def _losses(z: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
     return losses, lse
 
 
-@_losses.register_fake
+@torch.library.register_fake("caddie::softcapped_cross_entropy")
 def _(z: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
     return torch.empty(z.shape[0], device=z.device), torch.empty(z.shape[0], device=z.device)
 
 
-@torch.library.custom_op("caddie::softcapped_cross_entropy_backward", mutates_args=())
+@operator("softcapped_cross_entropy_backward")
 def _losses_gradient(dlosses: Tensor, z: Tensor, targets: Tensor, lse: Tensor, cap: float) -> Tensor:
     dz = torch.empty_like(z)
     _loss_backward[(z.shape[0],)](dlosses, z, targets, lse, dz, cap, z.shape[1], COLUMNS, num_warps=4)
     return dz
 
 
-@_losses_gradient.register_fake
+@torch.library.register_fake("caddie::softcapped_cross_entropy_backward")
 def _(dlosses: Tensor, z: Tensor, targets: Tensor, lse: Tensor, cap: float) -> Tensor:
     return torch.empty_like(z)
 
@@ -83,7 +85,7 @@ def _vjp(ctx, dlosses, _):
     return _losses_gradient(dlosses.contiguous(), *ctx.saved_tensors, ctx.cap), None, None
 
 
-_losses.register_autograd(_vjp, setup_context=_save)
+torch.library.register_autograd("caddie::softcapped_cross_entropy", _vjp, setup_context=_save)
 
 
 def softcapped_cross_entropy(z_NV: Tensor, targets_N: Tensor, softcap: float) -> Tensor:

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from stages.train.kernels.operator import operator
+
 ROWS = 16  # tokens of one program
 NORM_EPS = tl.constexpr(torch.finfo(torch.float32).eps)
 
@@ -89,7 +91,7 @@ def _split_backward(
         tl.store(djoint + place + columns[None, :], dx.to(djoint.dtype.element_ty), mask=valid[:, None])
 
 
-@torch.library.custom_op("caddie::split_heads", mutates_args=())
+@operator("split_heads")
 def _split(joint: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, starts: Tensor | None, K: int) -> tuple[Tensor, Tensor, Tensor]:
     B, T, E = joint.shape
     H = gain.shape[0]
@@ -101,14 +103,14 @@ def _split(joint: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, starts: Tensor
     return q, k, v
 
 
-@_split.register_fake
+@torch.library.register_fake("caddie::split_heads")
 def _(joint: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, starts: Tensor | None, K: int) -> tuple[Tensor, Tensor, Tensor]:
     B, T, E = joint.shape
     C = E // (gain.shape[0] + 2 * K)
     return joint.new_empty(B, T, gain.shape[0], C), joint.new_empty(B, T, K, C), joint.new_empty(B, T, K, C)
 
 
-@torch.library.custom_op("caddie::split_heads_backward", mutates_args=())
+@operator("split_heads_backward")
 def _split_gradient(
     joint: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, starts: Tensor | None, dq: Tensor, dk: Tensor, dv: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -122,7 +124,7 @@ def _split_gradient(
     return djoint, dgain.sum(0).to(gain.dtype)
 
 
-@_split_gradient.register_fake
+@torch.library.register_fake("caddie::split_heads_backward")
 def _(
     joint: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, starts: Tensor | None, dq: Tensor, dk: Tensor, dv: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -139,7 +141,7 @@ def _split_vjp(ctx, dq, dk, dv):
     return djoint, dgain, None, None, None, None
 
 
-_split.register_autograd(_split_vjp, setup_context=_save_split)
+torch.library.register_autograd("caddie::split_heads", _split_vjp, setup_context=_save_split)
 
 
 def split_heads(

@@ -12,6 +12,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from stages.train.kernels.operator import operator
+
 GROUP = tl.constexpr(8)  # row blocks that share a sweep over columns, so that their weights stay in L2
 
 
@@ -83,26 +85,26 @@ def _hidden_gradient(dy: Tensor, down: Tensor, h: Tensor, blocks: dict[str, int]
     return dh
 
 
-@torch.library.custom_op("caddie::squared_leaky_mlp", mutates_args=())
+@operator("squared_leaky_mlp")
 def _mlp(x: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     h, a = _hidden(x, up, FORWARD)
     return a @ down.T, h, a
 
 
-@_mlp.register_fake
+@torch.library.register_fake("caddie::squared_leaky_mlp")
 def _(x: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     N, F = x.shape[0], up.shape[0]
     return x.new_empty(N, down.shape[0]), x.new_empty(N, F), x.new_empty(N, F)
 
 
-@torch.library.custom_op("caddie::squared_leaky_mlp_backward", mutates_args=())
+@operator("squared_leaky_mlp_backward")
 def _mlp_gradient(dy: Tensor, x: Tensor, up: Tensor, down: Tensor, h: Tensor, a: Tensor, frozen: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x, up and down; those of frozen weights are empty."""
     dh = _hidden_gradient(dy, down, h, BACKWARD)
     return (dh @ up, up.new_empty(0), down.new_empty(0)) if frozen else (dh @ up, dh.T @ x, dy.T @ a)
 
 
-@_mlp_gradient.register_fake
+@torch.library.register_fake("caddie::squared_leaky_mlp_backward")
 def _(dy: Tensor, x: Tensor, up: Tensor, down: Tensor, h: Tensor, a: Tensor, frozen: bool) -> tuple[Tensor, Tensor, Tensor]:
     weights = (up.new_empty(0), down.new_empty(0)) if frozen else (torch.empty_like(up), torch.empty_like(down))
     return torch.empty_like(x), *weights
@@ -119,7 +121,7 @@ def _vjp(ctx, dy, *_):
     return dx, *((None, None) if frozen else weights)
 
 
-_mlp.register_autograd(_vjp, setup_context=_save)
+torch.library.register_autograd("caddie::squared_leaky_mlp", _vjp, setup_context=_save)
 
 
 def squared_leaky_mlp(x: Tensor, up_FD: Tensor, down_DF: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from stages.train.kernels.operator import operator
 from stages.train.plain import Term
 
 MOST_TERMS = 5  # a decoder visit after a parallel block: stream, attention, MLP, skip, x0
@@ -114,7 +115,7 @@ def _sizes(x: Tensor) -> tuple[int, int, int]:
     return x.numel() // D, D, triton.next_power_of_2(D)
 
 
-@torch.library.custom_op("caddie::combine", mutates_args=())
+@operator("combine")
 def _combine(xs: Sequence[Tensor], w: Tensor, units: int, norm: bool, scale: float) -> tuple[Tensor, Tensor]:
     N, D, columns = _sizes(xs[0])
     u = torch.empty_like(xs[0])
@@ -125,12 +126,12 @@ def _combine(xs: Sequence[Tensor], w: Tensor, units: int, norm: bool, scale: flo
     return u, h
 
 
-@_combine.register_fake
+@torch.library.register_fake("caddie::combine")
 def _(xs: Sequence[Tensor], w: Tensor, units: int, norm: bool, scale: float) -> tuple[Tensor, Tensor]:
     return torch.empty_like(xs[0]), torch.empty_like(xs[0]) if norm else xs[0].new_empty(0)
 
 
-@torch.library.custom_op("caddie::combine_backward", mutates_args=())
+@operator("combine_backward")
 def _combine_gradient(
     du: Tensor | None, dh: Tensor | None, u: Tensor, xs: Sequence[Tensor], w: Tensor, units: int, scale: float
 ) -> tuple[Tensor, list[Tensor], Tensor]:
@@ -152,7 +153,7 @@ def _combine_gradient(
     return g, gradients, dw.sum(0)
 
 
-@_combine_gradient.register_fake
+@torch.library.register_fake("caddie::combine_backward")
 def _(
     du: Tensor | None, dh: Tensor | None, u: Tensor, xs: Sequence[Tensor], w: Tensor, units: int, scale: float
 ) -> tuple[Tensor, list[Tensor], Tensor]:
@@ -178,7 +179,7 @@ def _vjp(ctx, du, dh):
     return [whole if ctx.units >> i & 1 else next(weighted) for i in range(len(xs))], dw, None, None, None
 
 
-_combine.register_autograd(_vjp, setup_context=_save)
+torch.library.register_autograd("caddie::combine", _vjp, setup_context=_save)
 
 
 def _call(terms: Sequence[Term], norm: bool, scale: float) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,163 @@
+"""The model read by a process of its own: the same weights and the same errors; what is rehearsed meanwhile leaves no trace."""
+
+import copy
+import dataclasses
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from stages import command
+from stages.pack import apart, container
+from stages.pack.apart import Unpacking
+from stages.pack.artifact import pack, unpack
+from stages.sliding_eval import __main__ as stage
+from stages.sliding_eval.evaluate import rehearse, scorer_of
+from stages.sliding_eval.params import SlidingEvalParams
+from stages.sliding_eval.scorer import SlidingScorer
+from stages.ttt_eval import lora, scorer
+from stages.ttt_eval.tilt import scorer_for
+from tests.factories import TTT, random_model, world
+from tests.test_pack import AT_RATE, CORRECTED, MODEL, SILENT, hessians_of, trained_like, with_budget
+
+SLIDING = SlidingEvalParams(window=16, stride=4, batch_windows=3, chunk=32)
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file with levels on a lattice, corrections and float16 tensors, by the arithmetic coder."""
+    state = trained_like()
+    path = tmp_path_factory.mktemp("packed") / "model.bin"
+    path.write_bytes(pack(state, hessians_of(state), MODEL, dataclasses.replace(with_budget(20_000, AT_RATE), **CORRECTED), SILENT).blob)
+    return path
+
+
+def damaged(packed: Path, folder: Path) -> Path:
+    """The same file with a byte too many behind the levels of every matrix, its checksum right."""
+    contents = container.read(packed.read_bytes())
+    entries = []
+    for entry in contents.entries:
+        levels, *others = entry.streams
+        longer = dataclasses.replace(levels, payload=levels.payload + b"x")
+        entries.append(dataclasses.replace(entry, streams=(longer, *others)) if entry.form.kind == "lattice" else entry)
+    path = folder / "damaged.bin"
+    path.write_bytes(container.write(container.Contents(contents.model, tuple(entries))))
+    return path
+
+
+def test_the_weights_are_those_that_this_process_would_decode(packed: Path) -> None:
+    params, state = unpack(packed.read_bytes())
+    unpacking = Unpacking(packed)
+    assert unpacking.params == params
+    found = unpacking.state()
+    assert list(found) == list(state)
+    assert all(torch.equal(found[name], tensor) and found[name].shape == tensor.shape for name, tensor in state.items())
+
+
+def test_a_model_without_skips_has_tensors_of_no_values(tmp_path: Path) -> None:
+    state = {"a": torch.zeros(0, 5), "b": torch.ones(3)}
+    empty, full = apart.shared({name: tuple(tensor.shape) for name, tensor in state.items()}).values()
+    assert (empty.shape, full.shape) == ((0, 5), (3,))
+
+
+def test_a_damaged_tensor_is_the_error_that_it_is_in_one_process(packed: Path, tmp_path: Path) -> None:
+    path = damaged(packed, tmp_path)
+    with pytest.raises(ValueError, match="damaged model file: tensor") as expected:
+        unpack(path.read_bytes())
+    with pytest.raises(ValueError, match="damaged") as seen:
+        Unpacking(path).state()
+    assert str(seen.value) == str(expected.value)
+
+
+def test_a_damaged_header_is_an_error_at_once(packed: Path, tmp_path: Path) -> None:
+    (tmp_path / "model.bin").write_bytes(packed.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="damaged model file: its sha256"):
+        Unpacking(tmp_path / "model.bin")
+
+
+@pytest.mark.parametrize(
+    ("fate", "message"),
+    [
+        (lambda entry: os.kill(os.getpid(), signal.SIGKILL), "was killed by SIGKILL"),
+        (lambda entry: entry.nothing, "ended with exit code 1; the lines above say why"),
+    ],
+)
+def test_the_other_process_s_end_is_one_error(packed: Path, monkeypatch: pytest.MonkeyPatch, fate: Any, message: str) -> None:
+    monkeypatch.setattr(apart, "decode", fate)
+    with pytest.raises(ChildProcessError, match=f"the process that decoded the weights {message}"):
+        Unpacking(packed).state()
+
+
+def test_the_other_process_ends_with_this_one(packed: Path) -> None:
+    program = f"""
+        import time
+        from pathlib import Path
+        from stages.pack import apart
+        apart.decode = lambda entry: time.sleep(60)
+        print(apart.Unpacking(Path({str(packed)!r}))._process.pid, flush=True)
+        time.sleep(60)
+    """
+    with subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        assert Path(f"/proc/{child}").exists()
+        parent.kill()
+    for _ in range(100):
+        stat = Path(f"/proc/{child}/stat")
+        if not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z":
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"process {child} lives on")
+
+
+def test_a_stage_says_in_one_line_what_is_wrong_with_its_model(packed: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = damaged(packed, tmp_path)
+    with pytest.raises(ValueError, match="damaged") as expected:
+        unpack(path.read_bytes())
+
+    def load(run: command.Run[Any]) -> None:
+        scorer_of(Unpacking(run.path("model")), world(), lambda model, report: SlidingScorer(model, SLIDING, world(), report), run.report)
+
+    with pytest.raises(SystemExit) as ended:
+        command.launch(stage.STAGE, load, ["--model", str(path), "--output", str(tmp_path / "out")])
+    assert ended.value.code == 2
+    assert capfd.readouterr().err == f"error: sliding_eval: {expected.value}\n"
+
+
+@pytest.mark.parametrize("changes", [None, {}, {"kind": "lora"}, {"tilt_rate": 0.1}], ids=["sliding", "sgd", "lora", "tilt"])
+def test_a_rehearsal_leaves_no_trace(changes: dict[str, Any] | None) -> None:
+    """Not on the model, nor on the states of any generator, nor on the ledger."""
+    tokens = (np.arange(150) * 5 % 23 + 4).astype(np.uint16)
+    tokens[::40] = 1
+
+    def make(model: Any) -> Any:
+        if changes is None:
+            return SlidingScorer(model, SLIDING, world())
+        return scorer_for(model, SLIDING, dataclasses.replace(TTT, **changes), world(), len(tokens) - 1)
+
+    model = random_model(6)
+    before, drawn = copy.deepcopy(model.state_dict()), (torch.get_rng_state(), random.getstate(), repr(np.random.get_state()))
+    rehearse(make(model))
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    assert torch.equal(drawn[0], torch.get_rng_state())
+    assert drawn[1:] == (random.getstate(), repr(np.random.get_state()))
+    np.testing.assert_array_equal(make(model).score_stream(tokens), make(random_model(6)).score_stream(tokens))
+
+
+@pytest.mark.parametrize("kind", ["sgd", "lora"])
+def test_a_rehearsal_trains(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = []
+    module, name = (scorer, "sgd_") if kind == "sgd" else (lora, "adamw_")
+    monkeypatch.setattr(module, name, lambda *of: steps.append(of))
+    rehearse(scorer_for(random_model(6), SLIDING, dataclasses.replace(TTT, kind=kind), world(), 150))
+    assert steps
