@@ -243,7 +243,8 @@ def _magnitude(size: int, estimate: int, odd: int, coding: _Coding) -> int:
         while digits < 16 and code(1 if rest >> (digits + 1) else 0, HALF, stream):
             digits += 1
         length = UNARY - 1 + (1 << digits) + code_number(rest, digits, stream)
-    length = (length << raw_bits) + code_number(magnitude, raw_bits, stream)
+    if raw_bits:
+        length = (length << raw_bits) + code_number(magnitude, raw_bits, stream)
     return (length << halving) + odd
 
 
