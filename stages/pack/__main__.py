@@ -12,9 +12,11 @@ from torch import Tensor
 from stages import command
 from stages.clock import hardware
 from stages.pack import layers
-from stages.pack.artifact import compile_ahead, device_for, pack
+from stages.pack.artifact import compile_ahead, pack
+from stages.pack.encoder import Encoder
 from stages.pack.params import Params
-from stages.parallel import world
+from stages.pack.quantisers import QUANTISERS
+from stages.parallel import ParallelParams, world
 
 STAGE = command.Stage(
     name="pack",
@@ -37,17 +39,21 @@ def main(run: command.Run[Params]) -> None:
     """Load weights and Hessians, pack, write the file, its table and its metrics."""
     params = run.params
     model_file, hessian_file = run.path("model"), run.path("hessians")
-    compile_ahead(params.pack)
-    # Always one process: the tensors are few and the file is one, so that parallel.nproc is none of this stage's business.
-    with world(dataclasses.replace(params.parallel, nproc=1)) as here:
+    with Encoder(params.pack) as encode, world(parallel_for(params)) as here:
+        compile_ahead(params.pack, False)
         started = time.monotonic()
-        device = device_for(params.pack, here.device)
-        state, hessians = load(model_file, device), load(hessian_file, device)
-        packed = pack(state, hessians, params.model, params.pack, run.report)
+        state, hessians = load(model_file, here.device), load(hessian_file, here.device)
+        packed = pack(state, hessians, params.model, params.pack, run.report, encode)
         run.write_bytes("model.bin", packed.blob)
         run.write_text("layers.tsv", layers.tsv(packed.rows))
         run.write_json("metrics.json", layers.metrics(packed.rows, packed.scale))
         run.timing |= {"seconds": time.monotonic() - started, "hardware": hardware(here.device)}
+
+
+def parallel_for(params: Params) -> ParallelParams:
+    """Always one process: the tensors are few and the file is one, so that nproc is no business of this stage. A GPU only if it works."""
+    alone = dataclasses.replace(params.parallel, nproc=1)
+    return dataclasses.replace(alone, device="cpu", dtype="float32") if QUANTISERS[params.pack.quantiser].on_cpu else alone
 
 
 if __name__ == "__main__":

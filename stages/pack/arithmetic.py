@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from stages.pack.compiled import inner
+from stages.pack.compiled import inlined, inner
 
 INTERVAL_BITS = 40
 INTERVAL_MASK = (1 << INTERVAL_BITS) - 1
@@ -73,7 +73,7 @@ def code(bit: int, probability: int, stream: Stream) -> int:
     return bit
 
 
-@inner
+@inlined
 def learn(bit: int, context: int, part: int, place: int, counters: Counters, stream: Stream) -> int:
     """Code or decode one decision that lies `part` of WHOLE from one context to the next, and let both counters learn it."""
     chances_KU = counters.chances_KU

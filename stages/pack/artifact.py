@@ -6,7 +6,7 @@ budget decides one number only, the quantiser's scale (budget.py, quantisers.py)
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from stages.calibrate.hessians import importance_name
 from stages.config import build
 from stages.pack import budget, codec, container, lqer, roles, table, tensors
-from stages.pack.container import Contents, Entry, Form
+from stages.pack.container import Contents, Entry, Form, Stream
 from stages.pack.params import PackParams
 from stages.pack.quantisers import QUANTISERS, Quantiser, Result, hessian_of, threads_for
 from stages.pack.workers import beside, exact_operations, in_threads, usable_cores
@@ -25,6 +25,7 @@ from stages.report import Report
 from stages.train.model import Model, model_for
 from stages.train.params import ModelParams
 
+Encode = Callable[[Form, Sequence[int], Sequence[bytes]], tuple[Stream, ...]]  # container.encode_streams with its codecs chosen
 FLOAT16 = Form("float16", 16)
 MAX_SIZE = 1 << 24  # of an integer among the model's parameters that a file may declare
 MAX_VISITS = 100_000  # of blocks in one forward pass, likewise
@@ -52,16 +53,22 @@ class _Header:
 
 
 def pack(
-    state: Mapping[str, Tensor], hessians: Mapping[str, Tensor], model_params: ModelParams, pack_params: PackParams, report: Report
+    state: Mapping[str, Tensor],
+    hessians: Mapping[str, Tensor],
+    model_params: ModelParams,
+    pack_params: PackParams,
+    report: Report,
+    encode: Encode | None = None,
 ) -> Packed:
-    """Quantise and encode `state` within the byte budget, on the device where its tensors lie.
+    """Quantise and encode `state` within the byte budget, on the device where its tensors lie; `encode` is another's encoder (encoder.py).
 
     A ValueError names the tensor that does not fit the model's parameters, has no Hessian or one that is not positive definite, or is not
     finite; and gives both figures when no scale brings the file under the budget.
     """
     check_shapes({name: tuple(tensor.shape) for name, tensor in state.items()}, model_params)
     make = QUANTISERS[pack_params.quantiser]
-    compile_ahead(pack_params)
+    compile_ahead(pack_params, encode is None)
+    encode = encode or functools.partial(container.encode_streams, family=pack_params.codec, quality=pack_params.brotli_quality)
     if make.on_cpu:
         state, hessians = ({name: tensor.cpu() for name, tensor in of.items()} for of in (state, hessians))
     matrices = {name: tensor.detach() for name, tensor in sorted(state.items()) if roles.kind_of(name) != "rest"}
@@ -70,11 +77,11 @@ def pack(
         quantiser = make(matrices, hessians, pack_params, report)
 
         def attempt(scale: float) -> Attempt:
-            results, encoded = _quantise(matrices, quantiser, scale, pack_params, report)
+            results, encoded = _quantise(matrices, quantiser, scale, None if pack_params.lqer_rank else encode, report)
             if pack_params.lqer_rank:
                 results |= lqer.corrected(results, matrices, hessians, quantiser.known, pack_params)
             coded: dict[str, Tensor | Result] = {**rest, **results}
-            encoded |= _encode({name: of for name, of in coded.items() if name not in encoded}, pack_params)
+            encoded |= _encode({name: of for name, of in coded.items() if name not in encoded}, encode)
             entries = tuple(entry for _, entry in sorted(encoded.items()))
             blob = container.write(Contents(dataclasses.asdict(model_params), entries))
             report.log(f"pack: {len(blob):,} bytes at scale {scale:g}, {pack_params.model_budget_bytes:,} allowed")
@@ -119,14 +126,9 @@ def load_model(path: Path, world: World) -> Model:
     return model
 
 
-def device_for(params: PackParams, device: torch.device) -> torch.device:
-    """Where weights and Hessians had best lie: on a given device, if the quantiser uses it."""
-    return torch.device("cpu") if QUANTISERS[params.quantiser].on_cpu else device
-
-
-def compile_ahead(params: PackParams) -> None:
+def compile_ahead(params: PackParams, coder: bool = True) -> None:
     """Begin, on a thread of its own, to compile what packing with these parameters will call; another time costs nothing."""
-    beside(QUANTISERS[params.quantiser].compile_ahead, functools.partial(codec.compile_ahead, params.codec))
+    beside(QUANTISERS[params.quantiser].compile_ahead, *[functools.partial(codec.compile_ahead, params.codec)] * coder)
 
 
 def check_shapes(shapes: Mapping[str, tuple[int, ...]], params: ModelParams) -> None:
@@ -142,10 +144,9 @@ def check_shapes(shapes: Mapping[str, tuple[int, ...]], params: ModelParams) -> 
 
 
 def _quantise(
-    matrices: Mapping[str, Tensor], quantiser: Quantiser, scale: float, params: PackParams, report: Report
+    matrices: Mapping[str, Tensor], quantiser: Quantiser, scale: float, encode: Encode | None, report: Report
 ) -> tuple[dict[str, Result], dict[str, Entry]]:
-    """Every matrix quantised; and encoded by the thread that did it, unless that serves a GPU or a correction is still to come."""
-    at_once = quantiser.on_cpu and not params.lqer_rank
+    """Every matrix quantised; and encoded by the thread that did it, unless that serves a GPU or `encode` is not given."""
     with report.progress("GPTQ", sum(tensor.numel() for tensor in matrices.values())) as progress:
 
         def size(names: Sequence[str]) -> int:
@@ -153,7 +154,7 @@ def _quantise(
 
         def together(names: Sequence[str]) -> tuple[dict[str, Result], dict[str, Entry]]:
             made = dict(zip(names, quantiser.quantise(names, scale), strict=True))
-            encoded = {name: _entry(name, result, params) for name, result in made.items()} if at_once else {}
+            encoded = {name: _entry(name, result, encode) for name, result in made.items()} if encode and quantiser.on_cpu else {}
             progress.advance(size(names), names[0])
             return made, encoded
 
@@ -162,20 +163,19 @@ def _quantise(
     return results, entries
 
 
-def _encode(coded: Mapping[str, Tensor | Result], params: PackParams) -> dict[str, Entry]:
+def _encode(coded: Mapping[str, Tensor | Result], encode: Encode) -> dict[str, Entry]:
     """The entries of float16 tensors and of quantised matrices."""
 
     def size(name: str) -> int:
         of = coded[name]
         return of.numel() if isinstance(of, Tensor) else of.entered_RC.size
 
-    return dict(zip(coded, in_threads(lambda name: _entry(name, coded[name], params), list(coded), size, usable_cores()), strict=True))
+    return dict(zip(coded, in_threads(lambda name: _entry(name, coded[name], encode), list(coded), size, usable_cores()), strict=True))
 
 
-def _entry(name: str, of: Tensor | Result, params: PackParams) -> Entry:
+def _entry(name: str, of: Tensor | Result, encode: Encode) -> Entry:
     form, shape, coded = (FLOAT16, tuple(of.shape), of) if isinstance(of, Tensor) else (of.form, of.entered_RC.shape, of.coded)
-    streams = container.encode_streams(form, shape, tensors.raw_streams(coded), params.codec, params.brotli_quality)
-    return Entry(name, shape, form, streams)
+    return Entry(name, shape, form, encode(form, shape, tensors.raw_streams(coded)))
 
 
 def _measure(best: Attempt, state: Mapping[str, Tensor], hessians: Mapping[str, Tensor]) -> list[table.Row]:

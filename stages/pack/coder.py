@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 
 from stages.pack.arithmetic import HALF, PART_BITS, WHOLE, Counters, Stream, code, code_number, ending, learn, to_read, to_write
-from stages.pack.compiled import inner, outer
+from stages.pack.compiled import inlined, inner, outer
 from stages.pack.direction import PREDICTION_POINT, USEFUL, Direction, bounded, direction, doubt, learn_direction, predicted, share_of
 from stages.pack.prior import RAW_BITS_FROM, SCALES, SCALES_PER_OCTAVE, SIGNS, SMALLEST, UNARY, first_chances
 from stages.pack.trellis import trellis
@@ -212,7 +212,7 @@ def _trust(products: int, squares: int) -> int:
     return min(max((products << RESOLUTION) // (squares + DOUBT), 0), 1 << RESOLUTION)
 
 
-@inner
+@inlined
 def _signed(size: int, difference: int, remainder: int, estimate: int, coding: _Coding) -> int:
     """Code or decode a difference's sign: likely that of what rounding left of the prediction, the more the larger both are."""
     if size == 0:
@@ -227,7 +227,7 @@ def _signed(size: int, difference: int, remainder: int, estimate: int, coding: _
     return size if (same == 1) == upward else -size
 
 
-@inner
+@inlined
 def _magnitude(size: int, estimate: int, odd: int, coding: _Coding) -> int:
     """Code or decode a magnitude of which the parity is known on a trellis; `estimate` is what it is expected to be."""
     counters, stream, halving = coding.counters, coding.stream, coding.stride - 1
@@ -243,7 +243,8 @@ def _magnitude(size: int, estimate: int, odd: int, coding: _Coding) -> int:
         while digits < 16 and code(1 if rest >> (digits + 1) else 0, HALF, stream):
             digits += 1
         length = UNARY - 1 + (1 << digits) + code_number(rest, digits, stream)
-    length = (length << raw_bits) + code_number(magnitude, raw_bits, stream)
+    if raw_bits:
+        length = (length << raw_bits) + code_number(magnitude, raw_bits, stream)
     return (length << halving) + odd
 
 

@@ -27,6 +27,6 @@ def inner(function: F) -> F:
 
 
 def inlined(function: F) -> F:
-    """One that becomes part of the compiled functions that call it, before these are compiled."""
+    """One that becomes part of those that call it: where it is called often, for handing over arrays costs as much as it does."""
     compiled: F = njit(**INNER, inline="always")(function)
     return compiled

@@ -1,0 +1,81 @@
+"""The coder in a process of its own, for this one to quantise in.
+
+Compiling is seconds of Python, of the coder as of the search: two threads would take turns under one lock, and both with what this process
+does. The other process is a fork, made before this one has threads or a GPU of its own.
+"""
+
+import gc
+from collections.abc import Sequence
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from queue import Queue
+from threading import Thread
+
+from stages.pack import codec, container
+from stages.pack.container import Form, Stream
+from stages.pack.params import PackParams
+from stages.pack.workers import usable_cores
+from stages.parallel import end_with_parent
+
+
+class Encoder:
+    """`container.encode_streams` elsewhere, for as many callers at once as there are cores; use as a context manager."""
+
+    def __init__(self, params: PackParams) -> None:
+        fork = get_context("fork")
+        pairs = [fork.Pipe() for _ in range(usable_cores())]
+        self._process = fork.Process(target=_serve, args=(pairs, params), daemon=True)
+        self._process.start()
+        self._free: Queue[Connection] = Queue()
+        for ours, theirs in pairs:
+            theirs.close()
+            self._free.put(ours)
+
+    def __enter__(self) -> "Encoder":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        while not self._free.empty():
+            self._free.get().close()
+        self._process.join()
+
+    def __call__(self, form: Form, shape: Sequence[int], raw: Sequence[bytes]) -> tuple[Stream, ...]:
+        """A tensor's streams from their raw bytes. A ChildProcessError when the other process is gone."""
+        line = self._free.get()
+        try:
+            line.send((form, shape, raw))
+            answer: tuple[Stream, ...] | ValueError = line.recv()
+        except (EOFError, OSError) as error:
+            raise ChildProcessError("the process that encodes the weights ended; the lines above may say why") from error
+        finally:
+            self._free.put(line)
+        if isinstance(answer, ValueError):
+            raise answer
+        return answer
+
+
+def _serve(pairs: Sequence[tuple[Connection, Connection]], params: PackParams) -> None:
+    """What the other process does until nobody is there to ask."""
+    end_with_parent()
+    gc.disable()  # it would look through all that was imported, again and again, and copy it by doing so
+    for ours, _ in pairs:
+        ours.close()
+    threads = [Thread(target=_answer, args=(line, params)) for _, line in pairs]
+    for thread in threads:
+        thread.start()
+    codec.compile_ahead(params.codec)
+    for thread in threads:
+        thread.join()
+
+
+def _answer(line: Connection, params: PackParams) -> None:
+    with line:
+        while True:
+            try:
+                form, shape, raw = line.recv()
+            except EOFError:
+                return
+            try:
+                line.send(container.encode_streams(form, shape, raw, params.codec, params.brotli_quality))
+            except ValueError as error:
+                line.send(error)
