@@ -53,6 +53,7 @@ def cast_transposed(x_MK: Tensor, scale: Tensor, kind: torch.dtype) -> Tensor:
 
 def measure(tokens: int, inputs: int, outputs: int) -> dict[str, float]:
     """Seconds of one layer of `inputs` to `outputs` over `tokens` rows."""
+    torch.compiler.reset()  # it keeps only so many shapes of one function
     x, w, g = (
         torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in ((tokens, inputs), (outputs, inputs), (tokens, outputs))
     )

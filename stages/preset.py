@@ -7,7 +7,6 @@ show (a test).
 """
 
 import argparse
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ from stages import config
 from stages.audit.params import Params as AuditParams
 from stages.bundle.params import Params as BundleParams
 from stages.calibrate.params import Params as CalibrateParams
+from stages.misuse import refusing
 from stages.pack.params import Params as PackParams
 from stages.sliding_eval.params import Params as SlidingEvalParams
 from stages.submission.params import Params as SubmissionParams
@@ -145,16 +145,13 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--output", type=Path, metavar="FILE", help="where the result goes (default: the parameter file)")
     arguments = parser.parse_args(argv)
-    try:
+    with refusing("preset", yaml.YAMLError):
         if arguments.check:
             lines = check(arguments.params, FOLDER)
         else:
             output = arguments.output or arguments.params
             lines = lay(FOLDER / f"{arguments.name}.yaml", arguments.params, output)
             lines.append(f"{output}: {len(lines)} values changed" if lines else f"{output}: already {arguments.name}")
-    except (ValueError, OSError, yaml.YAMLError) as error:
-        sys.stderr.write(f"error: preset: {' '.join(str(error).split())}\n")
-        raise SystemExit(2) from None
     print("\n".join(lines))
 
 

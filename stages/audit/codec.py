@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 import hashlib
 import struct
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -25,8 +24,9 @@ from stages import bpb, clock, config
 from stages.audit import range_coder
 from stages.audit.lanes import Lanes
 from stages.audit.pieces import Speller, cut
+from stages.misuse import refusing
 from stages.pack.artifact import unpack
-from stages.parallel import USER_ERROR, ParallelParams, World, world
+from stages.parallel import ParallelParams, World, world
 from stages.report import Report
 from stages.sliding_eval.params import Params
 
@@ -194,13 +194,10 @@ def read_text(path: Path) -> str:
 def main(argv: list[str] | None = None) -> None:
     """The command; a user's error is one line and exit code 2."""
     arguments = _parser().parse_args(argv)
-    try:
+    with refusing("codec"):
         params = config.load(arguments.params, Params, arguments.set)
         with world(exact(params.parallel)) as here:
             _run(arguments, params, Codec(arguments.model, arguments.tokenizer, here, Report()))
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: codec: {' '.join(str(error).split())}\n")
-        raise SystemExit(USER_ERROR) from None
 
 
 def _run(arguments: argparse.Namespace, params: Params, codec: Codec) -> None:

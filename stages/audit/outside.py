@@ -9,7 +9,6 @@ import hashlib
 import importlib
 import inspect
 import secrets
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from stages.audit.positions import Edges, key_of
 from stages.audit.recipes import Recipe
 from stages.audit.verb import Claim, Stream, audit_scorer
 from stages.audit.verdict import Verdict, convicted, reason
-from stages.parallel import USER_ERROR
+from stages.misuse import refuse
 from stages.report import Report
 
 CAP = 16_000_000  # bytes of code and weights together (challenge)
@@ -77,9 +76,9 @@ def main(argv: Sequence[str]) -> None:
     try:
         verdicts = audit(arguments)
     except (ValueError, FileNotFoundError, PermissionError, IsADirectoryError) as error:
-        _misuse(str(error))
+        refuse("audit", error)
     except THEIR_ERRORS as error:
-        _misuse(f"{arguments.scorer} raised {type(error).__name__}: {error}; it could not be audited")
+        refuse("audit", f"{arguments.scorer} raised {type(error).__name__}: {error}; it could not be audited")
     for verdict in convicted(verdicts):
         print(reason(verdict))
     raise SystemExit(1 if convicted(verdicts) else 0)
@@ -242,11 +241,6 @@ def _write(folder: Path, verdicts: list[Verdict], declared: dict[str, Any]) -> N
     counts = render.summary(verdicts)
     told = f"{counts['audit_pass']} passed, {counts['audit_fail']} failed, {counts['audit_cannot_tell']} cannot tell"
     print(f"{told}; see {folder / 'report.md'}", flush=True)
-
-
-def _misuse(message: str) -> None:
-    sys.stderr.write(f"error: audit: {' '.join(message.split())}\n")
-    raise SystemExit(USER_ERROR) from None
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -6,13 +6,13 @@ are taken to hold for others of the same kind. Exit code 0: within the budget; 1
 
 import argparse
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from stages import clock, config, shards
 from stages.audit.params import AuditParams
+from stages.misuse import refusing
 
 OFFICIAL_TARGETS = 40_540_160  # of the challenge's validation set with SP8192, as the records count them (#1493)
 NEEDED = ("startup_seconds", "warm_up_targets", "targets_per_second", "ranks")
@@ -65,15 +65,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--processes", type=int, default=clock.OFFICIAL_PROCESSES, metavar="N", help="devices of the measured kind")
     parser.add_argument("--params", type=Path, default=Path("params.yaml"), metavar="FILE", help="has audit.evaluation_budget_seconds")
     arguments = parser.parse_args(argv)
-    try:
+    with refusing("plan"):
         budget = config.load(arguments.params, Params, []).audit.evaluation_budget_seconds
         targets = sum(map(shards.count, shards.find(arguments.val))) - 1 if arguments.val else arguments.targets
         if targets < 1 or arguments.processes < 1:
             raise ValueError(f"{targets} targets on {arguments.processes} devices: expected at least one of each")
         plans = [plan(path, targets, arguments.processes, budget) for path in arguments.timing]
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: plan: {' '.join(str(error).split())}\n")
-        raise SystemExit(2) from None
     print("\n".join(sentence for sentence, _ in plans))
     raise SystemExit(0 if all(holds for _, holds in plans) else 1)
 

@@ -5,9 +5,9 @@ Not part of the pipeline, so that it stands beside the stage and not in its comm
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
+from stages.misuse import refusing
 from stages.pack import container, layers
 
 
@@ -16,12 +16,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m stages.pack.inspect", description="Say what a model.bin holds.")
     parser.add_argument("file", type=Path, help="a model.bin")
     path: Path = parser.parse_args(argv).file
-    try:
+    with refusing("inspect"):
         blob = path.read_bytes()
         contents = container.read(blob)
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: inspect: {error}\n")
-        raise SystemExit(2) from None
     print(layers.aligned(layers.rows_of(contents.entries, len(blob))), end="")
     print(f"model: {json.dumps(contents.model, sort_keys=True)}")
 

@@ -7,7 +7,6 @@ hides.
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ from matplotlib.axes import Axes
 from stages import bootstrap
 from stages.bpb import bits_per_byte
 from stages.canvas import BLUE, GREY, ORANGE, canvas, png, styled
+from stages.misuse import refusing
 from stages.sliding_eval import revisions
 from stages.sliding_eval.differences import Comparison, Part, as_json, compare
 from stages.sliding_eval.evaluate import open_stream
@@ -89,11 +89,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--plot", type=Path, default=Path(".scratch/comparison.png"), metavar="FILE", help="the picture to write")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where all figures go, at full precision")
     arguments = parser.parse_args(argv)
-    try:
+    with refusing("compare"):
         run(arguments)
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: compare: {' '.join(str(error).split())}\n")
-        raise SystemExit(2) from None
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -4,9 +4,9 @@ The exit code is 0 where nothing was found, 1 with findings, 2 where there is no
 """
 
 import argparse
-import sys
 from pathlib import Path
 
+from stages.misuse import refusing
 from stages.submission.foreign import page, scores, sizes, source
 from stages.submission.foreign.finding import Finding
 from stages.submission.foreign.folder import SUMMARY, Folder, read
@@ -37,11 +37,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="of one record, by whomever")
     arguments = parser.parse_args(argv)
-    try:
+    with refusing("check"):
         folder = read(arguments.folder)
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: check: {' '.join(str(error).split())}\n")
-        raise SystemExit(2) from None
     found = findings(folder)
     print(report(folder, found))
     raise SystemExit(1 if found else 0)

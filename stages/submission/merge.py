@@ -8,12 +8,12 @@ pipeline because a stage cannot see other experiments: a run in a temporary clon
 import argparse
 import re
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from stages.command import canonical_json
+from stages.misuse import refusing
 from stages.submission import leaderboard
 from stages.submission.against import RECORDS, claim
 from stages.submission.agreement import require_agreement
@@ -70,11 +70,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--records", type=Path, default=RECORDS, metavar="DIR", help="where the record's folder goes")
     arguments = parser.parse_args(argv)
-    try:
+    with refusing("merge"):
         run(arguments)
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: merge: {' '.join(str(error).split())}\n")
-        raise SystemExit(2) from None
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from stages.misuse import refusing
 from stages.sliding_eval import revisions
 from stages.submission.artifacts import sha256
 from stages.submission.places import first_difference
@@ -160,11 +161,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="of a record, below records/")
     parser.add_argument("--seed", type=int, help="only this one (default: all)")
     arguments = parser.parse_args(argv)
-    try:
+    with refusing("rebuild"):
         equal = run(arguments.folder, arguments.seed)
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: rebuild: {' '.join(str(error).split())}\n")
-        raise SystemExit(2) from None
     raise SystemExit(0 if equal else 1)
 
 

@@ -7,10 +7,10 @@ Runs are folders, revisions or experiments; without a name, the working tree.
 import argparse
 import base64
 import html
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from stages.misuse import refusing
 from stages.sliding_eval import revisions
 from stages.sliding_eval.evaluate import Stream, open_stream
 from stages.submission import pictures
@@ -105,11 +105,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("runs", nargs="*", default=["."], metavar="RUN", help=what)
     parser.add_argument("--output", type=Path, default=Path(".scratch/report"), metavar="DIR", help="where page and PNGs go")
     arguments = parser.parse_args(argv)
-    try:
+    with refusing("report"):
         print(write(arguments.runs, arguments.output))
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: report: {' '.join(str(error).split())}\n")
-        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":
