@@ -61,7 +61,6 @@ def shared(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
 def _decode(entries: Sequence[Entry], state: Mapping[str, Tensor], answer: Connection) -> None:
     """What the other process does: fill `state`, or send why it cannot."""
     end_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the other process says what there is to say, and ends this one
     gc.disable()  # it would look through all that was imported, again and again, and copy it by doing so
     torch.set_num_threads(1)  # each tensor has a thread of its own
     try:
