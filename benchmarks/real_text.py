@@ -44,7 +44,7 @@ def inputs(stage: str, folder: Path, arguments: argparse.Namespace) -> list[Any]
         "sliding_eval": scored,
         "ttt_eval": [*scored, "--sliding", folder / "sliding_eval/nll.npy"],
         "bundle": [],
-        "audit": [*scored, "--code", folder / "bundle/train_gpt.py", *documents, *ledgers, *timings],
+        "audit": [*scored, "--code", folder / "bundle/train_gpt.py", "--train", folder / "tokenize/train", *documents, *ledgers, *timings],
     }[stage]
 
 

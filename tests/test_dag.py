@@ -1,5 +1,6 @@
 """The wiring: dvc.yaml, the source, params.yaml, the tests and the README name the same stages, files and commands."""
 
+import argparse
 import ast
 import dataclasses
 import functools
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
+from benchmarks import real_text
 from stages import command, config
 from stages.bundle.closure import closure, module_name
 
@@ -254,6 +256,15 @@ def commands(text: str) -> list[str]:
     blocks = re.findall(r"^```(?:sh|bash|console)\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
     lines = [line.partition("  #")[0].removeprefix("$ ").strip() for block in blocks for line in block.splitlines()]
     return [line for line in lines if line and not line.startswith("#")]
+
+
+@pytest.mark.parametrize("stage", real_text.STAGES)
+def test_the_benchmark_of_the_whole_path_hands_on_every_artifact_that_a_stage_reads(stage: str) -> None:
+    """An audit on a GPU once ended for want of one that a new test had come to read."""
+    arguments = argparse.Namespace(text=Path("text"), tokenizer=Path("tokenizer"))
+    given = {str(word) for word in real_text.inputs(stage, Path("folder"), arguments)}
+    read = {f"--{name.replace('_', '-')}" for name, path in declared(stage).reads.items() if path.parts[0] == "artifacts"}
+    assert read <= given
 
 
 @pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "benchmarks/README.md", "records/README.md"])
