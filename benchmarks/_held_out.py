@@ -26,9 +26,10 @@ def sliding_nats(model: Model, folder: Path, factors: Sequence[float], here: Wor
     Windows have one length whatever the model was trained with, so that models of other contexts are compared too.
     """
     tokens = shards.stream(folder)[: SLIDING_TARGETS + 1].astype(np.int64)
-    windows = [window for window in plan(0, len(tokens) - 1, SLIDING_WINDOW, SLIDING_STRIDE) if window.end - window.start == SLIDING_WINDOW]
+    ragged = (len(tokens) - 1 - SLIDING_WINDOW) % SLIDING_STRIDE  # behind the last whole window
+    windows = plan(SLIDING_WINDOW, len(tokens) - 1 - ragged, SLIDING_WINDOW, SLIDING_STRIDE)
     sums, count = dict.fromkeys(factors, 0.0), 0
-    for first in range(1, len(windows), WINDOWS_AT_ONCE):
+    for first in range(0, len(windows), WINDOWS_AT_ONCE):
         rows = np.stack([tokens[window.start : window.end + 1] for window in windows[first : first + WINDOWS_AT_ONCE]])
         inputs, targets = to_device(rows, here.device)
         z_NV = model.uncapped(inputs, True, slice(-SLIDING_STRIDE, None)).flatten(0, 1)
