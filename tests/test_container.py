@@ -315,7 +315,7 @@ def test_bytes_after_the_end_of_a_brotli_stream_are_refused() -> None:
 
 def test_another_version_and_another_file_say_so() -> None:
     blob = container.write(example())
-    with pytest.raises(ValueError, match="version 1; this program reads version 4"):
+    with pytest.raises(ValueError, match="version 1; this program reads version 5"):
         container.read(blob[:8] + (1).to_bytes(4, "little") + blob[12:])
     with pytest.raises(ValueError, match="not a model file: it begins with b'PK"):
         container.read(b"PK\3\4" + blob)

@@ -35,24 +35,28 @@ CONFIDENCE = 16  # decisions that what is first believed of a context counts for
 POINT = 16  # bits behind the point: of factors, means and ratios
 SUM_POINT = 8  # of sums of magnitudes
 FIRST_RATIO = 3 << POINT  # of a row's magnitudes to what its columns expect
-FIRST_SPREAD = 6000  # squared relative deviation of these ratios from row to row, of 65,536
-SAMPLING = 37356  # that of the mean of one normal value's magnitude: pi / 2 - 1 of 65,536
-ROW_DECAY = 10  # a row's sums forget by 1/1024
-RATIO_RATE, MEAN_RATE = 4681, 256  # of 65,536, in the end: by how much a row moves the ratio, and a column's mean
+FIRST_SPREAD = 256_000  # mean relative deviation of these ratios from row to row, of 2^SPREAD_POINT
+SPREAD_POINT = 20
+SAMPLING = 37356  # squared relative deviation of one normal value's magnitude: pi / 2 - 1 of 65,536
+HALF_PI = 25736  # of 2^14: a normal value's squared deviation to the square of its mean absolute one
+MOST_COUNTS = 4096  # of magnitudes, that what other rows were stands for
+RATIO_RATE, SPREAD_RATE, MEAN_RATE = (
+    4681,
+    2048,
+    256,
+)  # of 65,536, in the end: by how much a row moves the ratio, its spread, and a column's mean
 ROWS_KNOWN, ROWS_UNKNOWN = 64, 16  # that a column's mean counts for at first, where exponents are known and where they are not
 FARTHEST = 64  # eighths of octaves of a factor from the middle one
 ROOTS = np.array([65536, 71468, 77936, 84990, 92682, 101070, 110218, 120194], np.int64)  # 2^(i/8), of 65,536
-LARGEST_MEAN, LARGEST_RATIO, LARGEST_ESTIMATE = (
-    1 << 26,
-    1 << 31,
-    LARGEST << POINT,
-)  # so that no product overflows, whatever the exponents are
+LARGEST_MEAN, LARGEST_RATIO, LARGEST_SUM = 1 << 26, 1 << 31, 1 << 36  # so that no product overflows, whatever the exponents are
+LARGEST_ESTIMATE = LARGEST << POINT
 NEAR = 4  # of what is near, about the last 2^4 columns or rows count
 RESOLUTION = 10  # bits of a relative deviation
 SELDOM = 8  # one column in so many is looked at for whether what is near can be believed
 DOUBT = 1 << 22  # squares of deviations that what is near must outweigh, so as to be believed
 MEMORY = 7  # these squares are forgotten by 1/128 a row
-RATIO, SPREAD, ALONG, ALONG_SQUARES, DOWN, DOWN_SQUARES = range(6)  # of what is known of rows, and of what is near in a row and in a column
+# Of what is known of rows, of what is near in a row and in a column, and the sum of what is expected of the columns.
+RATIO, SPREAD, ALONG, ALONG_SQUARES, DOWN, DOWN_SQUARES, TOTAL = range(7)
 EXPECTED, SIZES, SAVED = range(3)  # sums over a row: what its columns expected, its magnitudes, what predicting has saved
 
 
@@ -64,7 +68,7 @@ class _Scales(NamedTuple):
     near_C: np.ndarray  # means of the last rows
     bases_C: np.ndarray  # what is expected: means, as far as what is near lets them be
     known: bool  # whether the columns' means began as their exponents say
-    facts: np.ndarray  # RATIO, SPREAD
+    facts: np.ndarray  # RATIO, SPREAD, ...
     sizes_C: np.ndarray  # of the row at hand: magnitudes of its differences
     sums: np.ndarray  # EXPECTED, SIZES, SAVED
 
@@ -120,8 +124,9 @@ def _run_from_start(
     chances_KU = first_chances(walk.stride).copy()
     counts_KU = np.full(chances_KU.shape, CONFIDENCE * WHOLE, np.int64)
     counts_KU[SIGNS] = 0
-    places = np.array([FIRST_RATIO, FIRST_SPREAD, 0, 0, 0, 0], np.int64), np.zeros(columns, np.int64), np.zeros(3, np.int64)
     means = _factors(columns_C)
+    facts = np.array([FIRST_RATIO, FIRST_SPREAD, 0, 0, 0, 0, means.sum()], np.int64)
+    places = facts, np.zeros(columns, np.int64), np.zeros(3, np.int64)
     scales = _Scales(_factors(rows_R), means, means.copy(), means.copy(), bool(columns_C.any()), *places)
     coding = _Coding(walk.next_S2, walk.stride, Counters(chances_KU, counts_KU), Stream(registers, buffer, decoding))
     return bool(_run(levels_RC, scales, direction(columns), coding))
@@ -152,9 +157,11 @@ def _row(levels_C: np.ndarray, factor: int, scales: _Scales, shared: Direction, 
     facts, sizes_C, sums = scales.facts, scales.sizes_C, scales.sums
     stride, useful = coding.stride, shared.facts[USEFUL] > 0
     state = share = np.int64(0)
-    # As many magnitudes as the spread of the rows' scales is worth stand for what other rows' were.
-    prior = min(max(SAMPLING // max(facts[SPREAD], 1), 2), 256)
-    seen, expected = max(1, (prior * facts[RATIO]) >> (POINT - SUM_POINT)), prior << SUM_POINT
+    columns = max(len(levels_C), 1)
+    turn, counts = _prior(columns, facts[SPREAD])
+    usually = min(max((facts[TOTAL] // columns * factor) >> POINT, 1), LARGEST_MEAN)
+    expected = max((counts * usually) >> (POINT - SUM_POINT), 1 << SUM_POINT)
+    seen = min(max((expected * facts[RATIO]) >> POINT, 1), LARGEST_SUM)
     products, squares = np.int64(0), doubt(shared.facts)
     sums[:] = 0
     trust = _trust(facts[ALONG], facts[ALONG_SQUARES])
@@ -191,13 +198,30 @@ def _row(levels_C: np.ndarray, factor: int, scales: _Scales, shared: Direction, 
         sums[SIZES] += size << SUM_POINT
         sums[EXPECTED] += base >> (POINT - SUM_POINT)
         sums[SAVED] += (abs(level) << PREDICTION_POINT) - abs((level << PREDICTION_POINT) - prediction)
-        seen += (size << SUM_POINT) - (seen >> ROW_DECAY)
-        expected += (base >> (POINT - SUM_POINT)) - (expected >> ROW_DECAY)
+        seen = min(max(seen + turn * (size << SUM_POINT), 1), LARGEST_SUM)
+        expected = max(expected + turn * (base >> (POINT - SUM_POINT)), 1 << SUM_POINT)
         products += (along >> 4) * bounded(level)
         squares += ((along >> 4) * (along >> 4)) >> 8
         share = share_of(products, squares)
         state = coding.next_S2[state, ((level - odd) >> 1) & 1] if stride == 2 else 0
     return True
+
+
+@inner
+def _prior(columns: int, spread: int) -> tuple[int, int]:
+    """Whether a row's magnitudes count with what other rows were, 1, or against it, -1; and how many usual ones that stands for.
+
+    Magnitudes of a row are taken for exchangeable. Their covariance tau is the variance of rows' means less what sampling makes of it, and
+    the best linear estimate of the next one counts SAMPLING / tau usual ones with those seen. Rows whose steps are made of their own
+    deviations differ by less than sampling would have it: then tau is negative, and what a row has had more of it will have less of.
+    """
+    mean = spread >> (SPREAD_POINT - 12)
+    tau = ((mean * mean * HALF_PI) >> 14) - (SAMPLING << 8) // columns
+    counts = min((SAMPLING << 8) // max(abs(tau), 1), MOST_COUNTS)
+    against = (17 * columns) >> 4  # at least, so that something is left at the row's end
+    if tau >= 0 or against > MOST_COUNTS:
+        return np.int64(1), max(counts, 2)
+    return np.int64(-1), max(counts, against)
 
 
 @inner
@@ -276,15 +300,15 @@ def _learn_scales(row: int, factor: int, scales: _Scales) -> None:
     rate = max(131072 // (2 * row + 3), RATIO_RATE)
     facts[RATIO] = max(1, before + (((ratio - before) * rate) >> 16))
     if row:
-        deviation = min((abs(ratio - before) << 8) // before, 1024)
-        facts[SPREAD] += ((deviation * deviation - facts[SPREAD]) * rate) >> 16
+        deviation = min((abs(ratio - before) << SPREAD_POINT) // before, 4 << SPREAD_POINT)
+        facts[SPREAD] += ((deviation - facts[SPREAD]) * max(131072 // (2 * row + 3), SPREAD_RATE)) >> 16
     scale = (np.int64(1) << (2 * POINT)) // max((ratio * factor) >> POINT, 1)
     rate = max(65536 // (row + (ROWS_KNOWN if known else ROWS_UNKNOWN)), MEAN_RATE)
     facts[ALONG] -= facts[ALONG] >> MEMORY
     facts[ALONG_SQUARES] -= facts[ALONG_SQUARES] >> MEMORY
     facts[DOWN] -= facts[DOWN] >> MEMORY
     facts[DOWN_SQUARES] -= facts[DOWN_SQUARES] >> MEMORY
-    trust = _trust(facts[DOWN], facts[DOWN_SQUARES])
+    trust, facts[TOTAL] = _trust(facts[DOWN], facts[DOWN_SQUARES]), 0
     for column in range(len(sizes_C)):
         size, mean = min(sizes_C[column] * scale, LARGEST_MEAN), means_C[column]
         if (column + row) % SELDOM == SELDOM - 1:
@@ -294,3 +318,4 @@ def _learn_scales(row: int, factor: int, scales: _Scales) -> None:
         means_C[column] = max(1, mean + (((size - mean) * rate + 32768) >> 16))
         near_C[column] += (size - near_C[column] + (1 << (NEAR - 1))) >> NEAR
         bases_C[column] = max(1, means_C[column] + (((near_C[column] - means_C[column]) * trust) >> RESOLUTION))
+        facts[TOTAL] += bases_C[column]

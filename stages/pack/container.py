@@ -41,7 +41,7 @@ from stages.pack.correction import MAX_RANK
 from stages.pack.trellis import STATES
 
 MAGIC = b"\x89CADDIE\n"
-VERSION = 4
+VERSION = 5
 CHECKSUM_START = len(MAGIC) + 4
 HEADER_START = CHECKSUM_START + 32
 MAX_HEADER_BYTES = 1 << 20  # decompressed; a record-size header takes 20 kB
