@@ -8,6 +8,7 @@ type is a ValueError that names the dotted key, what was seen, and what was expe
 import dataclasses
 import math
 import types
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -62,8 +63,13 @@ def require_fraction(section: Any, *keys: str) -> None:
 
 def read(path: Path) -> dict[str, Any]:
     """The raw mapping of a parameter file; its top-level names are checked, nothing else."""
+    return mapping(path, SECTIONS, "name one with --params")
+
+
+def mapping(path: Path, known: Collection[str], otherwise: str) -> dict[str, Any]:
+    """The sections of a YAML file, of which only `known` names are allowed; `otherwise` is what to do where there is no file."""
     if not path.is_file():
-        raise ValueError(f"parameter file {path} does not exist; name one with --params")
+        raise ValueError(f"{path} does not exist; {otherwise}")
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -71,8 +77,8 @@ def read(path: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise ValueError(f"{path} holds {type(raw).__name__}, expected a mapping of sections")
     for name in raw:
-        if name not in SECTIONS:
-            raise ValueError(f"{name}: unknown key in {path}; known are {', '.join(SECTIONS)}")
+        if name not in known:
+            raise ValueError(f"{name}: unknown key in {path}; known are {', '.join(known)}")
     return raw
 
 

@@ -1,7 +1,6 @@
 """The artifacts of a whole run in miniature, for what reads them: the stage submission and what stands above it."""
 
 import functools
-import io
 import json
 import shutil
 import subprocess
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import sentencepiece
 import yaml
 
 from stages import command, ledger, shards
@@ -28,6 +26,7 @@ from stages.sliding_eval.params import SlidingEvalParams
 from stages.submission import leaderboard
 from stages.submission.__main__ import STAGE, main
 from stages.submission.params import Params
+from stages.tokenize import tokenizer
 from stages.tokenize.params import TokenizeParams
 from tests import factories
 
@@ -95,21 +94,7 @@ def verdict(subject: str, outcome: Any = "pass") -> Verdict:
 @functools.cache
 def tokenizer_bytes() -> bytes:
     """A throw-away tokenizer of the pipeline's kind."""
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXT),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=300,
-        byte_fallback=True,
-        pad_id=0,
-        bos_id=1,
-        eos_id=2,
-        unk_id=3,
-        add_dummy_prefix=False,
-        minloglevel=2,
-    )
-    return model.getvalue()
+    return tokenizer.train(TEXT, 300, 1)
 
 
 def make(root: Path, seed: int = 42) -> None:
@@ -119,10 +104,10 @@ def make(root: Path, seed: int = 42) -> None:
         (folder / stage).mkdir(parents=True, exist_ok=True)
         (folder / stage / "log.txt").write_text(f"what {stage} said\n")
     (folder / "tokenize/tokenizer.model").write_bytes(tokenizer_bytes())
-    tokenizer = load_tokenizer(folder / "tokenize/tokenizer.model")
-    tokens = np.concatenate([[tokenizer.bos_id(), *tokenizer.encode(text)] for text in TEXT]).astype(np.uint16)
+    processor = load_tokenizer(folder / "tokenize/tokenizer.model")
+    tokens = np.concatenate([[processor.bos_id(), *processor.encode(text)] for text in TEXT]).astype(np.uint16)
     shards.write(folder / "tokenize/val/val_000000.bin", tokens)
-    counted = target_bytes(tokens, byte_table(tokenizer))
+    counted = target_bytes(tokens, byte_table(processor))
     generator = np.random.Generator(np.random.PCG64(seed))
     for stage, prefix, base in (("sliding_eval", "sliding", 2.0), ("ttt_eval", "ttt", 1.9)):
         nll = (base + generator.random(len(counted))).astype(np.float32)

@@ -87,17 +87,7 @@ class Leaderboard:
 
 def read(path: Path = FILE) -> Leaderboard:
     """The file, checked."""
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist: run this from the root of the repository")
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path} holds {type(raw).__name__}, expected lists")
-    for name in raw:
-        if name not in OPTIONAL:
-            raise ValueError(f"{path}: {name}: unknown key; known are {', '.join(OPTIONAL)}")
+    raw = config.mapping(path, OPTIONAL, "run this from the root of the repository")
     filled = {name: _with(raw.get(name), absent) for name, absent in OPTIONAL.items()}
     try:
         read_back = config.build(filled, Leaderboard)
