@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stages.pack.artifact import decode, opened
+from stages.pack.artifact import opened
 from stages.pack.container import Entry
+from stages.pack.tensors import decode
 from stages.pack.workers import in_threads, usable_cores
 from stages.parallel import end_with_parent
 
@@ -64,6 +65,11 @@ def _decode(entries: Sequence[Entry], state: Mapping[str, Tensor], answer: Conne
     gc.disable()  # it would look through all that was imported, again and again, and copy it by doing so
     torch.set_num_threads(1)  # each tensor has a thread of its own
     try:
-        in_threads(lambda entry: state[entry.name].copy_(decode(entry)), entries, lambda entry: entry.payload_bytes, usable_cores())
+        in_threads(
+            lambda entry: state[entry.name].copy_(torch.from_numpy(decode(entry))),
+            entries,
+            lambda entry: entry.payload_bytes,
+            usable_cores(),
+        )
     except ValueError as error:
         answer.send_bytes(str(error).encode())

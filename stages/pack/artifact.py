@@ -4,12 +4,14 @@ The bytes depend on the weights, the Hessians, the parameters and the kind of pr
 budget decides one number only, the quantiser's scale (budget.py, quantisers.py).
 """
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +21,7 @@ from stages.pack import budget, codec, container, lqer, roles, table, tensors
 from stages.pack.container import Contents, Entry, Form, Stream
 from stages.pack.params import PackParams
 from stages.pack.quantisers import QUANTISERS, Quantiser, Result, hessian_of, threads_for
-from stages.pack.workers import beside, exact_operations, in_threads, usable_cores
+from stages.pack.workers import beside, in_threads, usable_cores
 from stages.parallel import World
 from stages.report import Report
 from stages.train.model import Model, model_for
@@ -72,7 +74,7 @@ def pack(
     if make.on_cpu:
         state, hessians = ({name: tensor.cpu() for name, tensor in of.items()} for of in (state, hessians))
     matrices = {name: tensor.detach() for name, tensor in sorted(state.items()) if roles.kind_of(name) != "rest"}
-    rest = {name: tensors.half(tensor, name) for name, tensor in sorted(state.items()) if name not in matrices}
+    rest = {name: half(tensor, name) for name, tensor in sorted(state.items()) if name not in matrices}
     with exact_operations():
         quantiser = make(matrices, hessians, pack_params, report)
 
@@ -80,7 +82,7 @@ def pack(
             results, encoded = _quantise(matrices, quantiser, scale, None if pack_params.lqer_rank else encode, report)
             if pack_params.lqer_rank:
                 results |= lqer.corrected(results, matrices, hessians, quantiser.known, pack_params)
-            coded: dict[str, Tensor | Result] = {**rest, **results}
+            coded: dict[str, np.ndarray | Result] = {**rest, **results}
             encoded |= _encode({name: of for name, of in coded.items() if name not in encoded}, encode)
             entries = tuple(entry for _, entry in sorted(encoded.items()))
             blob = container.write(Contents(dataclasses.asdict(model_params), entries))
@@ -97,8 +99,8 @@ def pack(
 def unpack(blob: bytes) -> tuple[ModelParams, dict[str, Tensor]]:
     """The model's parameters and its float32 weights; a ValueError for a file that is damaged or not lawful."""
     params, contents = opened(blob)
-    state = in_threads(decode, contents.entries, lambda entry: entry.payload_bytes, usable_cores())
-    return params, {entry.name: tensor for entry, tensor in zip(contents.entries, state, strict=True)}
+    state = in_threads(tensors.decode, contents.entries, lambda entry: entry.payload_bytes, usable_cores())
+    return params, {entry.name: torch.from_numpy(weights) for entry, weights in zip(contents.entries, state, strict=True)}
 
 
 def opened(blob: bytes) -> tuple[ModelParams, Contents]:
@@ -112,10 +114,12 @@ def opened(blob: bytes) -> tuple[ModelParams, Contents]:
     return params, contents
 
 
-def decode(entry: Entry) -> Tensor:
-    """The float32 weights of one tensor; a ValueError when it is damaged."""
-    streams = container.decode_streams(entry)
-    return tensors.decoded(tensors.from_raw(entry.form, entry.shape, streams, entry.name))
+def half(tensor: Tensor, name: str) -> np.ndarray:
+    """`tensor` in float16; a ValueError when a value is not finite there."""
+    converted: np.ndarray = tensor.detach().half().cpu().numpy()
+    if not np.isfinite(converted).all():
+        raise ValueError(f"{name}: a value is not a finite float16 (65504 is the largest)")
+    return converted
 
 
 def load_model(path: Path, world: World) -> Model:
@@ -143,6 +147,19 @@ def check_shapes(shapes: Mapping[str, tuple[int, ...]], params: ModelParams) -> 
             raise ValueError(f"tensor {name} {seen}, and {wanted} in a model with these parameters (section model)")
 
 
+@contextlib.contextmanager
+def exact_operations() -> Iterator[None]:
+    """Let each torch operation run on the thread that calls it, and on CUDA multiply float32 as float32 (no TF32); undone at the end."""
+    threads, tf32 = torch.get_num_threads(), torch.backends.cuda.matmul.allow_tf32
+    torch.set_num_threads(1)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+
+
 def _quantise(
     matrices: Mapping[str, Tensor], quantiser: Quantiser, scale: float, encode: Encode | None, report: Report
 ) -> tuple[dict[str, Result], dict[str, Entry]]:
@@ -163,18 +180,18 @@ def _quantise(
     return results, entries
 
 
-def _encode(coded: Mapping[str, Tensor | Result], encode: Encode) -> dict[str, Entry]:
+def _encode(coded: Mapping[str, np.ndarray | Result], encode: Encode) -> dict[str, Entry]:
     """The entries of float16 tensors and of quantised matrices."""
 
     def size(name: str) -> int:
         of = coded[name]
-        return of.numel() if isinstance(of, Tensor) else of.entered_RC.size
+        return of.size if isinstance(of, np.ndarray) else of.entered_RC.size
 
     return dict(zip(coded, in_threads(lambda name: _entry(name, coded[name], encode), list(coded), size, usable_cores()), strict=True))
 
 
-def _entry(name: str, of: Tensor | Result, encode: Encode) -> Entry:
-    form, shape, coded = (FLOAT16, tuple(of.shape), of) if isinstance(of, Tensor) else (of.form, of.entered_RC.shape, of.coded)
+def _entry(name: str, of: np.ndarray | Result, encode: Encode) -> Entry:
+    form, shape, coded = (FLOAT16, of.shape, of) if isinstance(of, np.ndarray) else (of.form, of.entered_RC.shape, of.coded)
     return Entry(name, shape, form, encode(form, shape, tensors.raw_streams(coded)))
 
 
@@ -186,7 +203,8 @@ def _measure(best: Attempt, state: Mapping[str, Tensor], hessians: Mapping[str, 
         if entry.name not in best.results:
             return table.with_errors(row, weight, weight.half().float())
         result = best.results[entry.name]
-        decoded, hessian = tensors.decoded(result.coded).to(weight.device), hessian_of(entry.name, weight, hessians).to(weight.device)
+        decoded = torch.from_numpy(tensors.decoded(result.coded)).to(weight.device)
+        hessian = hessian_of(entry.name, weight, hessians).to(weight.device)
         measured = table.with_errors(row, weight, decoded, hessian, hessians.get(importance_name(entry.name)))
         return table.with_bounds(measured, result.entered_RC, result.rounded_RC, result.scale_C)
 

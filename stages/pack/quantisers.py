@@ -15,10 +15,10 @@ from stages.calibrate.hessians import hessian_name, importance_name
 from stages.pack import gptq, lattice, roles
 from stages.pack.budget import Scales
 from stages.pack.container import GROUP_COLUMNS, Form
-from stages.pack.gptq import Feedback, Quantised
+from stages.pack.gptq import Feedback
 from stages.pack.lattice import Lattice
 from stages.pack.params import PackParams
-from stages.pack.tensors import Corrected
+from stages.pack.tensors import Corrected, Quantised, decoded
 from stages.pack.workers import in_threads, usable_cores
 from stages.report import Report
 
@@ -102,7 +102,7 @@ class SDClip:
         finer = torch.stack([self.finer[name] for name in names])
         known = [self.known[name] for name in names]
         values, entered = gptq.quantise(weights, known, steps, finer, grid.qmax, self.params.block_columns)
-        return [self._result(grid, Quantised(*of), before) for *of, before in zip(values, steps, finer, entered, strict=True)]
+        return [self._result(grid, *of) for of in zip(values, steps, finer, entered, strict=True)]
 
     def scales(self, bits: float) -> Scales:
         """From the clip widths of the parameters on."""
@@ -112,10 +112,11 @@ class SDClip:
     def compile_ahead() -> None:
         """There is nothing to compile."""
 
-    def _result(self, grid: roles.Grid, coded: Quantised, entered_RC: Tensor) -> Result:
-        form = Form("groups" if bool(coded.finer_C.any()) else "rows", grid.bits)
-        rounded_RC, ones_C = gptq.dequantise(coded), np.ones(entered_RC.shape[1], np.float32)
-        return Result(Quantised(*(of.cpu() for of in coded)), form, entered_RC.cpu().numpy(), rounded_RC.cpu().numpy(), ones_C)
+    def _result(self, grid: roles.Grid, *of: Tensor) -> Result:
+        values_RC, steps_R, finer_C, entered_RC = (tensor.cpu().numpy() for tensor in of)
+        coded = Quantised(values_RC, steps_R, finer_C)
+        form = Form("groups" if finer_C.any() else "rows", grid.bits)
+        return Result(coded, form, entered_RC, decoded(coded), np.ones(len(finer_C), np.float32))
 
 
 def _finer_columns(state: Mapping[str, Tensor], hessians: Mapping[str, Tensor], params: PackParams) -> dict[str, Tensor]:

@@ -5,14 +5,11 @@ artifact. Here every tensor, or batch of tensors of one shape, is worked on by o
 threads; what is a batch does not depend on how many there are.
 """
 
-import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from threading import Thread
 from typing import TypeVar
-
-import torch
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -49,16 +46,3 @@ def beside(*works: Callable[[], object]) -> None:
             work()
 
     Thread(target=all_of_them).start()
-
-
-@contextlib.contextmanager
-def exact_operations() -> Iterator[None]:
-    """Let each torch operation run on the thread that calls it, and on CUDA multiply float32 as float32 (no TF32); undone at the end."""
-    threads, tf32 = torch.get_num_threads(), torch.backends.cuda.matmul.allow_tf32
-    torch.set_num_threads(1)
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-        torch.backends.cuda.matmul.allow_tf32 = tf32
