@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import mmap
 import os
 import random
 import signal
@@ -17,9 +18,10 @@ import pytest
 import torch
 
 from stages import command
-from stages.pack import apart, container
+from stages.pack import container, shared, tensors
 from stages.pack.apart import Unpacking
 from stages.pack.artifact import pack, unpack
+from stages.pack.decoder import MOST_BYTES
 from stages.sliding_eval import __main__ as stage
 from stages.sliding_eval.evaluate import rehearse, scorer_of
 from stages.sliding_eval.params import SlidingEvalParams
@@ -64,9 +66,14 @@ def test_the_weights_are_those_that_this_process_would_decode(packed: Path) -> N
 
 
 def test_a_model_without_skips_has_tensors_of_no_values(tmp_path: Path) -> None:
-    state = {"a": torch.zeros(0, 5), "b": torch.ones(3)}
-    empty, full = apart.shared({name: tuple(tensor.shape) for name, tensor in state.items()}).values()
-    assert (empty.shape, full.shape) == ((0, 5), (3,))
+    empty, full, last = shared.arrays(mmap.mmap(-1, 24), {"a": (0, 5), "b": (3,), "c": (1, 2)}).values()
+    full[...], last[...] = 1, 2
+    assert (empty.shape, full.tolist(), last.tolist()) == ((0, 5), [1, 1, 1], [[2, 2]])
+
+
+def test_all_that_a_lawful_header_declares_has_room() -> None:
+    """No form takes less than a byte for a weight."""
+    assert MOST_BYTES == 4 * container.MAX_RAW_BYTES
 
 
 def test_a_damaged_tensor_is_the_error_that_it_is_in_one_process(packed: Path, tmp_path: Path) -> None:
@@ -92,7 +99,7 @@ def test_a_damaged_header_is_an_error_at_once(packed: Path, tmp_path: Path) -> N
     ],
 )
 def test_the_other_process_s_end_is_one_error(packed: Path, monkeypatch: pytest.MonkeyPatch, fate: Any, message: str) -> None:
-    monkeypatch.setattr(apart, "decode", fate)
+    monkeypatch.setattr(tensors, "decode", fate)
     with pytest.raises(ChildProcessError, match=f"the process that decoded the weights {message}"):
         Unpacking(packed).state()
 
@@ -101,9 +108,12 @@ def test_the_other_process_ends_with_this_one(packed: Path) -> None:
     program = f"""
         import time
         from pathlib import Path
-        from stages.pack import apart
-        apart.decode = lambda entry: time.sleep(60)
-        print(apart.Unpacking(Path({str(packed)!r}))._process.pid, flush=True)
+        from stages.pack import tensors
+        from stages.pack.decoder import Decoder
+        tensors.decode = lambda entry: time.sleep(60)
+        decoder = Decoder()
+        decoder.hear(Path({str(packed)!r}))
+        print(decoder._process.pid, flush=True)
         time.sleep(60)
     """
     with subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], stdout=subprocess.PIPE, text=True) as parent:

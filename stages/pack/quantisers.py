@@ -51,7 +51,7 @@ class Result(NamedTuple):
 class Quantiser(Protocol):
     """A way to quantise."""
 
-    on_cpu: ClassVar[bool]  # whether it is no work for a GPU, and the bytes shall not depend on one
+    on_cpu: ClassVar[bool]  # whether it is the search of lattice.py: no work for a GPU, and the bytes shall not depend on one
     known: Mapping[str, Feedback]  # GPTQ's of each matrix
     batches: Sequence[Sequence[str]]  # names of the matrices, those together that are quantised together
 
@@ -62,10 +62,6 @@ class Quantiser(Protocol):
 
     def scales(self, bits: float) -> Scales:
         """The range of its scale, and where to begin when all matrices together may take so many bits."""
-
-    @staticmethod
-    def compile_ahead() -> None:
-        """Have compiled what it calls, which takes seconds."""
 
 
 def hessian_of(name: str, weight: Tensor, hessians: Mapping[str, Tensor]) -> Tensor:
@@ -107,10 +103,6 @@ class SDClip:
     def scales(self, bits: float) -> Scales:
         """From the clip widths of the parameters on."""
         return Scales(1.0, 1.0, WIDEST)
-
-    @staticmethod
-    def compile_ahead() -> None:
-        """There is nothing to compile."""
 
     def _result(self, grid: roles.Grid, *of: Tensor) -> Result:
         values_RC, steps_R, finer_C, entered_RC = (tensor.cpu().numpy() for tensor in of)
@@ -182,11 +174,6 @@ class AtRate:
         octaves, counts = _deviations(list(self.matrices.values()))
         finest = self._scale_for(MOST_BITS * counts.sum(), octaves, counts)
         return Scales(max(finest, self._scale_for(bits, octaves, counts)), finest, COARSEST)
-
-    @staticmethod
-    def compile_ahead() -> None:
-        """The search."""
-        lattice.compile_ahead()
 
     def _quantise(self, name: str, scale: float) -> Result:
         axes, largest_C, unit = self.matrices[name]

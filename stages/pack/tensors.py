@@ -32,16 +32,13 @@ class Corrected(NamedTuple):
     correction: Correction
 
 
-Coded = Quantised | Lattice | Corrected | np.ndarray  # a matrix with a step for each row, one on scaled axes, either corrected; or float16
-
-
 def largest_value(bits: int) -> int:
     """31 for six bits, 127 for eight."""
     return (1 << (bits - 1)) - 1
 
 
-def decoded(coded: Coded) -> np.ndarray:
-    """The float32 weights that a reader of the file gets."""
+def decoded(coded: Quantised | Lattice | Corrected | np.ndarray) -> np.ndarray:
+    """The float32 weights that a reader of the file gets; of an array, which is float16, itself."""
     if isinstance(coded, Corrected):
         base = decoded(coded.coded)
         return base + correction.product(coded.correction, len(base))
@@ -58,7 +55,7 @@ def decode(entry: Entry) -> np.ndarray:
     return _weights(entry.form, entry.shape, decode_streams(entry), entry.name)
 
 
-def raw_streams(coded: Coded) -> tuple[bytes, ...]:
+def raw_streams(coded: Quantised | Lattice | Corrected | np.ndarray) -> tuple[bytes, ...]:
     """The bytes of each stream, in the order of container.layouts."""
     if isinstance(coded, Corrected):
         levels_KN, steps_K = coded.correction
