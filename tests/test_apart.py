@@ -17,18 +17,19 @@ import numpy as np
 import pytest
 import torch
 
-from stages import command
+from stages import command, parallel
 from stages.pack import container, shared, tensors
 from stages.pack.apart import Unpacking
 from stages.pack.artifact import pack, unpack
-from stages.pack.decoder import MOST_BYTES
+from stages.pack.decoder import MOST_BYTES, Decoder
+from stages.parallel import relaunch_under_torchrun
 from stages.sliding_eval import __main__ as stage
 from stages.sliding_eval.evaluate import rehearse, scorer_of
 from stages.sliding_eval.params import SlidingEvalParams
 from stages.sliding_eval.scorer import SlidingScorer
 from stages.ttt_eval import lora, scorer
 from stages.ttt_eval.tilt import scorer_for
-from tests.factories import TTT, random_model, world
+from tests.factories import PARALLEL, TTT, random_model, world
 from tests.test_pack import AT_RATE, CORRECTED, MODEL, SILENT, hessians_of, trained_like, with_budget
 
 SLIDING = SlidingEvalParams(window=16, stride=4, batch_windows=3, chunk=32)
@@ -141,6 +142,32 @@ def test_a_stage_says_in_one_line_what_is_wrong_with_its_model(packed: Path, tmp
         command.launch(stage.STAGE, load, ["--model", str(path), "--output", str(tmp_path / "out")])
     assert ended.value.code == 2
     assert capfd.readouterr().err == f"error: sliding_eval: {expected.value}\n"
+
+
+def test_the_command_begins_to_decode_first_and_says_in_one_line_what_is_wrong(packed: Path, tmp_path: Path) -> None:
+    """Not so the process that only starts others: it has nobody who decodes when they begin."""
+    (tmp_path / "short.bin").write_bytes(packed.read_bytes()[:-1])
+    paths = ["--val", str(tmp_path), "--tokenizer", str(packed), "--output", str(tmp_path / "out")]
+    words = [sys.executable, "-m", "stages.sliding_eval", "--model", str(tmp_path / "short.bin"), *paths]
+    alone, several = (
+        subprocess.run([*words, *more], capture_output=True, text=True, check=False) for more in ([], ["--set", "parallel.nproc=2"])
+    )
+    assert (alone.returncode, several.returncode) == (2, 2)
+    assert alone.stderr.count("\n") == 1
+    assert several.stderr.startswith(alone.stderr)
+    assert alone.stderr.startswith("error: sliding_eval: damaged model file: its sha256 does not match")
+
+
+def test_a_process_that_only_starts_others_ends_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = Decoder()
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr("stages.parallel.torchrun.run", lambda arguments: None)
+    monkeypatch.setattr(parallel, "end_with_parent", lambda: None)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    with pytest.raises(SystemExit):
+        relaunch_under_torchrun(dataclasses.replace(PARALLEL, nproc=2), "stages.sliding_eval", [])
+    decoder._process.join(10)
+    assert decoder._process.exitcode == -signal.SIGTERM
 
 
 @pytest.mark.parametrize("changes", [None, {}, {"kind": "lora"}, {"tilt_rate": 0.1}], ids=["sliding", "sgd", "lora", "tilt"])

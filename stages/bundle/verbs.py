@@ -35,7 +35,6 @@ from stages.ttt_eval.params import Params as TttInput
 from stages.ttt_eval.params import TttEvalParams
 from stages.ttt_eval.tilt import scorer_for
 
-ScorerName = Literal["sliding_eval", "ttt_eval"]
 DEFAULT_SEED = 42
 
 
@@ -43,7 +42,7 @@ DEFAULT_SEED = 42
 class Claim:
     """The part of the section `submission` that decides what runs."""
 
-    scorer: ScorerName  # what `eval` scores with
+    scorer: Literal["sliding_eval", "ttt_eval"]  # what `eval` scores with
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,7 @@ def build(run: command.Run[Params]) -> None:
 def evaluate(decoder: Decoder, run: command.Run[Params]) -> None:
     """model.bin and the validation shards to a ledger and its bits per byte."""
     params = run.params
-    name: ScorerName = run.arguments.scorer or params.submission.scorer
+    name: str = run.arguments.scorer or params.submission.scorer
     files = {option: run.path(option) for option in EVAL.reads}
     relaunch_under_torchrun(params.parallel, sys.argv[0], sys.argv[1:])
     unpacking = Unpacking(files["model"], decoder)

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from stages.calibrate.hessians import importance_name
-from stages.pack import budget, codec, container, header, lattice, lqer, roles, table, tensors
+from stages.pack import budget, codec, container, lattice, lqer, roles, table, tensors
+from stages.pack.apart import check_shapes, model_params
 from stages.pack.container import Contents, Entry, Form, Stream
 from stages.pack.params import PackParams
 from stages.pack.quantisers import QUANTISERS, Quantiser, Result, hessian_of, threads_for
@@ -58,7 +59,7 @@ def pack(
     A ValueError names the tensor that does not fit the model's parameters, has no Hessian or one that is not positive definite, or is not
     finite; and gives both figures when no scale brings the file under the budget.
     """
-    header.check_shapes({name: tuple(tensor.shape) for name, tensor in state.items()}, model_params)
+    check_shapes({name: tuple(tensor.shape) for name, tensor in state.items()}, model_params)
     make = QUANTISERS[pack_params.quantiser]
     if encode is None:
         beside(functools.partial(codec.compile_ahead, pack_params.codec))
@@ -92,7 +93,7 @@ def pack(
 def unpack(blob: bytes) -> tuple[ModelParams, dict[str, Tensor]]:
     """The model's parameters and its float32 weights; a ValueError for a file that is damaged or not lawful."""
     contents = container.read(blob)
-    params = header.model_params(contents.model, contents.shapes)
+    params = model_params(contents.model, contents.shapes)
     state = in_threads(tensors.decode, contents.entries, lambda entry: entry.payload_bytes, usable_cores())
     return params, {entry.name: torch.from_numpy(weights) for entry, weights in zip(contents.entries, state, strict=True)}
 
