@@ -8,9 +8,11 @@ the connections of one that is killed, and a machine that is gone does not answe
 """
 
 import contextlib
+import ctypes
 import os
 import secrets
 import selectors
+import signal
 import socket
 import sys
 import threading
@@ -26,6 +28,8 @@ PROBE_AFTER_SECONDS, PROBE_EVERY_SECONDS, PROBES = 10, 5, 2
 HEARSAY_SECONDS = 2.0
 # What the main thread gets to clean up, after which the process is ended: it may be waiting for the GPU, and that for the dead rank.
 UNWIND_SECONDS = 5.0
+
+_PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 class Board(Protocol):
@@ -102,6 +106,16 @@ class Lifeline:
         self._spoken.set()
         if not self._leaving.wait(UNWIND_SECONDS):
             os._exit(1)
+
+
+def end_with_parent() -> None:
+    """Ask the kernel to end this process with its parent: a killed `dvc` must not leave a training behind (treeverse/dvc#5818)."""
+    if sys.platform != "linux":
+        return
+    parent = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def connect(rank: int, size: int, address: str, board: Board, patience: float) -> dict[int, socket.socket]:

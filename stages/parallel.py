@@ -6,16 +6,15 @@ hand, on each; rank 0 alone writes.
 """
 
 import contextlib
-import ctypes
 import json
 import os
-import signal
 import socket
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -28,7 +27,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.rendezvous import rendezvous
 
 from stages.config import reject, require_positive
-from stages.lifeline import Lifeline, connect
+from stages.lifeline import Lifeline, connect, end_with_parent
 
 # From the first rank's start to the last one's. They start together and import torch; the audit reads the validation text as well.
 MEETING = timedelta(minutes=2)
@@ -40,7 +39,6 @@ DEVICE_PATIENCE, HOST_PATIENCE = timedelta(minutes=10), timedelta(minutes=30)
 # rank that spoke at once would be taken for it. torchrun looks ten times a second, but a killed process that held a GPU is slow to go.
 SILENCE_SECONDS = 4.0
 USER_ERROR = 2  # the exit code of a stage that stops for what a user can mend
-_PR_SET_PDEATHSIG = 1  # prctl(2)
 # torch 2.13 renamed both, and warns when it is called by the names that 2.11 has.
 _reduce_scatter = dist.reduce_scatter_single if hasattr(dist, "reduce_scatter_single") else dist.reduce_scatter_tensor
 _all_gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
@@ -144,6 +142,8 @@ def relaunch_under_torchrun(params: ParallelParams, program: str, arguments: lis
     if params.nproc == 1 or "RANK" in os.environ:
         return
     end_with_parent()
+    for idle in active_children():  # a process that only starts others has no use for its own
+        idle.terminate()
     os.environ.setdefault("OMP_NUM_THREADS", str(params.threads))  # torchrun warns when it chooses
     module = [] if program.endswith(".py") else ["-m"]
     try:
@@ -199,16 +199,6 @@ def excuse(reason: str) -> None:
 def speaks_for_its_machine() -> bool:
     """Whether this process, of all ranks on its machine, says what every one of them knows."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
-
-
-def end_with_parent() -> None:
-    """Ask the kernel to end this process with its parent: a killed `dvc` must not leave a training behind (treeverse/dvc#5818)."""
-    if sys.platform != "linux":
-        return
-    parent = os.getppid()
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-    if os.getppid() != parent:
-        os.kill(os.getpid(), signal.SIGTERM)
 
 
 @contextlib.contextmanager

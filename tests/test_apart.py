@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import mmap
 import os
 import random
 import signal
@@ -16,17 +17,19 @@ import numpy as np
 import pytest
 import torch
 
-from stages import command
-from stages.pack import apart, container
+from stages import command, parallel
+from stages.pack import container, shared, tensors
 from stages.pack.apart import Unpacking
 from stages.pack.artifact import pack, unpack
+from stages.pack.decoder import MOST_BYTES, Decoder
+from stages.parallel import relaunch_under_torchrun
 from stages.sliding_eval import __main__ as stage
 from stages.sliding_eval.evaluate import rehearse, scorer_of
 from stages.sliding_eval.params import SlidingEvalParams
 from stages.sliding_eval.scorer import SlidingScorer
 from stages.ttt_eval import lora, scorer
 from stages.ttt_eval.tilt import scorer_for
-from tests.factories import TTT, random_model, world
+from tests.factories import PARALLEL, TTT, random_model, world
 from tests.test_pack import AT_RATE, CORRECTED, MODEL, SILENT, hessians_of, trained_like, with_budget
 
 SLIDING = SlidingEvalParams(window=16, stride=4, batch_windows=3, chunk=32)
@@ -64,9 +67,14 @@ def test_the_weights_are_those_that_this_process_would_decode(packed: Path) -> N
 
 
 def test_a_model_without_skips_has_tensors_of_no_values(tmp_path: Path) -> None:
-    state = {"a": torch.zeros(0, 5), "b": torch.ones(3)}
-    empty, full = apart.shared({name: tuple(tensor.shape) for name, tensor in state.items()}).values()
-    assert (empty.shape, full.shape) == ((0, 5), (3,))
+    empty, full, last = shared.arrays(mmap.mmap(-1, 24), {"a": (0, 5), "b": (3,), "c": (1, 2)}).values()
+    full[...], last[...] = 1, 2
+    assert (empty.shape, full.tolist(), last.tolist()) == ((0, 5), [1, 1, 1], [[2, 2]])
+
+
+def test_all_that_a_lawful_header_declares_has_room() -> None:
+    """No form takes less than a byte for a weight."""
+    assert MOST_BYTES == 4 * container.MAX_RAW_BYTES
 
 
 def test_a_damaged_tensor_is_the_error_that_it_is_in_one_process(packed: Path, tmp_path: Path) -> None:
@@ -92,7 +100,7 @@ def test_a_damaged_header_is_an_error_at_once(packed: Path, tmp_path: Path) -> N
     ],
 )
 def test_the_other_process_s_end_is_one_error(packed: Path, monkeypatch: pytest.MonkeyPatch, fate: Any, message: str) -> None:
-    monkeypatch.setattr(apart, "decode", fate)
+    monkeypatch.setattr(tensors, "decode", fate)
     with pytest.raises(ChildProcessError, match=f"the process that decoded the weights {message}"):
         Unpacking(packed).state()
 
@@ -101,9 +109,12 @@ def test_the_other_process_ends_with_this_one(packed: Path) -> None:
     program = f"""
         import time
         from pathlib import Path
-        from stages.pack import apart
-        apart.decode = lambda entry: time.sleep(60)
-        print(apart.Unpacking(Path({str(packed)!r}))._process.pid, flush=True)
+        from stages.pack import tensors
+        from stages.pack.decoder import Decoder
+        tensors.decode = lambda entry: time.sleep(60)
+        decoder = Decoder()
+        decoder.hear(Path({str(packed)!r}))
+        print(decoder._process.pid, flush=True)
         time.sleep(60)
     """
     with subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], stdout=subprocess.PIPE, text=True) as parent:
@@ -131,6 +142,32 @@ def test_a_stage_says_in_one_line_what_is_wrong_with_its_model(packed: Path, tmp
         command.launch(stage.STAGE, load, ["--model", str(path), "--output", str(tmp_path / "out")])
     assert ended.value.code == 2
     assert capfd.readouterr().err == f"error: sliding_eval: {expected.value}\n"
+
+
+def test_the_command_begins_to_decode_first_and_says_in_one_line_what_is_wrong(packed: Path, tmp_path: Path) -> None:
+    """Not so the process that only starts others: it has nobody who decodes when they begin."""
+    (tmp_path / "short.bin").write_bytes(packed.read_bytes()[:-1])
+    paths = ["--val", str(tmp_path), "--tokenizer", str(packed), "--output", str(tmp_path / "out")]
+    words = [sys.executable, "-m", "stages.sliding_eval", "--model", str(tmp_path / "short.bin"), *paths]
+    alone, several = (
+        subprocess.run([*words, *more], capture_output=True, text=True, check=False) for more in ([], ["--set", "parallel.nproc=2"])
+    )
+    assert (alone.returncode, several.returncode) == (2, 2)
+    assert alone.stderr.count("\n") == 1
+    assert several.stderr.startswith(alone.stderr)
+    assert alone.stderr.startswith("error: sliding_eval: damaged model file: its sha256 does not match")
+
+
+def test_a_process_that_only_starts_others_ends_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = Decoder()
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr("stages.parallel.torchrun.run", lambda arguments: None)
+    monkeypatch.setattr(parallel, "end_with_parent", lambda: None)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    with pytest.raises(SystemExit):
+        relaunch_under_torchrun(dataclasses.replace(PARALLEL, nproc=2), "stages.sliding_eval", [])
+    decoder._process.join(10)
+    assert decoder._process.exitcode == -signal.SIGTERM
 
 
 @pytest.mark.parametrize("changes", [None, {}, {"kind": "lora"}, {"tilt_rate": 0.1}], ids=["sliding", "sgd", "lora", "tilt"])

@@ -19,7 +19,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from stages import command, config
-from stages.bundle import carrier, cuts, entry, layout, literal, strip
+from stages.bundle import carrier, cuts, entry, layout, literal, strip, verbs
 from stages.bundle.__main__ import STAGE, embedded, main
 from stages.bundle.carrier import ENTRY
 from stages.bundle.closure import closure, module_name
@@ -461,8 +461,8 @@ def test_a_seed_that_is_no_integer_is_an_error(seed: str, monkeypatch: pytest.Mo
 
 
 def test_training_reads_no_validation_data_and_scoring_no_training_data() -> None:
-    assert set(entry.TRAIN.reads) == {"train"}
-    assert set(entry.EVAL.reads) == {"model", "val", "tokenizer"}
+    assert set(verbs.TRAIN.reads) == {"train"}
+    assert set(verbs.EVAL.reads) == {"model", "val", "tokenizer"}
 
 
 def test_the_bundle_carries_every_parameter_that_runs_and_no_seed() -> None:
@@ -470,7 +470,7 @@ def test_the_bundle_carries_every_parameter_that_runs_and_no_seed() -> None:
     carried = embedded(params)
     assert "seed" not in carried
     assert carried["submission"] == {"scorer": params.submission.scorer}
-    built = config.build(json.loads(json.dumps(carried)) | {"seed": 7}, entry.Params)
+    built = config.build(json.loads(json.dumps(carried)) | {"seed": 7}, verbs.Params)
     assert (built.model, built.train, built.pack, built.ttt_eval) == (params.model, params.train, params.pack, params.ttt_eval)
 
 

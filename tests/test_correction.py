@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from stages.pack import gptq
-from stages.pack.correction import correct, product
+from stages.pack import correction, gptq
+from stages.pack.correction import Correction
+from stages.pack.lqer import correct
 
 
 def case(rows: int, columns: int, seed: int = 0, dead: tuple[int, ...] = ()) -> tuple[Tensor, Tensor, Tensor]:
@@ -17,6 +18,10 @@ def case(rows: int, columns: int, seed: int = 0, dead: tuple[int, ...] = ()) -> 
     inputs[:, list(dead)] = 0
     importance = torch.randn(rows, generator=generator).exp() * 1e-5
     return torch.randn(rows, columns, generator=generator) * 0.01, inputs.T @ inputs / len(inputs), importance
+
+
+def product(made: Correction, rows: int) -> Tensor:
+    return torch.from_numpy(correction.product(made, rows))
 
 
 def loss(error: Tensor, hessian: Tensor, importance: Tensor) -> float:
@@ -43,7 +48,7 @@ def test_it_leaves_hardly_more_than_the_best_of_its_rank(shape: tuple[int, int],
     left = loss(error - product(made, shape[0]), hessian, importance)
     assert best <= left < best + 0.06 * (whole - best)
     assert torch.equal(error, before)
-    assert made.levels_KN.dtype == torch.int8
+    assert made.levels_KN.dtype == np.int8
     assert made.levels_KN.shape == (4, sum(shape))
 
 

@@ -24,10 +24,12 @@ ROOT = Path(__file__).resolve().parent.parent
 ORDER = ("tokenize", "train", "calibrate", "pack", "sliding_eval", "ttt_eval", "bundle", "audit", "submission")
 # Commands above the stages, which no stage imports: they may import any of them.
 ABOVE = {"stages/preset.py"}
-# Where the environment is read: torchrun's variables, and the bundle's SEED.
-ENVIRONMENT_READERS = {"stages/clock.py", "stages/command.py", "stages/parallel.py"}
+# Where the environment is read: torchrun's variables, and the bundle's SEED; or written: what numba shall do in a process of its own.
+ENVIRONMENT_READERS = {"stages/clock.py", "stages/command.py", "stages/pack/decoder.py", "stages/parallel.py"}
 # Modules that need a package which a CPU machine does not have; their stage imports them behind a check.
 OPTIONAL_PACKAGES = {"triton"}
+# What is imported late, for a process to be begun before: torch, by those who wait for the weights, and numba, by the one that decodes.
+LATE = {("stages/bundle/entry.py", "stages.bundle"), ("stages/pack/decoder.py", "stages.pack")}
 
 PIPELINE: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
 SOURCES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "stages").rglob("*.py"))
@@ -200,7 +202,20 @@ def nested_imports(tree: ast.Module) -> Iterator[ast.Import | ast.ImportFrom]:
 def test_no_import_inside_a_function(source: str) -> None:
     names = {ast.unparse(node): node.lineno for node in nested_imports(tree_of(source))}
     optional = (*OPTIONAL_PACKAGES, "stages.train.kernels")  # which need Triton
-    assert {text: line for text, line in names.items() if not text.split()[1].startswith(optional)} == {}
+    early = {text: line for text, line in names.items() if (source, text.split()[1]) not in LATE}
+    assert {text: line for text, line in early.items() if not text.split()[1].startswith(optional)} == {}
+
+
+@pytest.mark.parametrize("module", ["stages.pack.decoder", "stages.bundle.entry"])
+def test_what_is_begun_first_waits_for_nothing(module: str) -> None:
+    program = f"import sys, {module}; print(*{{'numba', 'numpy', 'torch'}} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "\n"
+
+
+def test_what_decodes_has_no_torch() -> None:
+    program = "import sys; from stages.pack import codec, container, shared, tensors; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
 @each_source

@@ -1,12 +1,28 @@
 """GPTQ: parity with a slow float64 version, the worked case, properties, errors."""
 
+from typing import NamedTuple
+
 import pytest
 import torch
 from torch import Tensor
 
-from stages.pack import gptq
+from stages.pack import gptq, tensors
 
 SHAPES = [(24, 16), (16, 48), (5, 130), (40, 300)]  # the last two are wider than a block of 128
+
+
+class Made(NamedTuple):
+    """tensors.Quantised on the device that made it."""
+
+    values_RC: Tensor
+    steps_R: Tensor
+    finer_C: Tensor
+
+
+def dequantised(made: Made) -> Tensor:
+    """The weights that a reader gets."""
+    weights = tensors.decoded(tensors.Quantised(*(of.cpu().numpy() for of in made)))
+    return torch.from_numpy(weights).to(made.values_RC.device)
 
 
 def layer(rows: int, columns: int, seed: int = 0, dead: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
@@ -43,20 +59,20 @@ def slow_gptq(weight: Tensor, hessian: Tensor, qmax: int, clip: float, damping: 
     return values, steps
 
 
-def pack(weight: Tensor, hessian: Tensor, block_columns: int = 128, qmax: int = 31, clip: float = 12.85) -> gptq.Quantised:
+def pack(weight: Tensor, hessian: Tensor, block_columns: int = 128, qmax: int = 31, clip: float = 12.85) -> Made:
     return quantised([weight], [hessian], block_columns, qmax, clip)[0]
 
 
 def quantised(
     weights: list[Tensor], hessians: list[Tensor], block_columns: int = 128, qmax: int = 31, clip: float = 12.85, finer: int = 0
-) -> list[gptq.Quantised]:
+) -> list[Made]:
     """Matrices of one shape, quantised together; the first 64 columns finer by `finer` powers of two."""
     known = gptq.feedback(torch.stack(hessians), 0.01, [f"matrix {i}" for i in range(len(hessians))])
     steps = torch.stack([gptq.row_steps(weight, clip, qmax, "matrix") for weight in weights])
     finer_BC = torch.zeros(len(weights), weights[0].shape[1], dtype=torch.uint8, device=steps.device)
     finer_BC[:, :64] = finer
     values, _ = gptq.quantise(torch.stack(weights), known, steps, finer_BC, qmax, block_columns)
-    return [gptq.Quantised(*of) for of in zip(values, steps, finer_BC, strict=True)]
+    return [Made(*of) for of in zip(values, steps, finer_BC, strict=True)]
 
 
 @pytest.mark.parametrize("shape", [(24, 16), (5, 130), (33, 67), (512, 96)])
@@ -73,11 +89,11 @@ def test_finer_columns_are_closer() -> None:
     weight, hessian = layer(16, 130)
     coarse, fine = pack(weight, hessian), quantised([weight], [hessian], finer=2)[0]
     assert int(fine.values_RC[:, :64].abs().max()) > 31 >= int(fine.values_RC[:, 64:].abs().max())
-    errors = [((gptq.dequantise(of) - weight)[:, :64] ** 2).mean() for of in (coarse, fine)]
+    errors = [((dequantised(of) - weight)[:, :64] ** 2).mean() for of in (coarse, fine)]
     steps = fine.steps_R.float()[:, None] / 4
-    assert torch.equal(gptq.dequantise(fine)[:, :64], fine.values_RC[:, :64] * steps)
+    assert torch.equal(dequantised(fine)[:, :64], fine.values_RC[:, :64] * steps)
     assert errors[1] < errors[0] / 2
-    assert gptq.costs(gptq.dequantise(fine) - weight, hessian).sum() < gptq.costs(gptq.dequantise(coarse) - weight, hessian).sum()
+    assert gptq.costs(dequantised(fine) - weight, hessian).sum() < gptq.costs(dequantised(coarse) - weight, hessian).sum()
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -95,8 +111,8 @@ def test_equals_the_slow_version(shape: tuple[int, int], dead: tuple[int, ...]) 
 @pytest.mark.parametrize("block_columns", [1, 7, 128])
 def test_block_size_does_not_matter(block_columns: int) -> None:
     weight, hessian = layer(16, 48)
-    whole = gptq.dequantise(pack(weight, hessian, block_columns=48))
-    blocks = gptq.dequantise(pack(weight, hessian, block_columns=block_columns))
+    whole = dequantised(pack(weight, hessian, block_columns=48))
+    blocks = dequantised(pack(weight, hessian, block_columns=block_columns))
     assert (whole != blocks).any(dim=1).sum() <= 1
 
 
@@ -117,7 +133,7 @@ def test_better_than_rounding_to_nearest(shape: tuple[int, int]) -> None:
     got = pack(weight, hessian)
     steps = got.steps_R.float()[:, None]
     nearest = torch.round(weight / steps).clamp(-31, 31) * steps
-    assert gptq.costs(gptq.dequantise(got) - weight, hessian).sum() < 0.8 * gptq.costs(nearest - weight, hessian).sum()
+    assert gptq.costs(dequantised(got) - weight, hessian).sum() < 0.8 * gptq.costs(nearest - weight, hessian).sum()
 
 
 def test_is_nearest_rounding_when_inputs_are_independent() -> None:
@@ -139,11 +155,11 @@ def test_same_input_same_bits_and_inputs_untouched() -> None:
 def test_dead_columns_and_zero_rows_become_zero() -> None:
     weight, hessian = layer(12, 20, dead=(4, 19))
     weight[5] = 0
-    got = gptq.dequantise(pack(weight, hessian))
+    got = dequantised(pack(weight, hessian))
     assert not got[:, [4, 19]].any()
     assert not got[5].any()
     assert got.isfinite().all()
-    assert not gptq.dequantise(pack(weight, torch.zeros(20, 20))).any()
+    assert not dequantised(pack(weight, torch.zeros(20, 20))).any()
 
 
 def test_values_stay_on_the_grid() -> None:
@@ -185,7 +201,7 @@ def test_weights_beyond_float16_steps_name_the_layer(bad: float) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_is_as_good_as_the_cpu() -> None:
     weight, hessian = layer(64, 300)
-    on_cpu = gptq.dequantise(pack(weight, hessian)) - weight
-    first, second = (gptq.dequantise(pack(weight.cuda(), hessian.cuda())) for _ in range(2))
+    on_cpu = dequantised(pack(weight, hessian)) - weight
+    first, second = (dequantised(pack(weight.cuda(), hessian.cuda())) for _ in range(2))
     assert torch.equal(first, second)
     assert float(gptq.costs(first.cpu() - weight, hessian).sum()) == pytest.approx(float(gptq.costs(on_cpu, hessian).sum()), rel=0.02)

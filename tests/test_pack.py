@@ -17,11 +17,12 @@ from torch import Tensor
 from stages import command, config
 from stages.calibrate.hessians import hessian_name, importance_name
 from stages.pack import __main__ as stage
-from stages.pack import artifact, budget, codec, container, inspect, layers, quantisers, roles, table
+from stages.pack import artifact, budget, codec, container, inspect, layers, quantisers, roles, table, tensors
 from stages.pack.artifact import pack, unpack
 from stages.pack.budget import Scales
 from stages.pack.codec import Layout
 from stages.pack.container import Form, Stream
+from stages.pack.correction import Correction
 from stages.pack.params import PackParams
 from stages.report import Report
 from stages.train.model import Model, initialise_, is_table
@@ -472,6 +473,20 @@ def test_corrections_are_in_the_file_where_they_gain_most(
         for entry in entries:
             assert (after[entry.name] or 1.0) < (before[entry.name] or 0.0)
         assert all(before[name] == after[name] for name in before if name not in {entry.name for entry in entries})
+
+
+def test_weights_are_the_bits_that_torch_would_make() -> None:
+    generator = np.random.default_rng(0)
+    values = generator.integers(-127, 128, (40, 64)).astype(np.int8)
+    steps, finer = generator.normal(1e-3, 1e-4, 40).astype(np.float16), np.arange(64, dtype=np.uint8) % 7
+    quantised = tensors.Quantised(values, steps, finer)
+    by_hand = torch.from_numpy(values).float() * (torch.from_numpy(steps).float()[:, None] / torch.exp2(torch.from_numpy(finer).float()))
+    assert torch.equal(torch.from_numpy(tensors.decoded(quantised)), by_hand)
+    correction = Correction(generator.integers(-127, 128, (3, 104)).astype(np.int8), generator.normal(0, 1e-4, 3).astype(np.float32))
+    total = torch.zeros(40, 64)
+    for levels, step in zip(torch.from_numpy(correction.levels_KN).float(), torch.from_numpy(correction.steps_K), strict=True):
+        total += (levels[:40] * step)[:, None] * levels[40:]
+    assert torch.equal(torch.from_numpy(tensors.decoded(tensors.Corrected(quantised, correction))), by_hand + total)
 
 
 def test_steps_of_a_correction_that_are_not_finite_are_refused(state: dict[str, Tensor], hessians: dict[str, Tensor]) -> None:

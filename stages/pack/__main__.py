@@ -11,11 +11,12 @@ from torch import Tensor
 
 from stages import command
 from stages.clock import hardware
-from stages.pack import layers
-from stages.pack.artifact import compile_ahead, pack
+from stages.pack import lattice, layers
+from stages.pack.artifact import pack
 from stages.pack.encoder import Encoder
 from stages.pack.params import Params
 from stages.pack.quantisers import QUANTISERS
+from stages.pack.workers import beside
 from stages.parallel import ParallelParams, world
 
 STAGE = command.Stage(
@@ -40,7 +41,8 @@ def main(run: command.Run[Params]) -> None:
     params = run.params
     model_file, hessian_file = run.path("model"), run.path("hessians")
     with Encoder(params.pack) as encode, world(parallel_for(params)) as here:
-        compile_ahead(params.pack, False)
+        if QUANTISERS[params.pack.quantiser].on_cpu:
+            beside(lattice.compile_ahead)
         started = time.monotonic()
         state, hessians = load(model_file, here.device), load(hessian_file, here.device)
         packed = pack(state, hessians, params.model, params.pack, run.report, encode)

@@ -1,69 +1,72 @@
-"""A model file decoded by another process, while this one gets ready to use its weights.
+"""A model file decoded by another process (decoder.py), while this one gets ready to use its weights; and what its header may declare."""
 
-Compiling the decoder is seconds of Python, and so is compiling kernels: two threads would take turns under one lock. The process is a fork,
-made before this one has threads or a GPU of its own, and leaves the weights in memory that both see.
-"""
-
-import gc
-import math
-import mmap
-import signal
-from collections.abc import Mapping, Sequence
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
+import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from stages.pack.artifact import decode, opened
-from stages.pack.container import Entry
-from stages.pack.workers import in_threads, usable_cores
-from stages.parallel import end_with_parent
+from stages.config import build
+from stages.pack import shared
+from stages.pack.decoder import Decoder
+from stages.train.model import Model
+from stages.train.params import ModelParams
+
+MAX_SIZE = 1 << 24  # of an integer among the model's parameters that a file may declare
+MAX_VISITS = 100_000  # of blocks in one forward pass, likewise
 
 
 class Unpacking:
     """The parameters of the model in a file, at once, and its weights, later; a ValueError for a file that is damaged or not lawful."""
 
-    def __init__(self, path: Path) -> None:
-        self.params, contents = opened(path.read_bytes())
-        self._state = shared({entry.name: entry.shape for entry in contents.entries})
-        fork = get_context("fork")
-        self._answer, answer = fork.Pipe(duplex=False)
-        self._process = fork.Process(target=_decode, args=(contents.entries, self._state, answer), daemon=True)
-        self._process.start()
-        answer.close()
+    def __init__(self, path: Path, decoder: Decoder | None = None) -> None:
+        self._decoder = decoder or Decoder()
+        model, self._shapes = self._decoder.hear(path)
+        self.params = model_params(model, self._shapes)
 
     def state(self) -> dict[str, Tensor]:
         """The float32 weights, once they are there. A ChildProcessError when the other process was killed."""
-        try:
-            refusal = self._answer.recv_bytes().decode()
-        except EOFError:
-            refusal = ""
-        self._process.join()
-        if refusal:
-            raise ValueError(refusal)
-        if code := self._process.exitcode:
-            ended = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}; the lines above say why"
-            raise ChildProcessError(f"the process that decoded the weights {ended}")
-        return self._state
+        self._decoder.hear()
+        return {name: torch.from_numpy(weights) for name, weights in shared.arrays(self._decoder.memory, self._shapes).items()}
 
 
-def shared(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Float32 tensors in memory that is a fork's too, and takes no room before it is written to."""
-    sizes = [math.prod(shape) for shape in shapes.values()]
-    memory = torch.from_numpy(np.frombuffer(mmap.mmap(-1, 4 * max(1, sum(sizes))), np.float32))
-    pieces = memory[: sum(sizes)].split(sizes)
-    return {name: piece.view(shape) for (name, shape), piece in zip(shapes.items(), pieces, strict=True)}
+@dataclasses.dataclass(frozen=True)
+class _Header:
+    model: ModelParams
 
 
-def _decode(entries: Sequence[Entry], state: Mapping[str, Tensor], answer: Connection) -> None:
-    """What the other process does: fill `state`, or send why it cannot."""
-    end_with_parent()
-    gc.disable()  # it would look through all that was imported, again and again, and copy it by doing so
-    torch.set_num_threads(1)  # each tensor has a thread of its own
+def model_params(model: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> ModelParams:
+    """The parameters of the model in a file; a ValueError unless its tensors have the names and shapes of such a model's."""
+    params = _within_reason(model)
     try:
-        in_threads(lambda entry: state[entry.name].copy_(decode(entry)), entries, lambda entry: entry.payload_bytes, usable_cores())
+        check_shapes(shapes, params)
     except ValueError as error:
-        answer.send_bytes(str(error).encode())
+        raise ValueError(f"damaged model file: {error}") from error
+    return params
+
+
+def check_shapes(shapes: Mapping[str, tuple[int, ...]], params: ModelParams) -> None:
+    """A ValueError unless `shapes` are the names and shapes of a model with `params`; allocates nothing."""
+    if params.layers > len(shapes):
+        raise ValueError(f"{len(shapes)} tensors are too few for the {params.layers} blocks of model.layers")
+    with torch.device("meta"):
+        expected = {name: tuple(tensor.shape) for name, tensor in Model(params).state_dict().items()}
+    for name in sorted(expected.keys() | shapes.keys()):
+        if shapes.get(name) != expected.get(name):
+            seen, wanted = (f"has shape {of[name]}" if name in of else "is absent" for of in (shapes, expected))
+            raise ValueError(f"tensor {name} {seen}, and {wanted} in a model with these parameters (section model)")
+
+
+def _within_reason(model: Mapping[str, Any]) -> ModelParams:
+    """The model's parameters in a header, within what the file's tensors could possibly need."""
+    try:
+        params = build({"model": model}, _Header).model
+    except ValueError as error:
+        raise ValueError(f"damaged model file: {error}") from error
+    if any(type(value) is int and value > MAX_SIZE for value in model.values()):
+        raise ValueError(f"damaged model file: a parameter of the model is above {MAX_SIZE}")
+    if params.layers + params.loops * (params.loop_last + 1 - params.loop_first) > MAX_VISITS:
+        raise ValueError(f"damaged model file: its model visits more than {MAX_VISITS} blocks")
+    return params

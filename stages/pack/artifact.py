@@ -4,31 +4,30 @@ The bytes depend on the weights, the Hessians, the parameters and the kind of pr
 budget decides one number only, the quantiser's scale (budget.py, quantisers.py).
 """
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from stages.calibrate.hessians import importance_name
-from stages.config import build
-from stages.pack import budget, codec, container, lqer, roles, table, tensors
+from stages.pack import budget, codec, container, lattice, lqer, roles, table, tensors
+from stages.pack.apart import check_shapes, model_params
 from stages.pack.container import Contents, Entry, Form, Stream
 from stages.pack.params import PackParams
 from stages.pack.quantisers import QUANTISERS, Quantiser, Result, hessian_of, threads_for
-from stages.pack.workers import beside, exact_operations, in_threads, usable_cores
+from stages.pack.workers import beside, in_threads, usable_cores
 from stages.parallel import World
 from stages.report import Report
 from stages.train.model import Model, model_for
 from stages.train.params import ModelParams
 
-Encode = Callable[[Form, Sequence[int], Sequence[bytes]], tuple[Stream, ...]]  # container.encode_streams with its codecs chosen
 FLOAT16 = Form("float16", 16)
-MAX_SIZE = 1 << 24  # of an integer among the model's parameters that a file may declare
-MAX_VISITS = 100_000  # of blocks in one forward pass, likewise
 
 
 class Packed(NamedTuple):
@@ -47,18 +46,13 @@ class Attempt(NamedTuple):
     results: dict[str, Result]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Header:
-    model: ModelParams
-
-
 def pack(
     state: Mapping[str, Tensor],
     hessians: Mapping[str, Tensor],
     model_params: ModelParams,
     pack_params: PackParams,
     report: Report,
-    encode: Encode | None = None,
+    encode: Callable[..., tuple[Stream, ...]] | None = None,
 ) -> Packed:
     """Quantise and encode `state` within the byte budget, on the device where its tensors lie; `encode` is another's encoder (encoder.py).
 
@@ -67,12 +61,14 @@ def pack(
     """
     check_shapes({name: tuple(tensor.shape) for name, tensor in state.items()}, model_params)
     make = QUANTISERS[pack_params.quantiser]
-    compile_ahead(pack_params, encode is None)
-    encode = encode or functools.partial(container.encode_streams, family=pack_params.codec, quality=pack_params.brotli_quality)
+    if encode is None:
+        beside(functools.partial(codec.compile_ahead, pack_params.codec))
+        encode = functools.partial(container.encode_streams, family=pack_params.codec, quality=pack_params.brotli_quality)
     if make.on_cpu:
+        beside(lattice.compile_ahead)
         state, hessians = ({name: tensor.cpu() for name, tensor in of.items()} for of in (state, hessians))
     matrices = {name: tensor.detach() for name, tensor in sorted(state.items()) if roles.kind_of(name) != "rest"}
-    rest = {name: tensors.half(tensor, name) for name, tensor in sorted(state.items()) if name not in matrices}
+    rest = {name: half(tensor, name) for name, tensor in sorted(state.items()) if name not in matrices}
     with exact_operations():
         quantiser = make(matrices, hessians, pack_params, report)
 
@@ -80,7 +76,7 @@ def pack(
             results, encoded = _quantise(matrices, quantiser, scale, None if pack_params.lqer_rank else encode, report)
             if pack_params.lqer_rank:
                 results |= lqer.corrected(results, matrices, hessians, quantiser.known, pack_params)
-            coded: dict[str, Tensor | Result] = {**rest, **results}
+            coded: dict[str, np.ndarray | Result] = {**rest, **results}
             encoded |= _encode({name: of for name, of in coded.items() if name not in encoded}, encode)
             entries = tuple(entry for _, entry in sorted(encoded.items()))
             blob = container.write(Contents(dataclasses.asdict(model_params), entries))
@@ -96,26 +92,18 @@ def pack(
 
 def unpack(blob: bytes) -> tuple[ModelParams, dict[str, Tensor]]:
     """The model's parameters and its float32 weights; a ValueError for a file that is damaged or not lawful."""
-    params, contents = opened(blob)
-    state = in_threads(decode, contents.entries, lambda entry: entry.payload_bytes, usable_cores())
-    return params, {entry.name: tensor for entry, tensor in zip(contents.entries, state, strict=True)}
-
-
-def opened(blob: bytes) -> tuple[ModelParams, Contents]:
-    """The model's parameters and its tensors, still encoded, which are those of such a model; a ValueError otherwise."""
     contents = container.read(blob)
-    params = _model_params(contents)
-    try:
-        check_shapes({entry.name: entry.shape for entry in contents.entries}, params)
-    except ValueError as error:
-        raise ValueError(f"damaged model file: {error}") from error
-    return params, contents
+    params = model_params(contents.model, contents.shapes)
+    state = in_threads(tensors.decode, contents.entries, lambda entry: entry.payload_bytes, usable_cores())
+    return params, {entry.name: torch.from_numpy(weights) for entry, weights in zip(contents.entries, state, strict=True)}
 
 
-def decode(entry: Entry) -> Tensor:
-    """The float32 weights of one tensor; a ValueError when it is damaged."""
-    streams = container.decode_streams(entry)
-    return tensors.decoded(tensors.from_raw(entry.form, entry.shape, streams, entry.name))
+def half(tensor: Tensor, name: str) -> np.ndarray:
+    """`tensor` in float16; a ValueError when a value is not finite there."""
+    converted: np.ndarray = tensor.detach().half().cpu().numpy()
+    if not np.isfinite(converted).all():
+        raise ValueError(f"{name}: a value is not a finite float16 (65504 is the largest)")
+    return converted
 
 
 def load_model(path: Path, world: World) -> Model:
@@ -126,25 +114,21 @@ def load_model(path: Path, world: World) -> Model:
     return model
 
 
-def compile_ahead(params: PackParams, coder: bool = True) -> None:
-    """Begin, on a thread of its own, to compile what packing with these parameters will call; another time costs nothing."""
-    beside(QUANTISERS[params.quantiser].compile_ahead, *[functools.partial(codec.compile_ahead, params.codec)] * coder)
-
-
-def check_shapes(shapes: Mapping[str, tuple[int, ...]], params: ModelParams) -> None:
-    """A ValueError unless `shapes` are the names and shapes of a model with `params`; allocates nothing."""
-    if params.layers > len(shapes):
-        raise ValueError(f"{len(shapes)} tensors are too few for the {params.layers} blocks of model.layers")
-    with torch.device("meta"):
-        expected = {name: tuple(tensor.shape) for name, tensor in Model(params).state_dict().items()}
-    for name in sorted(expected.keys() | shapes.keys()):
-        if shapes.get(name) != expected.get(name):
-            seen, wanted = (f"has shape {of[name]}" if name in of else "is absent" for of in (shapes, expected))
-            raise ValueError(f"tensor {name} {seen}, and {wanted} in a model with these parameters (section model)")
+@contextlib.contextmanager
+def exact_operations() -> Iterator[None]:
+    """Let each torch operation run on the thread that calls it, and on CUDA multiply float32 as float32 (no TF32); undone at the end."""
+    threads, tf32 = torch.get_num_threads(), torch.backends.cuda.matmul.allow_tf32
+    torch.set_num_threads(1)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.backends.cuda.matmul.allow_tf32 = tf32
 
 
 def _quantise(
-    matrices: Mapping[str, Tensor], quantiser: Quantiser, scale: float, encode: Encode | None, report: Report
+    matrices: Mapping[str, Tensor], quantiser: Quantiser, scale: float, encode: Callable[..., tuple[Stream, ...]] | None, report: Report
 ) -> tuple[dict[str, Result], dict[str, Entry]]:
     """Every matrix quantised; and encoded by the thread that did it, unless that serves a GPU or `encode` is not given."""
     with report.progress("GPTQ", sum(tensor.numel() for tensor in matrices.values())) as progress:
@@ -163,18 +147,18 @@ def _quantise(
     return results, entries
 
 
-def _encode(coded: Mapping[str, Tensor | Result], encode: Encode) -> dict[str, Entry]:
+def _encode(coded: Mapping[str, np.ndarray | Result], encode: Callable[..., tuple[Stream, ...]]) -> dict[str, Entry]:
     """The entries of float16 tensors and of quantised matrices."""
 
     def size(name: str) -> int:
         of = coded[name]
-        return of.numel() if isinstance(of, Tensor) else of.entered_RC.size
+        return of.size if isinstance(of, np.ndarray) else of.entered_RC.size
 
     return dict(zip(coded, in_threads(lambda name: _entry(name, coded[name], encode), list(coded), size, usable_cores()), strict=True))
 
 
-def _entry(name: str, of: Tensor | Result, encode: Encode) -> Entry:
-    form, shape, coded = (FLOAT16, tuple(of.shape), of) if isinstance(of, Tensor) else (of.form, of.entered_RC.shape, of.coded)
+def _entry(name: str, of: np.ndarray | Result, encode: Callable[..., tuple[Stream, ...]]) -> Entry:
+    form, shape, coded = (FLOAT16, of.shape, of) if isinstance(of, np.ndarray) else (of.form, of.entered_RC.shape, of.coded)
     return Entry(name, shape, form, encode(form, shape, tensors.raw_streams(coded)))
 
 
@@ -186,21 +170,9 @@ def _measure(best: Attempt, state: Mapping[str, Tensor], hessians: Mapping[str, 
         if entry.name not in best.results:
             return table.with_errors(row, weight, weight.half().float())
         result = best.results[entry.name]
-        decoded, hessian = tensors.decoded(result.coded).to(weight.device), hessian_of(entry.name, weight, hessians).to(weight.device)
+        decoded = torch.from_numpy(tensors.decoded(result.coded)).to(weight.device)
+        hessian = hessian_of(entry.name, weight, hessians).to(weight.device)
         measured = table.with_errors(row, weight, decoded, hessian, hessians.get(importance_name(entry.name)))
         return table.with_bounds(measured, result.entered_RC, result.rounded_RC, result.scale_C)
 
     return in_threads(one, best.entries, lambda entry: state[entry.name].numel(), threads_for(state.values()))
-
-
-def _model_params(contents: Contents) -> ModelParams:
-    """The model's parameters in a header, within what the file's tensors could possibly need."""
-    try:
-        params = build({"model": contents.model}, _Header).model
-    except ValueError as error:
-        raise ValueError(f"damaged model file: {error}") from error
-    if any(type(value) is int and value > MAX_SIZE for value in contents.model.values()):
-        raise ValueError(f"damaged model file: a parameter of the model is above {MAX_SIZE}")
-    if params.layers + params.loops * (params.loop_last + 1 - params.loop_first) > MAX_VISITS:
-        raise ValueError(f"damaged model file: its model visits more than {MAX_VISITS} blocks")
-    return params

@@ -97,6 +97,11 @@ class Contents:
     model: Mapping[str, Any]
     entries: tuple[Entry, ...]
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of all tensors, by name."""
+        return {entry.name: entry.shape for entry in self.entries}
+
 
 def layouts(form: Form, shape: Sequence[int]) -> tuple[Layout, ...]:
     """What the streams of a tensor decode to."""

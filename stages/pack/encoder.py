@@ -4,9 +4,8 @@ Compiling is seconds of Python, of the coder as of the search: two threads would
 does. The other process is a fork, made before this one has threads or a GPU of its own.
 """
 
-import gc
 from collections.abc import Sequence
-from multiprocessing import get_context
+from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from queue import Queue
 from threading import Thread
@@ -14,18 +13,15 @@ from threading import Thread
 from stages.pack import codec, container
 from stages.pack.container import Form, Stream
 from stages.pack.params import PackParams
-from stages.pack.workers import usable_cores
-from stages.parallel import end_with_parent
+from stages.pack.workers import forked, usable_cores
 
 
 class Encoder:
     """`container.encode_streams` elsewhere, for as many callers at once as there are cores; use as a context manager."""
 
     def __init__(self, params: PackParams) -> None:
-        fork = get_context("fork")
-        pairs = [fork.Pipe() for _ in range(usable_cores())]
-        self._process = fork.Process(target=_serve, args=(pairs, params), daemon=True)
-        self._process.start()
+        pairs = [Pipe() for _ in range(usable_cores())]
+        self._process = forked(_serve, pairs, params)
         self._free: Queue[Connection] = Queue()
         for ours, theirs in pairs:
             theirs.close()
@@ -56,8 +52,6 @@ class Encoder:
 
 def _serve(pairs: Sequence[tuple[Connection, Connection]], params: PackParams) -> None:
     """What the other process does until nobody is there to ask."""
-    end_with_parent()
-    gc.disable()  # it would look through all that was imported, again and again, and copy it by doing so
     for ours, _ in pairs:
         ours.close()
     threads = [Thread(target=_answer, args=(line, params)) for _, line in pairs]

@@ -32,14 +32,6 @@ SMALLEST_STEP = 1e-10  # floor of the divisor, so that a row of zeros divides
 INVERTED_WHOLE = 64  # size up to which a triangular matrix is inverted by substitution
 
 
-class Quantised(NamedTuple):
-    """A matrix as integers, one step for each row, and by what power of two the steps of a column are finer."""
-
-    values_RC: Tensor  # int8
-    steps_R: Tensor  # float16
-    finer_C: Tensor  # uint8: 0 almost everywhere
-
-
 class Feedback(NamedTuple):
     """What GPTQ needs to know of a Hessian; the same for every matrix that has the same input, and for every grid."""
 
@@ -133,11 +125,6 @@ def quantise(
     back_BRC = torch.argsort(order_BC, dim=1)[:, None].expand_as(weights_BRC)
     rounded_BRC, entered_BRC = (of.transpose(1, 2).gather(2, back_BRC) for of in (rounded_BCR, entered_BCR))
     return rounded_BRC.to(torch.int8), entered_BRC
-
-
-def dequantise(quantised: Quantised) -> Tensor:
-    """The weights that the decoder sees, float32 (R, C)."""
-    return quantised.values_RC.float() * (quantised.steps_R.float()[:, None] / torch.exp2(quantised.finer_C.float()))
 
 
 def costs(difference_RC: Tensor, hessian_CC: Tensor) -> Tensor:

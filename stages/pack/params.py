@@ -24,7 +24,7 @@ class PackParams:
     attention_clip: float  # sdclip: attention's values are clipped so many standard deviations of their row from zero (SDClip, #1394)
     mlp_clip: float  # sdclip: the same for the MLPs' matrices; wider is smaller and coarser (a clip for each class: #1586)
     embedding_clip: float  # sdclip: the same for the embedding
-    lqer_rank: int  # of a low-rank correction of the matrices that gain most from one (correction.py; #1797); 0 is none
+    lqer_rank: int  # of a low-rank correction of the matrices that gain most from one (lqer.py; #1797); 0 is none
     lqer_tensors: int  # how many matrices are corrected
     awq_groups: int  # sdclip: groups of 64 columns, of the whole model, whose values get 8 bits (AWQ-lite, #1908); 0 is none
     damping: float  # added to the diagonal of each Hessian, as a fraction of the diagonal's mean

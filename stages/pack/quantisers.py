@@ -15,10 +15,10 @@ from stages.calibrate.hessians import hessian_name, importance_name
 from stages.pack import gptq, lattice, roles
 from stages.pack.budget import Scales
 from stages.pack.container import GROUP_COLUMNS, Form
-from stages.pack.gptq import Feedback, Quantised
+from stages.pack.gptq import Feedback
 from stages.pack.lattice import Lattice
 from stages.pack.params import PackParams
-from stages.pack.tensors import Corrected
+from stages.pack.tensors import Corrected, Quantised, decoded
 from stages.pack.workers import in_threads, usable_cores
 from stages.report import Report
 
@@ -51,7 +51,7 @@ class Result(NamedTuple):
 class Quantiser(Protocol):
     """A way to quantise."""
 
-    on_cpu: ClassVar[bool]  # whether it is no work for a GPU, and the bytes shall not depend on one
+    on_cpu: ClassVar[bool]  # whether it is the search of lattice.py: no work for a GPU, and the bytes shall not depend on one
     known: Mapping[str, Feedback]  # GPTQ's of each matrix
     batches: Sequence[Sequence[str]]  # names of the matrices, those together that are quantised together
 
@@ -62,10 +62,6 @@ class Quantiser(Protocol):
 
     def scales(self, bits: float) -> Scales:
         """The range of its scale, and where to begin when all matrices together may take so many bits."""
-
-    @staticmethod
-    def compile_ahead() -> None:
-        """Have compiled what it calls, which takes seconds."""
 
 
 def hessian_of(name: str, weight: Tensor, hessians: Mapping[str, Tensor]) -> Tensor:
@@ -102,20 +98,17 @@ class SDClip:
         finer = torch.stack([self.finer[name] for name in names])
         known = [self.known[name] for name in names]
         values, entered = gptq.quantise(weights, known, steps, finer, grid.qmax, self.params.block_columns)
-        return [self._result(grid, Quantised(*of), before) for *of, before in zip(values, steps, finer, entered, strict=True)]
+        return [self._result(grid, *of) for of in zip(values, steps, finer, entered, strict=True)]
 
     def scales(self, bits: float) -> Scales:
         """From the clip widths of the parameters on."""
         return Scales(1.0, 1.0, WIDEST)
 
-    @staticmethod
-    def compile_ahead() -> None:
-        """There is nothing to compile."""
-
-    def _result(self, grid: roles.Grid, coded: Quantised, entered_RC: Tensor) -> Result:
-        form = Form("groups" if bool(coded.finer_C.any()) else "rows", grid.bits)
-        rounded_RC, ones_C = gptq.dequantise(coded), np.ones(entered_RC.shape[1], np.float32)
-        return Result(Quantised(*(of.cpu() for of in coded)), form, entered_RC.cpu().numpy(), rounded_RC.cpu().numpy(), ones_C)
+    def _result(self, grid: roles.Grid, *of: Tensor) -> Result:
+        values_RC, steps_R, finer_C, entered_RC = (tensor.cpu().numpy() for tensor in of)
+        coded = Quantised(values_RC, steps_R, finer_C)
+        form = Form("groups" if finer_C.any() else "rows", grid.bits)
+        return Result(coded, form, entered_RC, decoded(coded), np.ones(len(finer_C), np.float32))
 
 
 def _finer_columns(state: Mapping[str, Tensor], hessians: Mapping[str, Tensor], params: PackParams) -> dict[str, Tensor]:
@@ -181,11 +174,6 @@ class AtRate:
         octaves, counts = _deviations(list(self.matrices.values()))
         finest = self._scale_for(MOST_BITS * counts.sum(), octaves, counts)
         return Scales(max(finest, self._scale_for(bits, octaves, counts)), finest, COARSEST)
-
-    @staticmethod
-    def compile_ahead() -> None:
-        """The search."""
-        lattice.compile_ahead()
 
     def _quantise(self, name: str, scale: float) -> Result:
         axes, largest_C, unit = self.matrices[name]

@@ -6,6 +6,7 @@ Block matrices, the embedding and value tables are quantised; gains, scales, mix
 from typing import Literal, NamedTuple
 
 from stages.pack.params import PackParams
+from stages.pack.tensors import largest_value
 from stages.train.model import is_matrix, is_quantised
 
 Kind = Literal["attention", "mlp", "embedding", "rest"]
@@ -21,11 +22,6 @@ class Grid(NamedTuple):
     def qmax(self) -> int:
         """The largest magnitude; symmetric, so that one code of the 2^bits is unused."""
         return largest_value(self.bits)
-
-
-def largest_value(bits: int) -> int:
-    """31 for six bits, 127 for eight."""
-    return (1 << (bits - 1)) - 1
 
 
 def kind_of(name: str) -> Kind:

@@ -5,14 +5,16 @@ artifact. Here every tensor, or batch of tensors of one shape, is worked on by o
 threads; what is a batch does not depend on how many there are.
 """
 
-import contextlib
+import gc
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
 from threading import Thread
-from typing import TypeVar
+from typing import Any, TypeVar
 
-import torch
+from stages.lifeline import end_with_parent
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -41,24 +43,19 @@ def in_threads(work: Callable[[T], R], items: Sequence[T], size: Callable[[T], i
             raise
 
 
-def beside(*works: Callable[[], object]) -> None:
-    """Do these, one after another, on a thread of their own, while the caller goes on; compiled code is waited for by whoever calls it."""
-
-    def all_of_them() -> None:
-        for work in works:
-            work()
-
-    Thread(target=all_of_them).start()
+def beside(work: Callable[[], object]) -> None:
+    """Do this on a thread of its own, while the caller goes on; compiled code is waited for by whoever calls it."""
+    Thread(target=work).start()
 
 
-@contextlib.contextmanager
-def exact_operations() -> Iterator[None]:
-    """Let each torch operation run on the thread that calls it, and on CUDA multiply float32 as float32 (no TF32); undone at the end."""
-    threads, tf32 = torch.get_num_threads(), torch.backends.cuda.matmul.allow_tf32
-    torch.set_num_threads(1)
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-        torch.backends.cuda.matmul.allow_tf32 = tf32
+def forked(work: Callable[..., None], *arguments: Any) -> BaseProcess:
+    """Begin `work` in a fork, which ends when this process does; for as long as this one has no threads and no GPU of its own."""
+    process = get_context("fork").Process(target=_alone, args=(work, *arguments), daemon=True)
+    process.start()
+    return process
+
+
+def _alone(work: Callable[..., None], *arguments: Any) -> None:
+    end_with_parent()
+    gc.disable()  # it would look through all that was imported, again and again, and copy it by doing so
+    work(*arguments)

@@ -1,5 +1,9 @@
 """sliding_eval: the artifact and the validation stream to the ledger of the sliding scorer."""
 
+from stages.pack.decoder import Decoder
+
+DECODER = Decoder() if __name__ == "__main__" else None  # at work while what follows is imported: torch takes seconds
+
 import sys
 from pathlib import Path
 
@@ -29,7 +33,7 @@ def main(run: command.Run[Params]) -> None:
     params = run.params.sliding_eval
     files = {name: run.path(name) for name in STAGE.reads}
     relaunch_under_torchrun(run.params.parallel, "stages.sliding_eval", sys.argv[1:])
-    unpacking = Unpacking(files["model"])
+    unpacking = Unpacking(files["model"], DECODER)
     with world(run.params.parallel) as here:
         stream = read_stream(files["val"], files["tokenizer"], unpacking.params.vocab_size, params.window)
         scorer = scorer_of(unpacking, here, lambda model, report: SlidingScorer(model, params, here, report), run.report)

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stages import parallel
+from stages import lifeline
 from stages.report import Report
 from stages.tokenize import split
 from stages.tokenize.split import Document, Side
@@ -142,7 +142,7 @@ def _read_all(paths: list[Path], processes: int, report: Report) -> Iterator[lis
 
 
 def _start_worker() -> None:
-    parallel.end_with_parent()
+    lifeline.end_with_parent()
     gc.disable()  # a syntax tree holds no cycles, and collection would take half the time
     warnings.simplefilter("ignore")  # SyntaxWarning: of other people's escape sequences
 

@@ -22,7 +22,6 @@ from stages.train.params import TrainParams
 from stages.train.schedule import StepSchedule
 
 CLIP_FLOOR = 1e-6  # added to the gradient's norm, as in torch's clip_grad_norm_
-Rule = Callable[..., None]
 
 
 def muon_step_(
@@ -74,7 +73,7 @@ def adamw_step_(
 class Bank:
     """All parameters of one rule and one unit, the states of this rank's part, and the part's moving average."""
 
-    def __init__(self, named: Sequence[tuple[str, Tensor]], unit: torch.Size, rule: Rule, states: int, world: World) -> None:
+    def __init__(self, named: Sequence[tuple[str, Tensor]], unit: torch.Size, rule: Callable[..., None], states: int, world: World) -> None:
         self.names = [name for name, _ in named]
         self.parameters = [parameter for _, parameter in named]
         self.rule = rule
@@ -219,5 +218,5 @@ class Optimizers:
             banks.append(Bank(named, torch.Size(), rule, 2, self.world))
         return banks
 
-    def _rule(self, step: Rule, **constants: Any) -> Rule:
+    def _rule(self, step: Callable[..., None], **constants: Any) -> Callable[..., None]:
         return compiled(partial(step, **constants, ema_decay=self.params.ema_decay), self.world)

@@ -1,5 +1,9 @@
 """ttt_eval: the artifact and the validation stream to the ledger of the test-time-training scorer."""
 
+from stages.pack.decoder import Decoder
+
+DECODER = Decoder() if __name__ == "__main__" else None  # at work while what follows is imported: torch takes seconds
+
 import sys
 from pathlib import Path
 
@@ -32,7 +36,7 @@ def main(run: command.Run[Params]) -> None:
     params = run.params
     files = {name: run.path(name) for name in STAGE.reads}
     relaunch_under_torchrun(params.parallel, "stages.ttt_eval", sys.argv[1:])
-    unpacking = Unpacking(files["model"])
+    unpacking = Unpacking(files["model"], DECODER)
     with world(params.parallel) as here:
         stream = read_stream(files["val"], files["tokenizer"], unpacking.params.vocab_size, params.sliding_eval.window)
 
