@@ -16,12 +16,13 @@ from stages.pack.encoder import Encoder
 from tests.test_pack import AT_RATE, CORRECTED, MODEL, PACK, SILENT, hessians_of, trained_like, with_budget
 
 FORM = Form("lattice", 1)
+BY = ("adaptive", 11)  # family and quality
 
 
 @pytest.fixture(scope="module")
 def encode() -> Iterator[Encoder]:
     codec.compile_ahead("adaptive")  # so that no thread of ours compiles while the process is forked
-    with Encoder(AT_RATE) as encoder:
+    with Encoder() as encoder:
         yield encoder
 
 
@@ -36,8 +37,7 @@ def test_streams_are_those_that_this_process_makes(encode: Encoder) -> None:
 
     def one(levels_RC: np.ndarray) -> None:
         raw = raw_of(levels_RC)
-        expected = container.encode_streams(FORM, levels_RC.shape, raw, AT_RATE.codec, AT_RATE.brotli_quality)
-        assert encode(FORM, levels_RC.shape, raw) == expected
+        assert encode(FORM, levels_RC.shape, raw, *BY) == container.encode_streams(FORM, levels_RC.shape, raw, *BY)
 
     with ThreadPoolExecutor(12) as pool:  # more than there are cores
         list(pool.map(one, every))
@@ -47,8 +47,8 @@ def test_an_error_is_the_callers_and_the_process_goes_on(encode: Encoder) -> Non
     beyond, within = np.full((2, 3), -32768), np.zeros((2, 3))
     for _ in range(2 * (os.cpu_count() or 1)):
         with pytest.raises(ValueError, match="a level is beyond 32767"):
-            encode(FORM, beyond.shape, raw_of(beyond))
-    assert len(encode(FORM, within.shape, raw_of(within))) == 4
+            encode(FORM, beyond.shape, raw_of(beyond), *BY)
+    assert len(encode(FORM, within.shape, raw_of(within), *BY)) == 4
 
 
 def test_files_are_the_same_either_way(encode: Encoder) -> None:
@@ -62,10 +62,10 @@ def test_files_are_the_same_either_way(encode: Encoder) -> None:
 
 def test_a_killed_process_is_noticed() -> None:
     levels_RC = np.zeros((2, 3))
-    with Encoder(AT_RATE) as encoder:
+    with Encoder() as encoder:
         pid = encoder._process.pid
         assert pid is not None
-        assert len(encoder(FORM, levels_RC.shape, raw_of(levels_RC))) == 4
+        assert len(encoder(FORM, levels_RC.shape, raw_of(levels_RC), *BY)) == 4
         os.kill(pid, signal.SIGKILL)
         with pytest.raises(ChildProcessError, match="the process that encodes the weights ended"):
-            encoder(FORM, levels_RC.shape, raw_of(levels_RC))
+            encoder(FORM, levels_RC.shape, raw_of(levels_RC), *BY)

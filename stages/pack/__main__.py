@@ -1,5 +1,10 @@
 """pack: the averaged weights and their Hessians to model.bin, the counted weights."""
 
+from stages.pack.encoder import Encoder
+
+ENCODER = Encoder() if __name__ == "__main__" else None  # at work while what follows is imported: torch takes seconds
+
+import contextlib
 import dataclasses
 import time
 from pathlib import Path
@@ -13,7 +18,6 @@ from stages import command
 from stages.clock import hardware
 from stages.pack import lattice, layers
 from stages.pack.artifact import pack
-from stages.pack.encoder import Encoder
 from stages.pack.params import Params
 from stages.pack.quantisers import QUANTISERS
 from stages.pack.workers import beside
@@ -40,7 +44,7 @@ def main(run: command.Run[Params]) -> None:
     """Load weights and Hessians, pack, write the file, its table and its metrics."""
     params = run.params
     model_file, hessian_file = run.path("model"), run.path("hessians")
-    with Encoder(params.pack) as encode, world(parallel_for(params)) as here:
+    with ENCODER or contextlib.nullcontext() as encode, world(parallel_for(params)) as here:
         if QUANTISERS[params.pack.quantiser].on_cpu:
             beside(lattice.compile_ahead)
         started = time.monotonic()

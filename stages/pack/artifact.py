@@ -63,7 +63,8 @@ def pack(
     make = QUANTISERS[pack_params.quantiser]
     if encode is None:
         beside(functools.partial(codec.compile_ahead, pack_params.codec))
-        encode = functools.partial(container.encode_streams, family=pack_params.codec, quality=pack_params.brotli_quality)
+    family, quality = pack_params.codec, pack_params.brotli_quality
+    encode = functools.partial(encode or container.encode_streams, family=family, quality=quality)
     if make.on_cpu:
         beside(lattice.compile_ahead)
         state, hessians = ({name: tensor.cpu() for name, tensor in of.items()} for of in (state, hessians))

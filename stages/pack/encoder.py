@@ -1,7 +1,7 @@
-"""The coder in a process of its own, for this one to quantise in.
+"""The coder in a process of its own, which is begun before this one imports torch.
 
 Compiling is seconds of Python, of the coder as of the search: two threads would take turns under one lock, and both with what this process
-does. The other process is a fork, made before this one has threads or a GPU of its own.
+does. The other process is a fork, made before this one has threads or a GPU of its own, and compiles before it is told what to encode.
 """
 
 from collections.abc import Sequence
@@ -12,16 +12,15 @@ from threading import Thread
 
 from stages.pack import codec, container
 from stages.pack.container import Form, Stream
-from stages.pack.params import PackParams
 from stages.pack.workers import forked, usable_cores
 
 
 class Encoder:
     """`container.encode_streams` elsewhere, for as many callers at once as there are cores; use as a context manager."""
 
-    def __init__(self, params: PackParams) -> None:
+    def __init__(self) -> None:
         pairs = [Pipe() for _ in range(usable_cores())]
-        self._process = forked(_serve, pairs, params)
+        self._process = forked(_serve, pairs)
         self._free: Queue[Connection] = Queue()
         for ours, theirs in pairs:
             theirs.close()
@@ -35,11 +34,11 @@ class Encoder:
             self._free.get().close()
         self._process.join()
 
-    def __call__(self, form: Form, shape: Sequence[int], raw: Sequence[bytes]) -> tuple[Stream, ...]:
+    def __call__(self, form: Form, shape: Sequence[int], raw: Sequence[bytes], family: str, quality: int) -> tuple[Stream, ...]:
         """A tensor's streams from their raw bytes. A ChildProcessError when the other process is gone."""
         line = self._free.get()
         try:
-            line.send((form, shape, raw))
+            line.send((form, shape, raw, family, quality))
             answer: tuple[Stream, ...] | ValueError = line.recv()
         except (EOFError, OSError) as error:
             raise ChildProcessError("the process that encodes the weights ended; the lines above may say why") from error
@@ -50,26 +49,26 @@ class Encoder:
         return answer
 
 
-def _serve(pairs: Sequence[tuple[Connection, Connection]], params: PackParams) -> None:
+def _serve(pairs: Sequence[tuple[Connection, Connection]]) -> None:
     """What the other process does until nobody is there to ask."""
     for ours, _ in pairs:
         ours.close()
-    threads = [Thread(target=_answer, args=(line, params)) for _, line in pairs]
+    threads = [Thread(target=_answer, args=(line,)) for _, line in pairs]
     for thread in threads:
         thread.start()
-    codec.compile_ahead(params.codec)
+    codec.compile_ahead("adaptive")
     for thread in threads:
         thread.join()
 
 
-def _answer(line: Connection, params: PackParams) -> None:
+def _answer(line: Connection) -> None:
     with line:
         while True:
             try:
-                form, shape, raw = line.recv()
+                question = line.recv()
             except EOFError:
                 return
             try:
-                line.send(container.encode_streams(form, shape, raw, params.codec, params.brotli_quality))
+                line.send(container.encode_streams(*question))
             except ValueError as error:
                 line.send(error)
