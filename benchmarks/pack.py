@@ -66,6 +66,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "at a rate, 64 states": {"states": 64},
     "at a rate, 256 states": {"states": 256},
     "8 states, rows alike": {"row_weight": 0.0},
+    "256 states, rows alike": {"states": 256, "row_weight": 0.0},
     "8 states, rows by their full importance": {"row_weight": 1.0},
     "8 states, by error and bits": {"rate_weight": 0.1},
     "8 states, damping 0.01": {"damping": 0.01},
@@ -74,7 +75,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "8 states, later visits half": {"revisit_weight": 0.5},
     "8 states, first visits only": {"revisit_weight": 0.0},
 }
-ALONE = ("at a rate, 8 states", "at a rate, 256 states")  # packed before the others, with all cores: the first is timed, the last is long
+ALONE = (
+    "at a rate, 8 states",
+    "at a rate, 256 states",
+    "256 states, rows alike",
+)  # first, with all cores: one is timed, the others are long
 CORES_EACH = 4  # of a process: more would wait for the largest tensor
 PROGRAMS = {"xz": ["xz", "-9e", "-k"], "lrzip": ["lrzip", "-z", "-L", "9", "-Q"]}
 COLUMNS = ("bytes", "bits_per_weight", "above_bound", "above_bound_by_column", "mean_squared_error", "relative_error", "expected_loss",

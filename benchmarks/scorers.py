@@ -24,21 +24,22 @@ from stages import clock, ledger
 from stages.bpb import bits_per_byte
 from stages.sliding_eval.evaluate import Stream, open_stream
 
-TTT, LORA = "ttt_eval", ("ttt_eval.kind=lora", "ttt_eval.lora.documents=48")
+TTT, PLAIN, TILT = "ttt_eval", "ttt_eval.tilt_rate=0.0", "ttt_eval.tilt_rate=0.05"
+LORA = ("ttt_eval.kind=lora", "ttt_eval.lora.documents=48")
 WAYS: dict[str, tuple[str, tuple[str, ...]]] = {
     "windows": ("sliding_eval", ("sliding_eval.stride=WINDOW",)),  # every target once, its context from none to a whole window
     "sliding": ("sliding_eval", ()),
-    "sgd": (TTT, ()),
-    "sgd + tilt": (TTT, ("ttt_eval.tilt_rate=0.05",)),
-    "tilt": (TTT, ("ttt_eval.epochs=0", "ttt_eval.tilt_rate=0.05")),
-    "sgd, confidence": (TTT, ("ttt_eval.confidence=true",)),
-    "sgd, matrices": (TTT, ("ttt_eval.trained=matrices",)),
-    "sgd, vectors": (TTT, ("ttt_eval.trained=vectors",)),
-    "lora": (TTT, LORA),
-    "lora, rate 0": (TTT, (*LORA, "ttt_eval.lora.lr=0")),  # what the chunks' contexts alone do
-    "lora, chunk 32": (TTT, (*LORA, "ttt_eval.lora.chunk=32")),
-    "lora, confidence": (TTT, (*LORA, "ttt_eval.confidence=true")),
-    "lora + tilt": (TTT, (*LORA, "ttt_eval.tilt_rate=0.05")),
+    "sgd": (TTT, (PLAIN,)),
+    "sgd + tilt": (TTT, (TILT,)),
+    "tilt": (TTT, (TILT, "ttt_eval.epochs=0")),
+    "sgd, confidence": (TTT, (PLAIN, "ttt_eval.confidence=true")),
+    "sgd, matrices": (TTT, (PLAIN, "ttt_eval.trained=matrices")),
+    "sgd, vectors": (TTT, (PLAIN, "ttt_eval.trained=vectors")),
+    "lora": (TTT, (PLAIN, *LORA)),
+    "lora, rate 0": (TTT, (PLAIN, *LORA, "ttt_eval.lora.lr=0")),  # what the chunks' contexts alone do
+    "lora, chunk 32": (TTT, (PLAIN, *LORA, "ttt_eval.lora.chunk=32")),
+    "lora, confidence": (TTT, (PLAIN, *LORA, "ttt_eval.confidence=true")),
+    "lora + tilt": (TTT, (TILT, *LORA)),
 }
 
 
