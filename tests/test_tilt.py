@@ -204,6 +204,23 @@ def test_forks_are_independent_in_both_directions() -> None:
         np.testing.assert_array_equal(kept.score_stream(tokens[1500:]), expected)
 
 
+def test_tables_are_copied_for_a_fork_that_lives_and_for_no_other() -> None:
+    """An audit forks thousands of times, and the tables of a long stream are large."""
+    tokens = stream(900)
+    scorer = tilted(899)
+    scorer.score_stream(tokens[:300])
+    tables, twin = scorer.hints.tables, scorer.fork()
+    scorer.score_stream(tokens[300:400])
+    assert scorer.hints.tables is not tables
+    assert twin.hints.tables is tables
+    twin.score_stream(tokens[300:400])  # nobody else has them any more
+    assert twin.hints.tables is tables
+    scorer.fork()
+    own = scorer.hints.tables
+    np.testing.assert_array_equal(scorer.score_stream(tokens[400:]), twin.score_stream(tokens[400:]))
+    assert scorer.hints.tables is own
+
+
 @pytest.mark.parametrize(("kind", "rate"), [("sgd", RATE), ("lora", RATE)])
 def test_the_audit_passes_adaptive_scorers(tmp_path_factory: pytest.TempPathFactory, kind: Literal["sgd", "lora"], rate: float) -> None:
     tokens = stream(600, TINY.vocab_size)

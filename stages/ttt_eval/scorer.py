@@ -7,6 +7,7 @@ loss is computed in float32 like everywhere.
 
 import copy
 import math
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -65,7 +66,7 @@ class TTTScorer:
         self.chunks = math.ceil(n_targets / params.chunk)
         self.scorer = SlidingScorer(copy.deepcopy(model), sliding, world)
         self.momenta = [torch.zeros_like(parameter) for parameter in choose_(self.scorer.model, params.trained)]
-        self.is_shared = False  # whether a fork holds the same weights and momenta
+        self.sharers = WeakSet([self])  # forks that have the same weights and momenta, while they live
         self.chunk = 0  # the one that is being scored
         self.pending: list[np.ndarray] = []  # tokens of this chunk so far, from its first input on, in pieces
         self.pending_tokens = 0
@@ -82,9 +83,9 @@ class TTTScorer:
 
     def fork(self) -> "TTTScorer":
         """An independent copy; weights are shared until one of the two trains."""
-        self.is_shared = True
         twin = object.__new__(type(self))
         twin.__dict__.update(self.__dict__)
+        self.sharers.add(twin)
         twin.scorer = self.scorer.fork()
         twin.pending = list(self.pending)
         return twin
@@ -159,8 +160,9 @@ class TTTScorer:
         return [parameter for parameter in self.scorer.model.parameters() if parameter.requires_grad]
 
     def _own_weights(self) -> None:
-        if not self.is_shared:
+        if len(self.sharers) == 1:
             return
+        self.sharers.remove(self)
         self.scorer.model = copy.deepcopy(self.scorer.model)
         self.momenta = [momentum.clone() for momentum in self.momenta]
-        self.is_shared = False
+        self.sharers = WeakSet([self])

@@ -14,6 +14,7 @@ Shapes: N targets, K context lengths, S states, X inputs.
 
 import math
 from typing import Protocol
+from weakref import WeakSet
 
 import numpy as np
 from numba import njit
@@ -114,7 +115,7 @@ class TiltScorer:
     def __init__(self, scorer: HintedScorer, rate: float, n_targets: int) -> None:
         self.scorer, self.rate = scorer, rate
         self.hints = Hints(n_targets)
-        self.is_shared = False  # whether a fork has the same tables
+        self.sharers = WeakSet([self])  # forks that have the same tables, while they live
         self.weights = np.zeros((len(LENGTHS) * BUCKETS, INPUTS))
         self.updates = np.zeros(len(self.weights), np.int64)
         self.shares_KS = np.full((len(LENGTHS), STATES), 0.5)
@@ -134,9 +135,9 @@ class TiltScorer:
     def fork(self) -> "TiltScorer":
         """An independent copy; the tables are shared until one of the two goes on."""
         self._catch_up()
-        self.is_shared = True
         twin = object.__new__(type(self))
         twin.__dict__.update(self.__dict__)
+        self.sharers.add(twin)
         twin.scorer = self.scorer.fork()
         for name in LEARNT:
             setattr(twin, name, getattr(self, name).copy())
@@ -170,8 +171,9 @@ class TiltScorer:
             self.waiting = []
 
     def _score(self, tokens: np.ndarray) -> np.ndarray:
-        if self.is_shared:
-            self.hints, self.is_shared = self.hints.copy(), False
+        if len(self.sharers) > 1:
+            self.sharers.remove(self)
+            self.hints, self.sharers = self.hints.copy(), WeakSet([self])
         given = 1 if self.hints.seen == 0 and len(tokens) else 0
         hints, states = self.hints.observe(tokens)
         hints, states = hints[given:], states[given:]
