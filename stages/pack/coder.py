@@ -40,11 +40,8 @@ SPREAD_POINT = 20
 SAMPLING = 37356  # squared relative deviation of one normal value's magnitude: pi / 2 - 1 of 65,536
 HALF_PI = 25736  # of 2^14: a normal value's squared deviation to the square of its mean absolute one
 MOST_COUNTS = 4096  # of magnitudes, that what other rows were stands for
-RATIO_RATE, SPREAD_RATE, MEAN_RATE = (
-    4681,
-    2048,
-    256,
-)  # of 65,536, in the end: by how much a row moves the ratio, its spread, and a column's mean
+RATIO_RATE, SPREAD_RATE = 4681, 2048  # of 65,536, in the end: by how much a row moves the ratio and its spread
+MEAN_RATE = 256  # and a column's mean
 ROWS_KNOWN, ROWS_UNKNOWN = 64, 16  # that a column's mean counts for at first, where exponents are known and where they are not
 FARTHEST = 64  # eighths of octaves of a factor from the middle one
 ROOTS = np.array([65536, 71468, 77936, 84990, 92682, 101070, 110218, 120194], np.int64)  # 2^(i/8), of 65,536
