@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from stages import clock
-from stages.pack import codec, container
+from stages.pack import codec, container, tensors
 from stages.pack.artifact import unpack
 from stages.pack.codec import Layout
 from stages.pack.container import Contents, Entry, Form, Stream
@@ -46,6 +46,7 @@ def one_input(data: bytes) -> None:
             raw = container.decode_streams(entry)
             sizes = [layout.raw_bytes for layout in container.layouts(entry.form, entry.shape)]
             assert [len(stream) for stream in raw] == sizes
+            assert tensors.decode(entry).shape == entry.shape
         unpack(blob)
     except ValueError:
         return
@@ -85,6 +86,7 @@ def fuzz(arguments: list[str]) -> None:
         "stages.pack.container",
         "stages.pack.codec",
         "stages.pack.tensors",
+        "stages.pack.apart",
         "stages.pack.artifact",
         "stages.pack.lattice",
         "stages.pack.series",
