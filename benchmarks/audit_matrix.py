@@ -25,7 +25,7 @@ from stages.audit.verdict import Verdict, convicted, reason
 from stages.parallel import ParallelParams, world
 from stages.sliding_eval.params import SlidingEvalParams
 from stages.sliding_eval.scorer import SlidingScorer
-from stages.ttt_eval.tilt import scorer_for
+from stages.ttt_eval.stack import scorer_for
 from tests import factories
 from tests.zoo import court, lawful
 from tests.zoo.registry import CHEATS
@@ -57,12 +57,15 @@ def own_scorers(seed: int) -> dict[str, Factory]:
         "sgd": TTT,
         "sgd, weighed": dataclasses.replace(TTT, confidence=True),
         "sgd, tilted": dataclasses.replace(TTT, tilt_rate=0.05),
+        "sgd, tilted and mixed": dataclasses.replace(TTT, tilt_rate=0.05, mixer_rate=0.01),
         "adapters": dataclasses.replace(TTT, kind="lora", lora=lora),
         "adapters, tilted": dataclasses.replace(TTT, kind="lora", lora=lora, tilt_rate=0.05),
     }
     made: dict[str, Factory] = {"sliding": lambda n_targets: SlidingScorer(model, SLIDING, factories.world())}
     for name, params in kinds.items():
-        made[name] = lambda n_targets, params=params: scorer_for(model, SLIDING, params, factories.world(), n_targets)  # type: ignore[misc]
+        made[name] = lambda n_targets, params=params: scorer_for(
+            model, SLIDING, params, factories.world(), factories.table(SMALL.vocab_size), n_targets
+        )  # type: ignore[misc]
     return made
 
 

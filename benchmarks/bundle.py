@@ -24,7 +24,7 @@ from typing import Any
 import brotli
 import torch
 
-from stages import clock, config
+from stages import config, machine
 from stages.bundle import carrier, closure
 from stages.bundle.__main__ import embedded
 from stages.bundle.params import Params
@@ -78,7 +78,7 @@ def main() -> None:
             sizes = {wrapper: len(wrap(packed)) for wrapper, wrap in WRAPPERS.items()}
             rows.append({"text": text, "characters": len(plain), "compressor": compressor, "packed": len(packed), "wrapped": sizes})
             print(f"{text:<40} {compressor:<8} {len(plain):>8,} {len(packed):>8,} {sizes}", flush=True)
-    result: dict[str, Any] = {"rows": rows, "train_gpt.py": len(carrier.render(carrier.sources(ROOT), parameters, 11))} | clock.facts(
+    result: dict[str, Any] = {"rows": rows, "train_gpt.py": len(carrier.render(carrier.sources(ROOT), parameters, 11))} | machine.facts(
         torch.device("cpu")
     )
     result["versions"]["python-minifier"] = importlib.metadata.version("python-minifier")

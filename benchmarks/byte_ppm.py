@@ -20,9 +20,9 @@ import numpy as np
 from safetensors.torch import load_file
 from torch import Tensor
 
-from benchmarks import _ppm, _trie
-from stages import clock, config, ledger
-from stages.bpb import bits_per_byte, load_tokenizer
+from benchmarks import _ppm
+from stages import config, ledger, machine
+from stages.bpb import bits_per_byte
 from stages.pack.artifact import load_model
 from stages.parallel import world
 from stages.scorer import Scorer
@@ -56,10 +56,9 @@ def mixture(network_nats: np.ndarray, probability: np.ndarray, confidence: np.nd
 class Bytes:
     """A stream as bytes: which target each belongs to, and the text that each id would add in each place."""
 
-    def __init__(self, stream: Stream, tokenizer_file: Path) -> None:
-        tokenizer = load_tokenizer(tokenizer_file)
-        self.texts = [_trie.emissions(tokenizer, stream.table, mode) for mode in (_trie.AFTER_TEXT, _trie.AFTER_CONTROL)]
-        self.modes = np.where(stream.table.boundary[stream.tokens[:-1]], _trie.AFTER_CONTROL, _trie.AFTER_TEXT)
+    def __init__(self, stream: Stream) -> None:
+        self.texts = [stream.table.emissions(is_after_boundary) for is_after_boundary in (False, True)]
+        self.modes = stream.table.boundary[stream.tokens[:-1]].astype(np.int64)
         emitted = [self.texts[mode][token] for mode, token in zip(self.modes, stream.tokens[1:], strict=True)]
         self.sizes = np.array([len(text) for text in emitted])
         assert np.array_equal(self.sizes, stream.counted_bytes)
@@ -155,7 +154,7 @@ def main() -> None:
     params = config.load(Path("params.yaml"), Params, arguments.set)
     stream = open_stream(arguments.val, arguments.tokenizer)
     nll = ledger.read(arguments.ledger, stream.targets)
-    of = Bytes(stream, arguments.tokenizer)
+    of = Bytes(stream)
     result: dict[str, Any] = {
         "status": "experimental and unlawful: not normalised (C2), the gate sees the target (C1); never part of val_bpb"
     }
@@ -172,7 +171,7 @@ def main() -> None:
         result["void_fraction_packed"] = void_fractions(dict(model.state_dict()))
     if arguments.trained:
         result["void_fraction_trained"] = void_fractions(load_file(arguments.trained))
-    arguments.results.write_text(json.dumps(result | clock.facts(), indent=2, sort_keys=True) + "\n")
+    arguments.results.write_text(json.dumps(result | machine.facts(), indent=2, sort_keys=True) + "\n")
     print(json.dumps(result, indent=1))
 
 

@@ -26,7 +26,7 @@ from typing import Any
 import brotli
 
 from benchmarks._preset import preset_file
-from stages import clock, config
+from stages import config, machine
 from stages.audit.codec import Codec, exact
 from stages.parallel import world
 from stages.report import Report
@@ -83,7 +83,7 @@ def by_model(texts: list[str], params: Params, arguments: argparse.Namespace) ->
             "restored_by_another_process": True,
             "compress_seconds": middle - started,
             "decompress_seconds": ended - middle,
-        } | clock.facts(here.device)
+        } | machine.facts(here.device)
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ import torch
 from numba import njit
 from safetensors.torch import load_file
 
-from stages import clock
+from stages import machine
 from stages.calibrate.hessians import hessian_name
 from stages.pack import coder, gptq, lattice
 from stages.pack.trellis import trellis
@@ -144,7 +144,7 @@ def main() -> None:
     result = {f"{states} states": compared(weight, hessian, states) for states in arguments.states}
     if arguments.results:
         matrix = {"tensor": arguments.tensor, "shape": list(weight.shape), "ways": result}
-        arguments.results.write_text(json.dumps(matrix | clock.facts(torch.device("cpu")), indent=2, sort_keys=True) + "\n")
+        arguments.results.write_text(json.dumps(matrix | machine.facts(torch.device("cpu")), indent=2, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from stages import clock
+from stages import machine
 from stages.pack import codec, container, tensors
 from stages.pack.artifact import unpack
 from stages.pack.codec import Layout
@@ -130,7 +130,7 @@ def main() -> None:
         "peak_megabytes": found.get("peak_rss_mb"),
         "corpus": inputs,
         "edges_at_first_and_last": [covered[0], covered[-1]] if covered else None,
-    } | clock.facts(torch.device("cpu"))
+    } | machine.facts(torch.device("cpu"))
     arguments.results.write_text(json.dumps(result, indent=2, sort_keys=True) + "\n")
     print(json.dumps(result))
     if ended.returncode:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from stages import clock
+from stages import machine
 
 SMALL = [
     "train.budget=steps",
@@ -146,7 +146,7 @@ def main() -> None:
         pipeline(check, arguments, two)
         bundle(check)
     finally:
-        result = {"pairs": check.pairs, "two_ranks": two, "changes_to_sprint": SMALL} | clock.facts(torch.device("cuda", 0))
+        result = {"pairs": check.pairs, "two_ranks": two, "changes_to_sprint": SMALL} | machine.facts(torch.device("cuda", 0))
         arguments.results.write_text(json.dumps(result, indent=2, sort_keys=True) + "\n")
     sys.exit(0 if all(pair["agree"] for pair in check.pairs) else 1)
 

@@ -27,7 +27,7 @@ import torch
 from safetensors.numpy import load_file
 
 from benchmarks.pack import by_programs
-from stages import clock
+from stages import machine
 from stages.pack import codec, coder, lattice
 
 STATES = 8
@@ -159,7 +159,7 @@ def main() -> None:
     arguments = parser.parse_args()
     loaded = {name: of.astype(np.float32) for name, of in load_file(arguments.weights).items()}
     weights = {name: np.ascontiguousarray(of) for name, of in sorted(loaded.items()) if of.ndim == 2 and of.size >= 4096}
-    result = compare(weights, arguments.relative_error) | clock.facts(torch.device("cpu"))
+    result = compare(weights, arguments.relative_error) | machine.facts(torch.device("cpu"))
     result["versions"]["nncodec"] = importlib.metadata.version("nncodec")
     arguments.results.write_text(json.dumps(result, indent=2, sort_keys=True) + "\n")
     print(json.dumps(result))

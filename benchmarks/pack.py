@@ -33,7 +33,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks._held_out import HeldOut
 from benchmarks._preset import preset_file
-from stages import bpb, clock, config
+from stages import bpb, config, machine
 from stages.calibrate.hessians import collect
 from stages.calibrate.params import Params as CalibrateInput
 from stages.clock import Interval
@@ -269,7 +269,7 @@ def compare(arguments: argparse.Namespace, inputs: Inputs, folder: Path, here: W
         losses = held_out.losses(unpack(done.packed.blob)[1])
         result["variants"][name] = figures(done, losses, base, bits_a_nat) | {"changes": changes}
         print(name, json.dumps(result["variants"][name]), flush=True)
-        arguments.results.write_text(json.dumps(result | clock.facts(here.device), indent=2, sort_keys=True) + "\n")
+        arguments.results.write_text(json.dumps(result | machine.facts(here.device), indent=2, sort_keys=True) + "\n")
 
     plain = run("plain", dataclasses.replace(inputs.pack.pack, **PLAIN), model, folder, usual, device)
     record("fixed widths, brotli", plain, PLAIN)
@@ -285,7 +285,7 @@ def compare(arguments: argparse.Namespace, inputs: Inputs, folder: Path, here: W
     for name, done in in_processes(others, model, folder):
         record(name, done, chosen[name])
     result["outside"] = outside(plain.packed.blob)
-    arguments.results.write_text(json.dumps(result | clock.facts(here.device), indent=2, sort_keys=True) + "\n")
+    arguments.results.write_text(json.dumps(result | machine.facts(here.device), indent=2, sort_keys=True) + "\n")
     print(table({name: result["variants"][name] for name in ("fixed widths, brotli", *chosen)}))
 
 

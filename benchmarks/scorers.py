@@ -20,26 +20,32 @@ import torch
 import yaml
 
 from benchmarks._pairs import compared
-from stages import clock, ledger
+from stages import ledger, machine
 from stages.bpb import bits_per_byte
 from stages.sliding_eval.evaluate import Stream, open_stream
 
-TTT, PLAIN, TILT = "ttt_eval", "ttt_eval.tilt_rate=0.0", "ttt_eval.tilt_rate=0.05"
+TTT = "ttt_eval"
+PLAIN = ("ttt_eval.tilt_rate=0.0", "ttt_eval.mixer_rate=0.0")
+TILT = ("ttt_eval.tilt_rate=0.05", "ttt_eval.mixer_rate=0.0")
+BOTH = ("ttt_eval.tilt_rate=0.05", "ttt_eval.mixer_rate=0.001")
 LORA = ("ttt_eval.kind=lora", "ttt_eval.lora.documents=48")
 WAYS: dict[str, tuple[str, tuple[str, ...]]] = {
     "windows": ("sliding_eval", ("sliding_eval.stride=WINDOW",)),  # every target once, its context from none to a whole window
     "sliding": ("sliding_eval", ()),
-    "sgd": (TTT, (PLAIN,)),
-    "sgd + tilt": (TTT, (TILT,)),
-    "tilt": (TTT, (TILT, "ttt_eval.epochs=0")),
-    "sgd, confidence": (TTT, (PLAIN, "ttt_eval.confidence=true")),
-    "sgd, matrices": (TTT, (PLAIN, "ttt_eval.trained=matrices")),
-    "sgd, vectors": (TTT, (PLAIN, "ttt_eval.trained=vectors")),
-    "lora": (TTT, (PLAIN, *LORA)),
-    "lora, rate 0": (TTT, (PLAIN, *LORA, "ttt_eval.lora.lr=0")),  # what the chunks' contexts alone do
-    "lora, chunk 32": (TTT, (PLAIN, *LORA, "ttt_eval.lora.chunk=32")),
-    "lora, confidence": (TTT, (PLAIN, *LORA, "ttt_eval.confidence=true")),
-    "lora + tilt": (TTT, (TILT, *LORA)),
+    "sgd": (TTT, PLAIN),
+    "sgd + tilt": (TTT, TILT),
+    "sgd + tilt + mixture": (TTT, BOTH),
+    "tilt": (TTT, (*TILT, "ttt_eval.epochs=0")),
+    "tilt + mixture": (TTT, (*BOTH, "ttt_eval.epochs=0")),
+    "sgd, confidence": (TTT, (*PLAIN, "ttt_eval.confidence=true")),
+    "sgd, matrices": (TTT, (*PLAIN, "ttt_eval.trained=matrices")),
+    "sgd, vectors": (TTT, (*PLAIN, "ttt_eval.trained=vectors")),
+    "lora": (TTT, (*PLAIN, *LORA)),
+    "lora, rate 0": (TTT, (*PLAIN, *LORA, "ttt_eval.lora.lr=0")),  # what the chunks' contexts alone do
+    "lora, chunk 32": (TTT, (*PLAIN, *LORA, "ttt_eval.lora.chunk=32")),
+    "lora, confidence": (TTT, (*PLAIN, *LORA, "ttt_eval.confidence=true")),
+    "lora + tilt": (TTT, (*TILT, *LORA)),
+    "lora + tilt + mixture": (TTT, (*BOTH, *LORA)),
 }
 
 
@@ -83,7 +89,7 @@ def main() -> None:
     ways = {name: figures(arguments.ledgers / name, stream) for name in there}
     ledgers = {name: ledger.read(arguments.ledgers / name / "nll.npy", stream.targets) for name in there}
     device = torch.device("cuda") if torch.cuda.is_available() else None
-    result = {"changes": arguments.set, "ways": ways, "pairs": compared(ledgers, stream)} | clock.facts(device)
+    result = {"changes": arguments.set, "ways": ways, "pairs": compared(ledgers, stream)} | machine.facts(device)
     arguments.results.write_text(json.dumps(result, indent=2, sort_keys=True) + "\n")
 
 

@@ -21,7 +21,7 @@ def main() -> None:
     tokens = generator.integers(4, VOCAB, TOKENS, dtype=np.uint16)
     tokens[::DOCUMENT_TOKENS] = BOS
     boundary = np.arange(VOCAB) < 4
-    table = ByteTable(generator.integers(1, 9, VOCAB), generator.random(VOCAB) < 0.5, boundary, BOS)
+    table = ByteTable(tuple(b"a" * size for size in generator.integers(1, 9, VOCAB).tolist()), generator.random(VOCAB) < 0.5, boundary, BOS)
     counted = target_bytes(tokens, table)
     nll = generator.gamma(2.0, 1.0, TOKENS - 1).astype(np.float32)
     other = (nll * 0.99).astype(np.float32)

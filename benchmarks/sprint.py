@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from benchmarks._held_out import HeldOut, sliding_nats
 from benchmarks._preset import train_params
-from stages import clock
+from stages import machine
 from stages.clock import Interval
 from stages.parallel import World, world
 from stages.report import Report
@@ -99,7 +99,7 @@ def main() -> None:
     for params, changes in variants:
         with world(params.parallel, compiles=True) as here:
             rows.append(run(params, changes, arguments, here))
-            result = {"preset": arguments.preset, "changes": arguments.set, "variants": rows} | clock.facts(here.device)
+            result = {"preset": arguments.preset, "changes": arguments.set, "variants": rows} | machine.facts(here.device)
             arguments.results.write_text(json.dumps(result, indent=2, sort_keys=True) + "\n")
 
 

@@ -14,9 +14,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
+from stages import clock
 from stages.pack import decoder
 
 OF_THE_STAGE = ("Unpacking", "read_stream", "scorer_of", "score", "write_results")
@@ -27,8 +27,7 @@ INDENT = 28 * " "
 @functools.cache
 def beginning() -> float:
     """When this process, or the one of which it is a fork, was started."""
-    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-    return ticks / os.sysconf("SC_CLK_TCK")
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - clock.process_seconds()
 
 
 def now() -> float:

@@ -11,6 +11,7 @@ Loss per token says nothing across tokenizers, so the challenge scores bits per 
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ SPACE_MARKER = "\u2581"
 class ByteTable:
     """What each token id adds to the text: arrays over the V ids of a tokenizer."""
 
-    base: np.ndarray  # (V,) int64: bytes without the leading space
+    texts: tuple[bytes, ...]  # of each id: what it says, without the leading space
     leading_space: np.ndarray  # (V,) bool: the piece begins with the marker
     boundary: np.ndarray  # (V,) bool: control, unknown or unused, so no text
     bos: int
@@ -31,7 +32,17 @@ class ByteTable:
     @property
     def vocab_size(self) -> int:
         """The number of ids."""
-        return len(self.base)
+        return len(self.texts)
+
+    @cached_property
+    def base(self) -> np.ndarray:
+        """(V,) int64: bytes without the leading space."""
+        return np.array([len(text) for text in self.texts], dtype=np.int64)
+
+    def emissions(self, after_boundary: bool) -> list[bytes]:
+        """What each id adds to the text, behind a token without text or behind one with."""
+        space = b"" if after_boundary else b" "
+        return [space * leading + text for leading, text in zip(self.leading_space.tolist(), self.texts, strict=True)]
 
 
 def load_tokenizer(path: Path) -> sentencepiece.SentencePieceProcessor:
@@ -54,19 +65,19 @@ def byte_table(tokenizer: sentencepiece.SentencePieceProcessor) -> ByteTable:
         raise ValueError("the tokenizer has no piece for a lone space (U+2581), so leading spaces could not be counted")
     if tokenizer.bos_id() < 0:
         raise ValueError("the tokenizer has no BOS id; every document starts with BOS")
-    base = np.zeros(vocab, dtype=np.int64)
+    texts = [b""] * vocab
     leading_space = np.zeros(vocab, dtype=bool)
     boundary = np.zeros(vocab, dtype=bool)
     for i in range(vocab):
         if tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_unused(i):
             boundary[i] = True
         elif tokenizer.is_byte(i):
-            base[i] = 1
+            texts[i] = bytes([int(tokenizer.id_to_piece(i)[1:-1], 16)])
         else:
             piece = tokenizer.id_to_piece(i)
             leading_space[i] = piece.startswith(SPACE_MARKER)
-            base[i] = len(piece.removeprefix(SPACE_MARKER).encode("utf-8"))
-    return ByteTable(base, leading_space, boundary, tokenizer.bos_id())
+            texts[i] = piece.removeprefix(SPACE_MARKER).encode("utf-8")
+    return ByteTable(tuple(texts), leading_space, boundary, tokenizer.bos_id())
 
 
 def target_bytes(tokens: np.ndarray, table: ByteTable) -> np.ndarray:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar
 
-from stages import clock, config, parallel
+from stages import clock, config, machine, parallel
 from stages.report import Report
 
 P = TypeVar("P")
@@ -137,7 +137,7 @@ def _run(stage: Stage[P], main: Callable[[Run[P]], None], params: P, arguments: 
             run = Run(stage, params, arguments, staging, Report(log_file=log_file))
             main(run)
             run.report.log(f"{stage.name}: done")
-        run.write_json("timing.json", {"process_seconds": clock.process_seconds()} | clock.facts() | run.timing)
+        run.write_json("timing.json", {"process_seconds": clock.process_seconds()} | machine.facts() | run.timing)
         _publish(staging, final, stage.writes + MEASURED_OUTPUTS)
     finally:
         shutil.rmtree(staging, ignore_errors=True)

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from stages import shards
+from stages.bpb import ByteTable
 from stages.parallel import ParallelParams, World
 from stages.scorer import Scorer
 from stages.train.loop import Trained
@@ -96,8 +97,17 @@ TTT = TttEvalParams(
     momentum=0.9,
     clip_norm=1.0,
     tilt_rate=0.0,
+    mixer_rate=0.0,
     lora=LORA,
 )
+
+
+def table(vocab_size: int = TINY.vocab_size) -> ByteTable:
+    """What the ids of a made-up tokenizer say: four without text, the lone space, then short words, some of them twice."""
+    texts, count = [b""] * 5, vocab_size - 5
+    texts += [bytes(97 + (i >> shift) % 3 for shift in range(0, 2 * (i % 4) + 1, 2)) for i in range(count)]
+    ids = np.arange(vocab_size)
+    return ByteTable(tuple(texts), (ids % 3 == 1) & (ids > 3), ids < 4, 1)
 
 
 def world(rank: int = 0, size: int = 1) -> World:

@@ -28,8 +28,8 @@ from stages.sliding_eval.evaluate import rehearse, scorer_of
 from stages.sliding_eval.params import SlidingEvalParams
 from stages.sliding_eval.scorer import SlidingScorer
 from stages.ttt_eval import lora, scorer
-from stages.ttt_eval.tilt import scorer_for
-from tests.factories import PARALLEL, TTT, random_model, world
+from stages.ttt_eval.stack import scorer_for
+from tests.factories import PARALLEL, TTT, random_model, table, world
 from tests.test_pack import AT_RATE, CORRECTED, MODEL, SILENT, hessians_of, trained_like, with_budget
 
 SLIDING = SlidingEvalParams(window=16, stride=4, batch_windows=3, chunk=32)
@@ -179,7 +179,7 @@ def test_a_rehearsal_leaves_no_trace(changes: dict[str, Any] | None) -> None:
     def make(model: Any) -> Any:
         if changes is None:
             return SlidingScorer(model, SLIDING, world())
-        return scorer_for(model, SLIDING, dataclasses.replace(TTT, **changes), world(), len(tokens) - 1)
+        return scorer_for(model, SLIDING, dataclasses.replace(TTT, **changes), world(), table(), len(tokens) - 1)
 
     model = random_model(6)
     before, drawn = copy.deepcopy(model.state_dict()), (torch.get_rng_state(), random.getstate(), repr(np.random.get_state()))
@@ -196,5 +196,5 @@ def test_a_rehearsal_trains(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = []
     module, name = (scorer, "sgd_") if kind == "sgd" else (lora, "adamw_")
     monkeypatch.setattr(module, name, lambda *of: steps.append(of))
-    rehearse(scorer_for(random_model(6), SLIDING, dataclasses.replace(TTT, kind=kind), world(), 150))
+    rehearse(scorer_for(random_model(6), SLIDING, dataclasses.replace(TTT, kind=kind), world(), table(), 150))
     assert steps

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import _ppm, _trie, byte_ppm
+from benchmarks import _ppm, byte_ppm
 from stages import bpb, shards
 from stages.sliding_eval.evaluate import open_stream
 from stages.tokenize import tokenizer
@@ -74,7 +74,7 @@ def scored(tmp_path_factory: pytest.TempPathFactory):
     tokens = np.concatenate([np.array([1, *processor.encode(text)], dtype=np.uint16) for text in TEXTS])
     shards.write(folder / "val_000000.bin", tokens)
     stream = open_stream(folder, folder / "tokenizer.model")
-    return stream, byte_ppm.Bytes(stream, folder / "tokenizer.model")
+    return stream, byte_ppm.Bytes(stream)
 
 
 def test_bytes_are_the_text_and_spread_losses_add_up(scored) -> None:
@@ -126,7 +126,7 @@ def test_the_sum_is_one_where_the_network_has_all_the_weight(scored) -> None:
     tables = _ppm.Tables()
     law = np.random.Generator(np.random.PCG64(2)).normal(0, 3, 330)
     law -= np.logaddexp.reduce(law)
-    nats = byte_ppm.charged(law, of.texts[_trie.AFTER_TEXT], tables, of.text[:100], gate_nats=np.inf)
+    nats = byte_ppm.charged(law, of.texts[0], tables, of.text[:100], gate_nats=np.inf)
     assert abs(np.exp(-nats).sum() - 1) < 1e-9
     np.testing.assert_allclose(nats, -law, rtol=1e-9)
 

@@ -250,7 +250,7 @@ def test_a_coder_that_knows_the_stream_is_convicted_and_a_missing_scorer_is_not(
 
 def test_the_pipelines_scorer_decodes_across_an_update_in_a_fresh_process(folder: Path) -> None:
     sections = {name: SECTIONS[name] for name in ("parallel", "sliding_eval", "ttt_eval")}
-    words = ("ttt_eval", str(folder / "model.bin"), json.dumps(sections))
+    words = ("ttt_eval", str(folder / "model.bin"), str(folder / "tokenizer.model"), json.dumps(sections))
     tokens = np.random.Generator(np.random.PCG64(2)).integers(4, 320, 400).astype(np.uint16)
 
     def factory(n_targets: int) -> Scorer:

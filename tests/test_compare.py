@@ -22,7 +22,7 @@ BOS = 1
 def stream(lengths: list[int], seed: int = 0) -> Stream:
     generator = np.random.Generator(np.random.PCG64(seed))
     tokens = np.concatenate([[BOS, *generator.integers(4, 30, length - 1)] for length in lengths]).astype(np.uint16)
-    return Stream(tokens, np.where(tokens[1:] == BOS, 0, 3), ByteTable(np.full(30, 3), np.zeros(30, bool), np.arange(30) < 4, BOS))
+    return Stream(tokens, np.where(tokens[1:] == BOS, 0, 3), ByteTable((b"abc",) * 30, np.zeros(30, bool), np.arange(30) < 4, BOS))
 
 
 def ledgers(targets: int, seed: int = 1) -> tuple[np.ndarray, np.ndarray]:

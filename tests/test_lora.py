@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from stages.parallel import World
+from stages.sliding_eval.asked import Asked
 from stages.sliding_eval.params import SlidingEvalParams
 from stages.train.model import Model
 from stages.train.params import ModelParams
@@ -323,7 +324,7 @@ def test_ranks_share_the_documents_out_without_changing_a_score(monkeypatch):
 def test_hints_get_their_log_probabilities():
     tokens = stream()
     hints = np.arange(len(tokens) - 1) % TINY.vocab_size
-    losses, hinted = scorer().score(tokens, hints)
+    losses, hinted = scorer().score(tokens, Asked(np.stack((hints, np.zeros_like(hints)))))
     np.testing.assert_allclose(losses, scorer().score_stream(tokens), atol=1e-5)
     one_by_one = scorer()
     for target in range(50):

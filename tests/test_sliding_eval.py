@@ -133,7 +133,7 @@ def test_batching_does_not_change_the_scores():
 
 
 def table() -> ByteTable:
-    return ByteTable(np.full(TINY.vocab_size, 2), np.zeros(TINY.vocab_size, dtype=bool), np.zeros(TINY.vocab_size, dtype=bool), bos=1)
+    return ByteTable((b"ab",) * TINY.vocab_size, np.zeros(TINY.vocab_size, dtype=bool), np.zeros(TINY.vocab_size, dtype=bool), bos=1)
 
 
 def test_results_are_written_and_agree(tmp_path):

@@ -14,11 +14,13 @@ from stages.audit import coverage, positions
 from stages.audit.verb import Claim, Stream, audit_scorer
 from stages.audit.verdict import convicted, reason
 from stages.report import Report
+from stages.sliding_eval.asked import Asked
 from stages.sliding_eval.scorer import SlidingScorer
-from stages.ttt_eval.hints import AGREES, LENGTHS, MOST_HITS, MOST_MISSES, NO_HINT, Hints
+from stages.ttt_eval.hints import AGREES, LENGTHS, MOST_HITS, MOST_MISSES, UNKNOWN, Hints
 from stages.ttt_eval.lora import LoRAScorer
 from stages.ttt_eval.scorer import TTTScorer
-from stages.ttt_eval.tilt import TiltScorer, scorer_for
+from stages.ttt_eval.stack import scorer_for
+from stages.ttt_eval.tilt import TiltScorer
 from tests import factories
 from tests.factories import TINY, TTT, random_model, world
 from tests.test_ttt_eval import SLIDING
@@ -36,12 +38,13 @@ class HintedBigram(lawful.Bigram):
     def fork(self) -> "HintedBigram":
         return copy.deepcopy(self)
 
-    def score(self, tokens: np.ndarray, hints: np.ndarray | None) -> np.ndarray:
+    def score(self, tokens: np.ndarray, asked: Asked | None) -> np.ndarray:
+        hints = np.zeros(len(tokens), np.int64) if asked is None else asked.about_2N[0]
         rows: list[tuple[float, float]] = []
         for token in tokens.tolist():
             if self.last is not None:
                 law = self.predict()
-                rows.append((-law[token], law[hints[len(rows)]] if hints is not None else 0.0))
+                rows.append((-law[token], law[hints[len(rows)]]))
             self.observe(token)
         return np.array(rows, dtype=np.float32).reshape(-1, 2).T
 
@@ -70,7 +73,7 @@ def slow_hints(tokens: np.ndarray) -> tuple[list[int], list[list[int]]]:
     memory: list[dict[tuple[int, ...], list[int]]] = [{} for _ in LENGTHS]
     hints, states = [], []
     for i, token in enumerate(tokens.tolist()):
-        hint, row = -1, [NO_HINT] * len(LENGTHS)
+        hint, row = -1, [UNKNOWN] * len(LENGTHS)
         contexts = [tuple(tokens[i - length : i].tolist()) if length <= i else None for length in LENGTHS.tolist()]
         for k in reversed(range(len(LENGTHS))):
             found = memory[k].get(contexts[k]) if contexts[k] else None  # type: ignore[arg-type]
@@ -209,16 +212,16 @@ def test_tables_are_copied_for_a_fork_that_lives_and_for_no_other() -> None:
     tokens = stream(900)
     scorer = tilted(899)
     scorer.score_stream(tokens[:300])
-    tables, twin = scorer.hints.tables, scorer.fork()
+    tables, twin = scorer.hints.value.tables, scorer.fork()
     scorer.score_stream(tokens[300:400])
-    assert scorer.hints.tables is not tables
-    assert twin.hints.tables is tables
+    assert scorer.hints.value.tables is not tables
+    assert twin.hints.value.tables is tables
     twin.score_stream(tokens[300:400])  # nobody else has them any more
-    assert twin.hints.tables is tables
+    assert twin.hints.value.tables is tables
     scorer.fork()
-    own = scorer.hints.tables
+    own = scorer.hints.value.tables
     np.testing.assert_array_equal(scorer.score_stream(tokens[400:]), twin.score_stream(tokens[400:]))
-    assert scorer.hints.tables is own
+    assert scorer.hints.value.tables is own
 
 
 @pytest.mark.parametrize(("kind", "rate"), [("sgd", RATE), ("lora", RATE)])
@@ -228,12 +231,12 @@ def test_the_audit_passes_adaptive_scorers(tmp_path_factory: pytest.TempPathFact
     per_document = np.array([len(document) - 1 for document in shards.documents(tokens, lawful.BOS)])
     params = dataclasses.replace(TTT, kind=kind, tilt_rate=rate, chunk=128, lora=dataclasses.replace(TTT.lora, lr=0.001, documents=40))
     model = random_model(6)
-    nll = scorer_for(model, SLIDING, params, world(), len(tokens) - 1).score_stream(tokens)
+    nll = scorer_for(model, SLIDING, params, world(), factories.table(), len(tokens) - 1).score_stream(tokens)
     table = tmp_path_factory.mktemp("chunks") / "chunks.tsv"
     ledger.write_chunks(table, nll, counted, 128)
     verdicts = audit_scorer(
         f"{kind}, tilt {rate}",
-        lambda n_targets: scorer_for(model, SLIDING, params, world(), n_targets),
+        lambda n_targets: scorer_for(model, SLIDING, params, world(), factories.table(), n_targets),
         Stream(tokens, lawful.BOS, counted, coverage.DocumentBytes(per_document, np.zeros(len(per_document), dtype=bool))),
         Claim(nll, table.read_text(), bpb.bits_per_byte(nll, counted), (1e-4, 1e-6)),
         positions.Edges(window=SLIDING.stride, chunk=128),
@@ -251,6 +254,6 @@ def test_the_parameter_decides() -> None:
     )  # fmt: skip
     for rate, kind, expected in kinds:
         params = dataclasses.replace(TTT, tilt_rate=rate, kind=kind)
-        assert type(scorer_for(model, SLIDING, params, factories.world(), 100)) is expected
+        assert type(scorer_for(model, SLIDING, params, factories.world(), factories.table(), 100)) is expected
     with pytest.raises(ValueError, match="tilt_rate: -1 is negative"):
         dataclasses.replace(TTT, tilt_rate=-1)

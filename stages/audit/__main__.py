@@ -139,11 +139,12 @@ def audit_scorers(run: command.Run[Params], paths: Mapping[str, Path], stream: S
     tolerances = (params.audit.loss_tolerance, params.audit.mean_tolerance)
     if activation_dtype(params.parallel, here.device) != here.dtype:
         tolerances = (params.audit.bfloat16_loss_tolerance, params.audit.bfloat16_mean_tolerance)
-    for name, one in own.scorers(model, params.sliding_eval, params.ttt_eval, here, len(stream.tokens) - 1).items():
+    table = bpb.byte_table(bpb.load_tokenizer(paths["tokenizer"]))
+    for name, one in own.scorers(model, params.sliding_eval, params.ttt_eval, here, table, len(stream.tokens) - 1).items():
         claim = read_claim(paths[BUDGETED[name]], f"{BUDGETED[name]}_bpb", tolerances)
         verdicts += audit_scorer(name, one.factory, stream, claim, one.edges, key, params.audit, run.report, one.variants)
         if params.audit.decoded_targets:
-            verdicts.append(_decoded(name, one.factory, params, paths["model"], stream, claim))
+            verdicts.append(_decoded(name, one.factory, params, paths, stream, claim))
     return verdicts
 
 
@@ -163,7 +164,7 @@ def visit_room(params: Params, paths: Mapping[str, Path], here: World) -> list[V
     return verdicts
 
 
-def _decoded(name: str, factory: Factory, params: Params, model: Path, stream: Stream, claim: Claim) -> Verdict:
+def _decoded(name: str, factory: Factory, params: Params, paths: Mapping[str, Path], stream: Stream, claim: Claim) -> Verdict:
     """B12: the stream's first targets, by a process of its own that computes as this one does."""
     parallel = dataclasses.replace(params.parallel, dtype="float32", deterministic=True, compile=False, nproc=1)
     sections = {
@@ -171,7 +172,7 @@ def _decoded(name: str, factory: Factory, params: Params, model: Path, stream: S
         "sliding_eval": dataclasses.asdict(params.sliding_eval),
         "ttt_eval": dataclasses.asdict(params.ttt_eval),
     }
-    words = (name, str(model.absolute()), json.dumps(sections))
+    words = (name, str(paths["model"].absolute()), str(paths["tokenizer"].absolute()), json.dumps(sections))
     ledger = claim.ledger if claim.ledger.shape == (len(stream.tokens) - 1,) else None
     recipe = recipes.Recipe(recipes.OWN, words)
     return round_trip.check_round_trip(name, factory, recipe, stream.tokens, 1, params.audit.decoded_targets, ledger, claim.tolerances[0])

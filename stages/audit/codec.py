@@ -20,7 +20,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
-from stages import bpb, clock, config
+from stages import bpb, config, machine
 from stages.audit import range_coder
 from stages.audit.lanes import Lanes
 from stages.audit.pieces import Speller, cut
@@ -179,7 +179,7 @@ def exact(params: ParallelParams) -> ParallelParams:
 
 def manner(here: World) -> str:
     """What decides how floats are rounded."""
-    hardware = clock.hardware(here.device)
+    hardware = machine.hardware(here.device)
     return f"torch {torch.__version__} on {hardware.get('accelerator', hardware['processor'])}"
 
 

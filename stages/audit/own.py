@@ -11,13 +11,14 @@ import torch
 from stages.audit.metamorphic import Variants
 from stages.audit.positions import Edges
 from stages.audit.verb import Factory
+from stages.bpb import ByteTable
 from stages.parallel import World
 from stages.scorer import Scorer
 from stages.sliding_eval.params import SlidingEvalParams
 from stages.sliding_eval.scorer import SlidingScorer
 from stages.train.model import Model
 from stages.ttt_eval.params import TttEvalParams
-from stages.ttt_eval.tilt import scorer_for
+from stages.ttt_eval.stack import scorer_for
 
 
 class Own(NamedTuple):
@@ -28,23 +29,26 @@ class Own(NamedTuple):
     variants: Variants
 
 
-def scorers(model: Model, sliding: SlidingEvalParams, ttt: TttEvalParams, here: World, n_targets: int) -> dict[str, Own]:
+Make = Callable[[Model, ByteTable, int], Scorer]
+
+
+def scorers(model: Model, sliding: SlidingEvalParams, ttt: TttEvalParams, here: World, table: ByteTable, n_targets: int) -> dict[str, Own]:
     """All of them, by the name of their stage."""
-    made: dict[str, tuple[Callable[[Model, int], Scorer], Edges]] = {
-        "sliding_eval": (lambda model, _: SlidingScorer(model, sliding, here), Edges(window=sliding.stride, chunk=None)),
+    made: dict[str, tuple[Make, Edges]] = {
+        "sliding_eval": (lambda model, _, __: SlidingScorer(model, sliding, here), Edges(window=sliding.stride, chunk=None)),
         "ttt_eval": (
-            lambda model, targets: scorer_for(model, sliding, ttt, here, targets),
+            lambda model, table, targets: scorer_for(model, sliding, ttt, here, table, targets),
             Edges(window=sliding.stride, chunk=ttt.chunk if ttt.kind == "sgd" else None),
         ),
     }
-    return {name: _own(make, edges, model, n_targets) for name, (make, edges) in made.items()}
+    return {name: _own(make, edges, model, table, n_targets) for name, (make, edges) in made.items()}
 
 
-def _own(make: Callable[[Model, int], Scorer], edges: Edges, model: Model, n_targets: int) -> Own:
+def _own(make: Make, edges: Edges, model: Model, table: ByteTable, n_targets: int) -> Own:
     return Own(
-        factory=lambda targets: make(model, targets),
+        factory=lambda targets: make(model, table, targets),
         edges=edges,
-        variants=Variants(relabelled=lambda names: make(relabelled(model, names), n_targets)),
+        variants=Variants(relabelled=lambda names: make(relabelled(model, names), respelled(table, names), n_targets)),
     )
 
 
@@ -59,3 +63,10 @@ def relabelled(model: Model, names: np.ndarray) -> Model:
     if twin.smear is not None:
         twin.smear.bos_id = twin.params.bos_id
     return twin
+
+
+def respelled(table: ByteTable, names: np.ndarray) -> ByteTable:
+    """The table of a tokenizer that calls id a names[a], (V,)."""
+    order = np.argsort(names)
+    texts = tuple(table.texts[i] for i in order.tolist())
+    return ByteTable(texts, table.leading_space[order], table.boundary[order], int(names[table.bos]))

@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stages import config
+from stages.bpb import byte_table, load_tokenizer
 from stages.pack.artifact import load_model
 from stages.parallel import world
 from stages.scorer import Scorer
 from stages.sliding_eval.scorer import SlidingScorer
 from stages.ttt_eval.params import Params
-from stages.ttt_eval.tilt import scorer_for
+from stages.ttt_eval.stack import scorer_for
 
 OWN = "stages.audit.recipes:own_scorer"
 
@@ -23,11 +24,12 @@ class Recipe:
     words: tuple[str, ...] = ()
 
 
-def own_scorer(n_targets: int, name: str, model_file: str, sections: str) -> Scorer:
+def own_scorer(n_targets: int, name: str, model_file: str, tokenizer_file: str, sections: str) -> Scorer:
     """The pipeline's scorer of that name, for a process of its own; `sections`: parallel, sliding_eval and ttt_eval as JSON."""
     params = config.build(json.loads(sections), Params)
     with world(params.parallel) as here:
         model = load_model(Path(model_file), here)
         if name == "sliding_eval":
             return SlidingScorer(model, params.sliding_eval, here)
-        return scorer_for(model, params.sliding_eval, params.ttt_eval, here, n_targets)
+        table = byte_table(load_tokenizer(Path(tokenizer_file)))
+        return scorer_for(model, params.sliding_eval, params.ttt_eval, here, table, n_targets)

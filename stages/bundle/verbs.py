@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from stages import clock, command
+from stages import clock, command, machine
 from stages.calibrate.hessians import collect
 from stages.calibrate.params import CalibrateParams
 from stages.calibrate.params import Params as CalibrateInput
@@ -33,7 +33,7 @@ from stages.train.params import ModelParams, TrainParams
 from stages.train.params import Params as TrainInput
 from stages.ttt_eval.params import Params as TttInput
 from stages.ttt_eval.params import TttEvalParams
-from stages.ttt_eval.tilt import scorer_for
+from stages.ttt_eval.stack import scorer_for
 
 DEFAULT_SEED = 42
 
@@ -135,7 +135,7 @@ def evaluate(decoder: Decoder, run: command.Run[Params]) -> None:
         def make(model: Model, report: Report) -> TimedScorer:
             if name == "sliding_eval":
                 return SlidingScorer(model, params.sliding_eval, here, report)
-            return scorer_for(model, params.sliding_eval, params.ttt_eval, here, stream.targets, report)
+            return scorer_for(model, params.sliding_eval, params.ttt_eval, here, stream.table, stream.targets, report)
 
         scorer = scorer_of(unpacking, here, make, run.report)
         pace = clock.Pace(scorer.warm_up_targets)
@@ -146,14 +146,14 @@ def evaluate(decoder: Decoder, run: command.Run[Params]) -> None:
             run.report.log(
                 f"train_gpt: {name} scores {bpb!r} bpb over {stream.targets:,} targets, {int(stream.counted_bytes.sum()):,} bytes"
             )
-        run.timing |= pace.timing(stream.targets, int(stream.counted_bytes.sum()), here.size) | {"hardware": clock.hardware(here.device)}
+        run.timing |= pace.timing(stream.targets, int(stream.counted_bytes.sum()), here.size) | {"hardware": machine.hardware(here.device)}
 
 
 def _learn(params: Params, shard_folder: Path, here: World, run: command.Run[Params]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     interval = clock.Interval()
     trained = train(params.for_train(), shard_folder, here, run.report, interval)
     hessians = collect(trained.state, params.for_calibrate(), shard_folder, here, run.report, interval)
-    run.timing |= {"training_seconds": interval.seconds, "hardware": clock.hardware(here.device), "ranks": here.size} | trained.measured
+    run.timing |= {"training_seconds": interval.seconds, "hardware": machine.hardware(here.device), "ranks": here.size} | trained.measured
     run.report.log(f"train_gpt: {len(trained.losses)} steps and {len(hessians)} Hessians in {interval.seconds:.1f} s of training")
     return trained.state, hessians
 

@@ -8,7 +8,8 @@ from safetensors.torch import load_file, save_file
 from stages import command
 from stages.calibrate.hessians import collect
 from stages.calibrate.params import Params
-from stages.clock import Interval, hardware
+from stages.clock import Interval
+from stages.machine import hardware
 from stages.parallel import relaunch_under_torchrun, world
 
 STAGE = command.Stage(

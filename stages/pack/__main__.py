@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from stages import command
-from stages.clock import hardware
+from stages.machine import hardware
 from stages.pack import lattice, layers
 from stages.pack.artifact import pack
 from stages.pack.params import Params

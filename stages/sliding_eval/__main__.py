@@ -7,7 +7,7 @@ DECODER = Decoder() if __name__ == "__main__" else None  # at work while what fo
 import sys
 from pathlib import Path
 
-from stages import clock, command
+from stages import clock, command, machine
 from stages.pack.apart import Unpacking
 from stages.parallel import relaunch_under_torchrun, world
 from stages.sliding_eval.evaluate import read_stream, score, scorer_of, write_results
@@ -42,7 +42,7 @@ def main(run: command.Run[Params]) -> None:
         if here.is_main:
             bpb = write_results(run.output, "sliding", nll, stream, params.chunk, run.write_json)
             run.report.log(f"sliding_eval: {bpb:.6f} bpb over {stream.targets:,} targets, {int(stream.counted_bytes.sum()):,} bytes")
-        run.timing |= pace.timing(stream.targets, int(stream.counted_bytes.sum()), here.size) | {"hardware": clock.hardware(here.device)}
+        run.timing |= pace.timing(stream.targets, int(stream.counted_bytes.sum()), here.size) | {"hardware": machine.hardware(here.device)}
         run.timing["attention_backend"] = attention_backend(here.kernels)
 
 

@@ -13,6 +13,7 @@ from stages.pack.apart import Unpacking
 from stages.parallel import World
 from stages.report import Report
 from stages.scorer import Scorer
+from stages.sliding_eval.asked import Asked
 from stages.train.model import Model, model_for
 
 
@@ -35,6 +36,18 @@ class TimedScorer(Scorer, Protocol):
     @property
     def warm_up_targets(self) -> int:
         """Targets that are scored first and timed apart; a stream that is cut behind them is scored with the same batches."""
+        ...
+
+
+class AskedScorer(TimedScorer, Protocol):
+    """A scorer that can say, in the same pass, more of its distributions than what the targets got."""
+
+    def score(self, tokens: np.ndarray, asked: Asked | None) -> np.ndarray:
+        """`score_stream` as the first of (R, N) rows; the others answer what is asked (asked.py)."""
+        ...
+
+    def fork(self) -> "AskedScorer":
+        """An independent copy."""
         ...
 
 

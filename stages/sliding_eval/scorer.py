@@ -12,22 +12,10 @@ import torch
 
 from stages.parallel import World
 from stages.report import Report
+from stages.sliding_eval.asked import Asked, Questions, rows_of, scores_of
 from stages.sliding_eval.params import SlidingEvalParams
 from stages.sliding_eval.windows import Window, plan, window_of
 from stages.train.model import Model
-from stages.train.plain import softcapped
-
-
-def scores_of(model: Model, z_NV: torch.Tensor, targets_N: torch.Tensor, hints_N: torch.Tensor | None) -> torch.Tensor:
-    """The losses that logits before the softcap give, (1, N) float32; or, with hints, those and their log-probabilities, (2, N).
-
-    One softmax serves both.
-    """
-    nll_N = model.operations.cross_entropy(z_NV, targets_N, model.params.logit_softcap)
-    if hints_N is None:
-        return nll_N[None]
-    at_target, at_hint = (softcapped(z_NV.gather(1, ids[:, None])[:, 0], model.params.logit_softcap) for ids in (targets_N, hints_N))
-    return torch.stack((nll_N, at_hint - at_target - nll_N))
 
 
 class SlidingScorer:
@@ -76,24 +64,24 @@ class SlidingScorer:
         """Score and observe tokens in order; nats, float32 (see the protocol for what the first call leaves out)."""
         return self.score(tokens, None)[0]
 
-    def score(self, tokens: np.ndarray, hints: np.ndarray | None) -> np.ndarray:
-        """`score_stream` as (1, N); or, with an id for each target, (2, N): the losses, and the log-probabilities of those ids."""
+    def score(self, tokens: np.ndarray, asked: Asked | None) -> np.ndarray:
+        """`score_stream` as the first of (R, N) rows; the others answer what is asked."""
         first = max(0, self.observed - 1)
         given = 1 if self.observed == 0 and len(tokens) else 0
         self._keep(tokens.astype(np.int64), trim=False)
-        scores = self._score_targets(first, first + len(tokens) - given, hints)
+        scores = self._score_targets(first, first + len(tokens) - given, asked)
         self._trim()
         return scores
 
     @torch.no_grad()
-    def _score_targets(self, first: int, end: int, hints: np.ndarray | None) -> np.ndarray:
-        """The losses of targets first ... end - 1, whose tokens are observed and kept: (1, N) or, with hints, (2, N) float32."""
+    def _score_targets(self, first: int, end: int, asked: Asked | None) -> np.ndarray:
+        """The answers about targets first ... end - 1, whose tokens are observed and kept: (R, N) float32."""
         windows = plan(first, end, self.params.window, self.params.stride)
-        scores = torch.zeros(1 if hints is None else 2, end - first, device=self.world.device)
+        scores = torch.zeros(rows_of(asked), end - first, device=self.world.device)
         batches = self._batches(windows)
         with self.report.progress("score", len(windows)) as progress:
             for batch in batches[self.world.rank :: self.world.size]:
-                self._score_batch(batch, first, scores, hints)
+                self._score_batch(batch, first, scores, asked)
                 progress.advance(len(batch) * self.world.size)
         return self.world.sum_(scores).cpu().numpy()
 
@@ -104,17 +92,20 @@ class SlidingScorer:
         rest = windows[len(alone) :]
         return alone + [rest[i : i + size] for i in range(0, len(rest), size)]
 
-    def _score_batch(self, batch: list[Window], first: int, scores: torch.Tensor, hints: np.ndarray | None) -> None:
+    def _score_batch(self, batch: list[Window], first: int, scores: torch.Tensor, asked: Asked | None) -> None:
         offset = self.observed - len(self.kept)
         inputs = self._rows(batch, self.kept, offset)
         targets = self._rows(batch, self.kept, offset - 1)
         scored_from = min(self.params.window - self.params.stride, batch[0].first - batch[0].start)
         z_NV = self.model.uncapped(inputs, True, slice(scored_from, None)).flatten(0, 1)
-        at_hints = None if hints is None else self._rows(batch, hints, first)[:, scored_from:].flatten()
-        losses = scores_of(self.model, z_NV, targets[:, scored_from:].flatten(), at_hints).unflatten(1, (len(batch), -1))
+        questions = None
+        if asked is not None:
+            about = [self._rows(batch, row, first)[:, scored_from:].flatten() for row in asked.about_2N]
+            questions = Questions(torch.stack(about), asked.forest)
+        answers = scores_of(self.model, z_NV, targets[:, scored_from:].flatten(), questions).unflatten(1, (len(batch), -1))
         for row, window in enumerate(batch):
             begin = window.first - window.start - scored_from
-            scores[:, window.first - first : window.end - first] = losses[:, row, begin : begin + window.end - window.first]
+            scores[:, window.first - first : window.end - first] = answers[:, row, begin : begin + window.end - window.first]
 
     def _rows(self, batch: Sequence[Window], source: np.ndarray, offset: int) -> torch.Tensor:
         """For each window's positions what `source` holds, which begins at position `offset`; zeros elsewhere: (rows, window)."""

@@ -7,7 +7,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from stages import command
-from stages.clock import Interval, hardware
+from stages.clock import Interval
+from stages.machine import hardware
 from stages.parallel import relaunch_under_torchrun, world
 from stages.train.driver import driver
 from stages.train.loop import Trained, train

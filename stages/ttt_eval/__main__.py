@@ -7,7 +7,7 @@ DECODER = Decoder() if __name__ == "__main__" else None  # at work while what fo
 import sys
 from pathlib import Path
 
-from stages import bootstrap, clock, command, ledger
+from stages import bootstrap, clock, command, ledger, machine
 from stages.pack.apart import Unpacking
 from stages.parallel import relaunch_under_torchrun, world
 from stages.report import Report
@@ -15,7 +15,7 @@ from stages.sliding_eval.evaluate import TimedScorer, read_stream, score, scorer
 from stages.train.model import Model
 from stages.train.operations import attention_backend
 from stages.ttt_eval.params import Params
-from stages.ttt_eval.tilt import scorer_for
+from stages.ttt_eval.stack import scorer_for
 
 STAGE = command.Stage(
     name="ttt_eval",
@@ -41,12 +41,12 @@ def main(run: command.Run[Params]) -> None:
         stream = read_stream(files["val"], files["tokenizer"], unpacking.params.vocab_size, params.sliding_eval.window)
 
         def make(model: Model, report: Report) -> TimedScorer:
-            return scorer_for(model, params.sliding_eval, params.ttt_eval, here, stream.targets, report)
+            return scorer_for(model, params.sliding_eval, params.ttt_eval, here, stream.table, stream.targets, report)
 
         scorer = scorer_of(unpacking, here, make, run.report)
         pace = clock.Pace(scorer.warm_up_targets)
         nll = score(scorer, stream, pace)
-        run.timing |= pace.timing(stream.targets, int(stream.counted_bytes.sum()), here.size) | {"hardware": clock.hardware(here.device)}
+        run.timing |= pace.timing(stream.targets, int(stream.counted_bytes.sum()), here.size) | {"hardware": machine.hardware(here.device)}
         run.timing["attention_backend"] = attention_backend(here.kernels)
         if here.is_main:
             bpb = write_results(run.output, "ttt", nll, stream, params.ttt_eval.chunk, run.write_json)

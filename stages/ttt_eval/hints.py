@@ -14,7 +14,7 @@ LENGTHS = np.array([2, 3, 4, 6, 9, 14])  # tokens of a context, K of them
 MOST_HITS, MOST_MISSES = 15, 3
 AGREES = 64  # added to the state of a context that names the hint, too
 STATES = 2 * AGREES
-NO_HINT = 0  # a state: this context is new
+UNKNOWN = 0  # a state: this context is new
 RING = 16  # tokens that are kept; a power of two above the longest context
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd, 2^64 over the golden ratio (Knuth 6.4)
 CHECK_MASK = np.uint64(0xFFFF)
@@ -40,7 +40,7 @@ def _look(tables: np.ndarray, slots_K: np.ndarray, checks_K: np.ndarray, states_
     """The hint, or -1; fills the states."""
     hint = -1
     for k in range(len(LENGTHS) - 1, -1, -1):
-        states_K[k] = NO_HINT
+        states_K[k] = UNKNOWN
         if slots_K[k] < 0:
             continue
         slot = tables[k, slots_K[k]]

@@ -26,8 +26,8 @@ from torch import Tensor
 
 from stages.parallel import World
 from stages.report import Progress, Report
+from stages.sliding_eval.asked import Asked, Questions, rows_of, scores_of
 from stages.sliding_eval.params import SlidingEvalParams
-from stages.sliding_eval.scorer import scores_of
 from stages.train.model import Model, is_matrix
 from stages.train.plain import softcapped
 from stages.ttt_eval.bank import Bank, Layout, adamw_, fresh_bank
@@ -46,10 +46,10 @@ def frozen(model: Model) -> Model:
 
 
 class Work(NamedTuple):
-    """What is asked of the scorer in one call: where scores go, and the ids whose log-probabilities go beside them."""
+    """What is asked of the scorer in one call, and where the answers go."""
 
-    scores: np.ndarray  # (1 or 2, N) float32
-    hints: np.ndarray | None  # (N,)
+    scores: np.ndarray  # (R, N) float32
+    asked: Asked | None
     progress: Progress
 
 
@@ -110,17 +110,17 @@ class LoRAScorer:
         """Score and observe tokens in order; nats, float32."""
         return self.score(tokens, None)[0]
 
-    def score(self, tokens: np.ndarray, hints: np.ndarray | None) -> np.ndarray:
-        """`score_stream` as (1, N); or, with an id for each target, (2, N): the losses, and the log-probabilities of those ids."""
+    def score(self, tokens: np.ndarray, asked: Asked | None) -> np.ndarray:
+        """`score_stream` as the first of (R, N) rows; the others answer what is asked."""
         tokens = tokens.astype(np.int64)
         if not len(self.known):
             self.known, tokens = tokens[:1], tokens[1:]
-        scores = np.zeros((1 if hints is None else 2, len(tokens)), dtype=np.float32)
+        scores = np.zeros((rows_of(asked), len(tokens)), dtype=np.float32)
         if not len(tokens):
             return scores
         documents = split(self.known, tokens, self.model.params.bos_id)
         with self.report.progress("score and train", len(tokens)) as progress:
-            self.bank = self._score_documents(documents, Work(scores, hints, progress))
+            self.bank = self._score_documents(documents, Work(scores, asked, progress))
         self.known = documents[-1].tokens
         return self.world.sum_(torch.from_numpy(scores).to(self.world.device)).cpu().numpy()
 
@@ -129,7 +129,8 @@ class LoRAScorer:
         bank = None
         if documents[0].first:  # begun in an earlier call; every rank goes on with it, and one keeps its scores
             bank = self._run(documents[:1], self.bank.copy(0), work)
-            work.scores[:] *= self.world.is_main
+            if not self.world.is_main:
+                work.scores[:] = 0
         new = [document for document in documents if not document.first]
         side_by_side = self.lora.documents if len(new) >= self.lora.documents else 1
         for group in groups(new, self.world.rank, self.world.size, side_by_side):
@@ -141,27 +142,30 @@ class LoRAScorer:
         size = self.lora.chunk
         last = max(document.chunks(size) for document in group)
         tokens_BL = self._on_device(table([document.tokens for document in group], last * size + 1))
-        hints_BL = None if work.hints is None else self._on_device(table([_hints(d, work.hints) for d in group], last * size))
+        questions = None
+        if work.asked is not None:
+            about = [table([_about(document, row) for document in group], last * size) for row in work.asked.about_2N]
+            questions = Questions(self._on_device(np.stack(about)), work.asked.forest)
         scored = []
         for chunk in range(group[0].first // size, last):
             rows = sum(document.chunks(size) > chunk for document in group)
             trained = sum(document.trained(size) > chunk for document in group)
-            scored.append((chunk, self._step(bank.rows(rows), tokens_BL, hints_BL, chunk, trained)))
+            scored.append((chunk, self._step(bank.rows(rows), tokens_BL, questions, chunk, trained)))
             work.progress.advance(rows * size * self.world.size)
         for chunk, scores_BS in scored:
             _fill(work.scores, group, chunk, scores_BS.cpu().numpy())
         return next((bank.copy(row) for row, document in enumerate(group) if document.is_open), None)
 
-    def _step(self, bank: Bank, tokens_BL: Tensor, hints_BL: Tensor | None, chunk: int, trained: int) -> Tensor:
-        """The scores of a chunk of every document in the bank, (1 or 2, B, S); then the first `trained` documents learn from it."""
+    def _step(self, bank: Bank, tokens_BL: Tensor, questions: Questions | None, chunk: int, trained: int) -> Tensor:
+        """The answers about a chunk of every document in the bank, (R, B, S); then the first `trained` documents learn from it."""
         start, end = self._context(chunk)
         rows, size = len(bank.weights_BP), self.lora.chunk
         place = slice(chunk * size - start, end - start)
         weights_BP = bank.weights_BP.detach().requires_grad_(trained > 0)
         with torch.set_grad_enabled(trained > 0):
             z_BSV = self._uncapped(tokens_BL[:rows, start:end], place, weights_BP)
-            hints = None if hints_BL is None else hints_BL[:rows, end - size : end].flatten()
-            scores = scores_of(self.model, z_BSV.flatten(0, 1), tokens_BL[:rows, end - size + 1 : end + 1].flatten(), hints)
+            here = questions and questions._replace(about_2N=questions.about_2N[:, :rows, end - size : end].flatten(1))
+            scores = scores_of(self.model, z_BSV.flatten(0, 1), tokens_BL[:rows, end - size + 1 : end + 1].flatten(), here)
             scores = scores.unflatten(1, (rows, size))
             if trained:
                 loss = weighted(scores[0, :trained], self.params.confidence).mean(dim=1).sum()
@@ -194,15 +198,15 @@ class LoRAScorer:
         return torch.from_numpy(values).to(self.world.device)
 
 
-def _hints(document: Document, hints: np.ndarray) -> np.ndarray:
-    """A document's hints by target, zeros where none is asked for."""
+def _about(document: Document, row: np.ndarray) -> np.ndarray:
+    """A document's part of a row of questions, by its targets; zeros for those that are not scored."""
     own = np.zeros(document.targets, dtype=np.int64)
-    own[document.first :] = hints[document.place + document.first : document.place + document.targets]
+    own[document.first :] = row[document.place + document.first : document.place + document.targets]
     return own
 
 
 def _fill(scores: np.ndarray, group: Sequence[Document], chunk: int, scores_BS: np.ndarray) -> None:
-    """Put a chunk's scores, (1 or 2, B, S), where they are asked for."""
+    """Put the answers about a chunk, (R, B, S), where they belong."""
     size = scores_BS.shape[-1]
     for row, document in enumerate(group[: scores_BS.shape[1]]):
         first, end = max(document.first, chunk * size), min(document.targets, (chunk + 1) * size)

@@ -48,12 +48,13 @@ class TttEvalParams:
     momentum: float  # of SGD; its buffer persists from chunk to chunk
     clip_norm: float  # of the global gradient
     tilt_rate: float  # learning rate of the tilt towards tokens that followed the same context before (tilt.py); 0 is no tilt
+    mixer_rate: float  # learning rate of the byte model mixed in on the decisions of a token (mixer.py); 0 is none
     lora: LoraParams
 
     def __post_init__(self) -> None:
         require_positive(self, "chunk", "batch_tokens", "clip_norm")
         require_fraction(self, "momentum")
-        for key in ("epochs", "lr", "tilt_rate"):
+        for key in ("epochs", "lr", "tilt_rate", "mixer_rate"):
             if getattr(self, key) < 0:
                 reject(key, f"{getattr(self, key)} is negative")
 

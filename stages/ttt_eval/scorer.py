@@ -7,7 +7,7 @@ loss is computed in float32 like everywhere.
 
 import copy
 import math
-from weakref import WeakSet
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +15,8 @@ from torch import Tensor
 
 from stages.parallel import World
 from stages.report import Report
+from stages.shared import Shared
+from stages.sliding_eval.asked import Asked, rows_of
 from stages.sliding_eval.params import SlidingEvalParams
 from stages.sliding_eval.scorer import SlidingScorer
 from stages.train.data import to_device
@@ -43,6 +45,17 @@ def choose_(model: Model, trained: str) -> list[Tensor]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
+class Weights(NamedTuple):
+    """What training changes."""
+
+    model: Model
+    momenta: list[Tensor]
+
+    def copy(self) -> "Weights":
+        """Independent ones."""
+        return Weights(copy.deepcopy(self.model), [momentum.clone() for momentum in self.momenta])
+
+
 class TTTScorer:
     """A lawful scorer that wraps the sliding scorer and trains its model after each chunk.
 
@@ -64,9 +77,10 @@ class TTTScorer:
         self.window = sliding.window
         self.report = report or Report(is_main=False)
         self.chunks = math.ceil(n_targets / params.chunk)
-        self.scorer = SlidingScorer(copy.deepcopy(model), sliding, world)
-        self.momenta = [torch.zeros_like(parameter) for parameter in choose_(self.scorer.model, params.trained)]
-        self.sharers = WeakSet([self])  # forks that have the same weights and momenta, while they live
+        own = copy.deepcopy(model)
+        momenta = [torch.zeros_like(parameter) for parameter in choose_(own, params.trained)]
+        self.weights = Shared(Weights(own, momenta), Weights.copy)
+        self.scorer = SlidingScorer(own, sliding, world)
         self.chunk = 0  # the one that is being scored
         self.pending: list[np.ndarray] = []  # tokens of this chunk so far, from its first input on, in pieces
         self.pending_tokens = 0
@@ -85,7 +99,7 @@ class TTTScorer:
         """An independent copy; weights are shared until one of the two trains."""
         twin = object.__new__(type(self))
         twin.__dict__.update(self.__dict__)
-        self.sharers.add(twin)
+        twin.weights = self.weights.fork()
         twin.scorer = self.scorer.fork()
         twin.pending = list(self.pending)
         return twin
@@ -103,15 +117,15 @@ class TTTScorer:
         """Score and observe tokens in order, chunk by chunk; nats, float32."""
         return self.score(tokens, None)[0]
 
-    def score(self, tokens: np.ndarray, hints: np.ndarray | None) -> np.ndarray:
-        """`score_stream` as (1, N); or, with an id for each target, (2, N): the losses, and the log-probabilities of those ids."""
-        scores = [np.empty((1 if hints is None else 2, 0), dtype=np.float32)]
+    def score(self, tokens: np.ndarray, asked: Asked | None) -> np.ndarray:
+        """`score_stream` as the first of (R, N) rows; the others answer what is asked."""
+        scores = [np.empty((rows_of(asked), 0), dtype=np.float32)]
         done = 0
         with self.report.progress("score and train", len(tokens)) as progress:
             while len(tokens):
                 part = tokens[: self.params.chunk + 1 - self.pending_tokens]
                 scored = len(part) - (self.pending_tokens == 0)
-                scores.append(self.scorer.score(part, None if hints is None else hints[done : done + scored]))
+                scores.append(self.scorer.score(part, asked and asked.part(done, done + scored)))
                 self._append(part.astype(np.int64))
                 tokens, done = tokens[len(part) :], done + scored
                 progress.advance(len(part), f"chunk {self.chunk}/{self.chunks}")
@@ -131,7 +145,7 @@ class TTTScorer:
 
     def _train_on(self, tokens: np.ndarray) -> None:
         """Train on the scored chunk: tokens (chunk + 1,)."""
-        self._own_weights()
+        self.scorer.model, momenta = self.weights.own()
         parameters = self._trained_parameters()
         lr = chunk_lr(self.chunk, self.chunks, self.params.lr)
         rows = np.lib.stride_tricks.sliding_window_view(tokens, self.window + 1)[:: self.window]
@@ -142,7 +156,7 @@ class TTTScorer:
                 torch.nn.utils.clip_grad_norm_(parameters, self.params.clip_norm)
                 with torch.no_grad():
                     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-                    sgd_(parameters, gradients, self.momenta, lr, self.params.momentum)
+                    sgd_(parameters, gradients, momenta, lr, self.params.momentum)
                 self.scorer.model.zero_grad(set_to_none=True)
 
     def _gradients(self, rows: np.ndarray) -> None:
@@ -158,11 +172,3 @@ class TTTScorer:
 
     def _trained_parameters(self) -> list[Tensor]:
         return [parameter for parameter in self.scorer.model.parameters() if parameter.requires_grad]
-
-    def _own_weights(self) -> None:
-        if len(self.sharers) == 1:
-            return
-        self.sharers.remove(self)
-        self.scorer.model = copy.deepcopy(self.scorer.model)
-        self.momenta = [momentum.clone() for momentum in self.momenta]
-        self.sharers = WeakSet([self])

@@ -9,25 +9,24 @@ inputs x are logit p(h), a constant, and for each context length the stretched s
 came true; w is chosen by the longest known context and by p(h). Shares and weights learn from the token after it is scored; all weights
 start at 0, which is the wrapped scorer exactly. h and x depend on the observed prefix alone.
 
-Shapes: N targets, K context lengths, S states, X inputs.
+Who asks for the decisions on a token's path through the tree of bytes (tree.py) gets them as they stand under the tilt: what the hint has
+is added, times exp(b), to whichever side it is on.
+
+Shapes: N targets, K context lengths, S states, X inputs, D decisions of the longest path.
 """
 
 import math
-from typing import Protocol
-from weakref import WeakSet
+from typing import Self
 
 import numpy as np
 from numba import njit
 
-from stages.parallel import World
-from stages.report import Report
-from stages.sliding_eval.evaluate import TimedScorer
-from stages.sliding_eval.params import SlidingEvalParams
-from stages.train.model import Model
-from stages.ttt_eval.hints import LENGTHS, NO_HINT, STATES, Hints
-from stages.ttt_eval.lora import LoRAScorer
-from stages.ttt_eval.params import TttEvalParams
-from stages.ttt_eval.scorer import TTTScorer
+from stages.shared import Shared
+from stages.sliding_eval.asked import Asked
+from stages.sliding_eval.evaluate import AskedScorer
+from stages.sliding_eval.tree import Trees
+from stages.ttt_eval.hints import LENGTHS, STATES, UNKNOWN, Hints
+from stages.ttt_eval.wrapper import Wrapper
 
 INPUTS = 2 + len(LENGTHS)
 BUCKETS = 8  # of p(h): two units of its logit each
@@ -46,7 +45,7 @@ def _boost(states_K: np.ndarray, hint_logp: float, weights: np.ndarray, shares_K
     longest = 0
     for k in range(len(states_K)):
         x_X[2 + k] = 0.0
-        if states_K[k] != NO_HINT:
+        if states_K[k] != UNKNOWN:
             longest = k
             share = shares_KS[k, states_K[k]]
             x_X[2 + k] = min(max(math.log(share / (1 - share)), -MOST_CERTAIN), MOST_CERTAIN)
@@ -69,15 +68,16 @@ def follow(
     counts_KS: np.ndarray,
     updates: np.ndarray,
     rate: float,
-) -> np.ndarray:
-    """Each target's loss under the tilt, (N,) float32; behind each the shares and weights learn from it."""
-    tilted, x_X = np.empty(len(nll), np.float32), np.empty(INPUTS)
+) -> tuple[np.ndarray, np.ndarray]:
+    """Each target's loss under the tilt, (N,) float32, and its boost, (N,); behind each the shares and weights learn from it."""
+    tilted, boosts, x_X = np.empty(len(nll), np.float32), np.zeros(len(nll)), np.empty(INPUTS)
     for i in range(len(nll)):
         tilted[i] = nll[i]
         if hints[i] < 0:
             continue
         logp = min(np.float64(hint_logp[i]), SURE)
         boost, chosen = _boost(states[i], logp, weights, shares_KS, x_X)
+        boosts[i] = boost
         came = 1.0 if hints[i] == targets[i] else 0.0
         log_z = math.log1p(math.exp(logp) * math.expm1(boost))
         tilted[i] = max(0.0, nll[i] - boost * came + log_z)
@@ -88,67 +88,55 @@ def follow(
             weights[chosen, k] += step * error * x_X[k]
         for k in range(states.shape[1]):
             state = states[i, k]
-            if state != NO_HINT:
+            if state != UNKNOWN:
                 counts_KS[k, state] = min(counts_KS[k, state] + 1, COUNT_LIMIT)
                 shares_KS[k, state] += (came - shares_KS[k, state]) / (counts_KS[k, state] + 1.5)
-    return tilted
+    return tilted, boosts
 
 
-class HintedScorer(TimedScorer, Protocol):
-    """A scorer that can say, in the same pass, what probability it gave to another token."""
+@njit(nogil=True)
+def bend(trees: Trees, trees_N: np.ndarray, targets: np.ndarray, hints: np.ndarray, heights: np.ndarray, paths_DN: np.ndarray) -> None:
+    """Add the hints to the decisions of paths without them, in place; `heights`: the tilted log-odds of each hint against all else.
 
-    def score(self, tokens: np.ndarray, hints: np.ndarray | None) -> np.ndarray:
-        """`score_stream` as (1, N); or, with an id for each target, (2, N): the losses, and the log-probabilities of those ids."""
-        ...
-
-    def fork(self) -> "HintedScorer":
-        """An independent copy."""
-        ...
-
-
-class TiltScorer:
-    """A lawful scorer that wraps another; the stream's length, a public constant, sizes its tables.
-
-    Observed tokens wait until something depends on them, because in a batch they cost a fraction.
+    A side that has the mass R of what is not the hint, and the hint, which has H, becomes R + H.
     """
+    for i in range(len(targets)):
+        if hints[i] < 0:
+            continue
+        first, end = trees.first_TV[trees_N[i], targets[i]], trees.first_TV[trees_N[i], targets[i] + 1]
+        place, mass, hinted = trees.place_TV[trees_N[i], hints[i]], 1.0, math.exp(heights[i])
+        for e in range(first, end):
+            if not trees.low_E[e] <= place < trees.high_E[e]:
+                break
+            logit = np.float64(paths_DN[e - first, i])
+            right, left = mass / (1 + math.exp(-logit)), mass / (1 + math.exp(logit))
+            is_right = place >= trees.middle_E[e]
+            paths_DN[e - first, i] = math.log(right + hinted if is_right else right) - math.log(left if is_right else left + hinted)
+            mass = right if trees.right_E[e] else left
 
-    def __init__(self, scorer: HintedScorer, rate: float, n_targets: int) -> None:
-        self.scorer, self.rate = scorer, rate
-        self.hints = Hints(n_targets)
-        self.sharers = WeakSet([self])  # forks that have the same tables, while they live
+
+class TiltScorer(Wrapper):
+    """A lawful scorer that wraps another; the stream's length, a public constant, sizes its tables."""
+
+    def __init__(self, scorer: AskedScorer, rate: float, n_targets: int) -> None:
+        super().__init__(scorer)
+        self.rate = rate
+        self.hints = Shared(Hints(n_targets), Hints.copy)
         self.weights = np.zeros((len(LENGTHS) * BUCKETS, INPUTS))
         self.updates = np.zeros(len(self.weights), np.int64)
         self.shares_KS = np.full((len(LENGTHS), STATES), 0.5)
         self.counts_KS = np.zeros((len(LENGTHS), STATES), np.int64)
-        self.waiting: list[int] = []
 
-    @property
-    def vocab_size(self) -> int:
-        """The number of token ids a distribution is over."""
-        return self.scorer.vocab_size
-
-    @property
-    def warm_up_targets(self) -> int:
-        """The wrapped scorer's."""
-        return self.scorer.warm_up_targets
-
-    def fork(self) -> "TiltScorer":
+    def fork(self) -> Self:
         """An independent copy; the tables are shared until one of the two goes on."""
-        self._catch_up()
-        twin = object.__new__(type(self))
-        twin.__dict__.update(self.__dict__)
-        self.sharers.add(twin)
-        twin.scorer = self.scorer.fork()
+        twin = super().fork()
+        twin.hints = self.hints.fork()
         for name in LEARNT:
             setattr(twin, name, getattr(self, name).copy())
-        twin.waiting = []
         return twin
 
-    def predict(self) -> np.ndarray:
-        """Natural log-probabilities of the next token, (V,) float64."""
-        self._catch_up()
-        logp_V = self.scorer.predict()
-        hint, states_K = self.hints.next()
+    def _bend(self, logp_V: np.ndarray) -> np.ndarray:
+        hint, states_K = self.hints.value.next()
         if hint < 0:
             return logp_V
         boost, _ = _boost(states_K, min(logp_V[hint], SURE), self.weights, self.shares_KS, np.empty(INPUTS))
@@ -156,39 +144,15 @@ class TiltScorer:
         tilted_V[hint] += boost
         return tilted_V
 
-    def observe(self, token: int) -> None:
-        """Append a token to the prefix."""
-        self.waiting.append(token)
-
-    def score_stream(self, tokens: np.ndarray) -> np.ndarray:
-        """Score and observe tokens in order; nats, float32."""
-        self._catch_up()
-        return self._score(tokens)
-
-    def _catch_up(self) -> None:
-        if self.waiting:
-            self._score(np.array(self.waiting, dtype=np.uint16))
-            self.waiting = []
-
-    def _score(self, tokens: np.ndarray) -> np.ndarray:
-        if len(self.sharers) > 1:
-            self.sharers.remove(self)
-            self.hints, self.sharers = self.hints.copy(), WeakSet([self])
-        given = 1 if self.hints.seen == 0 and len(tokens) else 0
-        hints, states = self.hints.observe(tokens)
-        hints, states = hints[given:], states[given:]
-        nll, hint_logp = self.scorer.score(tokens, np.maximum(hints, 0))
+    def _score(self, tokens: np.ndarray, asked: Asked | None) -> np.ndarray:
+        own = self.hints.own()
+        given = 1 if own.seen == 0 and len(tokens) else 0
+        hints, states = own.observe(tokens)
+        hints, states, targets = hints[given:].astype(np.int64), states[given:], tokens[given:].astype(np.int64)
+        trees_N, forest = (np.zeros_like(hints), None) if asked is None else (asked.about_2N[1], asked.forest)
+        answers = self.scorer.score(tokens, Asked(np.stack((hints, trees_N)), forest))
         learnt = (self.weights, self.shares_KS, self.counts_KS, self.updates)
-        return follow(hints, states, tokens[given:], nll, hint_logp, *learnt, self.rate)
-
-
-def scorer_for(
-    model: Model, sliding: SlidingEvalParams, params: TttEvalParams, world: World, n_targets: int, report: Report | None = None
-) -> TimedScorer:
-    """The scorer that the sections ask for: test-time training of either kind, tilted or not."""
-    trained: HintedScorer
-    if params.kind == "lora":
-        trained = LoRAScorer(model, sliding, params, world, report)
-    else:
-        trained = TTTScorer(model, sliding, params, world, n_targets, report)
-    return TiltScorer(trained, params.tilt_rate, n_targets) if params.tilt_rate else trained
+        answers[0], boosts = follow(hints, states, targets, answers[0], answers[1], *learnt, self.rate)
+        if forest is not None:
+            bend(forest.trees, trees_N, targets, hints, answers[2] + boosts, answers[3:])
+        return answers

@@ -1,0 +1,72 @@
+"""A byte model mixed in on any scorer's decisions: a lawful scorer that wraps another (#1916 without what was wrong with it).
+
+The wrapped scorer says what it makes of each decision on a token's path through the tree of bytes (tree.py); statistics of the bytes before
+(mixture.py) are mixed with it, and what all decisions have gained is taken from the loss:
+
+    loss = -log p(v) + sum over the path of log n - log m
+
+where n and m are the network's and the mixed probability of the side taken. As long as nothing has been learnt m is n, and the loss is the
+wrapped scorer's to the last bit. All that m depends on is the prefix and the token's own bytes so far.
+
+Shapes: N targets, V vocabulary, R rows of an answer.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Self
+
+import numpy as np
+import torch
+
+from stages.bpb import ByteTable
+from stages.shared import Shared
+from stages.sliding_eval import tree
+from stages.sliding_eval.asked import Asked
+from stages.sliding_eval.evaluate import AskedScorer
+from stages.sliding_eval.forest import NO_HINT, Forest
+from stages.sliding_eval.tree import AFTER_BOUNDARY, AFTER_TEXT
+from stages.ttt_eval.mixture import Mixture, follow, law
+from stages.ttt_eval.wrapper import Wrapper
+
+BYTES_A_TARGET = 4  # about, to size tables by
+PIECE = 1 << 20  # targets whose answers are held at a time, while the ones before are mixed
+
+
+class MixerScorer(Wrapper):
+    """A lawful scorer; the stream's length, a public constant, sizes its tables. `table` is what the ids say."""
+
+    def __init__(self, scorer: AskedScorer, rate: float, table: ByteTable, n_targets: int, device: torch.device) -> None:
+        super().__init__(scorer)
+        self.rate, self.boundary = rate, table.boundary
+        self.forest = Forest(tree.of_table(table), device)
+        self.mixture = Shared(Mixture(table.boundary, n_targets * BYTES_A_TARGET), Mixture.copy)
+        self.last: int | None = None  # token that was scored
+
+    def fork(self) -> Self:
+        """An independent copy; the tables are shared until one of the two goes on."""
+        twin = super().fork()
+        twin.mixture = self.mixture.fork()
+        return twin
+
+    def _bend(self, logp_V: np.ndarray) -> np.ndarray:
+        trees, number = self.forest.trees, int(self._trees(np.array([self.last]))[0])
+        return law(self.mixture.value.arrays, trees, number, self.forest.longest, tree.sums(logp_V, trees.order_TV[number]))
+
+    def _score(self, tokens: np.ndarray, asked: Asked | None) -> np.ndarray:
+        """Pieces are mixed by a thread of their own, while the wrapped scorer goes on."""
+        assert asked is None, "nothing lies on top of this scorer"
+        mixture = self.mixture.own()
+        with ThreadPoolExecutor(1) as thread:
+            at_work = []
+            for first in range(0, len(tokens), PIECE):
+                piece = tokens[first : first + PIECE]
+                previous = np.concatenate(([] if self.last is None else [self.last], piece)).astype(np.int64)[:-1]
+                self.last = int(piece[-1])
+                targets, trees_N = piece[len(piece) - len(previous) :].astype(np.int64), self._trees(previous)
+                answers = self.scorer.score(piece, Asked(np.stack((np.full_like(trees_N, NO_HINT), trees_N)), self.forest))
+                paths_ND = np.ascontiguousarray(answers[3:].T)
+                at_work.append(thread.submit(follow, mixture.arrays, self.forest.trees, targets, trees_N, paths_ND, answers[0], self.rate))
+            return np.concatenate([np.empty(0, dtype=np.float32), *(work.result() for work in at_work)])[None]
+
+    def _trees(self, previous: np.ndarray) -> np.ndarray:
+        """The number of the tree that the token behind each is in."""
+        return np.where(self.boundary[previous], AFTER_BOUNDARY, AFTER_TEXT)
