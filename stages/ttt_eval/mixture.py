@@ -119,7 +119,7 @@ class Arrays(NamedTuple):
 
 
 SEEN, LAST, IN_WORD, BEFORE, TOKEN, TOKEN_BEFORE, MATCHED, LENGTH = range(8)
-# of `history`: bytes read; the last eight; hashes of the word so far and of the one before; two tokens; the match's place and length
+# of `history`: bytes read; the last eight; hashes of the word so far, the one before, the last two tokens; the match's place and length
 
 
 class Mixture:
@@ -376,7 +376,7 @@ def _learn(arrays: Arrays, trees: Trees, work: Work, begin: int, end: int, rate:
 def _advance(arrays: Arrays, trees: Trees, number: int, token: int) -> None:
     """A token becomes history; where nothing is followed, what was read before in this place is looked up."""
     history, text, mask = arrays.history, arrays.text, np.int64(len(arrays.text) - 1)
-    last, word, before = history[LAST], history[IN_WORD], history[BEFORE]
+    last, word, before, inside = history[LAST], history[IN_WORD], history[BEFORE], np.uint64(0)
     matched, length, at = np.int64(history[MATCHED]), np.int64(history[LENGTH]), np.int64(history[SEEN])
     if arrays.boundary[token]:
         last, word, before, length = np.uint64(0), np.uint64(0), np.uint64(0), 0
@@ -389,6 +389,7 @@ def _advance(arrays: Arrays, trees: Trees, number: int, token: int) -> None:
         at += 1
         arrays.begins[at & mask] = 0
         last, word, before = _read(last, word, before, byte)
+        inside = (inside + np.uint64(byte) + np.uint64(1)) * MIXER
     key = (last & np.uint64((1 << 8 * SHORTEST) - 1)) * MULTIPLIER
     slot = np.int64((key ^ key >> np.uint64(31)) * MIXER >> np.uint64(40)) & len(arrays.table) - 1
     candidate = arrays.table[slot]
@@ -399,7 +400,7 @@ def _advance(arrays: Arrays, trees: Trees, number: int, token: int) -> None:
     arrays.table[slot] = at
     history[LAST], history[IN_WORD], history[BEFORE] = last, word, before
     history[SEEN], history[MATCHED], history[LENGTH] = np.uint64(at), np.uint64(matched), np.uint64(length)
-    history[TOKEN_BEFORE], history[TOKEN] = history[TOKEN], np.uint64(token + 1)
+    history[TOKEN_BEFORE], history[TOKEN] = history[TOKEN], inside
 
 
 @njit(nogil=True)
