@@ -35,6 +35,7 @@ from stages.sliding_eval.tree import of_table
 from stages.ttt_eval import tilt
 from stages.ttt_eval.hints import LENGTHS, STATES, Hints
 from stages.ttt_eval.mixer import MixerScorer
+from stages.ttt_eval.mixture import Mixture, follow
 from stages.ttt_eval.params import Params
 from stages.ttt_eval.stack import scorer_for
 from stages.ttt_eval.tilt import TiltScorer
@@ -141,6 +142,17 @@ def best(name: str, rates: tuple[float, ...], run: Callable[[float], AskedScorer
     }
 
 
+def mixing_alone(answers: np.ndarray, case: Case) -> float:
+    """MB/s of one core over the network's paths, nothing but the mixture: the best of three runs, compiled before."""
+    paths_ND, seconds, counted = np.ascontiguousarray(answers[3:].T), [], int(case.stream.counted_bytes.sum())
+    for _ in range(4):
+        mixture = Mixture(case.stream.table.boundary, counted)
+        started = time.process_time()
+        follow(mixture.arrays, case.forest.trees, case.targets, case.trees, paths_ND, answers[0], MIXER_RATES[1])
+        seconds.append(time.process_time() - started)
+    return counted / 1e6 / min(seconds[1:])
+
+
 def differences(losses: dict[str, np.ndarray], of: np.ndarray, case: Case) -> dict[str, Any]:
     """bpb of each and their paired differences, over the targets `of`."""
     counted = case.stream.counted_bytes[of]
@@ -197,6 +209,7 @@ def main() -> None:
         lambda rate: mixed(TiltScorer(Replay(case, answers), params.ttt_eval.tilt_rate, targets), rate),
         case,
     )
+    seen["mixture"]["megabytes_per_second_mixing_alone"] = mixing_alone(answers, case)
     about = {"targets": targets, "bytes": int(case.stream.counted_bytes.sum()), "of": arguments.of, "changes": arguments.set}
     found = figures(losses, case)
     arguments.results.write_text(json.dumps(about | seen | found | machine.facts(), indent=2, sort_keys=True) + "\n")

@@ -2,7 +2,10 @@
 
 import copy
 import dataclasses
+import json
 import math
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -10,7 +13,9 @@ import pytest
 import torch
 
 from stages import bpb
+from stages.sliding_eval import tree
 from stages.sliding_eval.asked import Asked
+from stages.sliding_eval.forest import NO_HINT, Forest
 from stages.sliding_eval.scorer import SlidingScorer
 from stages.ttt_eval.mixer import MixerScorer
 from stages.ttt_eval.stack import scorer_for
@@ -82,6 +87,24 @@ def test_it_learns(trained):
     plain, nll = Drawn(of.vocab_size).score_stream(tokens), mixed(of, len(tokens)).score_stream(tokens)
     assert nll.dtype == np.float32
     assert nll[len(nll) // 2 :].mean() < 0.5 * plain[len(nll) // 2 :].mean()
+
+
+def test_it_computes_what_dictionaries_do_in_float64(trained, tmp_path):
+    """But for chances that lie at the edge of a cell of the grid of logits, and fall to its other side."""
+    of, tokens = trained
+    tokens, forest = tokens[:400], Forest(tree.of_table(of), CPU)
+    trees_N = of.boundary[tokens[:-1]].astype(np.int64)
+    answers = Drawn(of.vocab_size).score(tokens, Asked(np.stack((np.full_like(trees_N, NO_HINT), trees_N)), forest))
+    paths_ND = np.ascontiguousarray(answers[3:].T) * np.float32(0.3)  # milder laws leave more decisions to mix
+    case = {"boundary": of.boundary, "targets": tokens[1:].astype(np.int64), "trees_N": trees_N, "paths_ND": paths_ND, "rate": RATE}
+    np.savez(tmp_path / "case.npz", **forest.trees._asdict(), **case)
+    process = [sys.executable, "-m", "tests.slow_mixture", str(tmp_path / "case.npz")]
+    slow, fast = np.array(json.loads(subprocess.run(process, check=True, capture_output=True, text=True).stdout))
+    assert slow[200:].mean() > 3
+    apart = np.abs(slow - fast)
+    assert np.median(apart) < 5e-5
+    assert apart.mean() < 5e-4
+    assert apart.max() < 0.02
 
 
 def test_noise_cannot_be_beaten():
