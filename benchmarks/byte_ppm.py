@@ -29,6 +29,7 @@ from stages.scorer import Scorer
 from stages.sliding_eval.evaluate import Stream, open_stream
 from stages.sliding_eval.params import Params
 from stages.sliding_eval.scorer import SlidingScorer
+from stages.sliding_eval.tree import numbers_behind
 
 CONFIDENT, LAMBDA_CONFIDENT, LAMBDA_ELSE, GATE_NATS = 0.9, 0.05, 0.9, 0.277  # as in #1858
 PREFIX_SHARE = 8_000_000 / 40_540_160  # of the targets: what #1858 scored of the official set
@@ -58,7 +59,7 @@ class Bytes:
 
     def __init__(self, stream: Stream) -> None:
         self.texts = [stream.table.emissions(is_after_boundary) for is_after_boundary in (False, True)]
-        self.modes = stream.table.boundary[stream.tokens[:-1]].astype(np.int64)
+        self.modes = numbers_behind(stream.table.boundary, stream.tokens[:-1])
         emitted = [self.texts[mode][token] for mode, token in zip(self.modes, stream.tokens[1:], strict=True)]
         self.sizes = np.array([len(text) for text in emitted])
         assert np.array_equal(self.sizes, stream.counted_bytes)

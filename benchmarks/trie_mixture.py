@@ -31,11 +31,11 @@ from stages.sliding_eval.asked import Asked
 from stages.sliding_eval.evaluate import AskedScorer, Stream, open_stream
 from stages.sliding_eval.forest import NO_HINT, Forest
 from stages.sliding_eval.scorer import SlidingScorer
-from stages.sliding_eval.tree import of_table
+from stages.sliding_eval.tree import numbers_behind, of_table
 from stages.ttt_eval import tilt
 from stages.ttt_eval.hints import LENGTHS, STATES, Hints
 from stages.ttt_eval.mixer import MixerScorer
-from stages.ttt_eval.mixture import Mixture, follow
+from stages.ttt_eval.mixture import Mixture
 from stages.ttt_eval.params import Params
 from stages.ttt_eval.stack import scorer_for
 from stages.ttt_eval.tilt import TiltScorer
@@ -62,8 +62,8 @@ class Case(NamedTuple):
 
 def case_of(stream: Stream) -> Case:
     """Both trees, and the hints of a causal pass."""
-    hints, states = Hints(stream.targets).observe(stream.tokens)
-    trees = stream.table.boundary[stream.tokens[:-1]].astype(np.int64)
+    hints, states = Hints(stream.table.codes, stream.targets).observe(stream.tokens)
+    trees = numbers_behind(stream.table.boundary, stream.tokens[:-1])
     return Case(stream, hints[1:].astype(np.int64), states[1:], trees, Forest(of_table(stream.table), torch.device("cpu")))
 
 
@@ -146,9 +146,9 @@ def mixing_alone(answers: np.ndarray, case: Case) -> float:
     """MB/s of one core over the network's paths, nothing but the mixture: the best of three runs, compiled before."""
     paths_ND, seconds, counted = np.ascontiguousarray(answers[3:].T), [], int(case.stream.counted_bytes.sum())
     for _ in range(4):
-        mixture = Mixture(case.stream.table.boundary, counted)
+        mixture = Mixture(case.forest.trees, case.stream.table.boundary, counted)
         started = time.process_time()
-        follow(mixture.arrays, case.forest.trees, case.targets, case.trees, paths_ND, answers[0], MIXER_RATES[1])
+        mixture.follow(case.targets, case.trees, paths_ND, answers[0], MIXER_RATES[1])
         seconds.append(time.process_time() - started)
     return counted / 1e6 / min(seconds[1:])
 
@@ -194,19 +194,19 @@ def main() -> None:
     whole = open_stream(arguments.held_out, arguments.tokenizer)
     targets = min(arguments.targets, whole.targets)
     case = case_of(Stream(whole.tokens[: targets + 1], whole.counted_bytes[:targets], whole.table))
-    answers = answered(arguments, params, case)
+    answers, codes = answered(arguments, params, case), case.stream.table.codes
 
     def mixed(scorer: AskedScorer, rate: float) -> MixerScorer:
         return MixerScorer(scorer, rate, case.stream.table, targets, torch.device("cpu"))
 
     losses, seen = {"network": answers[0]}, {}
-    losses["tilt"], seen["tilt"] = best("tilt", TILT_RATES, lambda rate: TiltScorer(Replay(case, answers), rate, targets), case)
+    losses["tilt"], seen["tilt"] = best("tilt", TILT_RATES, lambda rate: TiltScorer(Replay(case, answers), rate, codes, targets), case)
     seen["tilt"]["cost_of_learning_bpb_by_rate"] = {str(rate): cost_of_learning(answers, case, rate) for rate in TILT_RATES}
     losses["mixture"], seen["mixture"] = best("mixture", MIXER_RATES, lambda rate: mixed(Replay(case, answers), rate), case)
     losses["tilt and mixture"], seen["tilt and mixture"] = best(
         "tilt and mixture",
         MIXER_RATES,
-        lambda rate: mixed(TiltScorer(Replay(case, answers), params.ttt_eval.tilt_rate, targets), rate),
+        lambda rate: mixed(TiltScorer(Replay(case, answers), params.ttt_eval.tilt_rate, codes, targets), rate),
         case,
     )
     seen["mixture"]["megabytes_per_second_mixing_alone"] = mixing_alone(answers, case)

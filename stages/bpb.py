@@ -9,6 +9,7 @@ Loss per token says nothing across tokenizers, so the challenge scores bits per 
 * control, unknown and unused ids are no text: zero bytes, and a boundary for the token that follows.
 """
 
+import hashlib
 import math
 from dataclasses import dataclass
 from functools import cached_property
@@ -38,6 +39,13 @@ class ByteTable:
     def base(self) -> np.ndarray:
         """(V,) int64: bytes without the leading space."""
         return np.array([len(text) for text in self.texts], dtype=np.int64)
+
+    @cached_property
+    def codes(self) -> np.ndarray:
+        """(V,) uint64: a number for what each id says, to be hashed where an id's own number must not matter."""
+        kinds = self.boundary + 2 * self.leading_space.astype(np.int64)
+        said = (bytes([kind]) + text for kind, text in zip(kinds.tolist(), self.texts, strict=True))
+        return np.array([int.from_bytes(hashlib.blake2b(one, digest_size=8).digest(), "little") for one in said], dtype=np.uint64)
 
     def emissions(self, after_boundary: bool) -> list[bytes]:
         """What each id adds to the text, behind a token without text or behind one with."""

@@ -1,28 +1,23 @@
-"""The byte mixture once more, with dictionaries and float64: what stages/ttt_eval/mixture.py computes where no two lines collide.
+"""The byte mixture once more, with dictionaries and float64: what stages/ttt_eval/mixture.py computes where no two lines collide."""
 
-`python -m tests.slow_mixture CASE.npz` prints both gains over a case, (2, N) as JSON, the compiled one with so many lines that none
-collide. How many is a constant when it is compiled, which is why this is a process of its own.
-"""
-
-import json
 import math
-import sys
 from collections import defaultdict
 from typing import Any
 
 import numpy as np
 
 from stages.sliding_eval.tree import END, Trees
-from stages.ttt_eval import mixture
-from stages.ttt_eval.mixture import AFTER, CLASSES, CONTEXTS, EDGES, GRID, KNOWN, LENGTHS, LONGEST, SHORTEST, STEADY, SURE, WHOLE
+from stages.ttt_eval.contexts import ALWAYS, CLASSES, CONTEXTS, EDGES, KNOWN, LENGTHS, LONGEST, NETWORK, ORDERS, SHORTEST, STATES, SURE
+from stages.ttt_eval.mixture import AFTER, FEWEST, GRID_BITS, LIMIT, STEADY, WHOLE
 
-MATCH, NETWORK, ALWAYS = CONTEXTS, CONTEXTS + 1, CONTEXTS + 2
+MATCH = CONTEXTS
+NOTHING = 0.5 * WHOLE  # the chance that an opinion is made of where nothing is known
 
 
 def logit(chance: float) -> float:
-    """Of the middle of the cell of a grid that a chance lies in."""
-    cell = min(int(chance * GRID), GRID - 1)
-    return math.log((cell + 0.5) / (GRID - cell - 0.5))
+    """Of the middle of the cell of a grid that a chance of 22 bits lies in."""
+    cell = int(chance * (1 << GRID_BITS) / (1 << 22))
+    return math.log((cell + 0.5) / ((1 << GRID_BITS) - cell - 0.5))
 
 
 def is_letter(byte: int) -> bool:
@@ -34,8 +29,8 @@ class SlowMixture:
         self.boundary, self.rate = boundary, rate
         self.lines: dict[Any, dict[Any, int]] = {}
         self.chances: dict[Any, list[float]] = {}
-        self.by_context: Any = defaultdict(lambda: np.eye(CONTEXTS + 3)[NETWORK])
-        self.by_match: Any = defaultdict(lambda: np.zeros(CONTEXTS + 3))
+        self.by_context: Any = defaultdict(lambda: np.eye(ALWAYS + 1)[NETWORK])
+        self.by_match: Any = defaultdict(lambda: np.zeros(ALWAYS + 1))
         self.steps: Any = defaultdict(int)
         self.read, self.word, self.before, self.pair = b"\0" * 8, b"", b"", (b"", b"")
         self.text, self.where = bytearray(), dict[bytes, int]()
@@ -54,7 +49,7 @@ class SlowMixture:
 
     def _contexts(self, inside: bytes) -> list[Any]:
         read, word, before = self._after(inside)
-        return [*(read[-k:] for k in range(1, 7)), (word, read[-1:]), (word, before), (inside, *self.pair)]
+        return [*(read[-k:] for k in ORDERS), (word, read[-1:]), (word, before), (inside, *self.pair)]
 
     def _opinion(self, prefix: int, inside: bytes) -> tuple[Any, float] | None:
         """Of the match: its key, and the chance it starts with."""
@@ -72,7 +67,7 @@ class SlowMixture:
         return (bit, length), 1 - wrong if bit else wrong
 
     def _chance(self, key: Any, start: float) -> list[float]:
-        return self.chances.setdefault(key, [start, 4])
+        return self.chances.setdefault(key, [int(start * WHOLE), FEWEST])
 
     def gain(self, trees: Trees, number: int, token: int, path: np.ndarray) -> float:
         """What a token's loss is less by; then everything learns from it."""
@@ -88,12 +83,12 @@ class SlowMixture:
             lines = [(k, context, half) for k, context in enumerate(self._contexts(inside))]
             states = [self.lines.get(line, {}).get(place, 0) for line in lines]
             keys = [(prefix == END, k, state) for k, state in enumerate(states)]
-            starts = [((state & 15) + 0.4) / ((state >> 4) + (state & 15) + 0.8) for state in states]
-            opinions = [self._chance(key, int(start * WHOLE)) for key, start in zip(keys, starts, strict=True)]
+            starts = [(state % 8 + 0.4) / (state // 8 + state % 8 + 0.8) for state in states]
+            opinions = [self._chance(key, start) for key, start in zip(keys, starts, strict=True)]
             match = self._opinion(prefix, inside)
             matched = self._chance(("match", match[0]), match[1]) if match else None
-            x = np.array([*(logit(p / (1 << 22)) if state else 0.0 for (p, _), state in zip(opinions, states, strict=True)), 0, z, 0.25])
-            x[MATCH] = logit(matched[0]) if matched else 0
+            x = np.array([*(logit(p if state else NOTHING) for (p, _), state in zip(opinions, states, strict=True)), 0, z, 0.25])
+            x[MATCH] = logit(matched[0] if matched else NOTHING)
             known = sum(line in self.lines for line in lines)
             length = int((self.length + len(inside) >= LENGTHS).sum()) if match else 0
             chosen = (prefix == END, int((abs(z) >= EDGES).sum()), (known * (KNOWN - 1) + CONTEXTS - 1) // CONTEXTS)
@@ -111,19 +106,19 @@ class SlowMixture:
                 self.steps[name] += 1
             for line, state, opinion in zip(lines, states, opinions, strict=True):
                 if state:
-                    self._learn(opinion, bit * WHOLE, 255)
-                    opinion[0] = int(opinion[0])  # its grid is fine, but the logit's is not: a cell is as much as 1 at the edge
+                    self._learn(opinion, bit)
                 kept = self.lines.setdefault(line, {})
-                kept[place] = int(AFTER[bit, kept.get(place, 0)])
+                kept[place] = int(AFTER[bit * STATES + kept.get(place, 0)])
             if matched:
-                self._learn(matched, bit, 1022)
+                self._learn(matched, bit)
         self._advance(token, text)
         return nats
 
     @staticmethod
-    def _learn(chance: list[float], came: int, limit: int) -> None:
-        chance[0] += (came - chance[0]) / (chance[1] + 1.5)
-        chance[1] = min(chance[1] + 1, limit)
+    def _learn(chance: list[float], came: int) -> None:
+        """Its grid is fine, but the logit's is not: a cell is as much as 1 at the edge."""
+        chance[0] = math.floor(chance[0] + (came * WHOLE - chance[0]) / (chance[1] + 1.5))
+        chance[1] = min(chance[1] + 1, LIMIT)
 
     def _advance(self, token: int, text: bytes) -> None:
         if self.boundary[token]:
@@ -143,19 +138,3 @@ class SlowMixture:
             self.matched, self.length = candidate, self.length if self.length >= SHORTEST else 0
         self.where[last] = len(self.text)
         self.pair = (self.pair[1], text)
-
-
-def main(path: str) -> None:
-    mixture.LINES = 1 << 20
-    with np.load(path) as case:
-        trees = Trees(*(case[name] for name in Trees._fields))
-        boundary, targets, trees_N, paths_ND, rate = (case[name] for name in ("boundary", "targets", "trees_N", "paths_ND", "rate"))
-    arrays = mixture.Mixture(boundary, 1 << 20).arrays
-    nll = mixture.follow(arrays, trees, targets, trees_N, paths_ND, np.zeros(len(targets), np.float32), float(rate))
-    slow = SlowMixture(boundary, float(rate))
-    gains = [slow.gain(trees, *row) for row in zip(trees_N, targets, paths_ND, strict=True)]
-    print(json.dumps([gains, (-nll).tolist()]))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

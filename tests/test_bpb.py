@@ -16,6 +16,7 @@ from stages.tokenize import adopt, encode, tokenizer
 from stages.tokenize.encode import Encoded
 from stages.tokenize.split import Document
 from stages.tokenize.tokenizer import Tokenizer
+from tests import factories
 
 RECORD = "fineweb_8192_bpe.model"
 DOCUMENTS, TOKENS, BYTES = 901, 679_261, 2_504_310  # of the first FineWeb validation documents, from the challenge's logs
@@ -100,6 +101,13 @@ def test_the_table_equals_the_slow_rule(stream: np.ndarray, record: Tokenizer) -
     noise = random.integers(0, 8192, size=20_000).astype(np.uint16)  # every id, in every neighbourhood
     for tokens in (stream[:50_000], noise):
         assert bpb.target_bytes(tokens, record.table).tolist() == list(slow_bytes(tokens, record.processor))
+
+
+def test_codes_are_of_what_ids_say_and_of_nothing_else() -> None:
+    of = factories.table()
+    said = list(zip(of.texts, of.leading_space.tolist(), of.boundary.tolist(), strict=True))
+    assert len(set(of.codes.tolist())) == len(set(said)) < of.vocab_size
+    assert len(set(zip(of.codes.tolist(), said, strict=True))) == len(set(said))
 
 
 def test_d1_leading_space_is_counted_once(fineweb: list[Encoded], record: Tokenizer) -> None:

@@ -113,7 +113,7 @@ def test_every_scorer_answers_what_its_predictions_say(kind):
     tokens[::29] = 1
     of = table()
     hints = (np.arange(119) * 7 % TINY.vocab_size) if kind != "tilted" else np.full(119, NO_HINT)
-    trees_N = of.boundary[tokens[:-1]].astype(np.int64)
+    trees_N = tree.numbers_behind(of.boundary, tokens[:-1])
 
     def make():
         model = random_model(6)
@@ -122,7 +122,7 @@ def test_every_scorer_answers_what_its_predictions_say(kind):
         if kind == "lora":
             return LoRAScorer(model, SLIDING, replace(TTT, lora=replace(TTT.lora, lr=0.001)), world())
         scorer = TTTScorer(model, SLIDING, TTT, world(), 119)
-        return tilt.TiltScorer(scorer, 0.05, 119) if kind == "tilted" else scorer
+        return tilt.TiltScorer(scorer, 0.05, of.codes, 119) if kind == "tilted" else scorer
 
     forest = Forest(tree.of_table(of), torch.device("cpu"))
     pieces, parts = make(), []

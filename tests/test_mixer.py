@@ -2,10 +2,7 @@
 
 import copy
 import dataclasses
-import json
 import math
-import subprocess
-import sys
 from typing import Any
 
 import numpy as np
@@ -18,9 +15,11 @@ from stages.sliding_eval.asked import Asked
 from stages.sliding_eval.forest import NO_HINT, Forest
 from stages.sliding_eval.scorer import SlidingScorer
 from stages.ttt_eval.mixer import MixerScorer
+from stages.ttt_eval.mixture import Mixture
 from stages.ttt_eval.stack import scorer_for
 from stages.ttt_eval.tilt import TiltScorer
 from tests.factories import TINY, TTT, random_model, table, world
+from tests.slow_mixture import SlowMixture
 from tests.test_forest import random_laws, trained
 from tests.test_ttt_eval import SLIDING
 
@@ -89,17 +88,17 @@ def test_it_learns(trained):
     assert nll[len(nll) // 2 :].mean() < 0.5 * plain[len(nll) // 2 :].mean()
 
 
-def test_it_computes_what_dictionaries_do_in_float64(trained, tmp_path):
+def test_it_computes_what_dictionaries_do_in_float64(trained):
     """But for chances that lie at the edge of a cell of the grid of logits, and fall to its other side."""
     of, tokens = trained
     tokens, forest = tokens[:400], Forest(tree.of_table(of), CPU)
-    trees_N = of.boundary[tokens[:-1]].astype(np.int64)
+    trees_N = tree.numbers_behind(of.boundary, tokens[:-1])
     answers = Drawn(of.vocab_size).score(tokens, Asked(np.stack((np.full_like(trees_N, NO_HINT), trees_N)), forest))
     paths_ND = np.ascontiguousarray(answers[3:].T) * np.float32(0.3)  # milder laws leave more decisions to mix
-    case = {"boundary": of.boundary, "targets": tokens[1:].astype(np.int64), "trees_N": trees_N, "paths_ND": paths_ND, "rate": RATE}
-    np.savez(tmp_path / "case.npz", **forest.trees._asdict(), **case)
-    process = [sys.executable, "-m", "tests.slow_mixture", str(tmp_path / "case.npz")]
-    slow, fast = np.array(json.loads(subprocess.run(process, check=True, capture_output=True, text=True).stdout))
+    targets, without_collisions = tokens[1:].astype(np.int64), Mixture(forest.trees, of.boundary, 1 << 20, lines=1 << 20)
+    fast = -without_collisions.follow(targets, trees_N, paths_ND, np.zeros(len(targets), np.float32), RATE)
+    by_dictionaries = SlowMixture(of.boundary, RATE)
+    slow = np.array([by_dictionaries.gain(forest.trees, *row) for row in zip(trees_N, targets, paths_ND, strict=True)])
     assert slow[200:].mean() > 3
     apart = np.abs(slow - fast)
     assert np.median(apart) < 5e-5
@@ -172,7 +171,7 @@ def test_pieces_and_predictions_agree_with_the_whole_stream(monkeypatch: pytest.
     tokens[::37] = 1
 
     def make():
-        return mixed(of, 399, wrapped=TiltScorer(SlidingScorer(random_model(6), SLIDING, world()), 0.05, 399))
+        return mixed(of, 399, wrapped=TiltScorer(SlidingScorer(random_model(6), SLIDING, world()), 0.05, of.codes, 399))
 
     whole = make().score_stream(tokens)
     pieces = make()

@@ -28,6 +28,7 @@ from tests.zoo import lawful
 from tests.zoo.court import PARAMS
 
 RATE = 0.05
+CODES = np.arange(1, 1 + max(lawful.VOCAB, TINY.vocab_size), dtype=np.uint64)
 
 
 class HintedBigram(lawful.Bigram):
@@ -62,7 +63,7 @@ def stream(count: int, vocab: int = lawful.VOCAB, seed: int = 0) -> np.ndarray:
 
 
 def tilted(targets: int, rate: float = RATE) -> TiltScorer:
-    return TiltScorer(HintedBigram(targets), rate, targets)
+    return TiltScorer(HintedBigram(targets), rate, CODES, targets)
 
 
 # Hints
@@ -99,13 +100,13 @@ def slow_hints(tokens: np.ndarray) -> tuple[list[int], list[list[int]]]:
 def test_hints_equal_dictionaries_and_come_before_the_token() -> None:
     tokens = stream(3000)
     tokens[2000:2100] = 7  # a run: many hits
-    hints, states = Hints(1 << 20).observe(tokens)
+    hints, states = Hints(CODES, 1 << 20).observe(tokens)
     expected = slow_hints(tokens)
     # Of two million slots a few are hit twice.
     assert (hints != expected[0]).mean() < 1e-3
     assert (states != expected[1]).mean() < 1e-3
     assert states.max() >= AGREES + 4 * MOST_HITS
-    one_by_one = Hints(1 << 20)
+    one_by_one = Hints(CODES, 1 << 20)
     for i in range(300):
         hint, state = one_by_one.next()
         assert hint == hints[i]
@@ -114,10 +115,21 @@ def test_hints_equal_dictionaries_and_come_before_the_token() -> None:
 
 
 def test_tables_that_are_too_small_still_give_hints() -> None:
-    crowded = Hints(10)
+    crowded = Hints(CODES, 10)
     hints, _ = crowded.observe(stream(20_000))
     assert (hints >= 0).mean() > 0.2
     assert crowded.tables.shape == (len(LENGTHS), 1024)
+
+
+def test_the_same_hints_with_other_names_for_the_ids() -> None:
+    """Even in tables where most contexts collide: what collides depends on what the ids say."""
+    names = np.random.Generator(np.random.PCG64(8)).permutation(len(CODES))
+    codes, tokens = np.empty_like(CODES), stream(5000)
+    codes[names] = CODES
+    hints, states = Hints(CODES, 10).observe(tokens)
+    renamed, renamed_states = Hints(codes, 10).observe(names[tokens].astype(np.uint16))
+    np.testing.assert_array_equal(renamed, np.where(hints >= 0, names[hints], -1))
+    np.testing.assert_array_equal(renamed_states, states)
 
 
 # The tilt
@@ -129,7 +141,7 @@ def test_weights_at_zero_are_the_wrapped_scorer_bit_for_bit() -> None:
     short = stream(200, TINY.vocab_size)
     trained = TTTScorer(random_model(6), SLIDING, TTT, world(), len(short) - 1)
     wrapped = TTTScorer(random_model(6), SLIDING, TTT, world(), len(short) - 1)
-    np.testing.assert_array_equal(TiltScorer(wrapped, 0.0, len(short) - 1).score_stream(short), trained.score_stream(short))
+    np.testing.assert_array_equal(TiltScorer(wrapped, 0.0, CODES, len(short) - 1).score_stream(short), trained.score_stream(short))
 
 
 def test_it_learns_what_pairs_do_not_tell() -> None:
@@ -167,11 +179,11 @@ def test_distributions_sum_to_one_late_in_a_long_stream_and_are_what_is_scored()
 
 def test_pieces_predictions_and_the_whole_stream_agree() -> None:
     tokens = stream(400, TINY.vocab_size)
-    whole = TiltScorer(SlidingScorer(random_model(6), SLIDING, world()), RATE, 399).score_stream(tokens)
-    pieces = TiltScorer(SlidingScorer(random_model(6), SLIDING, world()), RATE, 399)
+    whole = TiltScorer(SlidingScorer(random_model(6), SLIDING, world()), RATE, CODES, 399).score_stream(tokens)
+    pieces = TiltScorer(SlidingScorer(random_model(6), SLIDING, world()), RATE, CODES, 399)
     parts = np.concatenate([pieces.score_stream(part) for part in np.split(tokens, [1, 20, 33, 34, 200])])
     np.testing.assert_allclose(parts, whole, atol=1e-5)
-    one_by_one = TiltScorer(SlidingScorer(random_model(6), SLIDING, world()), RATE, 399)
+    one_by_one = TiltScorer(SlidingScorer(random_model(6), SLIDING, world()), RATE, CODES, 399)
     one_by_one.observe(int(tokens[0]))
     for target in range(200):
         if target % 3 == 0:  # between them tokens wait, and are scored together

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from sentencepiece import SentencePieceProcessor
 
 from stages import bpb, command, shards
 from stages.audit import catalogue, coverage, disjoint, files, outside, own, recipes, render, room, round_trip, statistics
@@ -63,13 +64,15 @@ def main(run: command.Run[Params]) -> None:
     if run.is_main:
         for name in FAILED:
             (run.output.parent / name).unlink(missing_ok=True)
-    stream = read_stream(paths)
+    tokenizer = bpb.load_tokenizer(paths["tokenizer"])
+    table = bpb.byte_table(tokenizer)
+    stream = read_stream(paths["val"], tokenizer, table)
     key = key_of([paths["model"], paths["code"], *shards.find(paths["val"])])
-    verdicts = audit_files(run, paths, stream)
+    verdicts = audit_files(run, paths, stream, tokenizer)
     # float32 and deterministic kernels, whatever the evaluation used: then a moved bit is a dependence, and not the order of some sum.
     exact = dataclasses.replace(run.params.parallel, dtype="float32", deterministic=True, compile=False)
     with world(exact) as here:
-        verdicts += audit_scorers(run, paths, stream, key, here)
+        verdicts += audit_scorers(run, paths, stream, table, key, here)
         if run.params.audit.clean_room and run.is_main:
             verdicts += visit_room(run.params, paths, here)
     verdicts = catalogue.complete(verdicts, list(BUDGETED), REASONS)
@@ -93,18 +96,16 @@ def main(run: command.Run[Params]) -> None:
     run.write_json("metrics.json", render.summary(verdicts))
 
 
-def read_stream(paths: Mapping[str, Path]) -> Stream:
+def read_stream(val: Path, tokenizer: SentencePieceProcessor, table: bpb.ByteTable) -> Stream:
     """The validation stream, its bytes by the table and by decoding."""
-    tokenizer = bpb.load_tokenizer(paths["tokenizer"])
-    table = bpb.byte_table(tokenizer)
-    for path in shards.find(paths["val"]):
+    for path in shards.find(val):
         shards.check_ids(path, table.vocab_size)
-    tokens = shards.stream(paths["val"])
+    tokens = shards.stream(val)
     by_decoding = coverage.count_documents(tokens, tokenizer)
     return Stream(tokens, table.bos, bpb.target_bytes(tokens, table), by_decoding, Speller(tokenizer).bytes_of)
 
 
-def audit_files(run: command.Run[Params], paths: Mapping[str, Path], stream: Stream) -> list[Verdict]:
+def audit_files(run: command.Run[Params], paths: Mapping[str, Path], stream: Stream, tokenizer: SentencePieceProcessor) -> list[Verdict]:
     """Bytes, clocks, denominator, data, seeds."""
     params, manifest = run.params, read_json(paths["manifest"])
     documents = np.frombuffer(paths["documents"].read_bytes(), dtype="<u8")
@@ -119,7 +120,6 @@ def audit_files(run: command.Run[Params], paths: Mapping[str, Path], stream: Str
         verdicts.append(files.check_clock("evaluation", subject, seconds, params.audit.evaluation_budget_seconds))
     recorded, counts = files.manifest_entries(manifest)
     found = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in shards.find(paths["val"])}
-    tokenizer = bpb.load_tokenizer(paths["tokenizer"])
     verdicts += [
         coverage.check_denominator(stream.tokens, stream.bos, stream.target_bytes, stream.document_bytes),
         coverage.check_table(tokenizer, FUZZ),
@@ -132,14 +132,15 @@ def audit_files(run: command.Run[Params], paths: Mapping[str, Path], stream: Str
     return verdicts
 
 
-def audit_scorers(run: command.Run[Params], paths: Mapping[str, Path], stream: Stream, key: bytes, here: World) -> list[Verdict]:
+def audit_scorers(
+    run: command.Run[Params], paths: Mapping[str, Path], stream: Stream, table: bpb.ByteTable, key: bytes, here: World
+) -> list[Verdict]:
     """Both scorers of the pipeline, each against its own ledger."""
     params, verdicts = run.params, []
     model = load_model(paths["model"], here)
     tolerances = (params.audit.loss_tolerance, params.audit.mean_tolerance)
     if activation_dtype(params.parallel, here.device) != here.dtype:
         tolerances = (params.audit.bfloat16_loss_tolerance, params.audit.bfloat16_mean_tolerance)
-    table = bpb.byte_table(bpb.load_tokenizer(paths["tokenizer"]))
     for name, one in own.scorers(model, params.sliding_eval, params.ttt_eval, here, table, len(stream.tokens) - 1).items():
         claim = read_claim(paths[BUDGETED[name]], f"{BUDGETED[name]}_bpb", tolerances)
         verdicts += audit_scorer(name, one.factory, stream, claim, one.edges, key, params.audit, run.report, one.variants)

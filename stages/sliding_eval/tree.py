@@ -50,6 +50,11 @@ def of_table(table: ByteTable) -> Trees:
     return build([table.emissions(is_after_boundary) for is_after_boundary in (False, True)])
 
 
+def numbers_behind(boundary_V: np.ndarray, previous_N: np.ndarray) -> np.ndarray:
+    """The number of the tree that the token behind each is in, (N,) int64."""
+    return np.where(boundary_V[previous_N], AFTER_BOUNDARY, AFTER_TEXT)
+
+
 def build(texts_T: Sequence[Sequence[bytes]]) -> Trees:
     """Trees, by the bytes that each id emits in each."""
     orders, sames, firsts, starts, rows = [], [], [], [], [np.empty((0, 6), np.int64)]

@@ -2,7 +2,8 @@
 
 For contexts of several lengths a table remembers the token that followed, how often it did so since (hits) and how often it lately did not
 (misses), as #1514's token expert does for one length; the hint is the longest known context's. Tables are hashed and hold no proof but 16
-bits, so a collision makes a hint worse and can make no score unlawful: what a hint is worth is learnt (tilt.py).
+bits, so a collision makes a hint worse and can make no score unlawful: what a hint is worth is learnt (tilt.py). What is hashed is what
+ids say (`ByteTable.codes`), not their numbers: with other names for the ids the same contexts collide.
 
 A slot is 64 bits: check 16, token 16, misses 8, hits 8. Shapes: N tokens, K lengths.
 """
@@ -27,7 +28,7 @@ def _slots(ring: np.ndarray, seen: int, bits: int, slots_K: np.ndarray, checks_K
     length = 0
     for k in range(len(LENGTHS)):
         while length < LENGTHS[k] and length < seen:
-            key = (key ^ np.uint64(ring[(seen - 1 - length) & (RING - 1)] + 1)) * MULTIPLIER
+            key = (key ^ ring[(seen - 1 - length) & (RING - 1)]) * MULTIPLIER
             key ^= key >> np.uint64(29)
             length += 1
         hashed = key * MULTIPLIER
@@ -78,7 +79,15 @@ def _learn(tables: np.ndarray, slots_K: np.ndarray, checks_K: np.ndarray, token:
 
 @njit(nogil=True)
 def _follow(
-    tables: np.ndarray, ring: np.ndarray, seen: int, bits: int, tokens: np.ndarray, hints: np.ndarray, states: np.ndarray, learn: bool
+    tables: np.ndarray,
+    ring: np.ndarray,
+    seen: int,
+    bits: int,
+    codes_V: np.ndarray,
+    tokens: np.ndarray,
+    hints: np.ndarray,
+    states: np.ndarray,
+    learn: bool,
 ) -> int:
     """For each token the hint that stood before it was seen; then it is. Without `learn` nothing is kept: one look ahead."""
     slots_K, checks_K = np.empty(len(LENGTHS), np.int64), np.empty(len(LENGTHS), np.uint64)
@@ -87,34 +96,36 @@ def _follow(
         hints[i] = _look(tables, slots_K, checks_K, states[i])
         if learn:
             _learn(tables, slots_K, checks_K, np.int64(tokens[i]))
-            ring[seen & (RING - 1)] = tokens[i]
+            ring[seen & (RING - 1)] = codes_V[tokens[i]]
             seen += 1
     return seen
 
 
 class Hints:
-    """The tables over an observed prefix; sized for a stream of `n_targets`, a public constant."""
+    """The tables over an observed prefix of ids with these codes, (V,) uint64; sized for a stream of `n_targets`, a public constant."""
 
-    def __init__(self, n_targets: int) -> None:
+    def __init__(self, codes_V: np.ndarray, n_targets: int) -> None:
+        self.codes_V = codes_V
         self.bits = min(24, max(10, (2 * n_targets - 1).bit_length()))
         self.tables = np.zeros((len(LENGTHS), 1 << self.bits), np.uint64)
-        self.ring = np.zeros(RING, np.int64)
+        self.ring = np.zeros(RING, np.uint64)
         self.seen = 0
 
     def copy(self) -> "Hints":
         """An independent copy."""
         twin = object.__new__(type(self))
-        twin.bits, twin.seen, twin.tables, twin.ring = self.bits, self.seen, self.tables.copy(), self.ring.copy()
+        twin.bits, twin.seen, twin.codes_V = self.bits, self.seen, self.codes_V
+        twin.tables, twin.ring = self.tables.copy(), self.ring.copy()
         return twin
 
     def next(self) -> tuple[int, np.ndarray]:
         """The hint for the token that follows the prefix, -1 for none, and the states of all contexts, (K,) uint8."""
         hints, states = np.empty(1, np.int32), np.empty((1, len(LENGTHS)), np.uint8)
-        _follow(self.tables, self.ring, self.seen, self.bits, self.ring, hints, states, False)
+        _follow(self.tables, self.ring, self.seen, self.bits, self.codes_V, np.empty(1, np.uint16), hints, states, False)
         return int(hints[0]), states[0]
 
     def observe(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Append tokens, (N,); what `next` would have said before each: hints (N,) int32, states (N, K) uint8."""
         hints, states = np.empty(len(tokens), np.int32), np.empty((len(tokens), len(LENGTHS)), np.uint8)
-        self.seen = _follow(self.tables, self.ring, self.seen, self.bits, tokens, hints, states, True)
+        self.seen = _follow(self.tables, self.ring, self.seen, self.bits, self.codes_V, tokens, hints, states, True)
         return hints, states

@@ -23,8 +23,7 @@ from stages.sliding_eval import tree
 from stages.sliding_eval.asked import Asked
 from stages.sliding_eval.evaluate import AskedScorer
 from stages.sliding_eval.forest import NO_HINT, Forest
-from stages.sliding_eval.tree import AFTER_BOUNDARY, AFTER_TEXT
-from stages.ttt_eval.mixture import Mixture, follow, law
+from stages.ttt_eval.mixture import Mixture
 from stages.ttt_eval.wrapper import Wrapper
 
 BYTES_A_TARGET = 4  # about, to size tables by
@@ -38,7 +37,7 @@ class MixerScorer(Wrapper):
         super().__init__(scorer)
         self.rate, self.boundary = rate, table.boundary
         self.forest = Forest(tree.of_table(table), device)
-        self.mixture = Shared(Mixture(table.boundary, n_targets * BYTES_A_TARGET), Mixture.copy)
+        self.mixture = Shared(Mixture(self.forest.trees, table.boundary, n_targets * BYTES_A_TARGET), Mixture.copy)
         self.last: int | None = None  # token that was scored
 
     def fork(self) -> Self:
@@ -48,8 +47,8 @@ class MixerScorer(Wrapper):
         return twin
 
     def _bend(self, logp_V: np.ndarray) -> np.ndarray:
-        trees, number = self.forest.trees, int(self._trees(np.array([self.last]))[0])
-        return law(self.mixture.value.arrays, trees, number, self.forest.longest, tree.sums(logp_V, trees.order_TV[number]))
+        trees, number = self.forest.trees, int(tree.numbers_behind(self.boundary, np.array([self.last]))[0])
+        return self.mixture.value.law(trees, number, tree.sums(logp_V, trees.order_TV[number]))
 
     def _score(self, tokens: np.ndarray, asked: Asked | None) -> np.ndarray:
         """Pieces are mixed by a thread of their own, while the wrapped scorer goes on."""
@@ -61,12 +60,8 @@ class MixerScorer(Wrapper):
                 piece = tokens[first : first + PIECE]
                 previous = np.concatenate(([] if self.last is None else [self.last], piece)).astype(np.int64)[:-1]
                 self.last = int(piece[-1])
-                targets, trees_N = piece[len(piece) - len(previous) :].astype(np.int64), self._trees(previous)
+                targets, trees_N = piece[len(piece) - len(previous) :].astype(np.int64), tree.numbers_behind(self.boundary, previous)
                 answers = self.scorer.score(piece, Asked(np.stack((np.full_like(trees_N, NO_HINT), trees_N)), self.forest))
                 paths_ND = np.ascontiguousarray(answers[3:].T)
-                at_work.append(thread.submit(follow, mixture.arrays, self.forest.trees, targets, trees_N, paths_ND, answers[0], self.rate))
+                at_work.append(thread.submit(mixture.follow, targets, trees_N, paths_ND, answers[0], self.rate))
             return np.concatenate([np.empty(0, dtype=np.float32), *(work.result() for work in at_work)])[None]
-
-    def _trees(self, previous: np.ndarray) -> np.ndarray:
-        """The number of the tree that the token behind each is in."""
-        return np.where(self.boundary[previous], AFTER_BOUNDARY, AFTER_TEXT)

@@ -29,7 +29,7 @@ def scorer_for(
     else:
         scorer = TTTScorer(model, sliding, params, world, n_targets, report)
     if params.tilt_rate:
-        scorer = TiltScorer(scorer, params.tilt_rate, n_targets)
+        scorer = TiltScorer(scorer, params.tilt_rate, table.codes, n_targets)
     if params.mixer_rate:
         scorer = MixerScorer(scorer, params.mixer_rate, table, n_targets, world.device)
     return scorer

@@ -116,12 +116,12 @@ def bend(trees: Trees, trees_N: np.ndarray, targets: np.ndarray, hints: np.ndarr
 
 
 class TiltScorer(Wrapper):
-    """A lawful scorer that wraps another; the stream's length, a public constant, sizes its tables."""
+    """A lawful scorer that wraps another; the stream's length, a public constant, sizes its tables. `codes_V`: of the ids (hints.py)."""
 
-    def __init__(self, scorer: AskedScorer, rate: float, n_targets: int) -> None:
+    def __init__(self, scorer: AskedScorer, rate: float, codes_V: np.ndarray, n_targets: int) -> None:
         super().__init__(scorer)
         self.rate = rate
-        self.hints = Shared(Hints(n_targets), Hints.copy)
+        self.hints = Shared(Hints(codes_V, n_targets), Hints.copy)
         self.weights = np.zeros((len(LENGTHS) * BUCKETS, INPUTS))
         self.updates = np.zeros(len(self.weights), np.int64)
         self.shares_KS = np.full((len(LENGTHS), STATES), 0.5)
