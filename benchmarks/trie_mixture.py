@@ -115,7 +115,7 @@ def cost_of_learning(answers: np.ndarray, case: Case, rate: float) -> float:
     p = np.exp(np.minimum(answers[1], tilt.SURE).astype(np.float64))
     came = (np.random.Generator(np.random.PCG64(0)).random(len(p)) < p) & (case.hints >= 0)
     nll = np.where(came, -np.log(p), -np.log1p(-p)).astype(np.float32)
-    weights, updates = np.zeros((len(LENGTHS) * tilt.BUCKETS, tilt.INPUTS)), np.zeros(len(LENGTHS) * tilt.BUCKETS, np.int64)
+    weights, updates = np.zeros((len(LENGTHS) * tilt.KNOTS, tilt.INPUTS)), np.zeros(len(LENGTHS) * tilt.KNOTS)
     shares, counts = np.full((len(LENGTHS), STATES), 0.5), np.zeros((len(LENGTHS), STATES), np.int64)
     targets = np.where(came, case.hints, case.hints + 1)
     tilted, _ = tilt.follow(case.hints, case.states, targets, nll, answers[1], weights, shares, counts, updates, rate)

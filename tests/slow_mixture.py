@@ -94,11 +94,12 @@ class SlowMixture:
             chosen = (prefix == END, int((abs(z) >= EDGES).sum()), (known * (KNOWN - 1) + CONTEXTS - 1) // CONTEXTS)
             by_match = (prefix == END, length, known_bits, z > 0)
             assert length < CLASSES
-            total = float((self.by_context[chosen] + self.by_match[by_match]) @ x)
+            share = min(1.0, float(SURE) - abs(z))
+            total = share * float((self.by_context[chosen] + self.by_match[by_match]) @ x) + (1 - share) * z
             bit = int(trees.right_E[e])
             side = 1 if bit else -1
             nats += math.log1p(math.exp(-side * z)) - math.log1p(math.exp(-side * total))
-            error = bit - 1 / (1 + math.exp(-total))
+            error = share * (bit - 1 / (1 + math.exp(-total)))
             learnt.append((bit, error, x, chosen, by_match, lines, place, states, opinions, matched))
         for bit, error, x, chosen, by_match, lines, place, states, opinions, matched in learnt:
             for weights, name in ((self.by_context, chosen), (self.by_match, by_match)):

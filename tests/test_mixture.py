@@ -102,3 +102,27 @@ def test_gains_of_long_paths_are_those_of_their_decisions(trained):
     np.testing.assert_allclose(work.mixed, 1 / (1 + np.exp(mixed)), rtol=1e-9)
     assert counts.max() > 8
     assert np.isfinite(Mixture(trees, of.boundary, 4000).follow(targets, trees_N, paths_ND, nll_N, 0.02)).all()
+
+
+def test_no_loss_jumps_where_the_network_becomes_sure(trained):
+    """A decision is left to it little by little: what was learnt against it has no weight at the end."""
+    of, _ = trained
+    trees, targets, trees_N, paths_ND, nll_N = random_case(of, 600)
+    learnt, losses = Mixture(trees, of.boundary, 4000), []
+    learnt.follow(targets, trees_N, paths_ND, nll_N, 0.5)
+    for logit in (4.0, 5.0, 5.5, 5.999, 6.001):
+        paths_ND = np.full((1, trees.longest), logit, np.float32)
+        losses.append([learnt.copy().follow(targets[i : i + 1], trees_N[i : i + 1], paths_ND, nll_N[:1], 0.5)[0] for i in range(200)])
+    away = np.abs(losses).max(axis=1)
+    assert away[0] > 0.5
+    assert away[2] < 0.7 * away[1]
+    assert away[3] < 0.002 * away[1] + 1e-6
+    assert away[4] == 0
+
+
+def test_what_is_no_number_is_left_alone(trained):
+    of, _ = trained
+    trees, targets, trees_N, paths_ND, nll_N = random_case(of, 50)
+    spoiled = np.full_like(paths_ND, np.nan)
+    spoiled[::2] = np.inf
+    np.testing.assert_array_equal(Mixture(trees, of.boundary, 4000).follow(targets, trees_N, spoiled, nll_N, 0.02), nll_N)

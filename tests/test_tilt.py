@@ -16,11 +16,11 @@ from stages.audit.verdict import convicted, reason
 from stages.report import Report
 from stages.sliding_eval.asked import Asked
 from stages.sliding_eval.scorer import SlidingScorer
-from stages.ttt_eval.hints import AGREES, LENGTHS, MOST_HITS, MOST_MISSES, UNKNOWN, Hints
+from stages.ttt_eval.hints import AGREES, LENGTHS, MOST_HITS, MOST_MISSES, STATES, UNKNOWN, Hints
 from stages.ttt_eval.lora import LoRAScorer
 from stages.ttt_eval.scorer import TTTScorer
 from stages.ttt_eval.stack import scorer_for
-from stages.ttt_eval.tilt import TiltScorer
+from stages.ttt_eval.tilt import INPUTS, KNOTS, TiltScorer, _boost
 from tests import factories
 from tests.factories import TINY, TTT, random_model, world
 from tests.test_ttt_eval import SLIDING
@@ -149,6 +149,21 @@ def test_it_learns_what_pairs_do_not_tell() -> None:
     plain, tilt = HintedBigram(0).score_stream(tokens), tilted(len(tokens) - 1).score_stream(tokens)
     assert tilt.dtype == np.float32
     assert tilt[10_000:].mean() < plain[10_000:].mean() - 0.3
+
+
+def test_a_boost_moves_as_little_as_the_probability_that_it_stands_on() -> None:
+    """Two ways to compute one p(h) differ in their last bits; sets of weights with ends made losses jump by a nat there."""
+    random = np.random.Generator(np.random.PCG64(6))
+    weights = random.normal(size=(len(LENGTHS) * KNOTS, INPUTS))
+    shares, states, x = (
+        random.uniform(0.1, 0.9, (len(LENGTHS), STATES)),
+        random.integers(0, STATES, len(LENGTHS)).astype(np.uint8),
+        np.empty(INPUTS),
+    )
+    logits = np.arange(-20, 14, 1e-3)
+    boosts = np.array([_boost(states, -np.logaddexp(0, -logit), weights, shares, x)[0] for logit in logits])
+    assert np.ptp(boosts) > 1
+    assert np.abs(np.diff(boosts)).max() < 0.02
 
 
 def test_noise_cannot_be_beaten() -> None:

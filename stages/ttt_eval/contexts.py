@@ -172,7 +172,7 @@ def place(
     line = SIGNED(work.fields[(begin - 1) * FIELDS + IN_LINE]) if begin > base else base - 1
     for d in range(step, end - first):
         logit, at = logits_ND[row, d], 4 * (first + d)
-        if abs(logit) >= SURE:
+        if not abs(logit) < SURE:  # nor of what is no number, as while kernels are compiled
             continue
         prefix = paths.steps[at + 1]
         while depth < paths.steps[at]:

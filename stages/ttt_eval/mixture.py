@@ -43,6 +43,7 @@ from stages.ttt_eval.contexts import (
     SETS_BY_MATCH,
     START,
     STATES,
+    SURE,
     Arrays,
     Paths,
     Work,
@@ -127,6 +128,12 @@ class Mixture:
 
 
 @inlined()
+def _share(logit: Any) -> Any:
+    """The mixture's share of a decision; it ends where the network is sure, and not at once, or a rounding error would make losses jump."""
+    return min(1.0, SURE - abs(logit))
+
+
+@inlined()
 def _weigh(arrays: Arrays, work: Work, begin: int, end: int) -> None:
     """The mixed logits of placed decisions, of the side that each takes."""
     known, line, nowhere = 0, -1, np.uint32(len(arrays.lines) - LINE)  # the line that is empty for good
@@ -149,8 +156,8 @@ def _weigh(arrays: Arrays, work: Work, begin: int, end: int) -> None:
     for i in range(begin, end):
         first, second = np.int64(work.fields[i * FIELDS + BY_CONTEXT]), np.int64(work.fields[i * FIELDS + BY_MATCH])
         total = dot(arrays.weights, first * WIDTH, second * WIDTH, work.inputs, i * WIDTH)
-        total = np.float64(min(max(total, -MOST), MOST))
-        work.mixed[i] = total if work.fields[i * FIELDS + IS_RIGHT] else -total
+        total, share = np.float64(min(max(total, -MOST), MOST)), _share(work.own[i])
+        work.mixed[i] = (total if work.fields[i * FIELDS + IS_RIGHT] else -total) * share + work.own[i] * (1 - share)
 
 
 @inlined(fastmath=True)
@@ -202,7 +209,7 @@ def _learn(arrays: Arrays, work: Work, begin: int, end: int, rate: Any) -> None:
                     for j in range(1, LINE):
                         arrays.lines[at + np.uint32(j)] = np.uint8(0)
                     arrays.lines[at] = np.uint8(work.lines[line * OF_LINE + CHECKED + k])
-        right, error = np.int64(work.fields[field + IS_RIGHT]), rate * np.float32(work.mixed[i])
+        right, error = np.int64(work.fields[field + IS_RIGHT]), rate * np.float32(work.mixed[i] * _share(work.own[i]))
         error = error if right else -error
         for of in (BY_CONTEXT, BY_MATCH):
             row = np.int64(work.fields[field + of]) * WIDTH

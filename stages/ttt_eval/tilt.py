@@ -6,8 +6,10 @@ A hint h (hints.py) makes one binary event of the next token: is it h? The wrapp
 
 which sums to one whatever w is. In the form of #1514, with b = w . x: p'(v) = p(v) exp(b [v = h]) / Z, Z = 1 + p(h) (exp(b) - 1). The
 inputs x are logit p(h), a constant, and for each context length the stretched share of the positions in that context's state whose hint
-came true; w is chosen by the longest known context and by p(h). Shares and weights learn from the token after it is scored; all weights
-start at 0, which is the wrapped scorer exactly. h and x depend on the observed prefix alone.
+came true. w is chosen by the longest known context, and lies between the weights of the two nearest of a few values of logit p(h): with
+one set for each range of it losses jumped by a nat at its ends, where two ways to compute the same p(h) differ in their last bits. Shares
+and weights learn from the token after it is scored; all weights start at 0, which is the wrapped scorer exactly. h and x depend on the
+observed prefix alone.
 
 Who asks for the decisions on a token's path through the tree of bytes (tree.py) gets them as they stand under the tilt: what the hint has
 is added, times exp(b), to whichever side it is on.
@@ -29,7 +31,7 @@ from stages.ttt_eval.hints import LENGTHS, STATES, UNKNOWN, Hints
 from stages.ttt_eval.wrapper import Wrapper
 
 INPUTS = 2 + len(LENGTHS)
-BUCKETS = 8  # of p(h): two units of its logit each
+KNOTS, APART = 8, 2.0  # values of logit p(h) that have weights, around 0, and what lies between two
 MOST_CERTAIN = 8.0  # of a stretched share; of logit p(h), twice that
 COUNT_LIMIT = 255  # a share forgets by 1/256 in the end
 STEADY = 16  # updates of a set of weights behind which its steps shrink with their root: else noise costs more than a good network leaves
@@ -38,8 +40,8 @@ SURE = -1e-7  # the largest log p(h): float32 cannot tell it from 0
 
 
 @njit(nogil=True)
-def _boost(states_K: np.ndarray, hint_logp: float, weights: np.ndarray, shares_KS: np.ndarray, x_X: np.ndarray) -> tuple[float, int]:
-    """b, and the number of the weights that gave it; fills the inputs."""
+def _boost(states_K: np.ndarray, hint_logp: float, weights: np.ndarray, shares_KS: np.ndarray, x_X: np.ndarray) -> tuple[float, int, float]:
+    """b, the number of the first of the two sets of weights that gave it, and the share of the second; fills the inputs."""
     logit = hint_logp - math.log(-math.expm1(hint_logp))
     x_X[0], x_X[1] = min(max(logit, -2 * MOST_CERTAIN), 2 * MOST_CERTAIN) / 4, 1.0
     longest = 0
@@ -49,11 +51,12 @@ def _boost(states_K: np.ndarray, hint_logp: float, weights: np.ndarray, shares_K
             longest = k
             share = shares_KS[k, states_K[k]]
             x_X[2 + k] = min(max(math.log(share / (1 - share)), -MOST_CERTAIN), MOST_CERTAIN)
-    chosen = longest * BUCKETS + min(max(int(logit / 2 + BUCKETS / 2), 0), BUCKETS - 1)
-    boost = 0.0
+    place = min(max(logit / APART + (KNOTS - 1) / 2, 0.0), KNOTS - 1.0)
+    below = min(int(place), KNOTS - 2)
+    first, share, boost = longest * KNOTS + below, place - below, 0.0
     for i in range(len(x_X)):
-        boost += weights[chosen, i] * x_X[i]
-    return boost, chosen
+        boost += ((1 - share) * weights[first, i] + share * weights[first + 1, i]) * x_X[i]
+    return boost, first, share
 
 
 @njit(nogil=True)
@@ -76,16 +79,17 @@ def follow(
         if hints[i] < 0:
             continue
         logp = min(np.float64(hint_logp[i]), SURE)
-        boost, chosen = _boost(states[i], logp, weights, shares_KS, x_X)
+        boost, first, second_share = _boost(states[i], logp, weights, shares_KS, x_X)
         boosts[i] = boost
         came = 1.0 if hints[i] == targets[i] else 0.0
         log_z = math.log1p(math.exp(logp) * math.expm1(boost))
         tilted[i] = max(0.0, nll[i] - boost * came + log_z)
         error = came - math.exp(logp + boost - log_z)
-        step = rate / math.sqrt(1 + updates[chosen] / STEADY)
-        updates[chosen] += 1
-        for k in range(len(x_X)):
-            weights[chosen, k] += step * error * x_X[k]
+        for chosen, share in ((first, 1 - second_share), (first + 1, second_share)):
+            step = rate * share / math.sqrt(1 + updates[chosen] / STEADY)
+            updates[chosen] += share
+            for k in range(len(x_X)):
+                weights[chosen, k] += step * error * x_X[k]
         for k in range(states.shape[1]):
             state = states[i, k]
             if state != UNKNOWN:
@@ -122,8 +126,8 @@ class TiltScorer(Wrapper):
         super().__init__(scorer)
         self.rate = rate
         self.hints = Shared(Hints(codes_V, n_targets), Hints.copy)
-        self.weights = np.zeros((len(LENGTHS) * BUCKETS, INPUTS))
-        self.updates = np.zeros(len(self.weights), np.int64)
+        self.weights = np.zeros((len(LENGTHS) * KNOTS, INPUTS))
+        self.updates = np.zeros(len(self.weights))
         self.shares_KS = np.full((len(LENGTHS), STATES), 0.5)
         self.counts_KS = np.zeros((len(LENGTHS), STATES), np.int64)
 
@@ -139,7 +143,7 @@ class TiltScorer(Wrapper):
         hint, states_K = self.hints.value.next()
         if hint < 0:
             return logp_V
-        boost, _ = _boost(states_K, min(logp_V[hint], SURE), self.weights, self.shares_KS, np.empty(INPUTS))
+        boost, _, _ = _boost(states_K, min(logp_V[hint], SURE), self.weights, self.shares_KS, np.empty(INPUTS))
         tilted_V = logp_V - math.log1p(math.exp(logp_V[hint]) * math.expm1(boost))
         tilted_V[hint] += boost
         return tilted_V
