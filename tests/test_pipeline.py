@@ -126,6 +126,13 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     shutil.rmtree(folder.parent, ignore_errors=True)
 
 
+def test_these_tests_share_one_run(request):
+    """Side by side each process would run the pipeline again, unless they are a group, and pytest-xdist heeds it."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        pytest.skip("one process: pytest -n 2 --dist loadgroup asks this")
+    assert request.node.nodeid.endswith("@pipeline")
+
+
 def test_every_stage_runs_and_the_audit_passes(repository):
     metrics = {path.parent.name: json.loads(path.read_text()) for path in (repository / "artifacts").glob("*/metrics.json")}
     report = json.loads((repository / "artifacts/audit/report.json").read_text())

@@ -257,6 +257,10 @@ def test_the_audit_passes_adaptive_scorers(tmp_path_factory: pytest.TempPathFact
     counted = (tokens[1:] != lawful.BOS).astype(np.int64)
     per_document = np.array([len(document) - 1 for document in shards.documents(tokens, lawful.BOS)])
     params = dataclasses.replace(TTT, kind=kind, tilt_rate=rate, chunk=128, lora=dataclasses.replace(TTT.lora, lr=0.001, documents=40))
+    of_kind = {
+        "sgd": dataclasses.replace(PARAMS, substitutions=TINY.vocab_size),
+        "lora": dataclasses.replace(PARAMS, substitutions=8, perturbations=7, graph_documents=3, handed_stretches=1, canary_targets=96),
+    }
     model = random_model(6)
     nll = scorer_for(model, SLIDING, params, world(), factories.table(), len(tokens) - 1).score_stream(tokens)
     table = tmp_path_factory.mktemp("chunks") / "chunks.tsv"
@@ -268,7 +272,7 @@ def test_the_audit_passes_adaptive_scorers(tmp_path_factory: pytest.TempPathFact
         Claim(nll, table.read_text(), bpb.bits_per_byte(nll, counted), (1e-4, 1e-6)),
         positions.Edges(window=SLIDING.stride, chunk=128),
         hashlib.sha256(b"tilt").digest(),
-        dataclasses.replace(PARAMS, substitutions=TINY.vocab_size),
+        of_kind[kind],
         Report(is_main=False),
     )
     assert {verdict.outcome for verdict in verdicts} == {"pass"}, [reason(verdict) for verdict in convicted(verdicts)]
