@@ -20,11 +20,11 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks._pairs import compared
+from benchmarks._streams import beginning
 from stages import machine
 from stages.bpb import bits_per_byte
 from stages.pack.artifact import unpack
 from stages.parallel import ParallelParams, World, world
-from stages.sliding_eval.evaluate import Stream, open_stream
 from stages.sliding_eval.params import SlidingEvalParams
 from stages.sliding_eval.scorer import SlidingScorer
 from stages.train.model import model_for
@@ -71,8 +71,7 @@ def main() -> None:
         parser.add_argument(f"--{option}", type=Path, required=True)
     parser.add_argument("--targets", type=int, default=1 << 40)
     arguments = parser.parse_args()
-    whole = open_stream(arguments.val, arguments.tokenizer)
-    stream = Stream(whole.tokens[: arguments.targets + 1], whole.counted_bytes[: arguments.targets], whole.table)
+    stream = beginning(arguments.val, arguments.tokenizer, arguments.targets)
     blob = arguments.model.read_bytes()
     ledgers: dict[str, np.ndarray] = {}
     rows: list[dict[str, Any]] = []

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks._streams import beginning
 from benchmarks.trie_mixture import Case, Replay, answered, case_of
 from stages import config, machine
-from stages.sliding_eval.evaluate import Stream, open_stream
 from stages.ttt_eval.mixer import MixerScorer
 from stages.ttt_eval.params import Params
 from stages.ttt_eval.tilt import TiltScorer
@@ -53,17 +53,15 @@ def main() -> None:
     parser.add_argument("--answers", type=Path, metavar="FOLDER", help="read when they are there, else written")
     arguments = parser.parse_args()
     params = config.load(arguments.params, Params, arguments.set)
-    whole = open_stream(arguments.val, arguments.tokenizer)
-    targets = min(arguments.targets, whole.targets)
-    case = case_of(Stream(whole.tokens[: targets + 1], whole.counted_bytes[:targets], whole.table))
+    case = case_of(beginning(arguments.val, arguments.tokenizer, arguments.targets))
     exact = dataclasses.replace(params.parallel, dtype="float32", deterministic=True, compile=False)
     sides = {}
     for name, parallel in (("exact", exact), ("usual", params.parallel)):
         file = arguments.answers / f"{name}.npy" if arguments.answers else None
-        asked = argparse.Namespace(model=arguments.model, of="ttt_eval", answers=file)
-        sides[name] = ledgers(case, answered(asked, dataclasses.replace(params, parallel=parallel), case), params)
+        answers = answered("ttt_eval", arguments.model, dataclasses.replace(params, parallel=parallel), case, file)
+        sides[name] = ledgers(case, answers, params)
     found = {name: apart(sides["usual"][name], nll) for name, nll in sides["exact"].items()}
-    about = {"targets": targets, "changes": arguments.set}
+    about = {"targets": case.stream.targets, "changes": arguments.set}
     arguments.results.write_text(json.dumps(about | found | machine.facts(), indent=2, sort_keys=True) + "\n")
     print(json.dumps(found, indent=1))
 

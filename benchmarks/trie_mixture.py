@@ -22,13 +22,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from benchmarks._streams import beginning
 from stages import bootstrap, config, machine
 from stages.bpb import bits_per_byte
 from stages.pack.artifact import load_model
 from stages.parallel import World, world
 from stages.report import Report
 from stages.sliding_eval.asked import Asked
-from stages.sliding_eval.evaluate import AskedScorer, Stream, open_stream
+from stages.sliding_eval.evaluate import AskedScorer, Stream
 from stages.sliding_eval.forest import NO_HINT, Forest
 from stages.sliding_eval.scorer import SlidingScorer
 from stages.sliding_eval.tree import numbers_behind, of_table
@@ -89,23 +90,23 @@ class Replay:
     predict = observe = fork = score_stream = _never
 
 
-def answered(arguments: argparse.Namespace, params: Params, case: Case) -> np.ndarray:
-    """The scorer's answers about all targets, (R, N); from the file where there is one."""
-    if arguments.answers and arguments.answers.exists():
-        return np.load(arguments.answers)
+def answered(of: str, model: Path, params: Params, case: Case, file: Path | None) -> np.ndarray:
+    """A scorer's answers about all targets, (R, N); from the file where it is there."""
+    if file and file.exists():
+        return np.load(file)
     plain = dataclasses.replace(params.ttt_eval, tilt_rate=0.0, mixer_rate=0.0)
     with world(params.parallel) as here:
-        scorer = _scorer(arguments, dataclasses.replace(params, ttt_eval=plain), case, here)
+        scorer = _scorer(of, model, dataclasses.replace(params, ttt_eval=plain), case, here)
         forest = Forest(case.forest.trees, here.device)
         answers = scorer.score(case.stream.tokens, Asked(np.stack((case.hints, case.trees)), forest))
-    if arguments.answers:
-        np.save(arguments.answers, answers)
+    if file:
+        np.save(file, answers)
     return answers
 
 
-def _scorer(arguments: argparse.Namespace, params: Params, case: Case, here: World) -> AskedScorer:
-    model, report = load_model(arguments.model, here), Report(is_main=here.is_main)
-    if arguments.of == "sliding":
+def _scorer(of: str, file: Path, params: Params, case: Case, here: World) -> AskedScorer:
+    model, report = load_model(file, here), Report(is_main=here.is_main)
+    if of == "sliding":
         return SlidingScorer(model, params.sliding_eval, here, report)
     return scorer_for(model, params.sliding_eval, params.ttt_eval, here, case.stream.table, case.stream.targets, report)
 
@@ -191,10 +192,9 @@ def main() -> None:
     parser.add_argument("--answers", type=Path, metavar="FILE.npy", help="read when it is there, else written")
     arguments = parser.parse_args()
     params = config.load(arguments.params, Params, arguments.set)
-    whole = open_stream(arguments.held_out, arguments.tokenizer)
-    targets = min(arguments.targets, whole.targets)
-    case = case_of(Stream(whole.tokens[: targets + 1], whole.counted_bytes[:targets], whole.table))
-    answers, codes = answered(arguments, params, case), case.stream.table.codes
+    case = case_of(beginning(arguments.held_out, arguments.tokenizer, arguments.targets))
+    answers = answered(arguments.of, arguments.model, params, case, arguments.answers)
+    targets, codes = case.stream.targets, case.stream.table.codes
 
     def mixed(scorer: AskedScorer, rate: float) -> MixerScorer:
         return MixerScorer(scorer, rate, case.stream.table, targets, torch.device("cpu"))
