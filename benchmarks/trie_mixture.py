@@ -147,7 +147,7 @@ def mixing_alone(answers: np.ndarray, case: Case) -> float:
     """MB/s of one core over the network's paths, nothing but the mixture: the best of three runs, compiled before."""
     paths_ND, seconds, counted = np.ascontiguousarray(answers[3:].T), [], int(case.stream.counted_bytes.sum())
     for _ in range(4):
-        mixture = Mixture(case.forest.trees, case.stream.table.boundary, counted)
+        mixture = Mixture(case.forest.trees, counted)
         started = time.process_time()
         mixture.follow(case.targets, case.trees, paths_ND, answers[0], MIXER_RATES[1])
         seconds.append(time.process_time() - started)
@@ -176,8 +176,8 @@ def figures(losses: dict[str, np.ndarray], case: Case) -> dict[str, Any]:
     by_loss = np.argsort(np.bincount(documents, losses["network"]) / np.maximum(1, size))
     quarter = np.empty(len(size), np.int64)
     quarter[by_loss] = np.minimum(3, 4 * np.cumsum(size[by_loss]) / size.sum())
-    found["documents by the network's bpb, best quarter first"] = [
-        differences(losses, targets[quarter[documents] == number], case) for number in range(4)
+    found["documents by the network's bpb, best quarter first"] = [  # of few documents, fewer than four
+        differences(losses, targets[quarter[documents] == number], case) for number in np.unique(quarter[size > 0])
     ]
     return found
 

@@ -20,7 +20,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure() -> None:
-    """Where there is no GPU, Triton's kernels run in its interpreter; it is chosen when Triton is imported."""
+    """What must be in the environment before it is read: by numba and Triton when they are imported, and by the stages that tests start.
+
+    Compiled loops say when they leave an array. Where there is no GPU, Triton's kernels run in its interpreter.
+    """
+    os.environ.setdefault("NUMBA_BOUNDSCHECK", "1")
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"
 

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import math
+import os
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,8 @@ import torch
 
 from stages import bpb
 from stages.sliding_eval import tree
-from stages.sliding_eval.asked import Asked
+from stages.sliding_eval.asked import Asked, rows_of
+from stages.sliding_eval.evaluate import rehearse
 from stages.sliding_eval.forest import NO_HINT, Forest
 from stages.sliding_eval.scorer import SlidingScorer
 from stages.ttt_eval.mixer import MixerScorer
@@ -95,7 +97,7 @@ def test_it_computes_what_dictionaries_do_in_float64(trained):
     trees_N = tree.numbers_behind(of.boundary, tokens[:-1])
     answers = Drawn(of.vocab_size).score(tokens, Asked(np.stack((np.full_like(trees_N, NO_HINT), trees_N)), forest))
     paths_ND = np.ascontiguousarray(answers[3:].T) * np.float32(0.3)  # milder laws leave more decisions to mix
-    targets, without_collisions = tokens[1:].astype(np.int64), Mixture(forest.trees, of.boundary, 1 << 20, lines=1 << 20)
+    targets, without_collisions = tokens[1:].astype(np.int64), Mixture(forest.trees, 1 << 20, lines=1 << 20)
     fast = -without_collisions.follow(targets, trees_N, paths_ND, np.zeros(len(targets), np.float32), RATE)
     by_dictionaries = SlowMixture(of.boundary, RATE)
     slow = np.array([by_dictionaries.gain(forest.trees, *row) for row in zip(trees_N, targets, paths_ND, strict=True)])
@@ -196,3 +198,23 @@ def test_the_parameter_decides():
     assert isinstance(scorer.scorer, TiltScorer)
     with pytest.raises(ValueError, match="mixer_rate: -1 is negative"):
         dataclasses.replace(TTT, mixer_rate=-1)
+
+
+@pytest.mark.parametrize("answer", [math.nan, math.inf, -math.inf, None], ids=str)
+def test_a_rehearsal_with_answers_that_mean_nothing_stays_in_its_arrays(answer: float | None):
+    """Kernels are compiled meanwhile, and what their launches would have written is whatever was there (kernels/ahead.py)."""
+
+    class Anything:
+        vocab_size, warm_up_targets = table().vocab_size, 600
+
+        def score(self, tokens: np.ndarray, asked: Asked | None) -> np.ndarray:
+            shape = rows_of(asked), len(tokens) - 1
+            bits = np.random.Generator(np.random.PCG64(0)).integers(0, 1 << 32, shape, np.uint32).view(np.float32)
+            return bits if answer is None else np.full(shape, answer, np.float32)
+
+    scorer: Any = Anything()
+    tilted = TiltScorer(scorer, 0.05, table().codes, 600)
+    with np.errstate(invalid="ignore"):
+        rehearse(MixerScorer(tilted, RATE, table(), 600, CPU))
+    assert os.environ["NUMBA_BOUNDSCHECK"] == "1", "nobody would see it"
+    assert tilted.updates.any() == (answer is None or not math.isnan(answer))

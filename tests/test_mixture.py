@@ -76,7 +76,7 @@ def test_a_text_longer_than_what_is_kept_of_it(trained):
     of, tokens = trained
     trees, _, _, paths_ND, nll_N = random_case(of, len(tokens) - 1)
     targets, trees_N = tokens[1:].astype(np.int64), tree.numbers_behind(of.boundary, tokens[:-1])
-    short, long = Mixture(trees, of.boundary, 1000), Mixture(trees, of.boundary, 1 << 20)
+    short, long = Mixture(trees, 1000), Mixture(trees, 1 << 20)
     assert len(short.arrays.ring) == 1024
     ends = np.cumsum([len(of.emissions(bool(behind))[token]) for behind, token in zip(trees_N, targets, strict=True)])
     assert ends[-1] > 3 * 1024
@@ -84,7 +84,7 @@ def test_a_text_longer_than_what_is_kept_of_it(trained):
     assert np.isfinite(by_short).all()
     full = int(np.searchsorted(ends, 1024 - LONGEST))
     assert by_short[full:].sum() != by_long[full:].sum()
-    tables_alike = Mixture(trees, of.boundary, 1000)
+    tables_alike = Mixture(trees, 1000)
     tables_alike.arrays = tables_alike.arrays._replace(table=np.zeros(1 << 18, np.uint32))
     np.testing.assert_array_equal(tables_alike.follow(targets, trees_N, paths_ND, nll_N, 0.02)[:full], by_long[:full])
 
@@ -101,14 +101,14 @@ def test_gains_of_long_paths_are_those_of_their_decisions(trained):
     assert gain == pytest.approx((np.log1p(np.exp(-own)) - np.log1p(np.exp(-mixed))).sum(), rel=1e-9)
     np.testing.assert_allclose(work.mixed, 1 / (1 + np.exp(mixed)), rtol=1e-9)
     assert counts.max() > 8
-    assert np.isfinite(Mixture(trees, of.boundary, 4000).follow(targets, trees_N, paths_ND, nll_N, 0.02)).all()
+    assert np.isfinite(Mixture(trees, 4000).follow(targets, trees_N, paths_ND, nll_N, 0.02)).all()
 
 
 def test_no_loss_jumps_where_the_network_becomes_sure(trained):
     """A decision is left to it little by little: what was learnt against it has no weight at the end."""
     of, _ = trained
     trees, targets, trees_N, paths_ND, nll_N = random_case(of, 600)
-    learnt, losses = Mixture(trees, of.boundary, 4000), []
+    learnt, losses = Mixture(trees, 4000), []
     learnt.follow(targets, trees_N, paths_ND, nll_N, 0.5)
     for logit in (4.0, 5.0, 5.5, 5.999, 6.001):
         paths_ND = np.full((1, trees.longest), logit, np.float32)
@@ -125,4 +125,4 @@ def test_what_is_no_number_is_left_alone(trained):
     trees, targets, trees_N, paths_ND, nll_N = random_case(of, 50)
     spoiled = np.full_like(paths_ND, np.nan)
     spoiled[::2] = np.inf
-    np.testing.assert_array_equal(Mixture(trees, of.boundary, 4000).follow(targets, trees_N, spoiled, nll_N, 0.02), nll_N)
+    np.testing.assert_array_equal(Mixture(trees, 4000).follow(targets, trees_N, spoiled, nll_N, 0.02), nll_N)

@@ -38,6 +38,7 @@ class Trees(NamedTuple):
     prefix_E: np.ndarray  # uint8: bits of the next byte that are known, behind a leading one; END
     text_start_TV: np.ndarray  # int64 (T, V+1): where each id's bytes begin
     text: np.ndarray  # uint8
+    boundary_V: np.ndarray  # bool: ids behind which a token is in the second tree
 
     @property
     def longest(self) -> int:
@@ -45,21 +46,17 @@ class Trees(NamedTuple):
         return int(np.diff(self.first_TV, axis=1).max())
 
 
-def of_table(table: ByteTable) -> Trees:
-    """Both trees of a tokenizer."""
-    return build([table.emissions(is_after_boundary) for is_after_boundary in (False, True)])
-
-
 def numbers_behind(boundary_V: np.ndarray, previous_N: np.ndarray) -> np.ndarray:
     """The number of the tree that the token behind each is in, (N,) int64."""
     return np.where(boundary_V[previous_N], AFTER_BOUNDARY, AFTER_TEXT)
 
 
-def build(texts_T: Sequence[Sequence[bytes]]) -> Trees:
-    """Trees, by the bytes that each id emits in each."""
+def of_table(table: ByteTable) -> Trees:
+    """Both trees of a tokenizer."""
     orders, sames, firsts, starts, rows = [], [], [], [], [np.empty((0, 6), np.int64)]
     letters = b""
-    for texts in texts_T:
+    for number in (AFTER_TEXT, AFTER_BOUNDARY):
+        texts = table.emissions(number == AFTER_BOUNDARY)
         order, same, paths = _paths(texts)
         orders.append(order)
         sames.append(same)
@@ -81,6 +78,7 @@ def build(texts_T: Sequence[Sequence[bytes]]) -> Trees:
         prefix_E=prefix_E.astype(np.uint8),
         text_start_TV=np.stack(starts),
         text=np.frombuffer(letters, np.uint8).copy(),
+        boundary_V=table.boundary,
     )
 
 

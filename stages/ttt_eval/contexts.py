@@ -59,13 +59,13 @@ class Paths(NamedTuple):
     text_start_TV: np.ndarray  # int64 (T, V+1)
     text: np.ndarray  # uint8
     steps: np.ndarray  # uint8 (4 E,): depth, prefix and side of a decision, and nothing
-    boundary: np.ndarray  # (V,) bool: ids without text, behind which everything begins anew
+    boundary_V: np.ndarray  # bool: ids without text, behind which everything begins anew
 
 
-def paths_of(trees: Trees, boundary: np.ndarray) -> Paths:
+def paths_of(trees: Trees) -> Paths:
     """The same numbers, closer together."""
     columns = trees.depth_E, trees.prefix_E, trees.right_E.astype(np.uint8), np.zeros_like(trees.depth_E)
-    return Paths(trees.first_TV, trees.text_start_TV, trees.text, np.stack(columns, 1).ravel(), boundary.astype(np.bool_))
+    return Paths(trees.first_TV, trees.text_start_TV, trees.text, np.stack(columns, 1).ravel(), trees.boundary_V)
 
 
 class Arrays(NamedTuple):
@@ -172,7 +172,7 @@ def place(
     line = SIGNED(work.fields[(begin - 1) * FIELDS + IN_LINE]) if begin > base else base - 1
     for d in range(step, end - first):
         logit, at = logits_ND[row, d], 4 * (first + d)
-        if not abs(logit) < SURE:  # nor of what is no number, as while kernels are compiled
+        if not abs(logit) < SURE:  # or no number: the rehearsal that compiles kernels answers with what it finds
             continue
         prefix = paths.steps[at + 1]
         while depth < paths.steps[at]:
@@ -210,9 +210,9 @@ def advance(arrays: Arrays, paths: Paths, number: int, token: int) -> None:
     history, ring, mask = arrays.history, arrays.ring, SIGNED(len(arrays.ring) - 1)
     last, word, before, inside = history[LAST], history[IN_WORD], history[BEFORE], np.uint64(0)
     matched, length, at = SIGNED(history[MATCHED]), SIGNED(history[LENGTH]), SIGNED(history[SEEN])
-    if paths.boundary[token]:
+    if paths.boundary_V[token]:
         last, word, before, length = np.uint64(0), np.uint64(0), np.uint64(0), 0
-    ring[at & mask] |= np.uint16(ENDS | ENDS_BOUNDARY if paths.boundary[token] else ENDS)
+    ring[at & mask] |= np.uint16(ENDS | ENDS_BOUNDARY if paths.boundary_V[token] else ENDS)
     for letter in range(paths.text_start_TV[number, token], paths.text_start_TV[number, token + 1]):
         byte = paths.text[letter]
         length = length + 1 if length and np.uint8(ring[matched & mask]) == byte else 0

@@ -35,9 +35,9 @@ class MixerScorer(Wrapper):
 
     def __init__(self, scorer: AskedScorer, rate: float, table: ByteTable, n_targets: int, device: torch.device) -> None:
         super().__init__(scorer)
-        self.rate, self.boundary = rate, table.boundary
+        self.rate = rate
         self.forest = Forest(tree.of_table(table), device)
-        self.mixture = Shared(Mixture(self.forest.trees, table.boundary, n_targets * BYTES_A_TARGET), Mixture.copy)
+        self.mixture = Shared(Mixture(self.forest.trees, n_targets * BYTES_A_TARGET), Mixture.copy)
         self.last: int | None = None  # token that was scored
 
     def fork(self) -> Self:
@@ -47,20 +47,21 @@ class MixerScorer(Wrapper):
         return twin
 
     def _bend(self, logp_V: np.ndarray) -> np.ndarray:
-        trees, number = self.forest.trees, int(tree.numbers_behind(self.boundary, np.array([self.last]))[0])
-        return self.mixture.value.law(trees, number, tree.sums(logp_V, trees.order_TV[number]))
+        trees = self.forest.trees
+        number = int(tree.numbers_behind(trees.boundary_V, np.array([self.last]))[0])
+        return self.mixture.value.law(number, tree.sums(logp_V, trees.order_TV[number]))
 
     def _score(self, tokens: np.ndarray, asked: Asked | None) -> np.ndarray:
         """Pieces are mixed by a thread of their own, while the wrapped scorer goes on."""
         assert asked is None, "nothing lies on top of this scorer"
-        mixture = self.mixture.own()
+        mixture, trees = self.mixture.own(), self.forest.trees
         with ThreadPoolExecutor(1) as thread:
             at_work = []
             for first in range(0, len(tokens), PIECE):
                 piece = tokens[first : first + PIECE]
                 previous = np.concatenate(([] if self.last is None else [self.last], piece)).astype(np.int64)[:-1]
                 self.last = int(piece[-1])
-                targets, trees_N = piece[len(piece) - len(previous) :].astype(np.int64), tree.numbers_behind(self.boundary, previous)
+                targets, trees_N = piece[len(piece) - len(previous) :].astype(np.int64), tree.numbers_behind(trees.boundary_V, previous)
                 answers = self.scorer.score(piece, Asked(np.stack((np.full_like(trees_N, NO_HINT), trees_N)), self.forest))
                 paths_ND = np.ascontiguousarray(answers[3:].T)
                 at_work.append(thread.submit(mixture.follow, targets, trees_N, paths_ND, answers[0], self.rate))

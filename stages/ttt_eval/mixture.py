@@ -87,7 +87,7 @@ AFTER = _next_states()
 class Mixture:
     """What has been learnt of a stream; its size in bytes, about, sizes the tables."""
 
-    def __init__(self, trees: Trees, boundary: np.ndarray, text_bytes: int, lines: int = LINES) -> None:
+    def __init__(self, trees: Trees, text_bytes: int, lines: int = LINES) -> None:
         zeros, ones = np.divmod(np.arange(STATES), 8)
         by_state = np.tile((ones + 0.4) / (zeros + ones + 0.8), 2 * CONTEXTS)
         wrong = 1 / (np.arange(LONGEST + 1) / 4 + 3)
@@ -98,10 +98,10 @@ class Mixture:
         weights = np.zeros((SETS + SETS_BY_MATCH, WIDTH), np.float32)
         weights[:SETS, NETWORK] = 1.0
         ring = min(1 << max(10, text_bytes.bit_length()), MOST_TEXT)
-        self.paths = paths_of(trees, boundary)
+        self.trees, self.paths = trees, paths_of(trees)
         self.arrays = Arrays(
             lines=np.zeros((CONTEXTS * lines + 1) * LINE, np.uint8),
-            chances=chances.astype(np.uint32),
+            chances=chances,
             weights=weights.ravel(),
             ring=np.zeros(ring, np.uint16),
             table=np.zeros(min(ring >> 2, MOST_PLACES), np.uint32),
@@ -111,7 +111,7 @@ class Mixture:
     def copy(self) -> "Mixture":
         """An independent copy."""
         twin = object.__new__(type(self))
-        twin.paths, twin.arrays = self.paths, Arrays(*(array.copy() for array in self.arrays))
+        twin.trees, twin.paths, twin.arrays = self.trees, self.paths, Arrays(*(array.copy() for array in self.arrays))
         return twin
 
     def follow(self, targets_N: np.ndarray, trees_N: np.ndarray, paths_ND: np.ndarray, nll_N: np.ndarray, rate: float) -> np.ndarray:
@@ -120,10 +120,10 @@ class Mixture:
         _follow(self.arrays, self.paths, work_for(2 * paths_ND.shape[1]), targets_N, trees_N, paths_ND, nll_N, np.float32(rate), mixed_N)
         return mixed_N
 
-    def law(self, trees: Trees, number: int, sums: np.ndarray) -> np.ndarray:
+    def law(self, number: int, sums: np.ndarray) -> np.ndarray:
         """The log-probability of every token that may come next, (V,), from sums of the network's masses (tree.py); nothing changes."""
-        logits_ND, logq_V = np.empty((1, trees.longest), np.float32), np.empty(len(sums) - 1)
-        _law(self.arrays, self.paths, work_for(trees.longest), trees, number, sums, logits_ND, logq_V)
+        logits_ND, logq_V = np.empty((1, self.trees.longest), np.float32), np.empty(len(sums) - 1)
+        _law(self.arrays, self.paths, work_for(self.trees.longest), self.trees, number, sums, logits_ND, logq_V)
         return logq_V
 
 

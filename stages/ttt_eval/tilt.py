@@ -76,7 +76,7 @@ def follow(
     tilted, boosts, x_X = np.empty(len(nll), np.float32), np.zeros(len(nll)), np.empty(INPUTS)
     for i in range(len(nll)):
         tilted[i] = nll[i]
-        if hints[i] < 0:
+        if hints[i] < 0 or math.isnan(hint_logp[i]):
             continue
         logp = min(np.float64(hint_logp[i]), SURE)
         boost, first, second_share = _boost(states[i], logp, weights, shares_KS, x_X)
@@ -141,7 +141,7 @@ class TiltScorer(Wrapper):
 
     def _bend(self, logp_V: np.ndarray) -> np.ndarray:
         hint, states_K = self.hints.value.next()
-        if hint < 0:
+        if hint < 0 or math.isnan(logp_V[hint]):
             return logp_V
         boost, _, _ = _boost(states_K, min(logp_V[hint], SURE), self.weights, self.shares_KS, np.empty(INPUTS))
         tilted_V = logp_V - math.log1p(math.exp(logp_V[hint]) * math.expm1(boost))
