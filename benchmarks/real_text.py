@@ -3,7 +3,7 @@
     python -m benchmarks.real_text --preset sprint --text FOLDER --tokenizer FOLDER [--set KEY=VALUE ...] [--output FOLDER]
 
 FOLDER of --text holds train/*.jsonl* and val/*.jsonl*, that of --tokenizer fineweb_8192_bpe.model. Runs the stages as a user would, scores
-the unquantised weights too, and gathers metrics and timings in a JSON file. docs/log.md says what was run with it and what came out.
+the unquantised weights too, and gathers metrics and timings in a JSON file. docs/decisions.md says what was run with it and what came out.
 """
 
 import argparse

@@ -1,11 +1,17 @@
 """The stages of the pipeline, one package each, and beside them what siblings share.
 
-Importing this package checks that the interpreter can run a stage at all: DVC starts `python` from PATH, which need not be the
-interpreter of the project's environment, and one line that says so is worth more than a traceback from the middle of an import.
+Importing this package does two things, which must come before numpy and torch are imported. It pins the instruction set, so that
+results do not depend on the CPU (instruction_set.py). And it checks that the interpreter can run a stage at all: DVC starts `python` from
+PATH, which need not be the interpreter of the project's environment, and one line that says so is worth more than a traceback from the
+middle of an import.
 """
 
 import sys
 from importlib.util import find_spec
+
+from stages import instruction_set
+
+instruction_set.pin()
 
 _missing = [name for name in ("torch", "numpy", "yaml") if find_spec(name) is None]
 if _missing:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar
 
-from stages import clock, config, machine, parallel
+from stages import clock, config, cpu_math, machine, parallel
 from stages.report import Report
 
 P = TypeVar("P")
@@ -103,6 +103,7 @@ def launch(
     """
     arguments = _parser(stage, embedded is None, output or Path("artifacts") / stage.name).parse_args(argv)
     try:
+        cpu_math.require_avx2()
         raw = config.read(arguments.params) if embedded is None else embedded
         params = config.build(config.override(raw, arguments.set), stage.params)
         _run(stage, main, params, arguments)

@@ -4,10 +4,11 @@ import importlib.metadata
 import os
 import platform
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
+
+from stages.cpu_math import processor
 
 VERSIONED_PACKAGES = ("torch", "numpy", "sentencepiece", "brotli", "safetensors", "triton")
 
@@ -23,7 +24,7 @@ def facts(device: torch.device | None = None) -> dict[str, Any]:
 
 def hardware(device: torch.device | None = None) -> dict[str, Any]:
     """Processor, cores, and the accelerator when `device` is one."""
-    seen: dict[str, Any] = {"machine": platform.machine(), "processor": _processor(), "cores": os.cpu_count()}
+    seen: dict[str, Any] = {"machine": platform.machine(), "processor": processor(), "cores": os.cpu_count()}
     if device is not None and device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         seen["accelerator"] = properties.name
@@ -43,12 +44,3 @@ def versions() -> dict[str, str]:
     if torch.version.cuda:
         found["cuda"] = torch.version.cuda
     return found
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor()

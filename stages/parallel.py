@@ -26,6 +26,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.rendezvous import rendezvous
 
+from stages import cpu_math
 from stages.config import reject, require_positive
 from stages.lifeline import Lifeline, connect, end_with_parent
 
@@ -169,8 +170,12 @@ def world(params: ParallelParams, compiles: bool = False) -> Iterator[World]:
 
 
 def set_determinism(params: ParallelParams, device: torch.device, compiles: bool) -> None:
-    """Threads, TF32, and deterministic algorithms (always on CPU, on request on CUDA)."""
+    """Instruction set, threads, TF32, and deterministic algorithms (always on CPU, on request on CUDA)."""
+    cpu_math.require_avx2()
+    cpu_math.install()
     torch.set_num_threads(params.threads)
+    # Filling what is written to before it is read takes a fiftieth of a step's time. (The module's attribute is a property.)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cuda.matmul.allow_tf32 = not params.deterministic
     torch.backends.cudnn.allow_tf32 = not params.deterministic
     deterministic = params.deterministic or device.type == "cpu"

@@ -5,10 +5,15 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
+import stages  # noqa: F401  (pins the instruction set, which numpy and torch read when they are imported)
+
+# isort: split
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+
+from stages import cpu_math
 
 ROOT = Path(__file__).resolve().parent.parent
 OPTIONS = {"slow": "run it with `make test ARGS=--slow`", "gpu": "run it on a machine with a CUDA device, with `make test ARGS=--gpu`"}
@@ -24,6 +29,7 @@ def pytest_configure() -> None:
 
     Compiled loops say when they leave an array. Where there is no GPU, Triton's kernels run in its interpreter.
     """
+    cpu_math.install()
     os.environ.setdefault("NUMBA_BOUNDSCHECK", "1")
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"

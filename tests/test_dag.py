@@ -24,12 +24,14 @@ ROOT = Path(__file__).resolve().parent.parent
 ORDER = ("tokenize", "train", "calibrate", "pack", "sliding_eval", "ttt_eval", "bundle", "audit", "submission")
 # Commands above the stages, which no stage imports: they may import any of them.
 ABOVE = {"stages/preset.py"}
-# Where the environment is read: torchrun's variables, and the bundle's SEED; or written: what numba shall do in a process of its own.
-ENVIRONMENT_READERS = {"stages/clock.py", "stages/command.py", "stages/pack/decoder.py", "stages/parallel.py"}
+# Where the environment is read: torchrun's variables, and the bundle's SEED; or written: the instruction set, and what numba shall do in a
+# process of its own.
+ENVIRONMENT_READERS = {"stages/clock.py", "stages/command.py", "stages/instruction_set.py", "stages/pack/decoder.py", "stages/parallel.py"}
 # Modules that need a package which a CPU machine does not have; their stage imports them behind a check.
 OPTIONAL_PACKAGES = {"triton"}
 # What is imported late, for a process to be begun before: torch, by those who wait for the weights, and numba, by the one that decodes.
-LATE = {("stages/bundle/entry.py", "stages.bundle"), ("stages/pack/decoder.py", "stages.pack")}
+# And numba by what multiplies, since most that imports it does not.
+LATE = {("stages/bundle/entry.py", "stages.bundle"), ("stages/pack/decoder.py", "stages.pack"), ("stages/cpu_products.py", "numba")}
 
 PIPELINE: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
 SOURCES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "stages").rglob("*.py"))

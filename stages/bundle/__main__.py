@@ -9,6 +9,7 @@ from stages.bundle import carrier
 from stages.bundle.params import Params
 
 PACKAGE = carrier.ENTRY.partition(".")[0]
+RESERVE_STEP = 1000  # bytes; the reserve that a message proposes is a multiple
 STAGE = command.Stage(
     name="bundle",
     summary="Packs the needed modules of stages/ and the parameters into one file that runs.",
@@ -28,8 +29,19 @@ def main(run: command.Run[Params]) -> None:
     carried = carrier.sources(source.parent)
     file = carrier.render(carried, embedded(run.params), run.params.bundle.brotli_quality)
     run.report.log(f"bundle: {len(carried)} modules, {sum(map(len, carried.values())):,} characters stripped, {len(file):,} bytes packed")
+    require_room(len(file), run.params.pack.code_reserve_bytes)
     run.write_bytes("train_gpt.py", file)
     run.write_json("metrics.json", {"bytes_code": len(file), "modules": len(carried)})
+
+
+def require_room(size: int, reserve: int) -> None:
+    """A ValueError that names the number to set when the code is larger than what pack keeps for it of the byte budget."""
+    if size > reserve:
+        enough = -(-size // RESERVE_STEP) * RESERVE_STEP
+        raise ValueError(
+            f"train_gpt.py has {size:,} bytes, more than the {reserve:,} of pack.code_reserve_bytes;"
+            f" set that to {enough}, and the model is packed again"
+        )
 
 
 def embedded(params: Params) -> dict[str, Any]:

@@ -28,6 +28,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from stages import cpu_math
+
 SMALLEST_STEP = 1e-10  # floor of the divisor, so that a row of zeros divides
 INVERTED_WHOLE = 64  # size up to which a triangular matrix is inverted by substitution
 
@@ -61,14 +63,23 @@ def feedback(hessians_BCC: Tensor, damping: float, names: Sequence[str], act_ord
     order_BC = torch.sort(diagonals, dim=1, descending=True, stable=True).indices if act_order else columns
     means_B1 = diagonals.mean(1, keepdim=True)
     damped = hessians.diagonal_scatter(diagonals + damping * means_B1, dim1=1, dim2=2)
-    lower, failed_B = torch.linalg.cholesky_ex(_permuted(damped, order_BC.flip(1)))
-    for name, failed, factor, mean in zip(names, failed_B.tolist(), lower, means_B1, strict=True):
-        if failed or not bool(torch.isfinite(factor).all()):
+    factors = _cholesky(_permuted(damped, order_BC.flip(1)))
+    for name, factor, mean in zip(names, factors, means_B1, strict=True):
+        if factor is None or not bool(torch.isfinite(factor).all()):
             raise ValueError(
                 f"{name}: its Hessian is not positive definite with damping {damping} (mean diagonal {float(mean):.3g});"
                 " calibrate on more data or raise pack.damping"
             )
+    lower = torch.stack([factor for factor in factors if factor is not None])
     return [Feedback(*of) for of in zip(order_BC, dead_BC, _inverse(lower.flip(1, 2)).float(), strict=True)]
+
+
+def _cholesky(matrices_BCC: Tensor) -> list[Tensor | None]:
+    """The lower Cholesky factor of each matrix; None for one that is not positive definite."""
+    if matrices_BCC.device.type == "cpu":
+        return cpu_math.cholesky(matrices_BCC)
+    lower, failed_B = torch.linalg.cholesky_ex(matrices_BCC)
+    return [None if failed else factor for factor, failed in zip(lower, failed_B.tolist(), strict=True)]
 
 
 def _permuted(matrices_BCC: Tensor, order_BC: Tensor) -> Tensor:
@@ -81,6 +92,8 @@ def _inverse(upper_BCC: Tensor) -> Tensor:
     """The inverses of upper triangular matrices, by halves: a third of the work of solving for the identity, most of it products."""
     size = upper_BCC.shape[1]
     if size <= INVERTED_WHOLE:
+        if upper_BCC.device.type == "cpu":
+            return cpu_math.invert(upper_BCC)
         identity = torch.eye(size, dtype=upper_BCC.dtype, device=upper_BCC.device).expand_as(upper_BCC)
         return torch.linalg.solve_triangular(upper_BCC, identity, upper=True)
     half = size // 2

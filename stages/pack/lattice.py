@@ -136,7 +136,7 @@ def choose(axes: Axes, step: float, states: int, rate_weight: float) -> Chosen:
 
     `rate_weight` is lambda over the squared distance of the levels to choose from. 0 takes the nearest path. At 0.1 bits and squared error
     are at their best together, but the levels are drawn towards zero, and trained weights suffer from that more than from errors without
-    a direction: at equal bytes 0 lost a quarter of what 0.1 lost (docs/log.md). A ValueError when a level would not fit 16 bits.
+    a direction: at equal bytes 0 lost a quarter of what 0.1 lost (docs/decisions.md). A ValueError when a level would not fit 16 bits.
     """
     code, columns = trellis(states), axes.columns
     y_RC = axes.scaled_RC / np.float32(step)

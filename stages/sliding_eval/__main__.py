@@ -43,7 +43,7 @@ def main(run: command.Run[Params]) -> None:
             bpb = write_results(run.output, "sliding", nll, stream, params.chunk, run.write_json)
             run.report.log(f"sliding_eval: {bpb:.6f} bpb over {stream.targets:,} targets, {int(stream.counted_bytes.sum()):,} bytes")
         run.timing |= pace.timing(stream.targets, int(stream.counted_bytes.sum()), here.size) | {"hardware": machine.hardware(here.device)}
-        run.timing["attention_backend"] = attention_backend(here.kernels)
+        run.timing["attention_backend"] = attention_backend(here)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ class Forest:
 
     def read(self, logits_NV: Tensor, targets_N: Tensor, hints_N: Tensor, trees_N: Tensor) -> Tensor:
         """Those rows, (1 + D, N) float32; 0 behind a path's end and for no hint, infinite where one side is the hint alone."""
-        units_NV = torch.log_softmax(logits_NV.double(), dim=1).exp_().mul_(UNIT).round_().long().clamp_(min=1)
+        units_NV = torch.softmax(logits_NV.double(), dim=1).mul_(UNIT).round_().long().clamp_(min=1)
         place_N1 = hints_N.clamp(min=0)[:, None]
         hint_N = units_NV.gather(1, place_N1)[:, 0] * (hints_N != NO_HINT)
         units_NV.scatter_add_(1, place_N1, -hint_N[:, None])

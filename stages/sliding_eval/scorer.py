@@ -2,7 +2,7 @@
 
 It keeps only as much of the observed prefix as the next window needs, so forks are cheap. Inputs behind the last observed token are padded
 to the window's length, which a causal model cannot see. Nothing is compiled as a whole: a pass is large enough to hide its launches, the
-fused kernels leave little to fuse, and compiling took several times as long as scoring 679,260 targets (docs/log.md).
+fused kernels leave little to fuse, and compiling took several times as long as scoring 679,260 targets (docs/decisions.md).
 """
 
 from collections.abc import Sequence

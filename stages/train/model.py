@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stages import cpu_math
 from stages.parallel import World
 from stages.train.adapters import Adapter, Adapters, VisitAdapters, adapted
 from stages.train.operations import PLAIN, Operations, operations
@@ -337,5 +338,5 @@ def initialise_(model: Model, seed: int) -> None:
             table = torch.empty(parameter.shape).normal_(0, model.params.embedding_std, generator=generator)
             parameter.copy_(table.to(model.dtype))
         elif is_matrix(name) and not name.endswith(("attention.output.weight", "mlp.down.weight")):
-            matrix = nn.init.orthogonal_(torch.empty(parameter.shape), generator=generator)
-            parameter.copy_(matrix.to(model.dtype))
+            rows, columns = parameter.shape
+            parameter.copy_(cpu_math.orthogonal(rows, columns, generator).to(model.dtype))

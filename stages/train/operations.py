@@ -47,9 +47,11 @@ def operations(kernels: bool, model: ModelParams) -> Operations:
     return FUSED
 
 
-def attention_backend(kernels: bool) -> str:
-    """Whose attention a model with these operations runs."""
-    return "stages/train/kernels/attention.py (Triton)" if kernels else "torch.nn.functional.scaled_dot_product_attention"
+def attention_backend(world: World) -> str:
+    """Whose attention a model runs."""
+    if world.kernels:
+        return "stages/train/kernels/attention.py (Triton)"
+    return "stages/train/cpu_attention.py" if world.device.type == "cpu" else "torch.nn.functional.scaled_dot_product_attention"
 
 
 def compiled(work: Callable[..., Any], world: World) -> Callable[..., Any]:

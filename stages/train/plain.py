@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stages.train import cpu_attention
+
 NORM_EPS = torch.finfo(torch.float32).eps
 NEGATIVE_SLOPE = 0.5
 
@@ -96,13 +98,20 @@ def attend(q_BTHC: Tensor, k_BTKC: Tensor, v_BTKC: Tensor, documents: Documents 
     Query head h looks at group h // (H / K).
     """
     q, k, v = (x.transpose(1, 2) for x in (q_BTHC, k_BTKC, v_BTKC))
-    if documents is None:
+    visible_BTT = None if documents is None else _visible(documents)
+    if q.device.type == "cpu":
+        y = cpu_attention.attention(q, k, v, visible_BTT)
+    elif visible_BTT is None:
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     else:
-        positions = torch.arange(q.shape[2], device=q.device)
-        visible = (positions <= positions[:, None]) & (positions >= documents.starts_BT[:, :, None])
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible[:, None], enable_gqa=True)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible_BTT[:, None], enable_gqa=True)
     return exclude_own_value(y.transpose(1, 2), v_BTKC)
+
+
+def _visible(documents: Documents) -> Tensor:
+    """Which tokens (last dimension) each token of a window may look at, (B, T, T) bool: those of its document up to itself."""
+    positions = torch.arange(documents.starts_BT.shape[1], device=documents.starts_BT.device)
+    return (positions <= positions[:, None]) & (positions >= documents.starts_BT[:, :, None])
 
 
 def exclude_own_value(y_BTHC: Tensor, v_BTKC: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ def main(run: command.Run[Params]) -> None:
         pace = clock.Pace(scorer.warm_up_targets)
         nll = score(scorer, stream, pace)
         run.timing |= pace.timing(stream.targets, int(stream.counted_bytes.sum()), here.size) | {"hardware": machine.hardware(here.device)}
-        run.timing["attention_backend"] = attention_backend(here.kernels)
+        run.timing["attention_backend"] = attention_backend(here)
         if here.is_main:
             bpb = write_results(run.output, "ttt", nll, stream, params.ttt_eval.chunk, run.write_json)
             documents = bootstrap.document_of_target(stream.tokens, stream.table.bos)

@@ -2,7 +2,7 @@
 
 u = sum of w_i x_i and h = c u / rms(u). The backward pass reads every tensor once, writes every gradient once, and sums the weights'
 gradients over tokens in registers, one partial sum a program, so that results repeat bit for bit. Left to the compiler, that sum was two
-thirds of all elementwise time (docs/log.md).
+thirds of all elementwise time (docs/decisions.md).
 
 Shapes: N tokens, D width, n terms, P programs.
 """
