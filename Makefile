@@ -37,10 +37,10 @@ record: environment  ## run the seeds as experiments and merge them into records
 	  if dvc exp list --name-only | grep --line-regexp "seed-$$seed" > /dev/null; then dvc exp remove --quiet seed-$$seed; fi; \
 	  dvc exp run --temp --name seed-$$seed --set-param seed=$$seed $(ARGS); \
 	done
-	$(ACTIVATE) && python -m stages.submission.merge $(SEEDS:%=seed-%) $(if $(AGAINST),--against $(AGAINST))
+	$(ACTIVATE) && python -m tools.record $(SEEDS:%=seed-%) $(if $(AGAINST),--against $(AGAINST))
 
 report: environment  ## one page about runs side by side, in .scratch/report/: make report RUNS="seed-42 seed-999"
-	$(ACTIVATE) && python -m stages.submission.report $(RUNS)
+	$(ACTIVATE) && python -m tools.report $(RUNS)
 
 # Threads of torch that wait for each other must not spin: two processes, and what they start, have more threads than there are cores.
 test: environment  ## the tests, on two processes
@@ -56,7 +56,7 @@ bench: environment  ## the CPU benchmarks (benchmarks/README.md)
 	$(ACTIVATE) && for name in $(BENCHMARKS); do python -m benchmarks.$$name; done
 
 preset: environment  ## lay a preset over params.yaml: make preset NAME=record
-	$(ACTIVATE) && python -m stages.preset $(if $(NAME),$(NAME),--help)
+	$(ACTIVATE) && python -m tools.preset $(if $(NAME),$(NAME),--help)
 
 clean:  ## remove the environment and the caches of the tools; artifacts and the DVC cache stay
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stages import shards
-from stages.bpb import ByteTable, target_bytes
-from stages.parallel import World
+from stages.common import shards
+from stages.common.bpb import ByteTable, target_bytes
+from stages.common.parallel import World
 from stages.sliding_eval.windows import plan
 from stages.train.data import Windows, to_device
 from stages.train.model import Model, model_for

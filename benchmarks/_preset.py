@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from stages import config
+from stages.common import config
 from stages.train.params import Params
 
 
@@ -16,7 +16,7 @@ def preset_file(preset: str) -> Iterator[Path]:
     """params.yaml with `preset` laid over it, for as long as it is needed."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "params.yaml"
-        write = [sys.executable, "-m", "stages.preset", preset, "--output", str(file)]
+        write = [sys.executable, "-m", "tools.preset", preset, "--output", str(file)]
         subprocess.run(write, check=True, stdout=subprocess.DEVNULL)
         yield file
 

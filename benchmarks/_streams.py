@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from stages.sliding_eval.evaluate import Stream, open_stream
+from stages.scoring.evaluate import Stream, open_stream
 
 
 def beginning(folder: Path, tokenizer: Path, most: int) -> Stream:

@@ -19,15 +19,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from stages.audit.audit_scorer import Factory
 from stages.audit.params import AuditParams
-from stages.audit.verb import Factory
 from stages.audit.verdict import Verdict, convicted, reason
-from stages.parallel import ParallelParams, world
+from stages.common.parallel import ParallelParams, world
 from stages.sliding_eval.params import SlidingEvalParams
 from stages.sliding_eval.scorer import SlidingScorer
-from stages.ttt_eval.stack import scorer_for
+from stages.ttt_eval.build import scorer_for
 from tests import factories
-from tests.zoo import court, lawful
+from tests.zoo import harness, lawful
 from tests.zoo.registry import CHEATS
 
 COLUMNS = ("B1", "B1c", "B2", "B3", "B4", "B5", "B6", "B7", "B8", "B9", "B10", "B11", "B13", "B14", "B15", "B16", "budget")
@@ -36,7 +36,7 @@ SLIDING = SlidingEvalParams(window=16, stride=4, batch_windows=8, chunk=128)
 TTT = dataclasses.replace(factories.TTT, chunk=256, epochs=1, batch_tokens=64, lr=0.01)
 SERIAL = ParallelParams(nproc=1, threads=1, device="cpu", dtype="float32", deterministic=True, compile=False, kernels=False)
 PARAMS = dataclasses.replace(  # each call of a network costs more than a whole audit of a table
-    court.PARAMS,
+    harness.PARAMS,
     perturbations=9,
     segment_targets=32,
     recomputed_share=0.05,
@@ -73,7 +73,7 @@ def try_cheat(number: int, keys: int) -> dict[str, Any]:
     """How many keys each check convicted a cheat with."""
     cheat, counts = CHEATS[number], Counter[str]()
     for key in range(keys):
-        counts.update(court.failed(_tried(lambda folder, key=key: cheat.run(folder, bytes([key])))))  # type: ignore[misc]
+        counts.update(harness.failed(_tried(lambda folder, key=key: cheat.run(folder, bytes([key])))))  # type: ignore[misc]
     print(f"{cheat.name}: {counts[cheat.convicted_by]} of {keys} by {cheat.convicted_by}", flush=True)
     return {"cheat": cheat.name, "seen_in": cheat.seen_in, "named": cheat.convicted_by, "keys": keys, "convicted": dict(counts)}
 
@@ -86,7 +86,7 @@ def try_lawful(name: str, runs: int) -> dict[str, Any]:
     with world(SERIAL):
         for seed in range(runs):
             factory = of_the_zoo[name] if name in of_the_zoo else own_scorers(seed)[name]
-            params, length = (court.PARAMS, 1500) if name in of_the_zoo else (PARAMS, 600)
+            params, length = (harness.PARAMS, 1500) if name in of_the_zoo else (PARAMS, 600)
             found = _audited(factory, params, f"{name} {seed}".encode(), lawful.stream(length, 1000 + seed))
             verdicts += len(found)
             guilty += [reason(verdict) for verdict in convicted(found)]
@@ -95,7 +95,7 @@ def try_lawful(name: str, runs: int) -> dict[str, Any]:
 
 
 def _audited(factory: Factory, params: AuditParams, key: bytes, tokens: np.ndarray) -> list[Verdict]:
-    return _tried(lambda folder: court.audit(factory, folder, params=params, key=key, tokens=tokens))
+    return _tried(lambda folder: harness.audit(factory, folder, params=params, key=key, tokens=tokens))
 
 
 def _tried(run: Callable[[Path], list[Verdict]]) -> list[Verdict]:
@@ -110,7 +110,7 @@ def matrix(cheats: list[dict[str, Any]], innocent: list[dict[str, Any]]) -> str:
         "",
         "From a run of `python -m benchmarks.audit_matrix`; the cheats are in `tests/zoo/`, the tests in [audit.md](audit.md). A number is",
         f"the share of {cheats[0]['keys']} keys, in per cent, with which the test convicted; bold: the test that must, by name.",
-        "B12 is not in the table: a decoder is built by `tests/test_codec.py` for scorers of the same zoo.",
+        "B12 is not in the table: a decoder is built by `tests/test_compressor.py` for scorers of the same zoo.",
         "",
         "| cheat | seen in | " + " | ".join(COLUMNS) + " |",
         "|---|---|" + "---:|" * len(COLUMNS),

@@ -21,10 +21,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks._pairs import compared
 from benchmarks._streams import beginning
-from stages import machine
-from stages.bpb import bits_per_byte
+from stages.common import environment
+from stages.common.bpb import bits_per_byte
+from stages.common.parallel import ParallelParams, World, world
 from stages.pack.artifact import unpack
-from stages.parallel import ParallelParams, World, world
 from stages.sliding_eval.params import SlidingEvalParams
 from stages.sliding_eval.scorer import SlidingScorer
 from stages.train.model import model_for
@@ -90,7 +90,7 @@ def main() -> None:
     pairs = compared(ledgers, stream)
     device = torch.device("cuda") if torch.cuda.is_available() else None
     result = {"targets": stream.targets, "ways": rows, "pairs": pairs, "largest_bpb": max((abs(p["bpb"]) for p in pairs), default=0.0)}
-    arguments.results.write_text(json.dumps(result | machine.facts(device), indent=2, sort_keys=True) + "\n")
+    arguments.results.write_text(json.dumps(result | environment.facts(device), indent=2, sort_keys=True) + "\n")
     print("largest difference:", result["largest_bpb"], "bpb")
 
 

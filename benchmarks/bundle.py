@@ -24,29 +24,29 @@ from typing import Any
 import brotli
 import torch
 
-from stages import config, machine
-from stages.bundle import carrier, closure
+from stages.bundle import closure, importer_template
 from stages.bundle.__main__ import embedded
 from stages.bundle.params import Params
+from stages.common import config, environment
 
 ROOT = Path(__file__).resolve().parent.parent
 LZMA_FILTERS = [{"id": lzma.FILTER_LZMA1, "preset": 9 | lzma.PRESET_EXTREME, "lc": 3, "lp": 0, "pb": 0, "nice_len": 273, "depth": 1000}]
 COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
-    "brotli": functools.partial(brotli.compress, mode=brotli.MODE_TEXT, quality=11, lgwin=carrier.LARGEST_WINDOW),
+    "brotli": functools.partial(brotli.compress, mode=brotli.MODE_TEXT, quality=11, lgwin=importer_template.LARGEST_WINDOW),
     "lzma": functools.partial(lzma.compress, format=lzma.FORMAT_RAW, filters=LZMA_FILTERS),
 }
 WRAPPERS: dict[str, Callable[[bytes], bytes]] = {
-    "latin-1 literal": carrier.wrap,
-    "base85": lambda packed: carrier.wrap(base64.b85encode(packed)),
+    "latin-1 literal": importer_template.wrap,
+    "base85": lambda packed: importer_template.wrap(base64.b85encode(packed)),
 }
 
 
 def texts() -> dict[str, dict[str, str]]:
     """The modules' texts by path, in each way of making them small."""
-    plain = {path.as_posix(): closure.read(ROOT / path) for path in sorted(closure.closure(ROOT, carrier.ENTRY))}
+    plain = {path.as_posix(): closure.read(ROOT / path) for path in sorted(closure.closure(ROOT, importer_template.ENTRY))}
     return {
         "as it is": plain,
-        "stripped": carrier.sources(ROOT),
+        "stripped": importer_template.sources(ROOT),
         "python-minifier, names kept": {path: minified(text, rename=False) for path, text in plain.items()},
         "python-minifier, local names shortened": {path: minified(text, rename=True) for path, text in plain.items()},
     }
@@ -72,15 +72,16 @@ def main() -> None:
     parameters = embedded(config.load(ROOT / "params.yaml", Params, []))
     rows: list[dict[str, Any]] = []
     for text, carried in texts().items():
-        plain = carrier.plain(carried, parameters)
+        plain = importer_template.plain(carried, parameters)
         for compressor, compress in COMPRESSORS.items():
             packed = compress(plain)
             sizes = {wrapper: len(wrap(packed)) for wrapper, wrap in WRAPPERS.items()}
             rows.append({"text": text, "characters": len(plain), "compressor": compressor, "packed": len(packed), "wrapped": sizes})
             print(f"{text:<40} {compressor:<8} {len(plain):>8,} {len(packed):>8,} {sizes}", flush=True)
-    result: dict[str, Any] = {"rows": rows, "train_gpt.py": len(carrier.render(carrier.sources(ROOT), parameters, 11))} | machine.facts(
-        torch.device("cpu")
-    )
+    result: dict[str, Any] = {
+        "rows": rows,
+        "train_gpt.py": len(importer_template.render(importer_template.sources(ROOT), parameters, 11)),
+    } | environment.facts(torch.device("cpu"))
     result["versions"]["python-minifier"] = importlib.metadata.version("python-minifier")
     arguments.results.write_text(json.dumps(result, indent=2, sort_keys=True) + "\n")
 

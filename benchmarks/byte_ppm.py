@@ -21,15 +21,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks import _ppm
-from stages import config, ledger, machine
-from stages.bpb import bits_per_byte
+from stages.common import config, environment, ledger
+from stages.common.bpb import bits_per_byte
+from stages.common.parallel import world
+from stages.common.scorer import Scorer
 from stages.pack.artifact import load_model
-from stages.parallel import world
-from stages.scorer import Scorer
-from stages.sliding_eval.evaluate import Stream, open_stream
+from stages.scoring.byte_tree import numbers_behind
+from stages.scoring.evaluate import Stream, open_stream
 from stages.sliding_eval.params import Params
 from stages.sliding_eval.scorer import SlidingScorer
-from stages.sliding_eval.tree import numbers_behind
 
 CONFIDENT, LAMBDA_CONFIDENT, LAMBDA_ELSE, GATE_NATS = 0.9, 0.05, 0.9, 0.277  # as in #1858
 PREFIX_SHARE = 8_000_000 / 40_540_160  # of the targets: what #1858 scored of the official set
@@ -172,7 +172,7 @@ def main() -> None:
         result["void_fraction_packed"] = void_fractions(dict(model.state_dict()))
     if arguments.trained:
         result["void_fraction_trained"] = void_fractions(load_file(arguments.trained))
-    arguments.results.write_text(json.dumps(result | machine.facts(), indent=2, sort_keys=True) + "\n")
+    arguments.results.write_text(json.dumps(result | environment.facts(), indent=2, sort_keys=True) + "\n")
     print(json.dumps(result, indent=1))
 
 

@@ -4,7 +4,7 @@
     PYTHONPATH=DIR python -m benchmarks.compressor --text FILE --model FILE --tokenizer FILE [--preset NAME] --results FILE
 
 FILE of --text holds JSON lines with the key `text`; --preset gives window, stride and device. The file made is decompressed by
-`python -m stages.audit.codec` in a process of its own, and compared with the text. Programs get the same documents as one file, and
+`python -m tools.compressor` in a process of its own, and compared with the text. Programs get the same documents as one file, and
 windows larger than it. The model has learnt from other text beforehand and they have not: its bytes stand beside the rate.
 """
 
@@ -26,11 +26,11 @@ from typing import Any
 import brotli
 
 from benchmarks._preset import preset_file
-from stages import config, machine
-from stages.audit.codec import Codec, exact
-from stages.parallel import world
-from stages.report import Report
+from stages.common import config, environment
+from stages.common.parallel import world
+from stages.common.progress import Report
 from stages.sliding_eval.params import Params
+from tools.compressor.cli import Codec, exact
 
 ORDERS = range(2, 9)  # of PPMd; the best is taken, which favours it
 PPMD_MEMORY = 1 << 28
@@ -69,7 +69,7 @@ def by_model(texts: list[str], params: Params, arguments: argparse.Namespace) ->
         started = time.monotonic()
         packed.write_bytes(codec.compress(texts, window, stride, arguments.lanes))
         middle = time.monotonic()
-        command = [sys.executable, "-m", "stages.audit.codec", "decompress", arguments.model, packed, again]
+        command = [sys.executable, "-m", "tools.compressor", "decompress", arguments.model, packed, again]
         subprocess.run([*map(str, command), "--tokenizer", str(arguments.tokenizer)], check=True)
         ended = time.monotonic()
         assert again.read_bytes() == "".join(texts).encode("utf-8"), "what came back is not the text"
@@ -83,7 +83,7 @@ def by_model(texts: list[str], params: Params, arguments: argparse.Namespace) ->
             "restored_by_another_process": True,
             "compress_seconds": middle - started,
             "decompress_seconds": ended - middle,
-        } | machine.facts(here.device)
+        } | environment.facts(here.device)
 
 
 def main() -> None:

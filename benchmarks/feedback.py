@@ -2,10 +2,11 @@
 
     python -m benchmarks.feedback [--model FILE --hessians FILE --tensor NAME] [--results FILE]
 
-The search of lattice.py lets every survivor carry the values that its own errors have made of the columns ahead. Simpler are `shared`,
-where the best survivor's error of each column moves the one set of values that all see, and `blocks of N`, where values move between blocks
-only. All take nearest levels (no rate weight) at steps that make every error cost the same, and are run at three of them. What is compared
-is the rate, as the coder writes it, at equal Hessian-weighted error: the survivors' at the middle step, on the line through two points.
+The search of stages/pack/quantise/trellis_quantiser.py lets every survivor carry the values that its own errors have made of the columns
+ahead. Simpler are `shared`, where the best survivor's error of each column moves the one set of values that all see, and `blocks of N`,
+where values move between blocks only. All take nearest levels (no rate weight) at steps that make every error cost the same, and are run at
+three of them. What is compared is the rate, as the coder writes it, at equal Hessian-weighted error: the survivors' at the middle step, on
+the line through two points.
 
 Without files the matrix is normal, 512 x 512, with the Hessian of strongly correlated inputs.
 """
@@ -20,9 +21,10 @@ import torch
 from numba import njit
 from safetensors.torch import load_file
 
-from stages import machine
 from stages.calibrate.hessians import hessian_name
-from stages.pack import coder, gptq, lattice
+from stages.common import environment
+from stages.pack.entropy import level_coder
+from stages.pack.quantise import gptq, trellis_quantiser
 from stages.pack.trellis import trellis
 
 DAMPING, SIZE, RATIOS = 0.05, 512, (0.8, 1.0, 1.25)
@@ -77,27 +79,27 @@ def search(y_RC: np.ndarray, unit_CC: np.ndarray, cost_C: np.ndarray, into_S2: n
                 y_C[last:] -= (y_C[column] - np.float32(levels_RC[row, column])) * unit_CC[column, last:]
 
 
-def levels_of(way: str, axes: lattice.Axes, step: float, states: int) -> lattice.Lattice:
+def levels_of(way: str, axes: trellis_quantiser.Axes, step: float, states: int) -> trellis_quantiser.Lattice:
     """The levels that one way takes."""
     if way == WAYS[0]:
-        return lattice.choose(axes, step, states, 0.0).lattice
+        return trellis_quantiser.choose(axes, step, states, 0.0).lattice
     levels_RC = np.zeros(axes.scaled_RC.shape, np.int16)
     columns = axes.columns
     block = 0 if way == "shared" else int(way.split()[-1])
     search(axes.scaled_RC / np.float32(step), columns.unit_CC, columns.cost_C, trellis(states).into_S2, block, levels_RC)
-    return lattice.Lattice(levels_RC, axes.rows_R, columns.exponents_C, step, states)
+    return trellis_quantiser.Lattice(levels_RC, axes.rows_R, columns.exponents_C, step, states)
 
 
 def point(
-    way: str, axes: lattice.Axes, step: float, states: int, weight: torch.Tensor, hessian: torch.Tensor
+    way: str, axes: trellis_quantiser.Axes, step: float, states: int, weight: torch.Tensor, hessian: torch.Tensor
 ) -> tuple[float, float, float]:
     """Half of log2 of the Hessian-weighted error, relative to the weights'; bits a weight; processor seconds of the search."""
     started = time.process_time()
     chosen = levels_of(way, axes, step, states)
     seconds = time.process_time() - started
-    difference = torch.from_numpy(lattice.weights(chosen)) - weight
+    difference = torch.from_numpy(trellis_quantiser.weights(chosen)) - weight
     error = float(gptq.costs(difference, hessian).sum() / gptq.costs(weight, hessian).sum())
-    payload = coder.encode(chosen.levels_RC, chosen.rows_R, chosen.columns_C, states)
+    payload = level_coder.encode(chosen.levels_RC, chosen.rows_R, chosen.columns_C, states)
     return float(np.log2(error) / 2), 8 * len(payload) / weight.numel(), seconds
 
 
@@ -111,8 +113,10 @@ def compared(weight: torch.Tensor, hessian: torch.Tensor, states: int) -> dict[s
     """Bits above each survivor's own feedback at equal error, and times of the search."""
     (known,) = gptq.feedback(hessian[None], DAMPING, ["the matrix"], act_order=False)
     diagonal_C = known.upper_CC.diagonal().double().numpy()
-    columns = lattice.columns_of(known.upper_CC.numpy(), lattice.exponents(diagonal_C / np.exp(np.log(diagonal_C).mean())))
-    axes = lattice.axes_of(weight.numpy(), np.ones(len(weight)), np.zeros(len(weight), np.int8), columns)
+    columns = trellis_quantiser.columns_of(
+        known.upper_CC.numpy(), trellis_quantiser.exponents(diagonal_C / np.exp(np.log(diagonal_C).mean()))
+    )
+    axes = trellis_quantiser.axes_of(weight.numpy(), np.ones(len(weight)), np.zeros(len(weight), np.int8), columns)
     middle = 0.2 * float(np.sqrt((axes.scaled_RC**2).mean()))
     for way in WAYS:
         levels_of(way, axes, middle, states)  # compiles
@@ -144,7 +148,7 @@ def main() -> None:
     result = {f"{states} states": compared(weight, hessian, states) for states in arguments.states}
     if arguments.results:
         matrix = {"tensor": arguments.tensor, "shape": list(weight.shape), "ways": result}
-        arguments.results.write_text(json.dumps(matrix | machine.facts(torch.device("cpu")), indent=2, sort_keys=True) + "\n")
+        arguments.results.write_text(json.dumps(matrix | environment.facts(torch.device("cpu")), indent=2, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from stages import machine
+from stages.common import environment
 
 SHAPES = {"query, key, value": (512, 1024), "output": (512, 512), "up": (512, 2048), "down": (2048, 512), "head": (512, 8192)}
 REPETITIONS = 20
@@ -84,7 +84,7 @@ def main() -> None:
     for name, (inputs, outputs) in SHAPES.items():
         rows[name] = measure(arguments.tokens, inputs, outputs)
         print(name, {key: f"{1e3 * value:.3f} ms" for key, value in rows[name].items()}, flush=True)
-    result = {"tokens": arguments.tokens, "products": rows} | machine.facts(torch.device("cuda"))
+    result = {"tokens": arguments.tokens, "products": rows} | environment.facts(torch.device("cuda"))
     arguments.results.write_text(json.dumps(result, indent=2, sort_keys=True) + "\n")
 
 

@@ -20,11 +20,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from stages import machine
-from stages.pack import codec, container, tensors
+from stages.common import environment
 from stages.pack.artifact import unpack
-from stages.pack.codec import Layout
-from stages.pack.container import Contents, Entry, Form, Stream
+from stages.pack.entropy import codecs
+from stages.pack.entropy.codecs import Layout
+from stages.pack.file import container, tensors
+from stages.pack.file.container import Contents, Entry, Form, Stream
 
 SEPARATOR = b"\0streams\0"
 
@@ -32,7 +33,7 @@ SEPARATOR = b"\0streams\0"
 def framed(data: bytes) -> bytes:
     """A file of the input's header and streams, with lengths and checksum that are right."""
     header, _, streams = data.partition(SEPARATOR)
-    packed = codec.deflate(header, 1)
+    packed = codecs.deflate(header, 1)
     covered = len(packed).to_bytes(4, "little") + packed + streams
     return container.MAGIC + container.VERSION.to_bytes(4, "little") + hashlib.sha256(covered).digest() + covered
 
@@ -56,7 +57,7 @@ def seeds() -> list[bytes]:
     """One file of every form and codec, taken apart as `framed` puts it together."""
 
     def stream(raw: bytes, layout: Layout, by: str) -> Stream:
-        return Stream(by, codec.encode(by, raw, layout, 5))
+        return Stream(by, codecs.encode(by, raw, layout, 5))
 
     rows = (stream(bytes(range(12)), Layout(1, 3, 4), "adaptive"), stream(bytes(6), Layout(2, 1, 3, kind="series"), "series"))
     levels = np.array([[0, 2, -4], [6, 0, 0]], "<i2").tobytes()
@@ -74,7 +75,7 @@ def seeds() -> list[bytes]:
     for chosen in [entries, *([entry] for entry in entries), ()]:
         blob = container.write(Contents({"layers": 1, "rope_base": 10000.0}, tuple(chosen)))
         end = 48 + int.from_bytes(blob[44:48], "little")
-        made.append(codec.inflate(blob[48:end], container.MAX_HEADER_BYTES) + SEPARATOR + blob[end:])
+        made.append(codecs.inflate(blob[48:end], container.MAX_HEADER_BYTES) + SEPARATOR + blob[end:])
     return made
 
 
@@ -83,14 +84,14 @@ def fuzz(arguments: list[str]) -> None:
     import atheris  # only here: it is no dependency
 
     for module in (
-        "stages.pack.container",
-        "stages.pack.codec",
-        "stages.pack.tensors",
-        "stages.pack.apart",
+        "stages.pack.file.container",
+        "stages.pack.entropy.codecs",
+        "stages.pack.file.tensors",
+        "stages.pack.file.load",
         "stages.pack.artifact",
-        "stages.pack.lattice",
-        "stages.pack.series",
-        "stages.pack.correction",
+        "stages.pack.quantise.trellis_quantiser",
+        "stages.pack.entropy.delta_coder",
+        "stages.pack.low_rank",
     ):
         for value in vars(sys.modules[module]).values():
             if callable(value) and getattr(value, "__module__", "") == module and hasattr(value, "__code__"):
@@ -130,7 +131,7 @@ def main() -> None:
         "peak_megabytes": found.get("peak_rss_mb"),
         "corpus": inputs,
         "edges_at_first_and_last": [covered[0], covered[-1]] if covered else None,
-    } | machine.facts(torch.device("cpu"))
+    } | environment.facts(torch.device("cpu"))
     arguments.results.write_text(json.dumps(result, indent=2, sort_keys=True) + "\n")
     print(json.dumps(result))
     if ended.returncode:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from stages import machine
+from stages.common import environment
 
 SMALL = [
     "train.budget=steps",
@@ -139,14 +139,14 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
     params = arguments.output / "params.yaml"
-    subprocess.run([sys.executable, "-m", "stages.preset", "sprint", "--output", str(params)], check=True)
+    subprocess.run([sys.executable, "-m", "tools.preset", "sprint", "--output", str(params)], check=True)
     check = Check(arguments.output.resolve(), params)
     two = torch.cuda.device_count() > 1
     try:
         pipeline(check, arguments, two)
         bundle(check)
     finally:
-        result = {"pairs": check.pairs, "two_ranks": two, "changes_to_sprint": SMALL} | machine.facts(torch.device("cuda", 0))
+        result = {"pairs": check.pairs, "two_ranks": two, "changes_to_sprint": SMALL} | environment.facts(torch.device("cuda", 0))
         arguments.results.write_text(json.dumps(result, indent=2, sort_keys=True) + "\n")
     sys.exit(0 if all(pair["agree"] for pair in check.pairs) else 1)
 

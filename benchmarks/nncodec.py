@@ -27,8 +27,9 @@ import torch
 from safetensors.numpy import load_file
 
 from benchmarks.pack import by_programs
-from stages import machine
-from stages.pack import codec, coder, lattice
+from stages.common import environment
+from stages.pack.entropy import codecs, level_coder
+from stages.pack.quantise import trellis_quantiser
 
 STATES = 8
 DENSITY = 4  # of NNCodec's steps: log2 of how many there are in an octave
@@ -81,12 +82,14 @@ def ours(weight_RC: np.ndarray, step: float, weight_of_bits: float, states: int 
     """The same by this project; the scales of rows and columns are 1, and are coded as such."""
     rows, columns = weight_RC.shape
     flat_R, flat_C = np.zeros(rows, np.int8), np.zeros(columns, np.int8)
-    alike = lattice.columns_of(np.eye(columns, dtype=np.float32), flat_C)
-    chosen = lattice.choose(lattice.axes_of(weight_RC, np.ones(rows, np.float32), flat_R, alike), step, states, weight_of_bits)
-    payload = coder.encode(chosen.lattice.levels_RC, flat_R, flat_C, states)
-    assert np.array_equal(coder.decode(payload, flat_R, flat_C, states), chosen.lattice.levels_RC)
-    scales = codec.deflate(flat_R.tobytes() + flat_C.tobytes(), 11)
-    return Coded(len(payload) + len(scales), mean_square(weight_RC - lattice.weights(chosen.lattice)), chosen.lattice.levels_RC)
+    alike = trellis_quantiser.columns_of(np.eye(columns, dtype=np.float32), flat_C)
+    chosen = trellis_quantiser.choose(
+        trellis_quantiser.axes_of(weight_RC, np.ones(rows, np.float32), flat_R, alike), step, states, weight_of_bits
+    )
+    payload = level_coder.encode(chosen.lattice.levels_RC, flat_R, flat_C, states)
+    assert np.array_equal(level_coder.decode(payload, flat_R, flat_C, states), chosen.lattice.levels_RC)
+    scales = codecs.deflate(flat_R.tobytes() + flat_C.tobytes(), 11)
+    return Coded(len(payload) + len(scales), mean_square(weight_RC - trellis_quantiser.weights(chosen.lattice)), chosen.lattice.levels_RC)
 
 
 def mean_square(of: np.ndarray) -> float:
@@ -147,7 +150,7 @@ def on_the_same(levels: list[np.ndarray], theirs: NNCodec) -> dict[str, int]:
     assert all(np.abs(of).max() < 128 for of in levels)
     return {
         "nncodec": sum(len(theirs.code(of, on_trellis=False)) for of in levels),
-        "ours": sum(len(coder.encode(of, np.zeros(len(of), np.int8), np.zeros(of.shape[1], np.int8), 1)) for of in levels),
+        "ours": sum(len(level_coder.encode(of, np.zeros(len(of), np.int8), np.zeros(of.shape[1], np.int8), 1)) for of in levels),
     } | by_programs(b"".join(of.astype(np.int8).tobytes() for of in levels))
 
 
@@ -159,7 +162,7 @@ def main() -> None:
     arguments = parser.parse_args()
     loaded = {name: of.astype(np.float32) for name, of in load_file(arguments.weights).items()}
     weights = {name: np.ascontiguousarray(of) for name, of in sorted(loaded.items()) if of.ndim == 2 and of.size >= 4096}
-    result = compare(weights, arguments.relative_error) | machine.facts(torch.device("cpu"))
+    result = compare(weights, arguments.relative_error) | environment.facts(torch.device("cpu"))
     result["versions"]["nncodec"] = importlib.metadata.version("nncodec")
     arguments.results.write_text(json.dumps(result, indent=2, sort_keys=True) + "\n")
     print(json.dumps(result))

@@ -33,16 +33,17 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks._held_out import HeldOut
 from benchmarks._preset import preset_file
-from stages import bpb, config, machine
 from stages.calibrate.hessians import collect
 from stages.calibrate.params import Params as CalibrateInput
-from stages.clock import Interval
-from stages.pack import codec, container
+from stages.common import bpb, config, environment
+from stages.common.clock import Interval
+from stages.common.parallel import World, world
+from stages.common.progress import Report
 from stages.pack.artifact import Packed, pack, unpack
+from stages.pack.entropy import codecs
+from stages.pack.file import container
 from stages.pack.params import PackParams
 from stages.pack.params import Params as PackInput
-from stages.parallel import World, world
-from stages.report import Report
 from stages.train.loop import train
 from stages.train.params import ModelParams
 from stages.train.params import Params as TrainInput
@@ -200,7 +201,7 @@ def by_programs(raw: bytes) -> dict[str, int]:
             (Path(folder) / "raw").write_bytes(raw)
             subprocess.run([*command, "raw"], cwd=folder, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             found[name] = sum(path.stat().st_size for path in Path(folder).iterdir() if path.name != "raw")
-    return found | {"brotli": len(codec.deflate(raw, 11)), "integers": len(raw)}
+    return found | {"brotli": len(codecs.deflate(raw, 11)), "integers": len(raw)}
 
 
 def outside(blob: bytes) -> dict[str, int]:
@@ -269,7 +270,7 @@ def compare(arguments: argparse.Namespace, inputs: Inputs, folder: Path, here: W
         losses = held_out.losses(unpack(done.packed.blob)[1])
         result["variants"][name] = figures(done, losses, base, bits_a_nat) | {"changes": changes}
         print(name, json.dumps(result["variants"][name]), flush=True)
-        arguments.results.write_text(json.dumps(result | machine.facts(here.device), indent=2, sort_keys=True) + "\n")
+        arguments.results.write_text(json.dumps(result | environment.facts(here.device), indent=2, sort_keys=True) + "\n")
 
     plain = run("plain", dataclasses.replace(inputs.pack.pack, **PLAIN), model, folder, usual, device)
     record("fixed widths, brotli", plain, PLAIN)
@@ -285,7 +286,7 @@ def compare(arguments: argparse.Namespace, inputs: Inputs, folder: Path, here: W
     for name, done in in_processes(others, model, folder):
         record(name, done, chosen[name])
     result["outside"] = outside(plain.packed.blob)
-    arguments.results.write_text(json.dumps(result | machine.facts(here.device), indent=2, sort_keys=True) + "\n")
+    arguments.results.write_text(json.dumps(result | environment.facts(here.device), indent=2, sort_keys=True) + "\n")
     print(table({name: result["variants"][name] for name in ("fixed widths, brotli", *chosen)}))
 
 

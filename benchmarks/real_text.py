@@ -17,10 +17,10 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from stages import config
-from stages.bpb import bits_per_byte
-from stages.parallel import world
-from stages.sliding_eval.evaluate import read_stream, score
+from stages.common import config
+from stages.common.bpb import bits_per_byte
+from stages.common.parallel import world
+from stages.scoring.evaluate import read_stream, score
 from stages.sliding_eval.scorer import SlidingScorer
 from stages.train.model import model_for
 from stages.train.params import Params as TrainParams
@@ -88,7 +88,7 @@ def main() -> None:
     started = time.monotonic()
     arguments.output.mkdir(parents=True, exist_ok=True)
     params = arguments.output / "params.yaml"
-    subprocess.run([sys.executable, "-m", "stages.preset", arguments.preset, "--output", str(params)], check=True)
+    subprocess.run([sys.executable, "-m", "tools.preset", arguments.preset, "--output", str(params)], check=True)
     stages = {stage: run_stage(stage, arguments.output, arguments, params) for stage in STAGES}
     seconds = time.monotonic() - started
     with (arguments.output / "train/loss.tsv").open() as table:

@@ -18,10 +18,10 @@ import torch
 
 from benchmarks._streams import beginning
 from benchmarks.trie_mixture import Case, Replay, answered, case_of
-from stages import config, machine
-from stages.ttt_eval.mixer import MixerScorer
+from stages.common import config, environment
+from stages.ttt_eval.bytemix.scorer import MixerScorer
+from stages.ttt_eval.ngram.scorer import TiltScorer
 from stages.ttt_eval.params import Params
-from stages.ttt_eval.tilt import TiltScorer
 
 PERCENTILES = (50, 90, 99, 99.9, 99.99, 100)
 
@@ -62,7 +62,7 @@ def main() -> None:
         sides[name] = ledgers(case, answers, params)
     found = {name: apart(sides["usual"][name], nll) for name, nll in sides["exact"].items()}
     about = {"targets": case.stream.targets, "changes": arguments.set}
-    arguments.results.write_text(json.dumps(about | found | machine.facts(), indent=2, sort_keys=True) + "\n")
+    arguments.results.write_text(json.dumps(about | found | environment.facts(), indent=2, sort_keys=True) + "\n")
     print(json.dumps(found, indent=1))
 
 

@@ -20,9 +20,9 @@ import torch
 import yaml
 
 from benchmarks._pairs import compared
-from stages import ledger, machine
-from stages.bpb import bits_per_byte
-from stages.sliding_eval.evaluate import Stream, open_stream
+from stages.common import environment, ledger
+from stages.common.bpb import bits_per_byte
+from stages.scoring.evaluate import Stream, open_stream
 
 TTT = "ttt_eval"
 PLAIN = ("ttt_eval.tilt_rate=0.0", "ttt_eval.mixer_rate=0.0")
@@ -89,7 +89,7 @@ def main() -> None:
     ways = {name: figures(arguments.ledgers / name, stream) for name in there}
     ledgers = {name: ledger.read(arguments.ledgers / name / "nll.npy", stream.targets) for name in there}
     device = torch.device("cuda") if torch.cuda.is_available() else None
-    result = {"changes": arguments.set, "ways": ways, "pairs": compared(ledgers, stream)} | machine.facts(device)
+    result = {"changes": arguments.set, "ways": ways, "pairs": compared(ledgers, stream)} | environment.facts(device)
     arguments.results.write_text(json.dumps(result, indent=2, sort_keys=True) + "\n")
 
 

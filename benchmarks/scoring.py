@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks._measure import measure
-from stages import bootstrap, shards
-from stages.bpb import ByteTable, bits_per_byte, target_bytes
+from stages.common import paired_bootstrap, shards
+from stages.common.bpb import ByteTable, bits_per_byte, target_bytes
 
 TOKENS = 1_000_000
 VOCAB = 8192
@@ -25,11 +25,11 @@ def main() -> None:
     counted = target_bytes(tokens, table)
     nll = generator.gamma(2.0, 1.0, TOKENS - 1).astype(np.float32)
     other = (nll * 0.99).astype(np.float32)
-    documents = bootstrap.document_of_target(tokens, BOS)
+    documents = paired_bootstrap.document_of_target(tokens, BOS)
     measure(f"target_bytes, {TOKENS:,} tokens", TOKENS, "tokens", lambda: target_bytes(tokens, table))
     measure(f"bits_per_byte, {TOKENS:,} targets", TOKENS, "targets", lambda: bits_per_byte(nll, counted))
     resample = f"paired_difference, {int(documents.max()) + 1:,} documents, 2,000 resamples"
-    measure(resample, 2000, "resamples", lambda: bootstrap.paired_difference(nll, other, counted, documents))
+    measure(resample, 2000, "resamples", lambda: paired_bootstrap.paired_difference(nll, other, counted, documents))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "shard.bin"
         measure(f"shards.write, {TOKENS:,} tokens", TOKENS, "tokens", lambda: shards.write(path, tokens))

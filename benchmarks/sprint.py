@@ -22,10 +22,10 @@ from safetensors.torch import save_file
 
 from benchmarks._held_out import HeldOut, sliding_nats
 from benchmarks._preset import train_params
-from stages import machine
-from stages.clock import Interval
-from stages.parallel import World, world
-from stages.report import Report
+from stages.common import environment
+from stages.common.clock import Interval
+from stages.common.parallel import World, world
+from stages.common.progress import Report
 from stages.train.loop import train
 from stages.train.params import Params
 
@@ -99,7 +99,7 @@ def main() -> None:
     for params, changes in variants:
         with world(params.parallel, compiles=True) as here:
             rows.append(run(params, changes, arguments, here))
-            result = {"preset": arguments.preset, "changes": arguments.set, "variants": rows} | machine.facts(here.device)
+            result = {"preset": arguments.preset, "changes": arguments.set, "variants": rows} | environment.facts(here.device)
             arguments.results.write_text(json.dumps(result, indent=2, sort_keys=True) + "\n")
 
 

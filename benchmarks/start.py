@@ -16,8 +16,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from stages import clock
-from stages.pack import decoder
+from stages.common import clock
+from stages.pack.file import decode_process
 
 OF_THE_STAGE = ("Unpacking", "read_stream", "scorer_of", "score", "write_results")
 OF_EVALUATE = ("model_for", "rehearse")
@@ -57,29 +57,29 @@ def in_time(holder: Any, name: str, what: str = "") -> None:
 
 def decode_in_time() -> None:
     """Time the other process: its imports, its compiling, and its decoding, which waits for that."""
-    serve = decoder._serve
+    serve = decode_process._serve
 
     def call(*arguments: Any) -> None:
         with timed(INDENT + "imports of the process that decodes"):
             event = importlib.import_module("numba.core.event")
-            codec = importlib.import_module("stages.pack.codec")
-            importlib.import_module("stages.pack.tensors")
+            codec = importlib.import_module("stages.pack.entropy.codecs")
+            importlib.import_module("stages.pack.file.tensors")
         in_time(codec, "compile_ahead", INDENT + "compile_ahead")
-        in_time(decoder, "in_threads", INDENT + "decode, compiling awaited")
+        in_time(decode_process, "in_threads", INDENT + "decode, compiling awaited")
         with event.install_timer("numba:compile", lambda seconds: print(f"{INDENT}{seconds:.2f} s of compiling", flush=True)):
             serve(*arguments)
 
-    setattr(decoder, "_serve", call)  # noqa: B010  (mypy does not let a module's function be assigned to)
+    setattr(decode_process, "_serve", call)  # noqa: B010  (mypy does not let a module's function be assigned to)
 
 
 def main() -> None:
     """The stage, with its steps timed."""
     print(f"{now():7.2f}: begun", flush=True)
     decode_in_time()
-    begun = decoder.Decoder()
+    begun = decode_process.Decoder()
     with timed("imports"):
         stage: Any = importlib.import_module(f"stages.{sys.argv[1]}.__main__")
-        evaluate = importlib.import_module("stages.sliding_eval.evaluate")
+        evaluate = importlib.import_module("stages.scoring.evaluate")
     stage.DECODER = begun
     in_time(stage.Unpacking, "state")
     for name in OF_THE_STAGE:

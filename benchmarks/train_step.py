@@ -26,8 +26,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks._preset import train_params
-from stages import machine, shards
-from stages.parallel import World, world
+from stages.common import environment, shards
+from stages.common.parallel import World, world
 from stages.train.checkpoint import Checkpoints
 from stages.train.data import Windows, micro_batch_size
 from stages.train.loop import _Loop
@@ -270,7 +270,9 @@ def main() -> None:
                     print(f"{tokens:,} {attention} {phase}: {rows[-1]['tokens_per_second']:,.0f} tokens/s", flush=True)
                 del steps
         if here.is_main:
-            result = {"preset": arguments.preset, "changes": arguments.set, "ceilings": rates, "cases": rows} | machine.facts(here.device)
+            result = {"preset": arguments.preset, "changes": arguments.set, "ceilings": rates, "cases": rows} | environment.facts(
+                here.device
+            )
             arguments.results.write_text(json.dumps(result, indent=2, sort_keys=True) + "\n")
             print(
                 f"large product {rates['product_rate'] / 1e12:.3f} TFLOP/s, large copy {rates['copy_rate'] / 1e9:.1f} GB/s; milliseconds:"

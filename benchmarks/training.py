@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from benchmarks._measure import measure
-from stages import config
+from stages.common import config
 from stages.train.model import Model, initialise_
 from stages.train.muon import coefficients, orthogonalise
 from stages.train.params import ModelParams

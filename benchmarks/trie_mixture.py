@@ -4,7 +4,7 @@
 
 FILE of --model is model.bin, SHARDS are of training text that the model was not trained on: nothing here is chosen on validation text. The
 scorer of --of (sliding windows, or what ttt_eval's section says, without tilt and mixture) scores the first --targets of them once; its
-answers (stages/sliding_eval/asked.py) are kept in --answers, and the tilt and the mixture are run over those. Rates are chosen on the first
+answers (stages/scoring/queries.py) are kept in --answers, and the tilt and the mixture are run over those. Rates are chosen on the first
 quarter; the last quarter, with the most behind it, is what is to be read.
 
 The gain depends on the network: a weak one leaves to the mixture what a strong one knows by itself (#1642: -0.05 bpb with a weak model and
@@ -23,23 +23,23 @@ import numpy as np
 import torch
 
 from benchmarks._streams import beginning
-from stages import bootstrap, config, machine
-from stages.bpb import bits_per_byte
+from stages.common import config, environment, paired_bootstrap
+from stages.common.bpb import bits_per_byte
+from stages.common.parallel import World, world
+from stages.common.progress import Report
 from stages.pack.artifact import load_model
-from stages.parallel import World, world
-from stages.report import Report
-from stages.sliding_eval.asked import Asked
-from stages.sliding_eval.evaluate import AskedScorer, Stream
-from stages.sliding_eval.forest import NO_HINT, Forest
+from stages.scoring.byte_tree import numbers_behind, of_table
+from stages.scoring.byte_tree_logits import NO_HINT, Forest
+from stages.scoring.evaluate import AskedScorer, Stream
+from stages.scoring.queries import Asked
 from stages.sliding_eval.scorer import SlidingScorer
-from stages.sliding_eval.tree import numbers_behind, of_table
-from stages.ttt_eval import tilt
-from stages.ttt_eval.hints import LENGTHS, STATES, Hints
-from stages.ttt_eval.mixer import MixerScorer
-from stages.ttt_eval.mixture import Mixture
+from stages.ttt_eval.build import scorer_for
+from stages.ttt_eval.bytemix.mixer import Mixture
+from stages.ttt_eval.bytemix.scorer import MixerScorer
+from stages.ttt_eval.ngram import scorer as tilt
+from stages.ttt_eval.ngram.scorer import TiltScorer
+from stages.ttt_eval.ngram.table import LENGTHS, STATES, Hints
 from stages.ttt_eval.params import Params
-from stages.ttt_eval.stack import scorer_for
-from stages.ttt_eval.tilt import TiltScorer
 
 TILT_RATES = (0.02, 0.05, 0.1, 0.2)
 MIXER_RATES = (0.0005, 0.001, 0.002, 0.005)
@@ -157,10 +157,10 @@ def mixing_alone(answers: np.ndarray, case: Case) -> float:
 def differences(losses: dict[str, np.ndarray], of: np.ndarray, case: Case) -> dict[str, Any]:
     """bpb of each and their paired differences, over the targets `of`."""
     counted = case.stream.counted_bytes[of]
-    numbers = np.unique(bootstrap.document_of_target(case.stream.tokens, case.stream.table.bos)[of], return_inverse=True)[1]
+    numbers = np.unique(paired_bootstrap.document_of_target(case.stream.tokens, case.stream.table.bos)[of], return_inverse=True)[1]
     found: dict[str, Any] = {name: bits_per_byte(nats[of], counted) for name, nats in losses.items()}
     for a, b in PAIRS:
-        found[f"{b} minus {a}"] = bootstrap.paired_difference(losses[a][of], losses[b][of], counted, numbers)._asdict()
+        found[f"{b} minus {a}"] = paired_bootstrap.paired_difference(losses[a][of], losses[b][of], counted, numbers)._asdict()
     return found
 
 
@@ -171,7 +171,7 @@ def figures(losses: dict[str, np.ndarray], case: Case) -> dict[str, Any]:
         "all": differences(losses, targets, case),
         "last quarter": differences(losses, targets[3 * len(targets) // 4 :], case),
     }
-    documents = bootstrap.document_of_target(case.stream.tokens, case.stream.table.bos)
+    documents = paired_bootstrap.document_of_target(case.stream.tokens, case.stream.table.bos)
     size = np.bincount(documents, counted)
     by_loss = np.argsort(np.bincount(documents, losses["network"]) / np.maximum(1, size))
     quarter = np.empty(len(size), np.int64)
@@ -212,7 +212,7 @@ def main() -> None:
     seen["mixture"]["megabytes_per_second_mixing_alone"] = mixing_alone(answers, case)
     about = {"targets": targets, "bytes": int(case.stream.counted_bytes.sum()), "of": arguments.of, "changes": arguments.set}
     found = figures(losses, case)
-    arguments.results.write_text(json.dumps(about | seen | found | machine.facts(), indent=2, sort_keys=True) + "\n")
+    arguments.results.write_text(json.dumps(about | seen | found | environment.facts(), indent=2, sort_keys=True) + "\n")
     print(json.dumps(found, indent=1))
 
 

@@ -1,15 +1,15 @@
 """The stages of the pipeline, one package each, and beside them what siblings share.
 
 Importing this package does two things, which must come before numpy and torch are imported. It pins the instruction set, so that
-results do not depend on the CPU (instruction_set.py). And it checks that the interpreter can run a stage at all: DVC starts `python` from
-PATH, which need not be the interpreter of the project's environment, and one line that says so is worth more than a traceback from the
+results do not depend on the CPU (common/instruction_set.py). And it checks that the interpreter can run a stage at all: DVC starts `python`
+from PATH, which need not be the interpreter of the project's environment, and one line that says so is worth more than a traceback from the
 middle of an import.
 """
 
 import sys
 from importlib.util import find_spec
 
-from stages import instruction_set
+from stages.common import instruction_set
 
 instruction_set.pin()
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from stages import cpu_math
+from stages.common import cpu_math
 
 ROOT = Path(__file__).resolve().parent.parent
 OPTIONS = {"slow": "run it with `make test ARGS=--slow`", "gpu": "run it on a machine with a CUDA device, with `make test ARGS=--gpu`"}

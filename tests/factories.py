@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from stages import shards
-from stages.bpb import ByteTable
-from stages.parallel import ParallelParams, World
-from stages.scorer import Scorer
+from stages.common import shards
+from stages.common.bpb import ByteTable
+from stages.common.parallel import ParallelParams, World
+from stages.common.scorer import Scorer
 from stages.train.loop import Trained
 from stages.train.model import Model, initialise_
 from stages.train.params import ModelParams, Params, TrainParams

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from stages.parallel import World, world
+from stages.common.parallel import World, world
 from tests.factories import PARALLEL
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -1,4 +1,4 @@
-"""The byte mixture once more, with dictionaries and float64: what stages/ttt_eval/mixture.py computes where no two lines collide."""
+"""The byte mixture once more, with dictionaries and float64: what stages/ttt_eval/bytemix/mixer.py computes where no two lines collide."""
 
 import math
 from collections import defaultdict
@@ -6,9 +6,22 @@ from typing import Any
 
 import numpy as np
 
-from stages.sliding_eval.tree import END, Trees
-from stages.ttt_eval.contexts import ALWAYS, CLASSES, CONTEXTS, EDGES, KNOWN, LENGTHS, LONGEST, NETWORK, ORDERS, SHORTEST, STATES, SURE
-from stages.ttt_eval.mixture import AFTER, FEWEST, GRID_BITS, LIMIT, STEADY, WHOLE
+from stages.scoring.byte_tree import END, Trees
+from stages.ttt_eval.bytemix.context_tables import (
+    ALWAYS,
+    CLASSES,
+    CONTEXTS,
+    EDGES,
+    KNOWN,
+    LENGTHS,
+    LONGEST,
+    NETWORK,
+    ORDERS,
+    SHORTEST,
+    STATES,
+    SURE,
+)
+from stages.ttt_eval.bytemix.mixer import AFTER, FEWEST, GRID_BITS, LIMIT, STEADY, WHOLE
 
 MATCH = CONTEXTS
 NOTHING = 0.5 * WHOLE  # the chance that an opinion is made of where nothing is known

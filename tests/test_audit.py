@@ -12,21 +12,24 @@ import numpy as np
 import pytest
 import torch
 
-from stages import bpb, command, shards
 from stages.audit import __main__ as stage
-from stages.audit import coverage, files, positions, render, walk
+from stages.audit import probe_runner, sampling
+from stages.audit import report as render
+from stages.audit.checks import budgets, coverage
 from stages.audit.verdict import Verdict, convicted, reason
 from stages.calibrate.hessians import hessian_name
-from stages.pack import artifact, roles
+from stages.common import bpb, command, shards
+from stages.common.progress import Report
+from stages.common.scorer import Scorer
+from stages.pack import artifact
 from stages.pack.params import PackParams
-from stages.report import Report
-from stages.scorer import Scorer
+from stages.pack.quantise import tensor_kinds
 from stages.sliding_eval import __main__ as sliding_stage
-from stages.tokenize import disjoint, tokenizer
+from stages.tokenize import duplicates, tokenizer
 from stages.ttt_eval import __main__ as ttt_stage
 from tests import factories
 from tests.zoo import causal, lawful, mass
-from tests.zoo.court import BYTES, EDGES, KEY, PARAMS, TOKENS, audit, chunk_table, counted, failed
+from tests.zoo.harness import BYTES, EDGES, KEY, PARAMS, TOKENS, audit, chunk_table, counted, failed
 
 
 def by_name(verdicts: list[Verdict], name: str) -> Verdict:
@@ -81,7 +84,7 @@ def test_a_dropped_tail_is_convicted_by_coverage(tmp_path: Path) -> None:
 def test_scoring_a_subset_is_convicted_by_the_commitment(tmp_path: Path) -> None:
     # This key happens to draw odd places only (once in 2^15 keys), where this cheat is honest and substitution sees nothing: that is why a
     # place commits to a run of targets.
-    assert {place % 2 for place in positions.distribution_positions(KEY, len(TOKENS), PARAMS.distributions)} == {1}
+    assert {place % 2 for place in sampling.distribution_positions(KEY, len(TOKENS), PARAMS.distributions)} == {1}
     assert "B4 ledger equals commitment" in failed(audit(causal.Subset, tmp_path))
 
 
@@ -169,34 +172,34 @@ def test_the_denominator_is_counted_from_decoded_text() -> None:
 
 
 def test_sizes_and_clocks_over_budget_fail_and_passing_verdicts_hold_no_time() -> None:
-    assert files.check_sizes({"model.bin": 60, "train_gpt.py": 40}, 100).outcome == "pass"
-    over = files.check_sizes({"model.bin": 61, "train_gpt.py": 40}, 100)
+    assert budgets.check_sizes({"model.bin": 60, "train_gpt.py": 40}, 100).outcome == "pass"
+    over = budgets.check_sizes({"model.bin": 61, "train_gpt.py": 40}, 100)
     assert over.outcome == "fail"
     assert "101 bytes" in over.evidence
-    assert files.check_clock("training", "files", 599.9, 600.0) == files.check_clock("training", "files", 1.5, 600.0)
-    assert files.check_clock("training", "files", 600.1, 600.0).outcome == "fail"
-    assert files.check_clock("training", "files", None, 600.0).outcome == "cannot tell"
+    assert budgets.check_clock("training", "files", 599.9, 600.0) == budgets.check_clock("training", "files", 1.5, 600.0)
+    assert budgets.check_clock("training", "files", 600.1, 600.0).outcome == "fail"
+    assert budgets.check_clock("training", "files", None, 600.0).outcome == "cannot tell"
 
 
 def test_a_val_document_in_train_is_found() -> None:
-    val = files.document_hashes(TOKENS, lawful.BOS)
-    train = np.sort(files.document_hashes(lawful.stream(seed=9), lawful.BOS))
+    val = budgets.document_hashes(TOKENS, lawful.BOS)
+    train = np.sort(budgets.document_hashes(lawful.stream(seed=9), lawful.BOS))
     first = next(shards.documents(TOKENS, lawful.BOS))
     assert val[0].tobytes() == hashlib.sha256(first.astype("<u2").tobytes()).digest()[:8]
     both = np.concatenate([train, np.sort(val)])
-    assert files.check_disjoint(val, both, len(train), len(val)).outcome == "pass"
-    assert files.check_disjoint(val, both, None, len(val)).outcome == "cannot tell"
+    assert budgets.check_disjoint(val, both, len(train), len(val)).outcome == "pass"
+    assert budgets.check_disjoint(val, both, None, len(val)).outcome == "cannot tell"
     planted = np.concatenate([np.sort([*train, val[3]]).astype("<u8"), np.sort(val)])
-    assert "1 of" in files.check_disjoint(val, planted, len(train) + 1, len(val)).evidence
-    assert files.check_disjoint(val, planted, len(train) + 1, len(val)).outcome == "fail"
-    assert files.check_disjoint(val[1:], both, len(train), len(val)).outcome == "fail"
-    assert files.check_shards({"a.bin": "1"}, {"a.bin": "2"}).outcome == "fail"
+    assert "1 of" in budgets.check_disjoint(val, planted, len(train) + 1, len(val)).evidence
+    assert budgets.check_disjoint(val, planted, len(train) + 1, len(val)).outcome == "fail"
+    assert budgets.check_disjoint(val[1:], both, len(train), len(val)).outcome == "fail"
+    assert budgets.check_shards({"a.bin": "1"}, {"a.bin": "2"}).outcome == "fail"
 
 
 def test_positions_follow_from_the_key_and_reach_every_kind_of_edge() -> None:
-    groups = positions.perturbation_groups(KEY, TOKENS, lawful.BOS, EDGES, 20, 64)
-    again = positions.perturbation_groups(KEY, TOKENS, lawful.BOS, EDGES, 20, 64)
-    other = positions.perturbation_groups(b"other", TOKENS, lawful.BOS, EDGES, 20, 64)
+    groups = sampling.perturbation_groups(KEY, TOKENS, lawful.BOS, EDGES, 20, 64)
+    again = sampling.perturbation_groups(KEY, TOKENS, lawful.BOS, EDGES, 20, 64)
+    other = sampling.perturbation_groups(b"other", TOKENS, lawful.BOS, EDGES, 20, 64)
     assert groups == again != other
     assert {group.kind for group in groups} == {"chunk", "window", "document", "random"}
     assert sum(len(group.positions) for group in groups) == 6 * 3 + 1
@@ -209,21 +212,21 @@ def test_positions_follow_from_the_key_and_reach_every_kind_of_edge() -> None:
     assert (edge - 1) % 512 in (511, 0, 1)
     document = next(group for group in groups if group.kind == "document").positions[1]
     assert TOKENS[document] == lawful.BOS
-    places = positions.distribution_positions(KEY, len(TOKENS), 16)
+    places = sampling.distribution_positions(KEY, len(TOKENS), 16)
     assert len(places) == 16
     assert sum(place > 0.75 * len(TOKENS) for place in places) >= 8
-    stretches = positions.recomputed_stretches(KEY, len(TOKENS), 0.1, 64)
+    stretches = sampling.recomputed_stretches(KEY, len(TOKENS), 0.1, 64)
     assert sum(stop - start for start, stop in stretches) == pytest.approx(0.1 * len(TOKENS), abs=64)
     assert all(a[1] <= b[0] for a, b in itertools.pairwise(stretches))
 
 
 def test_a_short_stream_can_be_audited_and_a_shorter_one_is_refused() -> None:
     for length in range(9, 40):
-        groups = positions.perturbation_groups(KEY, TOKENS[:length], lawful.BOS, EDGES, 20, 64)
+        groups = sampling.perturbation_groups(KEY, TOKENS[:length], lawful.BOS, EDGES, 20, 64)
         assert all(group.start >= 1 and group.stop <= length for group in groups)
-        assert all(1 <= place < length for place in positions.distribution_positions(KEY, length, 16))
+        assert all(1 <= place < length for place in sampling.distribution_positions(KEY, length, 16))
     with pytest.raises(ValueError, match="needs at least"):
-        positions.perturbation_groups(KEY, TOKENS[:8], lawful.BOS, EDGES, 20, 64)
+        sampling.perturbation_groups(KEY, TOKENS[:8], lawful.BOS, EDGES, 20, 64)
 
 
 def test_a_walk_recomputes_what_it_is_asked_to_and_shows_probes_no_more_than_the_prefix() -> None:
@@ -236,18 +239,18 @@ def test_a_walk_recomputes_what_it_is_asked_to_and_shows_probes_no_more_than_the
             return scorer.seen, scorer.last
 
     whole = lawful.Bigram(len(BYTES)).score_stream(TOKENS)
-    losses, found = walk.walk(lawful.Bigram(len(BYTES)), TOKENS, [Where(900), Where(7), Where(7)], [(5, 50), (60, 61)], segment=16)
+    losses, found = probe_runner.walk(lawful.Bigram(len(BYTES)), TOKENS, [Where(900), Where(7), Where(7)], [(5, 50), (60, 61)], segment=16)
     assert found == [(900, TOKENS[899]), (7, TOKENS[6]), (7, TOKENS[6])]
     held = ~np.isnan(losses)
     assert np.array_equal(np.flatnonzero(held), [*range(4, 49), 59])
     assert np.array_equal(losses[held], whole[held])
-    complete, _ = walk.walk(lawful.Bigram(len(BYTES)), TOKENS, [Where(900)], [(1, len(TOKENS))], segment=64)
+    complete, _ = probe_runner.walk(lawful.Bigram(len(BYTES)), TOKENS, [Where(900)], [(1, len(TOKENS))], segment=64)
     assert np.array_equal(complete, whole)
 
 
 def test_the_report_repeats_and_reads(tmp_path: Path) -> None:
-    verdicts = [*audit(mass.TargetGate, tmp_path), files.check_sizes({"model.bin": 1}, 2)]
-    again = [*audit(mass.TargetGate, tmp_path), files.check_sizes({"model.bin": 1}, 2)]
+    verdicts = [*audit(mass.TargetGate, tmp_path), budgets.check_sizes({"model.bin": 1}, 2)]
+    again = [*audit(mass.TargetGate, tmp_path), budgets.check_sizes({"model.bin": 1}, 2)]
     declared = {"targets": len(BYTES)}
     text = render.as_markdown(verdicts, declared)
     assert text == render.as_markdown(again, declared)
@@ -306,11 +309,11 @@ def made_artifacts(folder: Path, sections: dict[str, Any]) -> list[str]:
         digest = hashlib.sha256((folder / side / f"{side}_000000.bin").read_bytes()).hexdigest()
         listed[f"{side}/{side}_000000.bin"] = {"documents": len(held), "sha256": digest}
     (folder / "manifest.json").write_text(json.dumps({"shards": listed}))
-    hashes = [np.sort(np.array([disjoint.hash64(document) for document in sides[side]], dtype=np.uint64)) for side in ("train", "val")]
-    disjoint.write(folder / "documents.u64", *hashes)
+    hashes = [np.sort(np.array([duplicates.hash64(document) for document in sides[side]], dtype=np.uint64)) for side in ("train", "val")]
+    duplicates.write(folder / "documents.u64", *hashes)
     model_params = dataclasses.replace(factories.TINY, vocab_size=320)
     state = {name: tensor.detach() for name, tensor in factories.random_model(3, model_params).state_dict().items()}
-    hessians = {hessian_name(name): torch.eye(tensor.shape[1]) for name, tensor in state.items() if roles.kind_of(name) != "rest"}
+    hessians = {hessian_name(name): torch.eye(tensor.shape[1]) for name, tensor in state.items() if tensor_kinds.kind_of(name) != "rest"}
     pack_params = PackParams(**SECTIONS["pack"])
     (folder / "model.bin").write_bytes(artifact.pack(state, hessians, model_params, pack_params, Report(is_main=False)).blob)
     (folder / "train_gpt.py").write_text("# the counted code\n")

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from stages import bpb, shards
-from stages.report import Progress, Report
-from stages.tokenize import adopt, encode, tokenizer
+from stages.common import bpb, shards
+from stages.common.progress import Progress, Report
+from stages.tokenize import encode, import_shards, tokenizer
 from stages.tokenize.encode import Encoded
 from stages.tokenize.split import Document
 from stages.tokenize.tokenizer import Tokenizer
@@ -137,7 +137,7 @@ def test_d4_caseops_shards_are_refused(shared_data: Path, tmp_path: Path) -> Non
     assert sorted(tokenizer.uncountable(caseops)) == [4, 5, 6, 7]
     shards.write(tmp_path / "a.bin", np.array([1, 900, 4, 901], dtype=np.uint16))
     with pytest.raises(ValueError, match=r"token id 4 .* at position 2 is a private-use mark \(CaseOps\)"):
-        adopt.adopt([tmp_path / "a.bin"], tmp_path / "val", "val", caseops, 1, _progress())
+        import_shards.adopt([tmp_path / "a.bin"], tmp_path / "val", "val", caseops, 1, _progress())
 
 
 def test_d5_the_document_is_what_can_be_decoded(fineweb: list[Encoded], record: Tokenizer) -> None:

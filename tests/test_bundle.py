@@ -18,18 +18,21 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from stages import command, config
-from stages.bundle import carrier, cuts, entry, layout, literal, strip, verbs
+from stages.bundle import importer_template, latin1_literal, minify_whitespace, strip, strip_ast
 from stages.bundle.__main__ import STAGE, embedded, main
-from stages.bundle.carrier import ENTRY
 from stages.bundle.closure import closure, module_name
+from stages.bundle.importer_template import ENTRY
 from stages.bundle.params import Params
+from stages.bundle.program import cli as verbs
+from stages.bundle.program import entry
+from stages.common import command, config
 
 ROOT = Path(__file__).resolve().parent.parent
 TOY = {
     "stages/__init__.py": '"""Toy."""\n',
     "stages/bundle/__init__.py": "",
-    "stages/bundle/entry.py": '''\
+    "stages/bundle/program/__init__.py": "",
+    "stages/bundle/program/entry.py": '''\
 """What runs."""
 
 import inspect
@@ -83,7 +86,7 @@ def toy(tmp_path: Path) -> Path:
 
 
 def build(root: Path) -> bytes:
-    return carrier.render(carrier.sources(root), {"a": [1.5, None, "caf\u00e9"]}, 11)
+    return importer_template.render(importer_template.sources(root), {"a": [1.5, None, "caf\u00e9"]}, 11)
 
 
 def run_alone(file: bytes, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -119,7 +122,7 @@ def test_the_closure_agrees_with_what_python_loads() -> None:
     program = f"import sys, {ENTRY}; print(*(name for name in sys.modules if name.partition('.')[0] == 'stages'))"
     loaded = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     assert set(loaded) <= names
-    for stranger in ("stages.tokenize", "stages.audit", "stages.submission", "stages.bundle.carrier"):
+    for stranger in ("stages.tokenize", "stages.audit", "stages.submission", "stages.bundle.importer_template"):
         assert not any(name.startswith(stranger) for name in names)
 
 
@@ -166,7 +169,7 @@ def test_stripping_leaves_the_program_of_every_module(path: Path) -> None:
 @each_module
 def test_layout_alone_leaves_the_tree_of_every_module(path: Path) -> None:
     source = path.read_text(encoding="utf-8")
-    assert ast.dump(ast.parse(layout.relaid(source))) == ast.dump(ast.parse(source))
+    assert ast.dump(ast.parse(minify_whitespace.relaid(source))) == ast.dump(ast.parse(source))
 
 
 @pytest.mark.parametrize(
@@ -222,7 +225,7 @@ def test_stripping_examples(source: str, expected: str) -> None:
     ],
 )
 def test_annotations_that_nothing_reads_are_cut(source: str, expected: str) -> None:
-    assert strip.strip(source) == layout.relaid(expected)
+    assert strip.strip(source) == minify_whitespace.relaid(expected)
 
 
 @pytest.mark.parametrize(
@@ -238,8 +241,8 @@ def test_annotations_that_nothing_reads_are_cut(source: str, expected: str) -> N
     ],
 )
 def test_an_import_goes_with_the_annotations_that_alone_used_it(source: str, expected: str) -> None:
-    assert strip.strip(source) == layout.relaid(expected)
-    assert ast.dump(cuts.module(ast.parse(source))) == ast.dump(cuts.module(ast.parse(expected)))
+    assert strip.strip(source) == minify_whitespace.relaid(expected)
+    assert ast.dump(strip_ast.module(ast.parse(source))) == ast.dump(strip_ast.module(ast.parse(expected)))
 
 
 def test_stripping_knows_no_version_of_python(tmp_path: Path) -> None:
@@ -250,7 +253,7 @@ def test_stripping_knows_no_version_of_python(tmp_path: Path) -> None:
     )
     package = tmp_path / "stages/bundle"  # without the rest of stages, which needs the project's packages
     package.mkdir(parents=True)
-    for name in ("cuts", "layout", "strip"):
+    for name in ("strip_ast", "minify_whitespace", "strip"):
         shutil.copy(ROOT / f"stages/bundle/{name}.py", package)
     program = "import pathlib, sys; from stages.bundle.strip import strip\n"
     program += "for path in sys.argv[1:]: sys.stdout.buffer.write(strip(pathlib.Path(path).read_text('utf-8')).encode())"
@@ -270,7 +273,7 @@ AWKWARD = b"\0\r\n\\\"\x0b\x0c\x1a\x1c\x85\xa0\xff\xfe{}%#0189nxuN'ab"
 
 
 def source_of(data: bytes) -> bytes:
-    return b"# coding: latin-1\nDATA = " + literal.quote(data).encode("latin-1") + b'.encode("latin-1")\n'
+    return b"# coding: latin-1\nDATA = " + latin1_literal.quote(data).encode("latin-1") + b'.encode("latin-1")\n'
 
 
 @given(data=st.one_of(st.binary(max_size=300), st.lists(st.sampled_from(AWKWARD), max_size=40).map(bytes)))
@@ -312,7 +315,7 @@ def test_python_s_own_reader_of_files_gives_every_pair_of_bytes_back(tmp_path: P
 
 def test_a_literal_takes_little_more_than_its_bytes() -> None:
     data = os.urandom(50_000)
-    assert len(literal.quote(data)) < 1.02 * len(data)
+    assert len(latin1_literal.quote(data)) < 1.02 * len(data)
 
 
 # --- one source, one file
@@ -401,13 +404,13 @@ def test_all_but_the_payload_is_readable(toy: Path) -> None:
     tree = ast.parse(file)
     payload = next(node for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "PAYLOAD")
     packed = ast.literal_eval(payload.value)
-    before, after = file.decode("latin-1").split(literal.quote(packed.encode("latin-1")))
+    before, after = file.decode("latin-1").split(latin1_literal.quote(packed.encode("latin-1")))
     assert (before + after).isascii()
     assert max(map(len, (before + after).split("\n"))) <= 140
     assert ast.get_docstring(tree)
     assert len(after.splitlines()) <= 32
     parameters, *carried = brotli.decompress(packed.encode("latin-1")).decode("utf-8").split("\0")
-    assert dict(zip(carried[::2], carried[1::2], strict=True)) == carrier.sources(toy)
+    assert dict(zip(carried[::2], carried[1::2], strict=True)) == importer_template.sources(toy)
     assert json.loads(parameters) == {"a": [1.5, None, "caf\u00e9"]}
 
 
@@ -440,7 +443,7 @@ def main(parameters):
 
 
 def test_torchrun_runs_the_bundle_on_two_processes(toy: Path, tmp_path: Path) -> None:
-    (toy / "stages/bundle/entry.py").write_text(RANK)
+    (toy / "stages/bundle/program/entry.py").write_text(RANK)
     (tmp_path / "train_gpt.py").write_bytes(build(toy))
     words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train_gpt.py", "eval"]
     done = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300)
@@ -476,7 +479,7 @@ def test_the_bundle_carries_every_parameter_that_runs_and_no_seed() -> None:
 
 def test_an_error_of_the_bundle_is_one_line(tmp_path: Path) -> None:
     params = config.build(config.read(ROOT / "params.yaml"), Params)
-    done = run_alone(carrier.render(carrier.sources(ROOT), embedded(params), 5), tmp_path / "empty", "eval")
+    done = run_alone(importer_template.render(importer_template.sources(ROOT), embedded(params), 5), tmp_path / "empty", "eval")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: train_gpt: model.bin does not exist: check the path\n"
     assert sorted(path.name for path in (tmp_path / "empty").rglob("*")) == ["eval", "train_gpt.py"]

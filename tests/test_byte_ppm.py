@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from benchmarks import _ppm, byte_ppm
-from stages import bpb, shards
-from stages.sliding_eval.evaluate import open_stream
+from stages.common import bpb, shards
+from stages.scoring.evaluate import open_stream
 from stages.tokenize import tokenizer
 from tests.zoo import lawful
 

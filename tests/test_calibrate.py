@@ -4,11 +4,11 @@ import torch
 
 from stages.calibrate.hessians import collect, differentiate_, hessian_name, importance_name, observe_
 from stages.calibrate.params import CalibrateParams, Params
-from stages.clock import Interval
-from stages.report import Report
+from stages.common.clock import Interval
+from stages.common.progress import Report
 from stages.train.data import Windows
 from stages.train.model import MLP, is_matrix
-from stages.train.plain import squared_leaky
+from stages.train.reference import squared_leaky
 from tests.factories import PARALLEL, TINY, random_model, world, write_shards
 
 QUIET = Report(is_main=False)

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from stages.audit import canary, totals
+from stages.audit.checks import canary, normalisation_blackbox
 from tests.zoo import lawful
 
 RUNS = 4000
@@ -88,10 +88,10 @@ def test_the_gambler_against_sums_raises_no_more_false_alarms_than_his_bound() -
     generator = np.random.Generator(np.random.PCG64(4))
     q, law = generator.dirichlet(np.full(50, 0.2)), generator.dirichlet(np.full(50, 1.0))
     law = 0.5 * law + 0.5 / 50
-    wealth = np.array([totals.wealth((q / law)[generator.choice(50, 60, p=law)]) for _ in range(2000)])
+    wealth = np.array([normalisation_blackbox.wealth((q / law)[generator.choice(50, 60, p=law)]) for _ in range(2000)])
     for k in range(1, 6):
         assert reached(wealth, k) <= 2.0**-k + 4 * math.sqrt(2.0**-k / 2000)
-    rich = totals.wealth((2 * q / law)[generator.choice(50, 2000, p=law)])
+    rich = normalisation_blackbox.wealth((2 * q / law)[generator.choice(50, 2000, p=law)])
     assert rich.max() > 64
 
 
@@ -114,6 +114,7 @@ def test_sampled_sums_convict_a_gate_and_spare_a_lawful_scorer() -> None:
             return -np.log(p.max(axis=0) if self.gated else p[0]).astype(np.float32)
 
     tokens = generator.choice(2000, 4000, p=laws[0]).astype(np.uint16)
-    probes = totals.probes(b"key", list(range(100, 3000, 100)), tokens, 2000, 64)
-    verdicts = [totals.judge("x", [probe.run(Fixed(gated), tokens) for probe in probes], 1e-4, 64.0) for gated in (False, True)]  # type: ignore[arg-type]
+    probes = normalisation_blackbox.probes(b"key", list(range(100, 3000, 100)), tokens, 2000, 64)
+    found = [[probe.run(Fixed(gated), tokens) for probe in probes] for gated in (False, True)]  # type: ignore[arg-type]
+    verdicts = [normalisation_blackbox.judge("x", findings, 1e-4, 64.0) for findings in found]
     assert [verdict.outcome for verdict in verdicts] == ["pass", "fail"]

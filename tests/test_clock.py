@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stages import clock, shards
-from stages.audit import plan
-from stages.sliding_eval.evaluate import Stream, TimedScorer, score
+from stages.common import clock, shards
+from stages.scoring.evaluate import Stream, TimedScorer, score
 from stages.sliding_eval.params import SlidingEvalParams
 from stages.sliding_eval.scorer import SlidingScorer
-from stages.ttt_eval.scorer import TTTScorer
+from stages.ttt_eval.sgd.scorer import TTTScorer
 from tests.factories import TINY, TTT, random_model, world
 from tests.test_sliding_eval import table
+from tools import plan
 
 SLIDING = SlidingEvalParams(window=16, stride=4, batch_windows=3, chunk=32)
 RUN: dict[str, Any] = {"startup_seconds": 30.0, "warm_up_targets": 1000, "targets_per_second": 20_000.0, "ranks": 2}

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from stages import command
-from stages.config import require_positive
+from stages.common import command
+from stages.common.config import require_positive
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = sorted(path.parent.name for path in (ROOT / "stages").glob("*/__main__.py"))
@@ -196,7 +196,7 @@ def test_canonical_json_is_sorted_and_ends_with_a_newline() -> None:
 KILLED = """
 import os, sys, time
 from pathlib import Path
-from stages import command
+from stages.common import command
 sys.path.insert(0, sys.argv[1])
 import test_command as t
 def main(run):

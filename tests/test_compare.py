@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import yaml
 
-from stages import bootstrap, ledger, shards
-from stages.bpb import ByteTable
-from stages.sliding_eval import compare, differences, revisions
-from stages.sliding_eval.evaluate import Stream, open_stream
+from stages.common import ledger, paired_bootstrap, shards
+from stages.common.bpb import ByteTable
+from stages.scoring.evaluate import Stream, open_stream
 from stages.tokenize import tokenizer
+from tools.compare import breakdown, revisions
+from tools.compare import cli as compare
 
 BOS = 1
 
@@ -42,7 +43,7 @@ def slow_parts(a: np.ndarray, b: np.ndarray, of: Stream, by_length: bool) -> dic
         if i == 0:
             continue
         value = stop - start if by_length else i - start
-        low = max(edge for edge in differences.EDGES if edge <= value)
+        low = max(edge for edge in breakdown.EDGES if edge <= value)
         row = found.setdefault(str(low), [set(), 0, 0.0])
         row[0].add(document)
         row[1] += int(of.counted_bytes[i - 1])
@@ -53,7 +54,7 @@ def slow_parts(a: np.ndarray, b: np.ndarray, of: Stream, by_length: bool) -> dic
 def test_the_figures_equal_a_plain_count_and_add_up() -> None:
     of = stream([5, 70, 300, 64, 90, 2100, 40, 150, 128])
     a, b = ledgers(of.targets)
-    found = differences.compare(a, b, of)
+    found = breakdown.compare(a, b, of)
     total = int(of.counted_bytes.sum())
     for by_length, parts in ((True, found.by_length), (False, found.by_position)):
         expected = slow_parts(a, b, of, by_length)
@@ -64,7 +65,7 @@ def test_the_figures_equal_a_plain_count_and_add_up() -> None:
             assert part.difference.bpb == pytest.approx(bits / size, rel=1e-9)
             assert part.contribution == pytest.approx(bits / total, rel=1e-9)
         assert sum(part.contribution for part in parts) == pytest.approx(found.whole.bpb, rel=1e-9)
-    assert found.whole == bootstrap.paired_difference(a, b, of.counted_bytes, bootstrap.document_of_target(of.tokens, BOS))
+    assert found.whole == paired_bootstrap.paired_difference(a, b, of.counted_bytes, paired_bootstrap.document_of_target(of.tokens, BOS))
     assert found.course.shape == a.shape
     assert found.course[-1] == pytest.approx(found.whole.bpb, rel=1e-9)
     assert found.documents == 9
@@ -73,16 +74,16 @@ def test_the_figures_equal_a_plain_count_and_add_up() -> None:
 def test_a_ledger_against_itself_shows_no_difference() -> None:
     of = stream([100, 80, 400])
     a, _ = ledgers(of.targets)
-    found = differences.compare(a, a, of)
-    assert found.whole == bootstrap.Difference(0.0, 0.0, 0.0)
+    found = breakdown.compare(a, a, of)
+    assert found.whole == paired_bootstrap.Difference(0.0, 0.0, 0.0)
     assert "no difference is shown" in compare.table(found, ("a", "b"), (1.0, 1.0))
 
 
 def test_the_verdict_follows_the_interval() -> None:
     of = stream([100] * 40)
     a, b = ledgers(of.targets)
-    assert "B is better" in compare.table(differences.compare(a, b, of), ("a", "b"), (1.0, 1.0))
-    assert "A is better" in compare.table(differences.compare(b, a, of), ("a", "b"), (1.0, 1.0))
+    assert "B is better" in compare.table(breakdown.compare(a, b, of), ("a", "b"), (1.0, 1.0))
+    assert "A is better" in compare.table(breakdown.compare(b, a, of), ("a", "b"), (1.0, 1.0))
 
 
 @pytest.fixture
@@ -112,9 +113,7 @@ def test_the_command_takes_files_and_folders(scored: Path, monkeypatch: pytest.M
     figures = json.loads(Path("figures.json").read_text())
     of = open_stream(Path("artifacts/tokenize/val"), Path("artifacts/tokenize/tokenizer.model"))
     a, b = (ledger.read(Path(f"artifacts/{scorer}/nll.npy"), of.targets) for scorer in revisions.SCORERS)
-    assert (
-        figures["difference"]["bpb"] == differences.compare(a, b, of).whole.bpb == pytest.approx(figures["b"]["bpb"] - figures["a"]["bpb"])
-    )
+    assert figures["difference"]["bpb"] == breakdown.compare(a, b, of).whole.bpb == pytest.approx(figures["b"]["bpb"] - figures["a"]["bpb"])
     assert f"{figures['difference']['bpb']:+.6f}" in printed
     first = Path(".scratch/comparison.png").read_bytes()
     assert first.startswith(b"\x89PNG")

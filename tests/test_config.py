@@ -7,10 +7,10 @@ from typing import Any, Literal
 import pytest
 import yaml
 
-from stages import config
 from stages.calibrate.params import Params as CalibrateInput
+from stages.common import config
+from stages.common.parallel import ParallelParams
 from stages.pack.params import Params as PackInput
-from stages.parallel import ParallelParams
 from stages.train.params import ModelParams, Params
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.pack import codec, container
-from stages.pack.codec import Layout
-from stages.pack.container import Contents, Entry, Form, Stream
+from stages.pack.entropy import codecs
+from stages.pack.entropy.codecs import Layout
+from stages.pack.file import container
+from stages.pack.file.container import Contents, Entry, Form, Stream
 from stages.pack.trellis import STATES
 
 EXAMPLES = settings(max_examples=60, deadline=None)
@@ -23,7 +24,7 @@ NAMES = st.from_regex(r"[a-z0-9_]{1,6}(\.[a-z0-9_]{1,6}){0,2}", fullmatch=True)
 @pytest.fixture(scope="module", autouse=True)
 def compiled() -> None:
     """Compiling must not count as the time that an example takes."""
-    codec.compile_ahead("adaptive")
+    codecs.compile_ahead("adaptive")
 
 
 @st.composite
@@ -42,8 +43,8 @@ def entries(draw: st.DrawFn) -> tuple[tuple[Entry, ...], list[tuple[bytes, ...]]
         shape = tuple(draw(st.lists(st.integers(0, 5), min_size=(n := draw(dimensions)), max_size=n)))
         layouts = container.layouts(form, shape)
         raw = tuple(draw(st.binary(min_size=layout.raw_bytes, max_size=layout.raw_bytes)) for layout in layouts)
-        # The arithmetic coder takes any integers of one state; on a trellis only those that it allows (test_coder.py). A series takes all
-        # numbers but the one with all bits set.
+        # The arithmetic coder takes any integers of one state; on a trellis only those that it allows (test_level_coder.py). A series takes
+        # all numbers but the one with all bits set.
         raw = tuple(of.replace(b"\xff", b"\0") if layout.kind == "series" else of for of, layout in zip(raw, layouts, strict=True))
         family = "adaptive" if form.kind != "lattice" and draw(st.booleans()) else "brotli"
         streams = container.encode_streams(form, shape, raw, family, 5)
@@ -56,7 +57,7 @@ def example() -> Contents:
     """Three tensors, seven streams."""
 
     def stream(raw: bytes, layout: Layout, by: str = "brotli") -> Stream:
-        return Stream(by, codec.encode(by, raw, layout, 11))
+        return Stream(by, codecs.encode(by, raw, layout, 11))
 
     matrix = Entry(
         "blocks.0.weight", (3, 4), Form("rows", 6), (stream(bytes(range(12)), Layout(1, 3, 4)), stream(bytes(6), Layout(2, 1, 3)))
@@ -103,13 +104,13 @@ def test_round_trip(case: tuple[tuple[Entry, ...], list[tuple[bytes, ...]]]) -> 
 @given(st.integers(1, 4), st.binary(max_size=60))
 def test_codec_round_trip(item_bytes: int, raw: bytes) -> None:
     raw = raw[: len(raw) // item_bytes * item_bytes]
-    assert codec.unshuffle(codec.shuffle(raw, item_bytes), item_bytes) == raw
+    assert codecs.unshuffle(codecs.shuffle(raw, item_bytes), item_bytes) == raw
     items = len(raw) // item_bytes
-    payload = codec.encode("brotli", raw, Layout(item_bytes, 1, items), 11)
-    assert codec.decode("brotli", payload, Layout(item_bytes, 1, items)) == raw
+    payload = codecs.encode("brotli", raw, Layout(item_bytes, 1, items), 11)
+    assert codecs.decode("brotli", payload, Layout(item_bytes, 1, items)) == raw
     for wrong in {items + 1, max(0, items - 1)} - {items}:
         with pytest.raises(ValueError, match="declared"):
-            codec.decode("brotli", payload, Layout(item_bytes, 1, wrong))
+            codecs.decode("brotli", payload, Layout(item_bytes, 1, wrong))
 
 
 def test_every_truncation_and_every_addition_is_refused() -> None:
@@ -307,10 +308,10 @@ def test_decompression_bombs_stop_at_what_is_declared() -> None:
 
 
 def test_bytes_after_the_end_of_a_brotli_stream_are_refused() -> None:
-    payload = codec.encode("brotli", b"abcd", Layout(2, 1, 2), 11)
+    payload = codecs.encode("brotli", b"abcd", Layout(2, 1, 2), 11)
     for tail in (b"\0", payload):
         with pytest.raises(ValueError, match="damaged"):
-            codec.decode("brotli", payload + tail, Layout(2, 1, 2))
+            codecs.decode("brotli", payload + tail, Layout(2, 1, 2))
 
 
 def test_another_version_and_another_file_say_so() -> None:

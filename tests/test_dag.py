@@ -16,30 +16,45 @@ import pytest
 import yaml
 
 from benchmarks import real_text
-from stages import command, config
 from stages.bundle.closure import closure, module_name
+from stages.bundle.importer_template import ENTRY
+from stages.common import command, config
+from tools.__main__ import described
 
 ROOT = Path(__file__).resolve().parent.parent
 # The pipeline's order: a stage may import from those before it.
 ORDER = ("tokenize", "train", "calibrate", "pack", "sliding_eval", "ttt_eval", "bundle", "audit", "submission")
-# Commands above the stages, which no stage imports: they may import any of them.
-ABOVE = {"stages/preset.py"}
+# The folders of stages/ in the order of their imports: each may import from those before it. Two are no stages.
+SHARED = ("common", "scoring")
+LAYERS = ("common", *ORDER[:4], "scoring", *ORDER[4:])
 # Where the environment is read: torchrun's variables, and the bundle's SEED; or written: the instruction set, and what numba shall do in a
 # process of its own.
-ENVIRONMENT_READERS = {"stages/clock.py", "stages/command.py", "stages/instruction_set.py", "stages/pack/decoder.py", "stages/parallel.py"}
+ENVIRONMENT_READERS = {
+    "stages/common/clock.py",
+    "stages/common/command.py",
+    "stages/common/instruction_set.py",
+    "stages/pack/file/decode_process.py",
+    "stages/common/parallel.py",
+}
 # Modules that need a package which a CPU machine does not have; their stage imports them behind a check.
 OPTIONAL_PACKAGES = {"triton"}
 # What is imported late, for a process to be begun before: torch, by those who wait for the weights, and numba, by the one that decodes.
 # And numba by what multiplies, since most that imports it does not.
-LATE = {("stages/bundle/entry.py", "stages.bundle"), ("stages/pack/decoder.py", "stages.pack"), ("stages/cpu_products.py", "numba")}
+LATE = {
+    ("stages/bundle/program/entry.py", "stages.bundle.program"),
+    ("stages/pack/file/decode_process.py", "stages.pack.entropy"),
+    ("stages/pack/file/decode_process.py", "stages.pack.file"),
+    ("stages/common/cpu_products.py", "numba"),
+}
 
 PIPELINE: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
 SOURCES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "stages").rglob("*.py"))
+TOOLS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tools").rglob("*.py"))
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 each_stage = pytest.mark.parametrize("stage", ORDER)
-each_source = pytest.mark.parametrize("source", SOURCES)
+each_source = pytest.mark.parametrize("source", [*SOURCES, *TOOLS])
 
 
 @functools.cache
@@ -85,7 +100,7 @@ def imported(source: str) -> set[str]:
 def test_one_word_for_a_stage() -> None:
     folders = {path.parent.name for path in (ROOT / "stages").glob("*/__init__.py")}
     assert tuple(PIPELINE) == ORDER
-    assert folders == set(ORDER)
+    assert folders == set(ORDER) | set(SHARED)
     assert set(ORDER) <= set(config.SECTIONS)
     assert set(ORDER) <= set(config.read(ROOT / "params.yaml"))
 
@@ -98,21 +113,26 @@ def test_a_stage_has_its_name_everywhere(stage: str) -> None:
     assert (ROOT / "tests" / f"test_{stage}.py").is_file()
 
 
+def needed_by(stage: str) -> set[str]:
+    """The files that a stage imports; for `bundle` also those that it carries."""
+    modules = [f"stages.{stage}.__main__", *([ENTRY] if stage == "bundle" else [])]
+    return {path.as_posix() for module in modules for path in closure(ROOT, module)}
+
+
 @each_stage
 def test_deps_cover_what_the_stage_imports(stage: str) -> None:
     dependencies = paths(stage, "deps")
-    needed = {str(path) for path in closure(ROOT, f"stages.{stage}.__main__")}
-    missing = sorted(path for path in needed if not any(covers(dependency, path) for dependency in dependencies))
+    missing = sorted(path for path in needed_by(stage) if not any(covers(dependency, path) for dependency in dependencies))
     assert missing == [], f"add to the deps of {stage} in dvc.yaml"
 
 
 @each_stage
 def test_deps_name_no_source_that_the_stage_does_not_import(stage: str) -> None:
-    needed = {str(path) for path in closure(ROOT, f"stages.{stage}.__main__")}
-    read = {str(path) for path in declared(stage).reads.values()}
-    listed = {path for path in paths(stage, "deps") if covers("stages", path)} - read
-    idle = sorted(path for path in listed if not any(covers(path, file) for file in needed))
-    assert idle == [], f"an edit there re-runs {stage} for nothing"
+    """A folder is listed only if the stage needs every file in it."""
+    dependencies = paths(stage, "deps")
+    covered = {source for source in [*SOURCES, *TOOLS] if any(covers(dependency, source) for dependency in dependencies)}
+    assert sorted(covered - needed_by(stage)) == [], f"an edit there re-runs {stage} for nothing"
+    assert [path for path in dependencies if covers("tools", path)] == []
 
 
 @each_stage
@@ -135,8 +155,10 @@ def test_params_are_the_sections_that_the_stage_declares(stage: str) -> None:
 def test_what_a_stage_reads_and_writes_is_declared(stage: str) -> None:
     dependencies = paths(stage, "deps")
     for name, path in declared(stage).reads.items():
-        # Of another stage's whole folder only the files that are read are dependencies.
-        inside = path.parent == Path("artifacts") and any(covers(str(path), dependency) for dependency in dependencies)
+        # Of the source, and of another stage's whole folder, only the files that are read are dependencies.
+        inside = path in (Path("stages"), Path("artifacts") / path.name) and any(
+            covers(str(path), dependency) for dependency in dependencies
+        )
         assert inside or any(covers(dependency, str(path)) for dependency in dependencies), f"{name}: {path}"
     written = {str(Path("artifacts") / stage / name) for name in declared(stage).writes + command.MEASURED_OUTPUTS}
     assert set(outputs(stage)) == written
@@ -171,21 +193,20 @@ def test_metrics_json_is_a_metric_wherever_it_is_written() -> None:
         assert [path for path in outputs(stage) if path.endswith("metrics.json")] == paths(stage, "metrics")
 
 
-@each_source
+@pytest.mark.parametrize("source", SOURCES)
 def test_imports_point_upstream_only(source: str) -> None:
-    if source in ABOVE:
-        return
-    parts = Path(source).parts
-    own = parts[1] if len(parts) > 2 else None
-    allowed = set(ORDER[: ORDER.index(own) + 1]) if own else set()
-    wrong = sorted(
-        name
-        for name in imported(source)
-        if name.startswith("stages.") and name.split(".")[1] in ORDER and name.split(".")[1] not in allowed
-    )
-    assert wrong == []
-    above = {module_name(Path(path)) for path in ABOVE}
-    assert not imported(source) & above
+    """In the order of the layers; a tool may import from any of them, and none of them from a tool."""
+    own = Path(source).parts[1]
+    allowed = set(LAYERS[: LAYERS.index(own) + 1]) if own in LAYERS else {"common"}
+    names = imported(source)
+    assert sorted(name for name in names if name.startswith("stages.") and name.split(".")[1] not in allowed) == []
+    assert not {name.partition(".")[0] for name in names} & {"tools", "tests", "benchmarks"}
+
+
+def test_stages_common_imports_nothing_before_the_instruction_set_is_pinned() -> None:
+    """Importing stages/common/instruction_set.py runs the packages above it, and they must not load numpy."""
+    assert imported("stages/common/__init__.py") == set()
+    assert not {name.partition(".")[0] for name in imported("stages/common/instruction_set.py")} & {"numpy", "torch", "numba"}
 
 
 @each_source
@@ -208,7 +229,7 @@ def test_no_import_inside_a_function(source: str) -> None:
     assert {text: line for text, line in early.items() if not text.split()[1].startswith(optional)} == {}
 
 
-@pytest.mark.parametrize("module", ["stages.pack.decoder", "stages.bundle.entry"])
+@pytest.mark.parametrize("module", ["stages.pack.file.decode_process", "stages.bundle.program.entry"])
 def test_what_is_begun_first_waits_for_nothing(module: str) -> None:
     program = f"import sys, {module}; print(*{{'numba', 'numpy', 'torch'}} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -216,7 +237,10 @@ def test_what_is_begun_first_waits_for_nothing(module: str) -> None:
 
 
 def test_what_decodes_has_no_torch() -> None:
-    program = "import sys; from stages.pack import codec, container, shared, tensors; assert 'torch' not in sys.modules"
+    program = (
+        "import sys; from stages.pack.entropy import codecs; from stages.pack.file import container, shared_memory, tensors;"
+        " assert 'torch' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
@@ -251,7 +275,7 @@ def test_no_broad_except_and_no_pickle(source: str) -> None:
 
 def test_every_module_imports_in_a_fresh_interpreter_and_does_nothing() -> None:
     """One interpreter imports all: nothing printed, no process group, no thread setting, no device."""
-    modules = [module_name(Path(source)) for source in SOURCES]
+    modules = [module_name(Path(source)) for source in [*SOURCES, *TOOLS]]
     program = f"""
 import importlib, sys
 import torch
@@ -291,7 +315,7 @@ def test_documented_commands_exist(document: str) -> None:
     lines = "\n".join(commands(text) + re.findall(r"`([^`\n]+)`", text))
     for target in re.findall(r"\bmake ([a-z]+)", lines):
         assert target in targets, f"make {target}"
-    for module in re.findall(r"-m ((?:stages|benchmarks)\.[a-z_][a-z_.0-9]*)", lines):
+    for module in re.findall(r"-m ((?:stages|tools|benchmarks)\.[a-z_][a-z_.0-9]*)", lines):
         stem = ROOT / Path(*module.split("."))
         assert stem.with_suffix(".py").is_file() or (stem / "__main__.py").is_file(), module
     for preset in re.findall(r"NAME=([a-z]+)", lines):
@@ -314,6 +338,19 @@ def test_links_between_documents_lead_somewhere(document: str) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)", text) + re.findall(r'(?:src|href)="([^"#]+)"', text):
         if not target.startswith(("http:", "https:")):
             assert ((ROOT / document).parent / target).exists(), target
+
+
+def test_every_tool_is_a_command_with_a_line_in_the_list() -> None:
+    """`python -m tools` lists them; a package has its command in cli.py."""
+    lines = described()
+    names = {Path(path).relative_to("tools").parts[0].removesuffix(".py") for path in TOOLS}
+    assert set(lines) == {name for name in names if not name.startswith("__")}
+    for name, line in lines.items():
+        folder = ROOT / "tools" / name
+        command_file, main_file = (folder / "cli.py", folder / "__main__.py") if folder.is_dir() else (folder.with_suffix(".py"),) * 2
+        assert line, name
+        assert f'prog="python -m tools.{name}"' in command_file.read_text(encoding="utf-8")
+        assert 'if __name__ == "__main__":\n    main()' in main_file.read_text(encoding="utf-8")
 
 
 def test_make_help_lists_every_target() -> None:

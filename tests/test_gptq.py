@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from stages.pack import gptq, tensors
+from stages.pack.file import tensors
+from stages.pack.quantise import gptq
 
 SHAPES = [(24, 16), (16, 48), (5, 130), (40, 300)]  # the last two are wider than a block of 128
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from stages import cpu_math, cpu_products, instruction_set
+from stages.common import cpu_math, cpu_products, instruction_set
 from tests import identity
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -16,10 +16,10 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from stages.train import plain
+from stages.train import reference as plain
 from stages.train.model import Model, rotary
-from stages.train.operations import LARGEST_SOFTCAP, PLAIN
-from stages.train.plain import Term
+from stages.train.ops import LARGEST_SOFTCAP, PLAIN
+from stages.train.reference import Term
 from tests.factories import TINY, random_model
 
 pytest.importorskip("triton", reason="Triton is not installed: it comes with torch for CUDA, and `pip install triton` is enough on a CPU")
@@ -394,9 +394,9 @@ def test_kernels_are_compiled_side_by_side_and_then_no_more(tmp_path):
         from triton import knobs
         from triton.backends.compiler import GPUTarget
         from triton.runtime import driver
-        from stages.train.kernels import stream
-        from stages.train.kernels.ahead import compiled_side_by_side
-        from stages.train.plain import Term
+        from stages.train.kernels import residual_sum as stream
+        from stages.train.kernels.precompile import compiled_side_by_side
+        from stages.train.reference import Term
 
         class Absent:
             get_current_device = get_current_stream = lambda self, *of: 0

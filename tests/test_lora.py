@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 import torch
 
-from stages.parallel import World
-from stages.sliding_eval.asked import Asked
+from stages.common.parallel import World
+from stages.scoring.queries import Asked
 from stages.sliding_eval.params import SlidingEvalParams
 from stages.train.model import Model
 from stages.train.params import ModelParams
-from stages.ttt_eval.bank import Bank, Layout, adamw_, fresh_bank
-from stages.ttt_eval.confidence import weighted
-from stages.ttt_eval.documents import groups, split
-from stages.ttt_eval.lora import LoRAScorer
+from stages.ttt_eval.lora.documents import groups, split
+from stages.ttt_eval.lora.scorer import LoRAScorer
+from stages.ttt_eval.lora.weights import Bank, Layout, adamw_, fresh_bank
+from stages.ttt_eval.loss_weighting import weighted
 from stages.ttt_eval.params import LoraParams, Params, TttEvalParams
 from tests.factories import (
     LORA,

@@ -8,11 +8,11 @@ import pytest
 import torch
 import yaml
 
-from stages import config
+from stages.common import config
 from stages.train.model import Model, initialise_, value_table, visit_plan, with_scaled_logits
-from stages.train.operations import PLAIN, operations
+from stages.train.ops import PLAIN, operations
 from stages.train.params import ModelParams, Params
-from stages.train.plain import documents_of
+from stages.train.reference import documents_of
 from tests.factories import TINY, params, random_model
 from tests.slow_model import logits as slow_logits
 

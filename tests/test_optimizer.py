@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from stages.parallel import World
+from stages.common.parallel import World
 from stages.train.model import is_matrix, is_table
 from stages.train.muon import NewtonSchulz, coefficients, muon_update, normalise_rows, orthogonalise
 from stages.train.optimizer import Optimizers

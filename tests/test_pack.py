@@ -14,20 +14,25 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
-from stages import command, config
 from stages.calibrate.hessians import hessian_name, importance_name
+from stages.common import command, config
+from stages.common.progress import Report
 from stages.pack import __main__ as stage
-from stages.pack import artifact, budget, codec, container, inspect, layers, quantisers, roles, table, tensors
+from stages.pack import artifact
 from stages.pack.artifact import pack, unpack
-from stages.pack.budget import Scales
-from stages.pack.codec import Layout
-from stages.pack.container import Form, Stream
-from stages.pack.correction import Correction
+from stages.pack.entropy import codecs
+from stages.pack.entropy.codecs import Layout
+from stages.pack.file import container, tensors
+from stages.pack.file.container import Form, Stream
+from stages.pack.low_rank import Correction
 from stages.pack.params import PackParams
-from stages.report import Report
+from stages.pack.quantise import fit_budget, methods, tensor_kinds
+from stages.pack.quantise.fit_budget import Scales
+from stages.pack.stats import layers_tsv, tensor_stats
 from stages.train.model import Model, initialise_, is_table
 from stages.train.params import ModelParams
 from tests.factories import world
+from tools import inspect_model
 
 MODEL = ModelParams(
     attention="windows",
@@ -58,11 +63,11 @@ def hessians_of(state: dict[str, Tensor]) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(9)
     made = {}
     for name in sorted(state):
-        if roles.kind_of(name) != "rest" and hessian_name(name) == name:
+        if tensor_kinds.kind_of(name) != "rest" and hessian_name(name) == name:
             columns = state[name].shape[1]
             inputs = torch.randn(3 * columns, columns, generator=generator) @ torch.randn(columns, columns, generator=generator)
             made[name] = inputs.T @ inputs / len(inputs)
-        if roles.kind_of(name) != "rest":
+        if tensor_kinds.kind_of(name) != "rest":
             made[importance_name(name)] = torch.rand(len(state[name]), generator=generator) * 1.0e-4
     return made
 
@@ -90,7 +95,7 @@ def test_decoded_weights_are_the_dequantised_ones(state: dict[str, Tensor], hess
     for name, tensor in decoded.items():
         entry = entries[name]
         assert tensor.dtype == torch.float32
-        if roles.kind_of(name) == "rest":
+        if tensor_kinds.kind_of(name) == "rest":
             assert torch.equal(tensor, state[name].half().float())
             assert entry.form == Form("float16", 16)
             continue
@@ -123,7 +128,7 @@ def test_same_weights_same_bytes_whatever_the_threads(
     before = {name: tensor.clone() for name, tensor in (state | hessians).items()}
     blobs = []
     for cores, torch_threads in ((1, 1), (2, 2), (5, 1)):
-        for module in (artifact, quantisers):
+        for module in (artifact, methods):
             monkeypatch.setattr(module, "usable_cores", lambda cores=cores: cores)
         torch.set_num_threads(torch_threads)
         blobs.append(pack(dict(reversed(state.items())), hessians, MODEL, params, SILENT).blob)
@@ -151,8 +156,8 @@ def test_one_factor_on_the_clips_makes_it_fit(state: dict[str, Tensor], hessians
     assert full.scale == 1.0
     allowed = int(share * len(full.blob))
     small = pack(state, hessians, MODEL, with_budget(allowed), SILENT)
-    assert allowed - budget.UNUSED <= len(small.blob) <= allowed
-    assert 1 < small.scale <= quantisers.WIDEST
+    assert allowed - fit_budget.UNUSED <= len(small.blob) <= allowed
+    assert 1 < small.scale <= methods.WIDEST
     _, decoded = unpack(small.blob)
     name = "blocks.0.mlp.up.weight"
     steps = (12.85 * small.scale * state[name].std(dim=1) / 31).half().float()[:, None]
@@ -178,8 +183,8 @@ def test_the_search_is_short_and_close_on_a_model_of_record_size(share: float) -
 
     allowed = int(share * size(1.0))
     tried.clear()
-    factor, found = budget.fill(size, lambda found: found, allowed, weights, Scales(1.0, 1.0, 8.0))
-    assert allowed - budget.UNUSED <= found <= allowed
+    factor, found = fit_budget.fill(size, lambda found: found, allowed, weights, Scales(1.0, 1.0, 8.0))
+    assert allowed - fit_budget.UNUSED <= found <= allowed
     assert len(tried) <= 9
     assert tried.count(factor) == 1
 
@@ -187,10 +192,10 @@ def test_the_search_is_short_and_close_on_a_model_of_record_size(share: float) -
 @pytest.mark.parametrize("allowed", [8_000, 20_000, 40_000])
 def test_at_a_rate_the_budget_is_filled_and_never_exceeded(state: dict[str, Tensor], hessians: dict[str, Tensor], allowed: int) -> None:
     packed = pack(state, hessians, MODEL, with_budget(allowed, AT_RATE), SILENT)
-    assert allowed - budget.UNUSED <= len(packed.blob) <= allowed
+    assert allowed - fit_budget.UNUSED <= len(packed.blob) <= allowed
     _, decoded = unpack(packed.blob)
     for entry in container.read(packed.blob).entries:
-        if roles.kind_of(entry.name) == "rest":
+        if tensor_kinds.kind_of(entry.name) == "rest":
             assert torch.equal(decoded[entry.name], state[entry.name].half().float())
         else:
             assert entry.form == Form("lattice", 8)
@@ -209,8 +214,8 @@ def test_the_search_at_a_rate_is_short_on_a_model_of_record_size(share: float) -
     rate = 2 * (allowed - 20_000) * 8 / weights
     first = 1.04 * (12 / (2**rate - 1)) ** 0.5
     tried.clear()
-    scale, best = budget.fill(lambda scale: size(scale), lambda bytes_: bytes_, allowed, weights, Scales(first, 1.0e-6, 1.0e6))
-    assert allowed - budget.UNUSED <= best <= allowed
+    scale, best = fit_budget.fill(lambda scale: size(scale), lambda bytes_: bytes_, allowed, weights, Scales(first, 1.0e-6, 1.0e6))
+    assert allowed - fit_budget.UNUSED <= best <= allowed
     assert scale in tried
     assert len(tried) <= 5
 
@@ -218,7 +223,7 @@ def test_the_search_at_a_rate_is_short_on_a_model_of_record_size(share: float) -
 def test_more_budget_than_the_model_can_use_is_left(state: dict[str, Tensor], hessians: dict[str, Tensor]) -> None:
     packed = pack(state, hessians, MODEL, with_budget(900_000, AT_RATE), SILENT)
     weights = sum(tensor.numel() for tensor in state.values())
-    assert len(packed.blob) < 2 * quantisers.MOST_BITS / 8 * weights
+    assert len(packed.blob) < 2 * methods.MOST_BITS / 8 * weights
     _, decoded = unpack(packed.blob)
     assert all(torch.allclose(decoded[name], state[name], atol=2e-3, rtol=2e-3) for name in state)
 
@@ -262,18 +267,20 @@ def test_the_table_measures_rates_against_their_bounds() -> None:
     """Normal values on a uniform grid, coded ideally, lie 0.2546 bits above their bound at a high rate; here at 4 bits a weight."""
     generator = np.random.default_rng(5)
     entered = generator.standard_normal((64, 4096)).astype(np.float32) * np.float32(50)
-    row = table.Row("x", "matrix", (64, 4096), "rows:8", int(64 * 4096 * 7.5 / 8), 64 * 4096)
-    measured = table.with_bounds(row, entered, np.rint(entered), np.ones(4096, np.float32))
+    row = tensor_stats.Row("x", "matrix", (64, 4096), "rows:8", int(64 * 4096 * 7.5 / 8), 64 * 4096)
+    measured = tensor_stats.with_bounds(row, entered, np.rint(entered), np.ones(4096, np.float32))
     exact = 7.5 - math.log2(50 * 12**0.5)
     assert measured.above_bound == pytest.approx(exact, abs=0.003)
     assert measured.above_bound_by_column == pytest.approx(exact, abs=0.02)  # variances of 64 values each
     columns = np.repeat(np.array([1, 16], np.float32), 2048)
-    by_column = table.with_bounds(row, entered * columns, np.rint(entered * columns), np.ones(4096, np.float32)).above_bound_by_column
+    by_column = tensor_stats.with_bounds(
+        row, entered * columns, np.rint(entered * columns), np.ones(4096, np.float32)
+    ).above_bound_by_column
     assert by_column == pytest.approx(exact - 2, abs=0.02)
 
 
 def test_roles_are_decided_by_name_not_by_size() -> None:
-    kinds = {name: roles.kind_of(name) for name in Model(MODEL).state_dict()}
+    kinds = {name: tensor_kinds.kind_of(name) for name in Model(MODEL).state_dict()}
     assert kinds["embedding.weight"] == "embedding"
     assert sum(kind == "attention" for kind in kinds.values()) == 4 * MODEL.layers
     assert sum(kind == "mlp" for kind in kinds.values()) == 2 * MODEL.layers
@@ -291,7 +298,7 @@ def test_the_table_adds_up_to_the_file(state: dict[str, Tensor], hessians: dict[
     assert row.mean_squared_error == pytest.approx(float(difference.square().mean()))
     relative = (difference @ hessian @ difference.T).trace() / (state[row.name].double() @ hessian @ state[row.name].double().T).trace()
     assert row.relative_error == pytest.approx(float(relative), rel=1e-4)
-    figures = layers.metrics(packed.rows, packed.scale)
+    figures = layers_tsv.metrics(packed.rows, packed.scale)
     assert figures["bytes_model"] == len(packed.blob)
     assert figures["bits_per_weight"] == pytest.approx(8 * len(packed.blob) / sum(tensor.numel() for tensor in state.values()))
     command.canonical_json(figures)
@@ -405,11 +412,11 @@ def test_the_stage_and_inspect(
     assert blob == pack(state, hessians, MODEL, PACK, SILENT).blob
     assert json.loads((out / "metrics.json").read_text())["bytes_model"] == len(blob)
     lines = (out / "layers.tsv").read_text().splitlines()
-    assert lines[0].split("\t") == list(layers.COLUMNS)
+    assert lines[0].split("\t") == list(layers_tsv.COLUMNS)
     assert len(lines) == len(state) + 2
-    assert all(line.count("\t") == len(layers.COLUMNS) - 1 for line in lines)
+    assert all(line.count("\t") == len(layers_tsv.COLUMNS) - 1 for line in lines)
     capsys.readouterr()
-    inspect.main([str(out / "model.bin")])
+    inspect_model.main([str(out / "model.bin")])
     printed = capsys.readouterr().out
     assert f"{len(blob)}" in printed
     assert all(name in printed for name in state)
@@ -427,8 +434,8 @@ def test_damaged_inputs_end_with_one_line_and_code_2(
     assert "is not a whole safetensors file" in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "out" / "model.bin").exists()
     with pytest.raises(SystemExit, match="2"):
-        inspect.main([str(tmp_path / "model.safetensors")])
-    assert capsys.readouterr().err.startswith("error: inspect: not a model file")
+        inspect_model.main([str(tmp_path / "model.safetensors")])
+    assert capsys.readouterr().err.startswith("error: inspect_model: not a model file")
 
 
 def test_a_group_of_columns_gets_eight_bits_and_comes_back(state: dict[str, Tensor], hessians: dict[str, Tensor]) -> None:
@@ -449,7 +456,7 @@ def test_a_group_of_columns_gets_eight_bits_and_comes_back(state: dict[str, Tens
     assert errors[1] is not None
     assert errors[0] < errors[1] / 2
     entry = entries[name]
-    hostile = codec.encode("brotli", bytes([2]), container.layouts(entry.form, entry.shape)[2], 5)
+    hostile = codecs.encode("brotli", bytes([2]), container.layouts(entry.form, entry.shape)[2], 5)
     changed = dataclasses.replace(entry, streams=(*entry.streams[:2], Stream("brotli", hostile)))
     with pytest.raises(ValueError, match=r"blocks\.1\.mlp\.down\.weight has groups of columns that are neither"):
         unpack(container.write(container.Contents(container.read(packed.blob).model, tuple((entries | {name: changed}).values()))))
@@ -492,7 +499,7 @@ def test_weights_are_the_bits_that_torch_would_make() -> None:
 def test_steps_of_a_correction_that_are_not_finite_are_refused(state: dict[str, Tensor], hessians: dict[str, Tensor]) -> None:
     contents = container.read(pack(state, hessians, MODEL, dataclasses.replace(PACK, **CORRECTED), SILENT).blob)
     entry = next(entry for entry in contents.entries if entry.form.rank)
-    steps = Stream("brotli", codec.encode("brotli", np.array([1, np.inf], "<f4").tobytes(), Layout(4, 1, 2), 5))
+    steps = Stream("brotli", codecs.encode("brotli", np.array([1, np.inf], "<f4").tobytes(), Layout(4, 1, 2), 5))
     changed = dataclasses.replace(entry, streams=(*entry.streams[:-1], steps))
     entries = tuple(changed if other is entry else other for other in contents.entries)
     with pytest.raises(ValueError, match=f"damaged model file: tensor {entry.name} has values that are not finite"):

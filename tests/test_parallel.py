@@ -15,11 +15,11 @@ import pytest
 import torch
 import yaml
 
-from stages import shards
-from stages.clock import Interval
-from stages.command import MEASURED_OUTPUTS
-from stages.parallel import World
-from stages.report import Report
+from stages.common import shards
+from stages.common.clock import Interval
+from stages.common.command import MEASURED_OUTPUTS
+from stages.common.parallel import World
+from stages.common.progress import Report
 from stages.train.__main__ import STAGE
 from stages.train.checkpoint import MARKER, Checkpoints
 from stages.train.data import Windows
@@ -74,7 +74,7 @@ def test_alone_a_process_copies_only_what_lies_elsewhere() -> None:
 RANK = """
 import sys, time
 from pathlib import Path
-from stages import lifeline
+from stages.common import failure_detector as lifeline
 
 lifeline.UNWIND_SECONDS = 0.3
 rank, size, folder, role = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]

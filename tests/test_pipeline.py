@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import yaml
 
-from stages.preset import overlay
+from tools.preset import overlay
 
 ROOT = Path(__file__).resolve().parent.parent
-COPIED = ("stages", "dvc.yaml", "params.yaml", "requirements.lock", "pyproject.toml", ".dvcignore", ".gitignore", "data")
+COPIED = ("stages", "tools", "dvc.yaml", "params.yaml", "requirements.lock", "pyproject.toml", ".dvcignore", ".gitignore", "data")
 TINY = {
     "parallel": {"threads": 1},
     "tokenize": {"source": "files", "train_glob": "*.jsonl", "val_fraction": 0.2, "vocab_size": 400, "threads": 1},

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from stages import config, preset
+from stages.common import config
+from tools import preset
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = preset.available(ROOT / "presets")
@@ -138,7 +139,7 @@ def test_an_invalid_result_is_not_written(tree: Path, monkeypatch: pytest.Monkey
 
 
 def test_check_passes_on_what_is_committed() -> None:
-    command = [sys.executable, "-m", "stages.preset", "--check"]
+    command = [sys.executable, "-m", "tools.preset", "--check"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (0, "")
     assert len(result.stdout.splitlines()) == 1 + len(NAMES)

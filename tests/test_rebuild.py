@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import yaml
 
-from stages.submission import places, rebuild
-from stages.submission.runs import Run
-from tests.handed_in import call, dvc
+from tests.submission_fixture import call, dvc
+from tools.rebuild import cli as rebuild
+from tools.rebuild import first_difference
+from tools.record.runs import Run
 
 MAKE = """
 import json, os, random, sys, yaml
@@ -166,7 +167,7 @@ def test_places(tmp_path: Path) -> None:
     def pair(a: bytes, b: bytes) -> str | None:
         (tmp_path / "a").write_bytes(a)
         (tmp_path / "b").write_bytes(b)
-        return places.first_difference(tmp_path / "a", tmp_path / "b")
+        return first_difference.first_difference(tmp_path / "a", tmp_path / "b")
 
     assert pair(b"same", b"same") is None
     assert pair(b"\0abc", b"\0abd") == "byte 3 of 4"
@@ -177,9 +178,9 @@ def test_places(tmp_path: Path) -> None:
     for folder in (one, two):
         folder.mkdir()
         (folder / "x").write_bytes(b"\0x")
-    assert places.first_difference(one, two) is None
-    assert places.first_difference(one, tmp_path / "a") == "one is a folder, the other a file"
+    assert first_difference.first_difference(one, two) is None
+    assert first_difference.first_difference(one, tmp_path / "a") == "one is a folder, the other a file"
     (two / "y").write_bytes(b"y")
-    assert places.first_difference(one, two) == "y is in one of them only"
+    assert first_difference.first_difference(one, two) == "y is in one of them only"
     (two / "x").write_bytes(b"\0y")
-    assert places.first_difference(one, two) == "x: byte 1 of 2"
+    assert first_difference.first_difference(one, two) == "x: byte 1 of 2"

@@ -31,7 +31,7 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = make_repository(tmp_path_factory.mktemp("record") / "first")
     for seed, name in zip(SEEDS, NAMES, strict=True):
         call(folder, "dvc", "exp", "run", "--temp", "-n", name, "-S", f"seed={seed}")
-    call(folder, PYTHON, "-m", "stages.submission.merge", *NAMES)
+    call(folder, PYTHON, "-m", "tools.record", *NAMES)
     yield folder
     shutil.rmtree(folder.parent, ignore_errors=True)
 
@@ -42,17 +42,17 @@ def test_the_order_of_seeds_and_a_run_before_change_no_byte(first: Path, tmp_pat
     commit(second, "the pipeline has run")
     for seed, name in reversed(list(zip(SEEDS, NAMES, strict=True))):
         call(second, "dvc", "exp", "run", "--temp", "-n", name, "-S", f"seed={seed}")
-    call(second, PYTHON, "-m", "stages.submission.merge", *NAMES)
+    call(second, PYTHON, "-m", "tools.record", *NAMES)
     assert record_of(first) == record_of(second)
 
 
 def test_the_record_is_clean(first: Path) -> None:
     (made,) = (path for path in (first / "records").iterdir() if path.is_dir())
-    assert "nothing was found" in call(first, PYTHON, "-m", "stages.submission.check", str(made)).stdout
+    assert "nothing was found" in call(first, PYTHON, "-m", "tools.check_record", str(made)).stdout
 
 
 def test_a_rebuilt_record_has_equal_bytes(first: Path) -> None:
     (made,) = (path for path in (first / "records").iterdir() if path.is_dir())
-    said = call(first, PYTHON, "-m", "stages.submission.rebuild", str(made), "--seed", str(SEEDS[1])).stdout
+    said = call(first, PYTHON, "-m", "tools.rebuild", str(made), "--seed", str(SEEDS[1])).stdout
     assert f"seed {SEEDS[1]}: equal: " in said
     assert "to the last digit" in said

@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stages import bootstrap
-from stages.bpb import bits_per_byte
-from stages.sliding_eval.evaluate import open_stream
-from stages.submission import pictures, report, seen
-from tests import handed_in
+from stages.common import paired_bootstrap
+from stages.common.bpb import bits_per_byte
+from stages.scoring.evaluate import open_stream
+from tests import submission_fixture
+from tools.report import cli as report
+from tools.report import figures, run_data
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 # What the browser finds, written where --dump-dom shows it.
@@ -39,8 +40,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         for place, seed in ((folder, 42), (folder / "other", 7)):
             patch.chdir(place)
-            handed_in.make(place, seed)
-            handed_in.run(place, replace(handed_in.PARAMS, seed=seed), "artifacts/submission")
+            submission_fixture.make(place, seed)
+            submission_fixture.run(place, replace(submission_fixture.PARAMS, seed=seed), "artifacts/submission")
         patch.chdir(folder)
         yield folder
 
@@ -70,17 +71,17 @@ def test_the_figures_are_those_of_the_runs(page: Path, runs: Path) -> None:
 
 def test_intervals_hold_the_score_that_they_are_of(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The bootstrap against a ledger of zeros is that of the score itself."""
-    drawn: list[bootstrap.Difference] = []
-    difference = bootstrap.paired_difference
+    drawn: list[paired_bootstrap.Difference] = []
+    difference = paired_bootstrap.paired_difference
 
-    def kept(a: np.ndarray, b: np.ndarray, counted_bytes: np.ndarray, documents: np.ndarray) -> bootstrap.Difference:
+    def kept(a: np.ndarray, b: np.ndarray, counted_bytes: np.ndarray, documents: np.ndarray) -> paired_bootstrap.Difference:
         drawn.append(difference(a, b, counted_bytes, documents))
         return drawn[-1]
 
-    monkeypatch.setattr(bootstrap, "paired_difference", kept)
+    monkeypatch.setattr(paired_bootstrap, "paired_difference", kept)
     stream = open_stream(Path("artifacts/tokenize/val"), Path("artifacts/tokenize/tokenizer.model"))
-    both = [seen.read(name, stream) for name in (".", "other")]
-    pictures.side_by_side(both, stream)
+    both = [run_data.read(name, stream) for name in (".", "other")]
+    figures.side_by_side(both, stream)
     for found, run in zip(drawn[:2], both, strict=True):
         assert found.bpb == pytest.approx(bits_per_byte(run.claimed, stream.counted_bytes), rel=1e-12)
         assert found.low < found.bpb < found.high
@@ -129,15 +130,15 @@ def test_a_run_that_is_none_or_of_another_stream_is_one_line(
 def test_classes_cover_every_byte(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The bars of each picture, weighed by their bytes, are the whole score."""
     stream = open_stream(Path("artifacts/tokenize/val"), Path("artifacts/tokenize/tokenizer.model"))
-    run = seen.read(".", stream)
+    run = run_data.read(".", stream)
     parts: list[tuple[float, int]] = []
 
     def counted(nll: np.ndarray, size: np.ndarray) -> float:
         parts.append((bits_per_byte(nll, size), int(size.sum())))
         return parts[-1][0]
 
-    monkeypatch.setattr(pictures, "bits_per_byte", counted)
-    pictures.classes([run], stream)
+    monkeypatch.setattr(figures, "bits_per_byte", counted)
+    figures.classes([run], stream)
     total = sum(size for _, size in parts)
     assert total == 2 * stream.counted_bytes.sum()
     assert sum(bpb * size for bpb, size in parts) / total == pytest.approx(bits_per_byte(run.claimed, stream.counted_bytes), rel=1e-9)

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stages import shards
-from stages.tokenize import disjoint, split
+from stages.common import shards
+from stages.tokenize import duplicates, split
 from stages.tokenize.encode import Encoded
 from stages.tokenize.split import Document
 from stages.tokenize.writer import SideWriter
@@ -67,33 +67,33 @@ def test_documents_are_found_across_blocks_and_shards(tmp_path: Path, monkeypatc
     stream = np.concatenate(documents)
     for i, part in enumerate(np.array_split(stream, 7)):
         shards.write(tmp_path / f"{i}.bin", part)
-    monkeypatch.setattr(disjoint, "BLOCK_TOKENS", block)
-    found = list(disjoint.documents(shards.find(tmp_path), BOS))
+    monkeypatch.setattr(duplicates, "BLOCK_TOKENS", block)
+    found = list(duplicates.documents(shards.find(tmp_path), BOS))
     assert [one.tokens.tolist() for one in found] == [document.tolist() for document in documents]
     assert all(shards.view(one.path)[one.position] == BOS for one in found)
 
 
 def test_documents_u64_round_trip(tmp_path: Path) -> None:
-    sides = [array("Q", [disjoint.hash64(document) for document in random_documents(n, n)]) for n in (20, 7)]
-    train, val = (disjoint.in_order(side) for side in sides)
-    disjoint.write(tmp_path / "documents.u64", train, val)
+    sides = [array("Q", [duplicates.hash64(document) for document in random_documents(n, n)]) for n in (20, 7)]
+    train, val = (duplicates.in_order(side) for side in sides)
+    duplicates.write(tmp_path / "documents.u64", train, val)
     assert (tmp_path / "documents.u64").stat().st_size == 8 * 27
-    read = disjoint.read(tmp_path / "documents.u64", 20, 7)
+    read = duplicates.read(tmp_path / "documents.u64", 20, 7)
     assert [part.tolist() for part in read] == [sorted(side) for side in sides]
     with pytest.raises(ValueError, match="expected 208 for 20 train and 6 val"):
-        disjoint.read(tmp_path / "documents.u64", 20, 6)
-    disjoint.write(tmp_path / "documents.u64", train[::-1], val)
+        duplicates.read(tmp_path / "documents.u64", 20, 6)
+    duplicates.write(tmp_path / "documents.u64", train[::-1], val)
     with pytest.raises(ValueError, match="hashes of train are not sorted"):
-        disjoint.read(tmp_path / "documents.u64", 20, 7)
+        duplicates.read(tmp_path / "documents.u64", 20, 7)
 
 
 def test_d8_a_val_document_in_train_is_found(tmp_path: Path) -> None:
     train, val = random_documents(50, 1), random_documents(20, 2)
     train.insert(31, val[13])
     sides = [write_side(tmp_path / name, documents) for name, documents in (("train", train), ("val", val))]
-    hits = disjoint.common(*(disjoint.in_order(side.hashes) for side in sides))
-    assert hits.tolist() == [disjoint.hash64(val[13])]
-    shared = disjoint.confirmed(tmp_path / "train", tmp_path / "val", BOS, hits)
+    hits = duplicates.common(*(duplicates.in_order(side.hashes) for side in sides))
+    assert hits.tolist() == [duplicates.hash64(val[13])]
+    shared = duplicates.confirmed(tmp_path / "train", tmp_path / "val", BOS, hits)
     assert shared is not None
     assert shared.train.position == sum(map(len, train[:31]))
     assert shared.val.position == sum(map(len, val[:13]))
@@ -102,13 +102,13 @@ def test_d8_a_val_document_in_train_is_found(tmp_path: Path) -> None:
 def test_d8_equal_hashes_of_different_documents_accuse_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(split, "HASH_BYTES", 1)  # 8-bit hashes collide
     sides = [write_side(tmp_path / name, random_documents(40, seed)) for seed, name in enumerate(("train", "val"))]
-    hits = disjoint.common(*(disjoint.in_order(side.hashes) for side in sides))
+    hits = duplicates.common(*(duplicates.in_order(side.hashes) for side in sides))
     assert len(hits) > 0
-    assert disjoint.confirmed(tmp_path / "train", tmp_path / "val", BOS, hits) is None
+    assert duplicates.confirmed(tmp_path / "train", tmp_path / "val", BOS, hits) is None
 
 
 def test_common_equals_the_intersection_of_sets() -> None:
     random = np.random.default_rng(0)
     for train_size, val_size in [(0, 5), (5, 0), (50, 50), (200, 3)]:
         train, val = (np.sort(random.integers(0, 99, size=size).astype(np.uint64)) for size in (train_size, val_size))
-        assert disjoint.common(train, val).tolist() == sorted(set(train.tolist()) & set(val.tolist()))
+        assert duplicates.common(train, val).tolist() == sorted(set(train.tolist()) & set(val.tolist()))

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests import handed_in
-from tests.handed_in import call
+from tests import submission_fixture
+from tests.submission_fixture import call
 
 ROOT = Path(__file__).resolve().parent.parent
 TITLES = (
@@ -69,8 +69,8 @@ def two_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "artifacts/submission/plots").mkdir(parents=True)
     shutil.copy(ROOT / "docs/report/side_by_side.png", folder / "artifacts/submission/plots")
     for name, seed in (("a", 42), ("b", 7)):
-        handed_in.make(folder, seed)
-        handed_in.write_json(folder / "artifacts/submission/metrics.json", {"val_bpb": 1.234567 + seed * 1e-7, "bytes_total": 500})
+        submission_fixture.make(folder, seed)
+        submission_fixture.write_json(folder / "artifacts/submission/metrics.json", {"val_bpb": 1.234567 + seed * 1e-7, "bytes_total": 500})
         commit(folder, name)
         call(folder, "git", "tag", name)
     return folder

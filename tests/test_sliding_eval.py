@@ -6,10 +6,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages import bootstrap, ledger, shards
-from stages.bpb import ByteTable
-from stages.report import Report
-from stages.sliding_eval.evaluate import Stream, read_stream, score, write_results
+from stages.common import ledger, paired_bootstrap, shards
+from stages.common.bpb import ByteTable
+from stages.common.progress import Report
+from stages.scoring.evaluate import Stream, read_stream, score, write_results
 from stages.sliding_eval.params import SlidingEvalParams
 from stages.sliding_eval.scorer import SlidingScorer
 from stages.sliding_eval.windows import plan, window_of
@@ -188,7 +188,7 @@ def test_the_paired_interval_covers_a_known_difference():
     documents = np.repeat(np.arange(60), 50)
     a = generator.gamma(2.0, 1.0, 3000).astype(np.float32)
     b = (a - 0.01 + generator.normal(0, 0.02, 3000)).clip(0).astype(np.float32)
-    gain = bootstrap.paired_difference(a, b, np.full(3000, 3), documents)
+    gain = paired_bootstrap.paired_difference(a, b, np.full(3000, 3), documents)
     assert gain.low < gain.bpb < gain.high < 0
     assert gain.bpb == pytest.approx(float((b.astype(float) - a).sum()) / np.log(2) / 9000, rel=1e-9)
     assert gain.high - gain.low < 0.002

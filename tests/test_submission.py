@@ -13,18 +13,18 @@ import pytest
 import yaml
 from PIL import Image
 
-from stages import ledger
+from stages.common import ledger
 from stages.submission import plots
 from stages.submission.__main__ import STAGE
-from tests import handed_in
-from tests.handed_in import CLAIM, CODE, PARAMS, TEXT, TIMING, run, verdict, write_json, write_report
+from tests import submission_fixture
+from tests.submission_fixture import CLAIM, CODE, PARAMS, TEXT, TIMING, run, verdict, write_json, write_report
 
 
 @pytest.fixture
 def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Artifacts of all stages below the working folder."""
     monkeypatch.chdir(tmp_path)
-    handed_in.make(tmp_path)
+    submission_fixture.make(tmp_path)
     return tmp_path
 
 

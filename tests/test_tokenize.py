@@ -15,8 +15,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages import bpb, shards
-from stages.command import launch
+from stages.common import bpb, shards
+from stages.common.command import launch
 from stages.tokenize import docstrings, split, tokenizer
 from stages.tokenize.__main__ import STAGE, main
 from stages.tokenize.encode import encode

@@ -17,10 +17,10 @@ import pytest
 import torch
 import yaml
 
-from stages import config
-from stages.clock import Interval
-from stages.command import launch
-from stages.report import Report
+from stages.common import config
+from stages.common.clock import Interval
+from stages.common.command import launch
+from stages.common.progress import Report
 from stages.train.__main__ import STAGE, main
 from stages.train.checkpoint import Checkpoints, open_checkpoints
 from stages.train.data import Prefetched, Windows, micro_batch_size

@@ -8,7 +8,7 @@ import torch
 from stages.sliding_eval.params import SlidingEvalParams
 from stages.sliding_eval.scorer import SlidingScorer
 from stages.ttt_eval.params import Params, TttEvalParams
-from stages.ttt_eval.scorer import TTTScorer, chunk_lr
+from stages.ttt_eval.sgd.scorer import TTTScorer, chunk_lr
 from tests.factories import PARALLEL, TINY, TTT, assert_forks_are_independent, assert_pieces_and_predictions_agree, random_model, world
 
 SLIDING = SlidingEvalParams(window=16, stride=4, batch_windows=3, chunk=32)

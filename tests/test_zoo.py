@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 
 from stages.audit.verdict import convicted, reason
-from tests.zoo import causal, court, lawful, paper
+from tests.zoo import causal, harness, lawful, paper
 from tests.zoo.registry import CHEATS, Cheat
 
 
 @pytest.mark.parametrize("cheat", CHEATS, ids=lambda cheat: cheat.name)
 def test_a_cheat_is_convicted_by_the_test_that_names_it(cheat: Cheat, tmp_path: Path) -> None:
-    verdicts = cheat.run(tmp_path, court.KEY)
-    assert cheat.convicted_by in court.failed(verdicts)
+    verdicts = cheat.run(tmp_path, harness.KEY)
+    assert cheat.convicted_by in harness.failed(verdicts)
     for verdict in convicted(verdicts):
         assert verdict.saw != verdict.expected, reason(verdict)
 
@@ -21,13 +21,13 @@ def test_a_cheat_is_convicted_by_the_test_that_names_it(cheat: Cheat, tmp_path: 
 def test_a_lawful_scorer_passes_everything_whatever_is_drawn(scorer: type[lawful.Bigram], tmp_path: Path) -> None:
     """A sample; benchmarks/audit_matrix.py has more than 200 such runs."""
     for seed in (1, 2):
-        verdicts = court.audit(scorer, tmp_path, key=bytes([seed]), tokens=lawful.stream(1500, seed))
+        verdicts = harness.audit(scorer, tmp_path, key=bytes([seed]), tokens=lawful.stream(1500, seed))
         assert {verdict.outcome for verdict in verdicts} == {"pass"}, [reason(verdict) for verdict in convicted(verdicts)]
 
 
 def test_each_way_to_cheat_with_time_is_told_from_the_others(tmp_path: Path) -> None:
     graphs = {
-        scorer: next(verdict for verdict in court.audit(scorer, tmp_path) if verdict.check == "B1c")
+        scorer: next(verdict for verdict in harness.audit(scorer, tmp_path) if verdict.check == "B1c")
         for scorer in (causal.LongestFirst, causal.Circular, causal.SmearAcrossBos)
     }
     assert "another order" in graphs[causal.LongestFirst].evidence
@@ -36,8 +36,8 @@ def test_each_way_to_cheat_with_time_is_told_from_the_others(tmp_path: Path) -> 
 
 
 def test_only_the_text_shows_documents_that_were_tokenized_otherwise(tmp_path: Path) -> None:
-    assert court.failed(paper.overlap(tmp_path, court.KEY, spelt=True)) == {"B15 passages shared by train and val"}
+    assert harness.failed(paper.overlap(tmp_path, harness.KEY, spelt=True)) == {"B15 passages shared by train and val"}
 
 
 def test_lawful_bytes_pass(tmp_path: Path) -> None:
-    assert {verdict.outcome for verdict in paper.lawful_bytes(tmp_path, court.KEY)} == {"pass"}
+    assert {verdict.outcome for verdict in paper.lawful_bytes(tmp_path, harness.KEY)} == {"pass"}

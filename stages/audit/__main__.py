@@ -1,6 +1,6 @@
 """audit: prove or refute, on this run, that the scores are lawful and the number is right.
 
-With --scorer it is the audit of somebody else's (outside.py, docs/audit.md).
+`python -m tools.audit_scorer` audits a scorer that is not this run's (docs/audit.md).
 
 A failed audit exits with 1 and one line. Its report is no output of the stage (a pipeline must not go on from it) but is kept for a person
 as failed-report.md and failed-report.json in the output folder, until the next audit starts.
@@ -18,16 +18,17 @@ from typing import Any
 import numpy as np
 from sentencepiece import SentencePieceProcessor
 
-from stages import bpb, command, shards
-from stages.audit import catalogue, coverage, disjoint, files, outside, own, recipes, render, room, round_trip, statistics
-from stages.audit.claims import FUZZ
+from stages.audit import catalogue, pipeline_scorers, report, scorer_recipe
+from stages.audit.audit_scorer import Claim, Factory, Stream, audit_scorer
+from stages.audit.checks import budgets, contamination, coverage, round_trip, significance
 from stages.audit.params import Params
-from stages.audit.pieces import Speller
-from stages.audit.positions import key_of
-from stages.audit.verb import Claim, Factory, Stream, audit_scorer
+from stages.audit.sampling import key_of
+from stages.audit.sandbox import clean_room
 from stages.audit.verdict import Verdict, convicted, reason
+from stages.common import bpb, command, shards
+from stages.common.lossless_text import Speller
+from stages.common.parallel import World, activation_dtype, relaunch_under_torchrun, world
 from stages.pack.artifact import load_model
-from stages.parallel import World, activation_dtype, relaunch_under_torchrun, world
 
 STAGE = command.Stage(
     name="audit",
@@ -85,15 +86,15 @@ def main(run: command.Run[Params]) -> None:
     guilty = convicted(verdicts)
     names = FAILED if guilty else ("report.json", "report.md")
     folder = ".." if guilty else "."
-    run.write_json(f"{folder}/{names[0]}", render.as_json(verdicts, declared))
-    run.write_text(f"{folder}/{names[1]}", render.as_markdown(verdicts, declared))
+    run.write_json(f"{folder}/{names[0]}", report.as_json(verdicts, declared))
+    run.write_text(f"{folder}/{names[1]}", report.as_markdown(verdicts, declared))
     for verdict in verdicts:
         run.report.log(f"audit: {verdict.outcome}: {verdict.subject} {verdict.check} {verdict.name}: {verdict.evidence}")
     if guilty:
         if run.is_main:
             sys.stderr.write(f"error: audit: {reason(guilty[0])}; {len(guilty)} failed, see {run.output.parent / FAILED[1]}\n")
         raise SystemExit(1)
-    run.write_json("metrics.json", render.summary(verdicts))
+    run.write_json("metrics.json", report.summary(verdicts))
 
 
 def read_stream(val: Path, tokenizer: SentencePieceProcessor, table: bpb.ByteTable) -> Stream:
@@ -109,26 +110,28 @@ def audit_files(run: command.Run[Params], paths: Mapping[str, Path], stream: Str
     """Bytes, clocks, denominator, data, seeds."""
     params, manifest = run.params, read_json(paths["manifest"])
     documents = np.frombuffer(paths["documents"].read_bytes(), dtype="<u8")
-    training = [files.seconds_of(read_json(paths[name]), "training_seconds") for name in ("train_timing", "calibrate_timing")]
+    training = [budgets.seconds_of(read_json(paths[name]), "training_seconds") for name in ("train_timing", "calibrate_timing")]
     whole = None if None in training else sum(seconds for seconds in training if seconds is not None)
     verdicts = [
-        files.check_sizes({paths[name].name: paths[name].stat().st_size for name in ("model", "code")}, params.pack.budget_bytes),
-        files.check_clock("training", "files", whole, params.train.seconds),
+        budgets.check_sizes({paths[name].name: paths[name].stat().st_size for name in ("model", "code")}, params.pack.budget_bytes),
+        budgets.check_clock("training", "files", whole, params.train.seconds),
     ]
     for subject, option in BUDGETED.items():
-        seconds = files.seconds_of(read_json(paths[option] / "timing.json"), "process_seconds")
-        verdicts.append(files.check_clock("evaluation", subject, seconds, params.audit.evaluation_budget_seconds))
-    recorded, counts = files.manifest_entries(manifest)
+        seconds = budgets.seconds_of(read_json(paths[option] / "timing.json"), "process_seconds")
+        verdicts.append(budgets.check_clock("evaluation", subject, seconds, params.audit.evaluation_budget_seconds))
+    recorded, counts = budgets.manifest_entries(manifest)
     found = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in shards.find(paths["val"])}
     verdicts += [
         coverage.check_denominator(stream.tokens, stream.bos, stream.target_bytes, stream.document_bytes),
-        coverage.check_table(tokenizer, FUZZ),
-        files.check_shards(recorded, found),
-        files.check_disjoint(files.document_hashes(stream.tokens, stream.bos), documents, *counts),
-        statistics.check_seeds([{}], []),
+        coverage.check_table(tokenizer, coverage.FUZZ),
+        budgets.check_shards(recorded, found),
+        budgets.check_disjoint(budgets.document_hashes(stream.tokens, stream.bos), documents, *counts),
+        significance.check_seeds([{}], []),
     ]
     if params.audit.shingle_rate:
-        verdicts.append(disjoint.check_passages(disjoint.find(paths["train"], paths["val"], tokenizer, params.audit.shingle_rate)))
+        verdicts.append(
+            contamination.check_passages(contamination.find(paths["train"], paths["val"], tokenizer, params.audit.shingle_rate))
+        )
     return verdicts
 
 
@@ -141,7 +144,7 @@ def audit_scorers(
     tolerances = (params.audit.loss_tolerance, params.audit.mean_tolerance)
     if activation_dtype(params.parallel, here.device) != here.dtype:
         tolerances = (params.audit.bfloat16_loss_tolerance, params.audit.bfloat16_mean_tolerance)
-    for name, one in own.scorers(model, params.sliding_eval, params.ttt_eval, here, table, len(stream.tokens) - 1).items():
+    for name, one in pipeline_scorers.scorers(model, params.sliding_eval, params.ttt_eval, here, table, len(stream.tokens) - 1).items():
         claim = read_claim(paths[BUDGETED[name]], f"{BUDGETED[name]}_bpb", tolerances)
         verdicts += audit_scorer(name, one.factory, stream, claim, one.edges, key, params.audit, run.report, one.variants)
         if params.audit.decoded_targets:
@@ -158,10 +161,10 @@ def visit_room(params: Params, paths: Mapping[str, Path], here: World) -> list[V
         metric = f"{option}_bpb"
         claimed = float(read_json(paths[option] / "metrics.json").get(metric, math.nan))
         command_words = ("train_gpt.py", "eval", "--scorer", name)
-        seen = room.visit(room.Artifact(artifact, data, command_words), covered=[paths["train"].absolute(), Path.cwd()])
+        seen = clean_room.visit(clean_room.Artifact(artifact, data, command_words), covered=[paths["train"].absolute(), Path.cwd()])
         exact = here.device.type == "cpu"
-        claim = room.Claim(metric, claimed, params.audit.evaluation_budget_seconds, 0.0 if exact else ROOM_TOLERANCE)
-        verdicts += [dataclasses.replace(verdict, subject=name) for verdict in room.check_clean_room(seen, claim)]
+        claim = clean_room.Claim(metric, claimed, params.audit.evaluation_budget_seconds, 0.0 if exact else ROOM_TOLERANCE)
+        verdicts += [dataclasses.replace(verdict, subject=name) for verdict in clean_room.check_clean_room(seen, claim)]
     return verdicts
 
 
@@ -175,7 +178,7 @@ def _decoded(name: str, factory: Factory, params: Params, paths: Mapping[str, Pa
     }
     words = (name, str(paths["model"].absolute()), str(paths["tokenizer"].absolute()), json.dumps(sections))
     ledger = claim.ledger if claim.ledger.shape == (len(stream.tokens) - 1,) else None
-    recipe = recipes.Recipe(recipes.OWN, words)
+    recipe = scorer_recipe.Recipe(scorer_recipe.OWN, words)
     return round_trip.check_round_trip(name, factory, recipe, stream.tokens, 1, params.audit.decoded_targets, ledger, claim.tolerances[0])
 
 
@@ -200,6 +203,4 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    if outside.wanted(sys.argv[1:]):
-        outside.main(sys.argv[1:])
     command.launch(STAGE, main)

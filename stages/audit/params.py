@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from stages.config import reject, require_fraction, require_positive
+from stages.common.config import reject, require_fraction, require_positive
+from stages.common.parallel import ParallelParams
 from stages.pack.params import PackParams
-from stages.parallel import ParallelParams
 from stages.sliding_eval.params import SlidingEvalParams
 from stages.train.params import TrainParams
 from stages.ttt_eval.params import TttEvalParams

@@ -4,11 +4,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from stages import command
-from stages.bundle import carrier
+from stages.bundle import importer_template
 from stages.bundle.params import Params
+from stages.common import command
 
-PACKAGE = carrier.ENTRY.partition(".")[0]
+PACKAGE = importer_template.ENTRY.partition(".")[0]
 RESERVE_STEP = 1000  # bytes; the reserve that a message proposes is a multiple
 STAGE = command.Stage(
     name="bundle",
@@ -26,8 +26,8 @@ def main(run: command.Run[Params]) -> None:
         raise ValueError(f"--source {source} is not a folder called {PACKAGE}: the modules are carried under that name")
     if run.output.resolve().is_relative_to(source.resolve()):
         raise ValueError(f"--output {run.arguments.output} lies in the source that is packed; name a folder outside {source}")
-    carried = carrier.sources(source.parent)
-    file = carrier.render(carried, embedded(run.params), run.params.bundle.brotli_quality)
+    carried = importer_template.sources(source.parent)
+    file = importer_template.render(carried, embedded(run.params), run.params.bundle.brotli_quality)
     run.report.log(f"bundle: {len(carried)} modules, {sum(map(len, carried.values())):,} characters stripped, {len(file):,} bytes packed")
     require_room(len(file), run.params.pack.code_reserve_bytes)
     run.write_bytes("train_gpt.py", file)

@@ -40,8 +40,8 @@ def locate(root: Path, module: str) -> Path | None:
 def module_name(path: Path) -> str:
     """The name under which a file relative to the root is imported.
 
-    >>> module_name(Path("stages/train/__init__.py")), module_name(Path("stages/bpb.py"))
-    ('stages.train', 'stages.bpb')
+    >>> module_name(Path("stages/train/__init__.py")), module_name(Path("stages/common/bpb.py"))
+    ('stages.train', 'stages.common.bpb')
     """
     parts = path.with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)

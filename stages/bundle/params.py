@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from stages.calibrate.params import CalibrateParams
-from stages.config import reject
+from stages.common.config import reject
+from stages.common.parallel import ParallelParams
 from stages.pack.params import PackParams
-from stages.parallel import ParallelParams
 from stages.sliding_eval.params import SlidingEvalParams
 from stages.train.params import ModelParams, TrainParams
 from stages.ttt_eval.params import TttEvalParams

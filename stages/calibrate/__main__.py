@@ -5,12 +5,12 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-from stages import command
 from stages.calibrate.hessians import collect
 from stages.calibrate.params import Params
-from stages.clock import Interval
-from stages.machine import hardware
-from stages.parallel import relaunch_under_torchrun, world
+from stages.common import command
+from stages.common.clock import Interval
+from stages.common.environment import hardware
+from stages.common.parallel import relaunch_under_torchrun, world
 
 STAGE = command.Stage(
     name="calibrate",

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from stages.calibrate.params import Params
-from stages.clock import Interval
-from stages.parallel import World
-from stages.report import Report
+from stages.common.clock import Interval
+from stages.common.parallel import World
+from stages.common.progress import Report
 from stages.train.data import Windows, micro_batch_size, to_device
 from stages.train.model import EMBEDDING, MLP, Model, is_matrix, is_quantised, is_table, model_for, visit_plan
 

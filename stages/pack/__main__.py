@@ -1,6 +1,6 @@
 """pack: the averaged weights and their Hessians to model.bin, the counted weights."""
 
-from stages.pack.encoder import Encoder
+from stages.pack.file.encode_process import Encoder
 
 ENCODER = Encoder() if __name__ == "__main__" else None  # at work while what follows is imported: torch takes seconds
 
@@ -14,14 +14,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from stages import command
-from stages.machine import hardware
-from stages.pack import lattice, layers
+from stages.common import command
+from stages.common.concurrency import beside
+from stages.common.environment import hardware
+from stages.common.parallel import ParallelParams, world
 from stages.pack.artifact import pack
 from stages.pack.params import Params
-from stages.pack.quantisers import QUANTISERS
-from stages.pack.workers import beside
-from stages.parallel import ParallelParams, world
+from stages.pack.quantise import trellis_quantiser
+from stages.pack.quantise.methods import QUANTISERS
+from stages.pack.stats import layers_tsv
 
 STAGE = command.Stage(
     name="pack",
@@ -46,13 +47,13 @@ def main(run: command.Run[Params]) -> None:
     model_file, hessian_file = run.path("model"), run.path("hessians")
     with ENCODER or contextlib.nullcontext() as encode, world(parallel_for(params)) as here:
         if QUANTISERS[params.pack.quantiser].on_cpu:
-            beside(lattice.compile_ahead)
+            beside(trellis_quantiser.compile_ahead)
         started = time.monotonic()
         state, hessians = load(model_file, here.device), load(hessian_file, here.device)
         packed = pack(state, hessians, params.model, params.pack, run.report, encode)
         run.write_bytes("model.bin", packed.blob)
-        run.write_text("layers.tsv", layers.tsv(packed.rows))
-        run.write_json("metrics.json", layers.metrics(packed.rows, packed.scale))
+        run.write_text("layers.tsv", layers_tsv.tsv(packed.rows))
+        run.write_json("metrics.json", layers_tsv.metrics(packed.rows, packed.scale))
         run.timing |= {"seconds": time.monotonic() - started, "hardware": hardware(here.device)}
 
 

@@ -1,7 +1,7 @@
 """model.bin from a state and its Hessians, and back.
 
-The bytes depend on the weights, the Hessians, the parameters and the kind of processor, never on the number of threads (workers.py). The
-budget decides one number only, the quantiser's scale (budget.py, quantisers.py).
+The bytes depend on the weights, the Hessians, the parameters and the kind of processor, never on the number of threads
+(common/concurrency.py). The budget decides one number only, the quantiser's scale (quantise/fit_budget.py, quantise/methods.py).
 """
 
 import contextlib
@@ -16,14 +16,17 @@ import torch
 from torch import Tensor
 
 from stages.calibrate.hessians import importance_name
-from stages.pack import budget, codec, container, lattice, lqer, roles, table, tensors
-from stages.pack.apart import check_shapes, model_params
-from stages.pack.container import Contents, Entry, Form, Stream
+from stages.common.concurrency import beside, in_threads, usable_cores
+from stages.common.parallel import World
+from stages.common.progress import Report
+from stages.pack.entropy import codecs
+from stages.pack.file import container, tensors
+from stages.pack.file.container import Contents, Entry, Form, Stream
+from stages.pack.file.load import check_shapes, model_params
 from stages.pack.params import PackParams
-from stages.pack.quantisers import QUANTISERS, Quantiser, Result, hessian_of, threads_for
-from stages.pack.workers import beside, in_threads, usable_cores
-from stages.parallel import World
-from stages.report import Report
+from stages.pack.quantise import fit_budget, lqer, tensor_kinds, trellis_quantiser
+from stages.pack.quantise.methods import QUANTISERS, Quantiser, Result, hessian_of, threads_for
+from stages.pack.stats import tensor_stats
 from stages.train.model import Model, model_for
 from stages.train.params import ModelParams
 
@@ -34,7 +37,7 @@ class Packed(NamedTuple):
     """The file, the figures of each tensor, and the quantiser's scale (of clip widths: 1 = as the parameters say)."""
 
     blob: bytes
-    rows: list[table.Row]
+    rows: list[tensor_stats.Row]
     scale: float
 
 
@@ -54,7 +57,8 @@ def pack(
     report: Report,
     encode: Callable[..., tuple[Stream, ...]] | None = None,
 ) -> Packed:
-    """Quantise and encode `state` within the byte budget, on the device where its tensors lie; `encode` is another's encoder (encoder.py).
+    """Quantise and encode `state` within the byte budget, on the device where its tensors lie; `encode` is another's encoder
+    (file/encode_process.py).
 
     A ValueError names the tensor that does not fit the model's parameters, has no Hessian or one that is not positive definite, or is not
     finite; and gives both figures when no scale brings the file under the budget.
@@ -62,13 +66,13 @@ def pack(
     check_shapes({name: tuple(tensor.shape) for name, tensor in state.items()}, model_params)
     make = QUANTISERS[pack_params.quantiser]
     if encode is None:
-        beside(functools.partial(codec.compile_ahead, pack_params.codec))
+        beside(functools.partial(codecs.compile_ahead, pack_params.codec))
     family, quality = pack_params.codec, pack_params.brotli_quality
     encode = functools.partial(encode or container.encode_streams, family=family, quality=quality)
     if make.on_cpu:
-        beside(lattice.compile_ahead)
+        beside(trellis_quantiser.compile_ahead)
         state, hessians = ({name: tensor.cpu() for name, tensor in of.items()} for of in (state, hessians))
-    matrices = {name: tensor.detach() for name, tensor in sorted(state.items()) if roles.kind_of(name) != "rest"}
+    matrices = {name: tensor.detach() for name, tensor in sorted(state.items()) if tensor_kinds.kind_of(name) != "rest"}
     rest = {name: half(tensor, name) for name, tensor in sorted(state.items()) if name not in matrices}
     with exact_operations():
         quantiser = make(matrices, hessians, pack_params, report)
@@ -86,9 +90,9 @@ def pack(
 
         allowed, weights = pack_params.model_budget_bytes, sum(tensor.numel() for tensor in matrices.values())
         scales = quantiser.scales(8.0 * (allowed - sum(half.nbytes for half in rest.values())))
-        scale, best = budget.fill(attempt, lambda tried: len(tried.blob), allowed, weights, scales)
+        scale, best = fit_budget.fill(attempt, lambda tried: len(tried.blob), allowed, weights, scales)
         rows = _measure(best, state, hessians)
-    return Packed(best.blob, [*rows, table.container_row(rows, len(best.blob))], scale)
+    return Packed(best.blob, [*rows, tensor_stats.container_row(rows, len(best.blob))], scale)
 
 
 def unpack(blob: bytes) -> tuple[ModelParams, dict[str, Tensor]]:
@@ -163,17 +167,17 @@ def _entry(name: str, of: np.ndarray | Result, encode: Callable[..., tuple[Strea
     return Entry(name, shape, form, encode(form, shape, tensors.raw_streams(coded)))
 
 
-def _measure(best: Attempt, state: Mapping[str, Tensor], hessians: Mapping[str, Tensor]) -> list[table.Row]:
+def _measure(best: Attempt, state: Mapping[str, Tensor], hessians: Mapping[str, Tensor]) -> list[tensor_stats.Row]:
     """The figures of every tensor of the file."""
 
-    def one(entry: Entry) -> table.Row:
-        row, weight = table.row_of(entry), state[entry.name].detach()
+    def one(entry: Entry) -> tensor_stats.Row:
+        row, weight = tensor_stats.row_of(entry), state[entry.name].detach()
         if entry.name not in best.results:
-            return table.with_errors(row, weight, weight.half().float())
+            return tensor_stats.with_errors(row, weight, weight.half().float())
         result = best.results[entry.name]
         decoded = torch.from_numpy(tensors.decoded(result.coded)).to(weight.device)
         hessian = hessian_of(entry.name, weight, hessians).to(weight.device)
-        measured = table.with_errors(row, weight, decoded, hessian, hessians.get(importance_name(entry.name)))
-        return table.with_bounds(measured, result.entered_RC, result.rounded_RC, result.scale_C)
+        measured = tensor_stats.with_errors(row, weight, decoded, hessian, hessians.get(importance_name(entry.name)))
+        return tensor_stats.with_bounds(measured, result.entered_RC, result.rounded_RC, result.scale_C)
 
     return in_threads(one, best.entries, lambda entry: state[entry.name].numel(), threads_for(state.values()))

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from stages.config import reject, require_positive
-from stages.pack.correction import MAX_RANK
+from stages.common.config import reject, require_positive
+from stages.common.parallel import ParallelParams
+from stages.pack.low_rank import MAX_RANK
 from stages.pack.trellis import STATES
-from stages.parallel import ParallelParams
 from stages.train.params import ModelParams
 
 
@@ -14,8 +14,8 @@ from stages.train.params import ModelParams
 class PackParams:
     """The section `pack`."""
 
-    quantiser: Literal["rate", "sdclip"]  # rate: steps by sensitivity, levels on a trellis (lattice.py); sdclip: #1493's fixed widths
-    codec: Literal["adaptive", "brotli"]  # of the integers: our arithmetic coder (coder.py), or brotli as in #1493
+    quantiser: Literal["rate", "sdclip"]  # rate: steps by sensitivity, levels on a trellis (quantise/); sdclip: #1493's fixed widths
+    codec: Literal["adaptive", "brotli"]  # of the integers: our arithmetic coder (entropy/level_coder.py), or brotli as in #1493
     states: int  # rate: of the trellis; 1 is a uniform grid; more are better and slower
     rate_weight: float  # rate: of bits against error; 0 takes the nearest levels, and more draws them to zero
     row_weight: float  # rate: exponent of the rows' measured importance; 0 lets all rows of a matrix weigh the same
@@ -24,7 +24,7 @@ class PackParams:
     attention_clip: float  # sdclip: attention's values are clipped so many standard deviations of their row from zero (SDClip, #1394)
     mlp_clip: float  # sdclip: the same for the MLPs' matrices; wider is smaller and coarser (a clip for each class: #1586)
     embedding_clip: float  # sdclip: the same for the embedding
-    lqer_rank: int  # of a low-rank correction of the matrices that gain most from one (lqer.py; #1797); 0 is none
+    lqer_rank: int  # of a low-rank correction of the matrices that gain most from one (quantise/lqer.py; #1797); 0 is none
     lqer_tensors: int  # how many matrices are corrected
     awq_groups: int  # sdclip: groups of 64 columns, of the whole model, whose values get 8 bits (AWQ-lite, #1908); 0 is none
     damping: float  # added to the diagonal of each Hessian, as a fraction of the diagonal's mean

@@ -1,19 +1,19 @@
 """sliding_eval: the artifact and the validation stream to the ledger of the sliding scorer."""
 
-from stages.pack.decoder import Decoder
+from stages.pack.file.decode_process import Decoder
 
 DECODER = Decoder() if __name__ == "__main__" else None  # at work while what follows is imported: torch takes seconds
 
 import sys
 from pathlib import Path
 
-from stages import clock, command, machine
-from stages.pack.apart import Unpacking
-from stages.parallel import relaunch_under_torchrun, world
-from stages.sliding_eval.evaluate import read_stream, score, scorer_of, write_results
+from stages.common import clock, command, environment
+from stages.common.parallel import relaunch_under_torchrun, world
+from stages.pack.file.load import Unpacking
+from stages.scoring.evaluate import read_stream, score, scorer_of, write_results
 from stages.sliding_eval.params import Params
 from stages.sliding_eval.scorer import SlidingScorer
-from stages.train.operations import attention_backend
+from stages.train.ops import attention_backend
 
 STAGE = command.Stage(
     name="sliding_eval",
@@ -42,7 +42,9 @@ def main(run: command.Run[Params]) -> None:
         if here.is_main:
             bpb = write_results(run.output, "sliding", nll, stream, params.chunk, run.write_json)
             run.report.log(f"sliding_eval: {bpb:.6f} bpb over {stream.targets:,} targets, {int(stream.counted_bytes.sum()):,} bytes")
-        run.timing |= pace.timing(stream.targets, int(stream.counted_bytes.sum()), here.size) | {"hardware": machine.hardware(here.device)}
+        run.timing |= pace.timing(stream.targets, int(stream.counted_bytes.sum()), here.size) | {
+            "hardware": environment.hardware(here.device)
+        }
         run.timing["attention_backend"] = attention_backend(here)
 
 

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from stages.config import reject, require_positive
-from stages.parallel import ParallelParams
+from stages.common.config import reject, require_positive
+from stages.common.parallel import ParallelParams
 
 
 @dataclass(frozen=True)

@@ -10,16 +10,16 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from stages.parallel import World
-from stages.report import Report
-from stages.sliding_eval.asked import Asked, Questions, rows_of, scores_of
+from stages.common.parallel import World
+from stages.common.progress import Report
+from stages.scoring.queries import Asked, Questions, rows_of, scores_of
 from stages.sliding_eval.params import SlidingEvalParams
 from stages.sliding_eval.windows import Window, plan, window_of
 from stages.train.model import Model
 
 
 class SlidingScorer:
-    """A lawful scorer (stages/scorer.py) over a fixed model; all ranks call it alike and all get every score."""
+    """A lawful scorer (stages/common/scorer.py) over a fixed model; all ranks call it alike and all get every score."""
 
     def __init__(self, model: Model, params: SlidingEvalParams, world: World, report: Report | None = None) -> None:
         self.params = params

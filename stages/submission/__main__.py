@@ -5,7 +5,7 @@ from pathlib import Path
 
 import yaml
 
-from stages import command
+from stages.common import command
 from stages.submission import plots
 from stages.submission.artifacts import STAGES, Artifacts, load
 from stages.submission.params import Params

@@ -17,8 +17,8 @@ import brotli
 import numpy as np
 from sentencepiece import SentencePieceProcessor
 
-from stages import bootstrap, ledger, shards
-from stages.bpb import bits_per_byte, byte_table, load_tokenizer, target_bytes
+from stages.common import ledger, paired_bootstrap, shards
+from stages.common.bpb import bits_per_byte, byte_table, load_tokenizer, target_bytes
 
 STAGES = ("tokenize", "train", "calibrate", "pack", "sliding_eval", "ttt_eval", "bundle", "audit")
 REFERENCE_BYTES = 4_000_000  # brotli 11 takes about 2 s for a megabyte
@@ -71,7 +71,7 @@ class Artifacts:
     coverage: Coverage
     reference: Reference
     scores: dict[str, Score]
-    gain: bootstrap.Difference  # bpb of ttt_eval minus that of sliding_eval
+    gain: paired_bootstrap.Difference  # bpb of ttt_eval minus that of sliding_eval
 
     @property
     def bytes_total(self) -> int:
@@ -83,7 +83,7 @@ def load(folders: Mapping[str, Path], requirements: Path, claimed: str) -> Artif
     """Read the artifact folders of all stages; `claimed` is the scorer whose audit must have passed."""
     tokenizer = load_tokenizer(file(folders, "tokenize", "tokenizer.model"))
     tokens, counted_bytes = _stream(folders["tokenize"], tokenizer)
-    documents = bootstrap.document_of_target(tokens, tokenizer.bos_id())
+    documents = paired_bootstrap.document_of_target(tokens, tokenizer.bos_id())
     metrics = {stage: _json(file(folders, stage, "metrics.json")) for stage in STAGES if stage != "tokenize"}
     ledgers = {scorer: ledger.read(file(folders, scorer, "nll.npy"), len(counted_bytes)) for scorer in SCORERS}
     code, model = (file(folders, *name).read_bytes() for name in (("bundle", "train_gpt.py"), ("pack", "model.bin")))
@@ -117,7 +117,7 @@ def load(folders: Mapping[str, Path], requirements: Path, claimed: str) -> Artif
         coverage=Coverage(len(counted_bytes), int(counted_bytes.sum()), int(documents.max()) + 1),
         reference=brotli_reference(tokens, tokenizer),
         scores=scores,
-        gain=bootstrap.paired_difference(ledgers["sliding_eval"], ledgers["ttt_eval"], counted_bytes, documents),
+        gain=paired_bootstrap.paired_difference(ledgers["sliding_eval"], ledgers["ttt_eval"], counted_bytes, documents),
     )
 
 

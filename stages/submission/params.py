@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from stages.audit.params import AuditParams
 from stages.bundle.params import BundleParams, SubmissionParams
 from stages.calibrate.params import CalibrateParams
+from stages.common.parallel import ParallelParams
 from stages.pack.params import PackParams
-from stages.parallel import ParallelParams
 from stages.sliding_eval.params import SlidingEvalParams
 from stages.tokenize.params import TokenizeParams
 from stages.train.params import ModelParams, TrainParams

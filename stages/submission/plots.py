@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from stages.canvas import BLUE, GREEN, GREY, ORANGE, PURPLE, canvas, png, styled
+from stages.common.figure_style import BLUE, GREEN, GREY, ORANGE, PURPLE, canvas, png, styled
 from stages.submission.artifacts import Row
 
 SMOOTHING = 0.05  # of all steps: the time constant of the smoothed loss

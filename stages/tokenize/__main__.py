@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from stages import command
-from stages.tokenize import build, disjoint, docstrings, files, tokenizer
+from stages.common import command
+from stages.tokenize import build, docstrings, duplicates, files, tokenizer
 from stages.tokenize.build import Built, Source
 from stages.tokenize.params import TRAIN_TOKENIZER, Params, TokenizeParams
 from stages.tokenize.split import Document
@@ -44,7 +44,7 @@ def main(run: command.Run[Params]) -> None:
         _log_rate(run, built, time.monotonic() - started)
     build.require_disjoint(built, run.output, model.table.bos)
     run.write_bytes("tokenizer.model", model.model)
-    disjoint.write(run.output / "documents.u64", built.train_hashes, built.val_hashes)
+    duplicates.write(run.output / "documents.u64", built.train_hashes, built.val_hashes)
     about_model |= {"sha256": hashlib.sha256(model.model).hexdigest(), "vocab_size": model.table.vocab_size}
     run.write_json("manifest.json", {"source": params.source, "tokenizer": about_model} | built.manifest)
 

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from stages import shards
-from stages.report import Report
-from stages.tokenize import disjoint, split, writer
-from stages.tokenize.adopt import Adopted, adopt
+from stages.common import shards
+from stages.common.progress import Report
+from stages.tokenize import duplicates, split, writer
 from stages.tokenize.encode import encode
+from stages.tokenize.import_shards import Adopted, adopt
 from stages.tokenize.params import TokenizeParams
 from stages.tokenize.split import Document
 from stages.tokenize.tokenizer import Tokenizer
@@ -54,7 +54,7 @@ def from_documents(source: Source, tokenizer: Tokenizer, params: TokenizeParams,
         "val": asdict(val.totals),
         "shards": writer.as_manifest(train.facts | val.facts, output),
     }
-    return Built(disjoint.in_order(train.hashes), disjoint.in_order(val.hashes), manifest)
+    return Built(duplicates.in_order(train.hashes), duplicates.in_order(val.hashes), manifest)
 
 
 def from_shards(train: list[Path], val: list[Path], tokenizer: Tokenizer, params: TokenizeParams, output: Path, report: Report) -> Built:
@@ -69,12 +69,12 @@ def from_shards(train: list[Path], val: list[Path], tokenizer: Tokenizer, params
         "val": _totals(of_val),
         "shards": writer.as_manifest(of_train.facts | of_val.facts, output),
     }
-    return Built(disjoint.in_order(of_train.hashes), disjoint.in_order(of_val.hashes), manifest)
+    return Built(duplicates.in_order(of_train.hashes), duplicates.in_order(of_val.hashes), manifest)
 
 
 def require_disjoint(built: Built, output: Path, bos: int) -> None:
     """Raise ValueError when a val document is in train, token for token."""
-    shared = disjoint.confirmed(output / "train", output / "val", bos, disjoint.common(built.train_hashes, built.val_hashes))
+    shared = duplicates.confirmed(output / "train", output / "val", bos, duplicates.common(built.train_hashes, built.val_hashes))
     if shared is not None:
         train = f"token {shared.train.position} of {shared.train.path.relative_to(output)}"
         val = f"token {shared.val.position} of {shared.val.path.relative_to(output)}"

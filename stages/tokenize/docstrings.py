@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stages import lifeline
-from stages.report import Report
+from stages.common import failure_detector
+from stages.common.progress import Report
 from stages.tokenize import split
 from stages.tokenize.split import Document, Side
 
@@ -142,7 +142,7 @@ def _read_all(paths: list[Path], processes: int, report: Report) -> Iterator[lis
 
 
 def _start_worker() -> None:
-    lifeline.end_with_parent()
+    failure_detector.end_with_parent()
     gc.disable()  # a syntax tree holds no cycles, and collection would take half the time
     warnings.simplefilter("ignore")  # SyntaxWarning: of other people's escape sequences
 

@@ -1,8 +1,8 @@
 """Documents to tokens, in batches, with the byte count of each checked against its text.
 
 The document is decode(encode(text)): a given tokenizer may normalise, and bytes refer to what can be restored. The challenge's rule
-(stages/bpb.py) counts exactly the document's UTF-8 bytes, less the one space with which a document may begin: the rule counts no leading
-space after BOS. That errs on the careful side (fewer bytes, higher bpb); the manifest says how often.
+(stages/common/bpb.py) counts exactly the document's UTF-8 bytes, less the one space with which a document may begin: the rule counts no
+leading space after BOS. That errs on the careful side (fewer bytes, higher bpb); the manifest says how often.
 """
 
 from collections.abc import Iterable, Iterator
@@ -11,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 import sentencepiece
 
-from stages import bpb
-from stages.bpb import ByteTable
+from stages.common import bpb
+from stages.common.bpb import ByteTable
 from stages.tokenize.split import Document
 from stages.tokenize.tokenizer import Tokenizer
 

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Literal
 
-from stages import shards
-from stages.config import reject, require_positive
+from stages.common import shards
+from stages.common.config import reject, require_positive
 
 TRAIN_TOKENIZER = "train"
 SMALLEST_VOCAB = 4 + 256 + 1  # pad, bos, eos, unk; the byte-fallback pieces; the lone space

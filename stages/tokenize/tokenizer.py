@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import sentencepiece
 
-from stages import bpb
-from stages.bpb import ByteTable
+from stages.common import bpb
+from stages.common.bpb import ByteTable
 from stages.tokenize import split
 from stages.tokenize.split import Document
 

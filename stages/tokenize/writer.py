@@ -12,8 +12,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from stages import shards
-from stages.tokenize import disjoint
+from stages.common import shards
+from stages.tokenize import duplicates
 from stages.tokenize.encode import Encoded
 
 
@@ -66,7 +66,7 @@ class SideWriter:
             self.totals.empty_documents += 1
             return
         self._write(encoded.tokens, encoded.source.name)
-        self.hashes.append(disjoint.hash64(encoded.tokens))
+        self.hashes.append(duplicates.hash64(encoded.tokens))
         shard, totals = self._open_facts, self.totals
         shard.documents += 1
         shard.tokens += len(encoded.tokens)

@@ -6,11 +6,10 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from stages import command
-from stages.clock import Interval
-from stages.machine import hardware
-from stages.parallel import relaunch_under_torchrun, world
-from stages.train.driver import driver
+from stages.common import command
+from stages.common.clock import Interval
+from stages.common.environment import driver, hardware
+from stages.common.parallel import relaunch_under_torchrun, world
 from stages.train.loop import Trained, train
 from stages.train.params import Params
 from stages.train.schedule import read_fractions

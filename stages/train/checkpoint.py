@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from stages import shards
-from stages.command import canonical_json
-from stages.parallel import World, speaks_for_its_machine
+from stages.common import shards
+from stages.common.command import canonical_json
+from stages.common.parallel import World, speaks_for_its_machine
 from stages.train.params import Params
 
 MARKER = "resume-from"

@@ -1,7 +1,8 @@
 """Attention on the CPU, forward and backward, in blocks of queries: products, a softmax, and nothing that depends on the CPU's vendor.
 
-torch's own kernel (scaled_dot_product_attention) calls MKL from the inside, where stages/cpu_math.py cannot reach. This one also leaves out
-the keys after a block's last query, which the causal mask hides from all of it: for T tokens in blocks of N, 1/2 + N/2T of the work.
+torch's own kernel (scaled_dot_product_attention) calls MKL from the inside, where stages/common/cpu_math.py cannot reach. This one also
+leaves out the keys after a block's last query, which the causal mask hides from all of it: for T tokens in blocks of N, 1/2 + N/2T of the
+work.
 
 The backward pass recomputes the weights P = softmax(S), S = Q K^T / sqrt(C), where T^2 of them would be too many to keep. With O = P V and
 dO given,

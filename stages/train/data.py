@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stages import shards
+from stages.common import shards
 
 READ_AHEAD = 2  # batches: enough to hide the reading, little enough that a run reads hardly past its end
 

@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from stages.clock import Interval
-from stages.parallel import World
-from stages.report import Report
+from stages.common.clock import Interval
+from stages.common.parallel import World
+from stages.common.progress import Report
 from stages.train.checkpoint import Checkpoints, open_checkpoints
 from stages.train.data import Prefetched, Windows, micro_batch_size
 from stages.train.model import Model, initialise_, model_for, with_scaled_logits
-from stages.train.operations import compiled, graphs_compiled
+from stages.train.ops import compiled, graphs_compiled
 from stages.train.optimizer import Optimizers
 from stages.train.params import Params
 from stages.train.schedule import StepSchedule, pacing, settings

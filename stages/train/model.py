@@ -28,12 +28,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stages import cpu_math
-from stages.parallel import World
+from stages.common import cpu_math
+from stages.common.parallel import World
 from stages.train.adapters import Adapter, Adapters, VisitAdapters, adapted
-from stages.train.operations import PLAIN, Operations, operations
+from stages.train.ops import PLAIN, Operations, operations
 from stages.train.params import ModelParams
-from stages.train.plain import Documents, Term, documents_of, rms_norm, softcapped, squared_leaky
+from stages.train.reference import Documents, Term, documents_of, rms_norm, softcapped, squared_leaky
 
 EMBEDDING, SMEAR_GATE = "embedding.weight", "smear.gate"
 UNADAPTED, NO_ADAPTERS = VisitAdapters(), Adapters()  # of a visit, of a forward pass

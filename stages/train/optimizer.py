@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages.parallel import World
+from stages.common.parallel import World
 from stages.train.model import Model, is_matrix, is_table
 from stages.train.muon import Coefficients, coefficients, muon_update
-from stages.train.operations import compiled
+from stages.train.ops import compiled
 from stages.train.params import TrainParams
 from stages.train.schedule import StepSchedule
 

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from stages.config import reject, require_fraction, require_positive
-from stages.parallel import ParallelParams
+from stages.common.config import reject, require_fraction, require_positive
+from stages.common.parallel import ParallelParams
 
 
 @dataclass(frozen=True)

@@ -1,21 +1,21 @@
 """ttt_eval: the artifact and the validation stream to the ledger of the test-time-training scorer."""
 
-from stages.pack.decoder import Decoder
+from stages.pack.file.decode_process import Decoder
 
 DECODER = Decoder() if __name__ == "__main__" else None  # at work while what follows is imported: torch takes seconds
 
 import sys
 from pathlib import Path
 
-from stages import bootstrap, clock, command, ledger, machine
-from stages.pack.apart import Unpacking
-from stages.parallel import relaunch_under_torchrun, world
-from stages.report import Report
-from stages.sliding_eval.evaluate import TimedScorer, read_stream, score, scorer_of, write_results
+from stages.common import clock, command, environment, ledger, paired_bootstrap
+from stages.common.parallel import relaunch_under_torchrun, world
+from stages.common.progress import Report
+from stages.pack.file.load import Unpacking
+from stages.scoring.evaluate import TimedScorer, read_stream, score, scorer_of, write_results
 from stages.train.model import Model
-from stages.train.operations import attention_backend
+from stages.train.ops import attention_backend
+from stages.ttt_eval.build import scorer_for
 from stages.ttt_eval.params import Params
-from stages.ttt_eval.stack import scorer_for
 
 STAGE = command.Stage(
     name="ttt_eval",
@@ -46,12 +46,14 @@ def main(run: command.Run[Params]) -> None:
         scorer = scorer_of(unpacking, here, make, run.report)
         pace = clock.Pace(scorer.warm_up_targets)
         nll = score(scorer, stream, pace)
-        run.timing |= pace.timing(stream.targets, int(stream.counted_bytes.sum()), here.size) | {"hardware": machine.hardware(here.device)}
+        run.timing |= pace.timing(stream.targets, int(stream.counted_bytes.sum()), here.size) | {
+            "hardware": environment.hardware(here.device)
+        }
         run.timing["attention_backend"] = attention_backend(here)
         if here.is_main:
             bpb = write_results(run.output, "ttt", nll, stream, params.ttt_eval.chunk, run.write_json)
-            documents = bootstrap.document_of_target(stream.tokens, stream.table.bos)
-            gain = bootstrap.paired_difference(ledger.read(files["sliding"], stream.targets), nll, stream.counted_bytes, documents)
+            documents = paired_bootstrap.document_of_target(stream.tokens, stream.table.bos)
+            gain = paired_bootstrap.paired_difference(ledger.read(files["sliding"], stream.targets), nll, stream.counted_bytes, documents)
             run.report.log(
                 f"ttt_eval: {bpb:.6f} bpb over {stream.targets:,} targets; against sliding {gain.bpb:+.6f}"
                 f" (95 % interval {gain.low:+.6f} to {gain.high:+.6f}, paired over documents)"

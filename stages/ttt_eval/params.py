@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from stages.config import reject, require_fraction, require_positive
-from stages.parallel import ParallelParams
+from stages.common.config import reject, require_fraction, require_positive
+from stages.common.parallel import ParallelParams
 from stages.sliding_eval.params import SlidingEvalParams
 
 
@@ -39,7 +39,7 @@ class TttEvalParams:
     """The section `ttt_eval`; window and stride are sliding_eval's."""
 
     kind: Literal["sgd", "lora"]  # sgd: all of the model, on the stream's chunks; lora: adapters, on each document by itself
-    confidence: bool  # losses that are trained on are weighed by themselves (confidence.py)
+    confidence: bool  # losses that are trained on are weighed by themselves (loss_weighting.py)
     trained: Literal["all", "matrices", "vectors"]  # sgd: which parameters; matrices are the blocks', vectors all but these and the tables
     chunk: int  # sgd: targets that are scored with one set of weights, then trained on; also of one row of chunks.tsv
     epochs: int  # passes over a chunk
@@ -47,8 +47,8 @@ class TttEvalParams:
     lr: float  # of the first chunk; falls to 0 at the last along half a cosine
     momentum: float  # of SGD; its buffer persists from chunk to chunk
     clip_norm: float  # of the global gradient
-    tilt_rate: float  # learning rate of the tilt towards tokens that followed the same context before (tilt.py); 0 is no tilt
-    mixer_rate: float  # learning rate of the byte model mixed in on the decisions of a token (mixer.py); 0 is none
+    tilt_rate: float  # learning rate of the tilt towards tokens that followed the same context before (ngram/scorer.py); 0 is no tilt
+    mixer_rate: float  # learning rate of the byte model mixed in on the decisions of a token (bytemix/scorer.py); 0 is none
     lora: LoraParams
 
     def __post_init__(self) -> None:

@@ -8,8 +8,8 @@ from typing import Self
 
 import numpy as np
 
-from stages.sliding_eval.asked import Asked
-from stages.sliding_eval.evaluate import AskedScorer
+from stages.scoring.evaluate import AskedScorer
+from stages.scoring.queries import Asked
 
 
 class Wrapper(ABC):

@@ -6,13 +6,14 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
-from stages import bpb, shards
-from stages.audit import claims, coverage, disjoint, files, statistics
-from stages.audit.room import Claim, check_clean_room, visit
-from stages.audit.verb import Stream
+from stages.audit.audit_scorer import Stream
+from stages.audit.checks import budgets, contamination, coverage, significance
+from stages.audit.sandbox.clean_room import Claim, check_clean_room, visit
 from stages.audit.verdict import Verdict
+from stages.common import bpb, shards
 from stages.tokenize import tokenizer
-from tests import test_room
+from tests import test_clean_room
+from tools.audit_scorer import claims
 
 TEXTS = [f"Document {i} says that {i * i} is the square of {i}; caf\u00e9 {chr(0x2603 + i)}.\n" * 2 for i in range(30)]
 SizeOf = Callable[[np.ndarray, bpb.ByteTable], np.ndarray]
@@ -32,7 +33,7 @@ def sizes(size_of: SizeOf, folder: Path) -> list[Verdict]:
     decoded = coverage.count_documents(tokens, processor)
     return [
         coverage.check_denominator(tokens, processor.bos_id(), size_of(tokens, bpb.byte_table(processor)), decoded),
-        coverage.check_table(processor, claims.FUZZ, lambda tokens, processor: size_of(tokens, bpb.byte_table(processor))),
+        coverage.check_table(processor, coverage.FUZZ, lambda tokens, processor: size_of(tokens, bpb.byte_table(processor))),
     ]
 
 
@@ -64,7 +65,7 @@ def wrong_denominator(folder: Path, key: bytes) -> list[Verdict]:
 
 def over_the_cap(folder: Path, key: bytes) -> list[Verdict]:
     """The code is counted packed and shipped raw (#1835, #1858, #1959)."""
-    return [files.check_sizes({"model.bin": 15_976_144, "train_gpt.py": 59_295}, 16_000_000)]
+    return [budgets.check_sizes({"model.bin": 15_976_144, "train_gpt.py": 59_295}, 16_000_000)]
 
 
 def overlap(folder: Path, key: bytes, spelt: bool = False) -> list[Verdict]:
@@ -81,11 +82,11 @@ def overlap(folder: Path, key: bytes, spelt: bool = False) -> list[Verdict]:
     for side, held in (("train", train), ("val", tokens)):
         (folder / side).mkdir(exist_ok=True)
         shards.write(folder / side / f"{side}_000000.bin", held)
-    hashes = files.document_hashes(tokens, bos)
-    listed = np.concatenate([np.sort(files.document_hashes(train, bos)), np.sort(hashes)])
+    hashes = budgets.document_hashes(tokens, bos)
+    listed = np.concatenate([np.sort(budgets.document_hashes(train, bos)), np.sort(hashes)])
     return [
-        files.check_disjoint(hashes, listed, 25, len(val)),
-        disjoint.check_passages(disjoint.find(folder / "train", folder / "val", processor)),
+        budgets.check_disjoint(hashes, listed, 25, len(val)),
+        contamination.check_passages(contamination.find(folder / "train", folder / "val", processor)),
     ]
 
 
@@ -93,7 +94,7 @@ def chosen_seeds(folder: Path, key: bytes) -> list[Verdict]:
     """The best three of five seeds, one of them with other parameters, and a gain within the noise (#1769, #2118, #2124)."""
     runs = [{"seed": seed, "nats": nats, "config": "a"} for seed, nats in ((1, 2.4990), (2, 2.4972), (3, 2.4994))]
     runs[2]["config"] = "b"
-    return [statistics.check_seeds(runs, [2.5]), statistics.check_seeds([run | {"config": "a"} for run in runs], [2.5])]
+    return [significance.check_seeds(runs, [2.5]), significance.check_seeds([run | {"config": "a"} for run in runs], [2.5])]
 
 
 def in_the_room(line: str) -> Callable[[Path, bytes], list[Verdict]]:
@@ -103,7 +104,7 @@ def in_the_room(line: str) -> Callable[[Path, bytes], list[Verdict]]:
         (folder / "outside").mkdir()
         for name in ("features.npz", "val_0.bin", "helper.py"):
             (folder / "outside" / name).write_bytes(b"x = 1\n")
-        artifact = test_room.made(folder, line.replace("OUTSIDE", str(folder / "outside")))
-        return check_clean_room(visit(artifact, means=test_room.MEANS), Claim("toy_bpb", 1.25, budget_seconds=60.0), late_seconds=1.2)
+        artifact = test_clean_room.made(folder, line.replace("OUTSIDE", str(folder / "outside")))
+        return check_clean_room(visit(artifact, means=test_clean_room.MEANS), Claim("toy_bpb", 1.25, budget_seconds=60.0), late_seconds=1.2)
 
     return run

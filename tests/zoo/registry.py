@@ -5,11 +5,11 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from stages.audit.metamorphic import Variants
-from stages.audit.verb import Factory
+from stages.audit.audit_scorer import Factory
+from stages.audit.checks.metamorphic import Variants
 from stages.audit.verdict import Verdict
-from tests.zoo import causal, court, lawful, mass, paper
-from tests.zoo.court import SHAVED
+from tests.zoo import causal, harness, lawful, mass, paper
+from tests.zoo.harness import SHAVED
 
 Try = Callable[[Path, bytes], list[Verdict]]
 
@@ -25,7 +25,7 @@ class Cheat(NamedTuple):
 
 def scorer(factory: Factory, variants: Variants | None = None) -> Try:
     """The trial of a scorer."""
-    return lambda folder, key: court.audit(factory, folder, key=key, variants=variants or Variants())
+    return lambda folder, key: harness.audit(factory, folder, key=key, variants=variants or Variants())
 
 
 FUTURE, LEDGER = "B1 future perturbation", "B1 ledger without the future"
@@ -59,7 +59,7 @@ CHEATS = (
     Cheat("forks that share state", "-", "B2 own-token independence", scorer(causal.SharedState)),
     Cheat("asking is an update", "-", "B5 reading leaves no trace", scorer(causal.LooksChange)),
     Cheat("another seed in each run", "#1769", "B13 a second run", scorer(causal.Dice)),
-    Cheat("edited ledger", "-", LEDGER, lambda folder, key: court.audit(lawful.Bigram, folder, lambda nll: nll * SHAVED, key=key)),
+    Cheat("edited ledger", "-", LEDGER, lambda folder, key: harness.audit(lawful.Bigram, folder, lambda nll: nll * SHAVED, key=key)),
     Cheat("space counted twice", "#1698, #1727, #1734", "B11 denominator", paper.doubled_space),
     Cheat("byte fallback as three bytes", "#1143, #1184, #1289", "B11 awkward texts", paper.three_byte_fallback),
     Cheat("bytes of the transformed text", "#2071, #2138", "B11 claimed bytes", paper.wrong_denominator),

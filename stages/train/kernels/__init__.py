@@ -1,14 +1,14 @@
-"""The model's operations as kernels for NVIDIA GPUs, each the twin of a function in stages/train/plain.py."""
+"""The model's operations as kernels for NVIDIA GPUs, each the twin of a function in stages/train/reference.py."""
 
 from torch import Tensor
 
 from stages.train.kernels import attention
 from stages.train.kernels.cross_entropy import softcapped_cross_entropy
-from stages.train.kernels.heads import split_heads
 from stages.train.kernels.mlp import squared_leaky_mlp
-from stages.train.kernels.stream import combine, combine_norm
-from stages.train.operations import Operations
-from stages.train.plain import Documents, whole_windows
+from stages.train.kernels.qkv_rope import split_heads
+from stages.train.kernels.residual_sum import combine, combine_norm
+from stages.train.ops import Operations
+from stages.train.reference import Documents, whole_windows
 
 
 def attend(q_BTHC: Tensor, k_BTKC: Tensor, v_BTKC: Tensor, within: Documents | None) -> Tensor:

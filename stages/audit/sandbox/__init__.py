@@ -1,0 +1,1 @@
+"""The clean room: a command run in a Linux sandbox, and watched."""

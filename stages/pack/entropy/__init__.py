@@ -1,0 +1,1 @@
+"""Entropy coding: integers to bytes and back."""

@@ -1,0 +1,1 @@
+"""The file model.bin, and the processes that write and read it."""

@@ -1,0 +1,1 @@
+"""Quantisation: weights to integers, within the byte budget."""

@@ -1,1 +1,0 @@
-"""Record folders of the challenge, whoever made them: read leniently, judged strictly."""

@@ -1,0 +1,1 @@
+"""The byte model that is mixed in on the decisions of a token."""

@@ -1,0 +1,1 @@
+"""Test-time training of low-rank adapters, one set per document."""

@@ -1,0 +1,1 @@
+"""Test-time training of the model's own weights by SGD."""

@@ -1,0 +1,202 @@
+"""Outside scorers from the command line: a stranger's is passed and his two passes are convicted; replay, claims, bounded cost, misuse."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stages.common import bpb, shards
+from stages.tokenize import tokenizer
+from tests import stranger
+from tools.audit_scorer import cli as outside
+from tools.audit_scorer import effort
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXTS = [f"Document {i} says that {i * i} is the square of {i}, and nothing more.\n" * 2 for i in range(40)]
+
+
+@pytest.fixture(scope="module")
+def val(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tokenizer of 320 ids and a shard."""
+    folder = tmp_path_factory.mktemp("outside")
+    (folder / "tokenizer.model").write_bytes(tokenizer.train(TEXTS, stranger.V, 1))
+    processor = bpb.load_tokenizer(folder / "tokenizer.model")
+    tokens = np.concatenate([[processor.bos_id(), *processor.encode(text)] for text in TEXTS])
+    shards.write(folder / "val.bin", tokens.astype(np.uint16))
+    return folder
+
+
+def words(val: Path, output: Path, factory: str, *more: str) -> list[str]:
+    named = ["--scorer", f"tests.stranger:{factory}", "--tokens", str(val / "val.bin"), "--tokenizer", str(val / "tokenizer.model")]
+    return [*named, "--output", str(output), "--quiet", *more]
+
+
+def audit(val: Path, output: Path, factory: str, *more: str) -> tuple[int, dict[str, Any]]:
+    """The exit code and the report."""
+    with pytest.raises(SystemExit) as ended:
+        outside.main(words(val, output, factory, *more))
+    report = output / "report.json"
+    return int(ended.value.code or 0), json.loads(report.read_text()) if report.exists() else {}
+
+
+def outcomes(report: dict[str, Any]) -> dict[str, str]:
+    """The worst outcome of each check."""
+    found: dict[str, str] = {}
+    for verdict in report["verdicts"]:
+        if found.get(verdict["check"]) != "fail":
+            found[verdict["check"]] = verdict["outcome"]
+    return found
+
+
+def test_a_stranger_s_scorer_is_audited_from_the_command_line(val: Path, tmp_path: Path) -> None:
+    """As he would do it: the file by itself in a folder of his own, that folder and this repository on the path."""
+    (tmp_path / "mine.py").write_text((ROOT / "tests" / "stranger.py").read_text())
+    assert "stages" not in (tmp_path / "mine.py").read_text()
+    command = [word.replace("tests.stranger", "mine") for word in words(val, tmp_path / "audit", "make")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(
+        [sys.executable, "-m", "tools.audit_scorer", *command], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "--nonce" in ended.stdout
+    report = json.loads((tmp_path / "audit" / "report.json").read_text())
+    found = outcomes(report)
+    assert {check for check, outcome in found.items() if outcome == "pass"} >= {
+        "B1",
+        "B1c",
+        "B2",
+        "B3",
+        "B4",
+        "B5",
+        "B7",
+        "B8",
+        "B9",
+        "B12",
+    }
+    assert {found[check] for check in ("B10", "B14", "B15", "B16", "budget")} == {"cannot tell"}
+    assert report["conditions"]["C1"] == {"scorer": "pass"}
+    assert report["conditions"]["clean room"] == {"files": "cannot tell"}
+    assert "## C2: full normalised distribution" in (tmp_path / "audit" / "report.md").read_text()
+
+
+def test_scores_alone_are_enough_to_pass_and_to_be_convicted(val: Path, tmp_path: Path) -> None:
+    code, report = audit(val, tmp_path / "one", "scores_only", "--window", "40")
+    found = outcomes(report)
+    assert code == 0
+    assert {found[check] for check in ("B1", "B3", "B13", "B7", "B9")} == {"pass"}
+    assert {found[check] for check in ("B2", "B4", "B5", "B8", "B12")} == {"cannot tell"}
+    assert report["declared"]["targets shown"] == 4 * 40 - 1
+    code, report = audit(val, tmp_path / "two", "two_passes", "--window", "40")
+    found = outcomes(report)
+    assert code == 1
+    assert {found[check] for check in ("B1", "B1c", "B3", "B13")} == {"fail"}
+
+
+def test_the_nonce_repeats_an_audit_and_another_draws_other_positions(
+    val: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    audit(val, tmp_path / "a", "scores_only", "--window", "40")
+    nonce = capsys.readouterr().out.split()[1].rstrip(":")
+    audit(val, tmp_path / "b", "scores_only", "--window", "40", "--nonce", nonce)
+    audit(val, tmp_path / "c", "scores_only", "--window", "40")
+    reports = [(tmp_path / name / "report.json").read_bytes() for name in "abc"]
+    assert reports[0] == reports[1] != reports[2]
+
+
+def test_a_claim_is_held_against_what_can_be_counted(val: Path, tmp_path: Path) -> None:
+    tokens = np.array(shards.view(val / "val.bin"))
+    nll = np.asarray(stranger.scores_only(0).score_stream(tokens), dtype=np.float32)
+    np.save(tmp_path / "nll.npy", nll)
+    processor = bpb.load_tokenizer(val / "tokenizer.model")
+    size = bpb.target_bytes(tokens, bpb.byte_table(processor))
+    right: dict[str, Any] = {"ledger": "nll.npy", "bpb": bpb.bits_per_byte(nll, size), "bytes": int(size.sum()), "targets": len(nll)}
+    seeds = [{"seed": seed, "nats": 2.4 + seed / 1e4, "config": "x"} for seed in range(3)]
+    right |= {"seeds": seeds, "baseline_nats": [2.5], "evaluation_seconds": 30.0}
+    wrong = right | {"bytes": right["bytes"] + 1, "evaluation_seconds": 601.0}
+    counted = tmp_path / "counted"
+    counted.mkdir()
+    (counted / "model.bin").write_bytes(b"weights")
+    lines = [
+        "import json, os, pathlib",
+        "os.mkdir('eval')",
+        f"pathlib.Path('eval/metrics.json').write_text(json.dumps({{'val_bpb': {right['bpb']!r}}}))",
+    ]
+    (counted / "train_gpt.py").write_text("\n".join(lines))
+    found = []
+    for name, claim in (("right", right), ("wrong", wrong)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(claim))
+        more = ("--window", "40", "--claim", str(tmp_path / f"{name}.json"), "--artifact", str(counted), "--run", "train_gpt.py eval")
+        found.append(audit(val, tmp_path / name, "scores_only", *more))
+    assert [code for code, _ in found] == [0, 1]
+    assert {outcomes(found[0][1])[check] for check in ("B6", "B11", "B16", "budget")} == {"pass"}
+    assert found[0][1]["conditions"]["metric"] == {"files": "pass", "scorer": "pass"}
+    assert {verdict["name"]: verdict["outcome"] for verdict in found[0][1]["verdicts"]}["runs from the counted files alone"] == "pass"
+    assert {check for check, outcome in outcomes(found[1][1]).items() if outcome == "fail"} == {"B11", "budget"}
+
+
+def test_training_text_is_held_against_the_stream(val: Path, tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    shards.write(tmp_path / "train" / "train_000000.bin", np.array(shards.view(val / "val.bin"))[:600])
+    code, report = audit(val, tmp_path / "audit", "scores_only", "--window", "40", "--train", str(tmp_path / "train"))
+    assert (code, outcomes(report)["B15"]) == (1, "fail")
+
+
+class Counting(stranger.Interpolated):
+    """Counts what it is asked for, over all forks."""
+
+    asked = 0
+
+    def fork(self) -> "Counting":
+        twin = Counting()
+        twin.__dict__.update(super().fork().__dict__)
+        return twin
+
+    def observe(self, token: int) -> None:
+        Counting.asked += 1
+        super().observe(token)
+
+
+def counting(n_targets: int) -> Counting:
+    return Counting()
+
+
+def test_the_cost_is_bounded_by_what_is_allowed(val: Path, tmp_path: Path) -> None:
+    Counting.asked, allowed = 0, 6_000
+    arguments = words(val, tmp_path / "audit", "make", "--targets", str(allowed))
+    arguments[1] = "tests.test_audit_scorer:counting"
+    with pytest.raises(SystemExit) as ended:
+        outside.main(arguments)
+    assert ended.value.code == 0
+    assert allowed / 4 < Counting.asked <= allowed
+    params, shown = effort.affordable(effort.LEVELS["exhaustive"], None, 1000, stranger.V)
+    assert (params.recomputed_share, shown) == (1.0, 1000)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--scorer", "nowhere"], "expected module:factory"),
+        (["--scorer", "no_such_module:f"], "cannot be imported"),
+        (["--scorer", "tests.stranger:V"], "has no function"),
+        (["--scorer", "os.path:isabs"], "raised TypeError"),
+        (["--scorer", "builtins:str"], "lacks predict, observe, fork"),
+        (["--nonce", "xyz"], "hexadecimal"),
+        (["--targets", "50"], "too few"),
+        (["--tokens", "nowhere.bin"], "does not exist"),
+        (["--artifact", "nowhere"], "expected a folder"),
+        (["--claim", "pyproject.toml"], "--claim"),
+    ],
+)
+def test_misuse_is_one_line_and_exit_code_2(
+    val: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], message: str
+) -> None:
+    code, report = audit(val, tmp_path / "audit", "make", *more)
+    errors = capsys.readouterr().err.splitlines()
+    assert (code, report, len(errors)) == (2, {}, 1)
+    assert errors[0].startswith("error: audit_scorer: ")
+    assert message in errors[0]

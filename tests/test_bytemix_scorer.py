@@ -1,0 +1,221 @@
+"""The byte mixture is a distribution, learns after it scores, and is the wrapped scorer where it has learnt nothing."""
+
+import copy
+import dataclasses
+import math
+import os
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from stages.common import bpb
+from stages.scoring import byte_tree
+from stages.scoring.byte_tree_logits import NO_HINT, Forest
+from stages.scoring.evaluate import rehearse
+from stages.scoring.queries import Asked, rows_of
+from stages.sliding_eval.scorer import SlidingScorer
+from stages.ttt_eval.build import scorer_for
+from stages.ttt_eval.bytemix.mixer import Mixture
+from stages.ttt_eval.bytemix.scorer import MixerScorer
+from stages.ttt_eval.ngram.scorer import TiltScorer
+from tests.factories import TINY, TTT, random_model, table, world
+from tests.slow_mixture import SlowMixture
+from tests.test_byte_tree_logits import random_laws, trained
+from tests.test_ttt_eval import SLIDING
+
+RATE = 0.02
+CPU = torch.device("cpu")
+__all__ = ["trained"]  # the fixture
+
+
+class Drawn:
+    """A network whose law at each position is drawn, and does not depend on the tokens."""
+
+    warm_up_targets = 0
+
+    def __init__(self, vocab_size: int, seed: int = 5) -> None:
+        self.vocab_size, self.seed, self.seen = vocab_size, seed, 0
+
+    def fork(self) -> "Drawn":
+        return copy.copy(self)
+
+    def predict(self) -> np.ndarray:
+        return random_laws(1, self.vocab_size, self.seed * 100_003 + self.seen)[0]
+
+    def observe(self, token: int) -> None:
+        self.seen += 1
+
+    def score_stream(self, tokens: np.ndarray) -> np.ndarray:
+        return self.score(tokens, None)[0]
+
+    def score(self, tokens: np.ndarray, asked: Asked | None) -> np.ndarray:
+        answers: list[np.ndarray] = []
+        for token in tokens.tolist():
+            if self.seen:
+                law, number = self.predict()[None], len(answers)
+                answers.append(np.array([-law[0, token], 0]))
+                if asked is not None and asked.forest is not None:
+                    about = (torch.tensor([int(row[number])]) for row in asked.about_2N)
+                    read = asked.forest.read(torch.from_numpy(law), torch.tensor([token]), *about)
+                    answers[-1] = np.concatenate((answers[-1], read.numpy()[:, 0]))
+            self.observe(token)
+        rows = 2 if asked is None or asked.forest is None else 2 + asked.forest.rows
+        return np.array(answers, dtype=np.float32).reshape(-1, rows).T
+
+
+def mixed(of: bpb.ByteTable, targets: int, rate: float = RATE, wrapped: Any = None) -> MixerScorer:
+    return MixerScorer(wrapped or Drawn(of.vocab_size), rate, of, targets, CPU)
+
+
+def test_weight_one_on_the_network_is_its_loss_bit_for_bit(trained):
+    of, tokens = trained
+    np.testing.assert_array_equal(mixed(of, len(tokens), rate=0.0).score_stream(tokens), Drawn(of.vocab_size).score_stream(tokens))
+
+
+def test_with_weight_one_its_law_is_the_network_s(trained):
+    """Telescoped: the product of a path's decisions, and the share among the ids that emit the same bytes."""
+    of, tokens = trained
+    scorer = mixed(of, len(tokens), rate=0.0)
+    for place in (1, 40, 41, 900):
+        scorer.score_stream(tokens[scorer.scorer.seen : place])  # type: ignore[attr-defined]
+        np.testing.assert_allclose(scorer.predict(), scorer.scorer.predict(), atol=1e-5)
+
+
+def test_it_learns(trained):
+    of, tokens = trained
+    plain, nll = Drawn(of.vocab_size).score_stream(tokens), mixed(of, len(tokens)).score_stream(tokens)
+    assert nll.dtype == np.float32
+    assert nll[len(nll) // 2 :].mean() < 0.5 * plain[len(nll) // 2 :].mean()
+
+
+def test_it_computes_what_dictionaries_do_in_float64(trained):
+    """But for chances that lie at the edge of a cell of the grid of logits, and fall to its other side."""
+    of, tokens = trained
+    tokens, forest = tokens[:400], Forest(byte_tree.of_table(of), CPU)
+    trees_N = byte_tree.numbers_behind(of.boundary, tokens[:-1])
+    answers = Drawn(of.vocab_size).score(tokens, Asked(np.stack((np.full_like(trees_N, NO_HINT), trees_N)), forest))
+    paths_ND = np.ascontiguousarray(answers[3:].T) * np.float32(0.3)  # milder laws leave more decisions to mix
+    targets, without_collisions = tokens[1:].astype(np.int64), Mixture(forest.trees, 1 << 20, lines=1 << 20)
+    fast = -without_collisions.follow(targets, trees_N, paths_ND, np.zeros(len(targets), np.float32), RATE)
+    by_dictionaries = SlowMixture(of.boundary, RATE)
+    slow = np.array([by_dictionaries.gain(forest.trees, *row) for row in zip(trees_N, targets, paths_ND, strict=True)])
+    assert slow[200:].mean() > 3
+    apart = np.abs(slow - fast)
+    assert np.median(apart) < 5e-5
+    assert apart.mean() < 5e-4
+    assert apart.max() < 0.02
+
+
+def test_noise_cannot_be_beaten():
+    """The canary bound: on n uniform tokens of V, no lawful scorer is better than n log2 V - 64 bits, but once in 2^64 streams."""
+    of = table()
+    tokens = np.random.Generator(np.random.PCG64(3)).integers(0, TINY.vocab_size, 8000).astype(np.uint16)
+
+    class Uniform(Drawn):
+        def predict(self) -> np.ndarray:
+            return np.full(self.vocab_size, -math.log(self.vocab_size))
+
+    bits = mixed(of, len(tokens), wrapped=Uniform(TINY.vocab_size)).score_stream(tokens).sum(dtype=np.float64) / math.log(2)
+    assert (len(tokens) - 1) * math.log2(TINY.vocab_size) - 64 < bits < (len(tokens) - 1) * (math.log2(TINY.vocab_size) + 0.1)
+
+
+def test_the_counterfactual_sum_is_one_late_in_a_stream_and_the_law_is_what_is_charged(trained):
+    of, tokens = trained
+    scorer, at = mixed(of, len(tokens) - 1), 0
+    behind_boundary = np.flatnonzero(of.boundary[tokens])[-3:] + 1
+    places = np.sort(
+        np.concatenate((np.random.Generator(np.random.PCG64(1)).integers(len(tokens) // 2, len(tokens) - 1, 12), behind_boundary))
+    )
+    for place in np.unique(places).tolist():
+        scorer.score_stream(tokens[at:place])
+        at = place
+        state = [array.copy() for array in scorer.mixture.value.arrays]
+        law = scorer.predict()
+        assert abs(np.exp(law).sum() - 1) < 1e-9
+        assert np.abs(law - scorer.scorer.predict()).max() > 0.1
+        assert all(np.array_equal(a, b) for a, b in zip(state, scorer.mixture.value.arrays, strict=True))
+        for token in [int(tokens[place]), *range(0, of.vocab_size, 11)]:
+            charged = scorer.fork().score_stream(np.array([token], dtype=np.uint16))[0]
+            assert abs(charged + law[token]) < 1e-4 * max(1, charged / 10)
+
+
+def test_scores_come_before_updates(trained):
+    of, tokens = trained
+    base = mixed(of, len(tokens)).score_stream(tokens)
+    for position in (300, 700, 701, 1500):
+        changed = tokens.copy()
+        changed[position:] = (changed[position:] + 5) % of.vocab_size
+        scores = mixed(of, len(tokens)).score_stream(changed)
+        np.testing.assert_array_equal(scores[: position - 1], base[: position - 1])
+        assert scores[position - 1] != base[position - 1]
+
+
+def test_forks_are_independent_in_both_directions(trained):
+    of, tokens = trained
+    straight = mixed(of, len(tokens))
+    straight.score_stream(tokens[:500])
+    expected = straight.score_stream(tokens[500:900])
+    for first in ("original", "fork"):
+        scorer = mixed(of, len(tokens))
+        for token in tokens[:500].tolist():
+            scorer.observe(token)
+        twin = scorer.fork()
+        other, kept = (scorer, twin) if first == "original" else (twin, scorer)
+        other.score_stream(np.full(300, 9, dtype=np.uint16))
+        np.testing.assert_array_equal(kept.score_stream(tokens[500:900]), expected)
+
+
+def test_pieces_and_predictions_agree_with_the_whole_stream(monkeypatch: pytest.MonkeyPatch):
+    of = table()
+    tokens = np.random.Generator(np.random.PCG64(2)).integers(4, 12, 400).astype(np.uint16)
+    tokens[::37] = 1
+
+    def make():
+        return mixed(of, 399, wrapped=TiltScorer(SlidingScorer(random_model(6), SLIDING, world()), 0.05, of.codes, 399))
+
+    whole = make().score_stream(tokens)
+    pieces = make()
+    parts = np.concatenate([pieces.score_stream(part) for part in np.split(tokens, [1, 20, 33, 34, 200])])
+    np.testing.assert_allclose(parts, whole, atol=1e-5)
+    monkeypatch.setattr("stages.ttt_eval.bytemix.scorer.PIECE", 48)
+    np.testing.assert_allclose(make().score_stream(tokens), whole, atol=1e-5)
+    one_by_one = make()
+    one_by_one.observe(int(tokens[0]))
+    for target in range(300):
+        if target % 3 == 0:
+            law = one_by_one.predict()
+            assert abs(np.logaddexp.reduce(law)) < 1e-9
+            assert abs(law[tokens[target + 1]] + whole[target]) < 2e-5
+        one_by_one.observe(int(tokens[target + 1]))
+
+
+def test_the_parameter_decides():
+    params = dataclasses.replace(TTT, mixer_rate=RATE, tilt_rate=0.05)
+    scorer = scorer_for(random_model(6), SLIDING, params, world(), table(), 100)
+    assert isinstance(scorer, MixerScorer)
+    assert isinstance(scorer.scorer, TiltScorer)
+    with pytest.raises(ValueError, match="mixer_rate: -1 is negative"):
+        dataclasses.replace(TTT, mixer_rate=-1)
+
+
+@pytest.mark.parametrize("answer", [math.nan, math.inf, -math.inf, None], ids=str)
+def test_a_rehearsal_with_answers_that_mean_nothing_stays_in_its_arrays(answer: float | None):
+    """Kernels are compiled meanwhile, and what their launches would have written is whatever was there
+    (stages/train/kernels/precompile.py)."""
+
+    class Anything:
+        vocab_size, warm_up_targets = table().vocab_size, 600
+
+        def score(self, tokens: np.ndarray, asked: Asked | None) -> np.ndarray:
+            shape = rows_of(asked), len(tokens) - 1
+            bits = np.random.Generator(np.random.PCG64(0)).integers(0, 1 << 32, shape, np.uint32).view(np.float32)
+            return bits if answer is None else np.full(shape, answer, np.float32)
+
+    scorer: Any = Anything()
+    tilted = TiltScorer(scorer, 0.05, table().codes, 600)
+    with np.errstate(invalid="ignore"):
+        rehearse(MixerScorer(tilted, RATE, table(), 600, CPU))
+    assert os.environ["NUMBA_BOUNDSCHECK"] == "1", "nobody would see it"
+    assert tilted.updates.any() == (answer is None or not math.isnan(answer))

@@ -1,0 +1,291 @@
+"""The tilt is a distribution, learns after it scores, and is the wrapped scorer where it has learnt nothing."""
+
+import copy
+import dataclasses
+import hashlib
+import math
+from typing import Literal
+
+import numpy as np
+import pytest
+
+from stages.audit import sampling
+from stages.audit.audit_scorer import Claim, Stream, audit_scorer
+from stages.audit.checks import coverage
+from stages.audit.verdict import convicted, reason
+from stages.common import bpb, ledger, shards
+from stages.common.progress import Report
+from stages.scoring.queries import Asked
+from stages.sliding_eval.scorer import SlidingScorer
+from stages.ttt_eval.build import scorer_for
+from stages.ttt_eval.lora.scorer import LoRAScorer
+from stages.ttt_eval.ngram.scorer import INPUTS, KNOTS, TiltScorer, _boost
+from stages.ttt_eval.ngram.table import AGREES, LENGTHS, MOST_HITS, MOST_MISSES, STATES, UNKNOWN, Hints
+from stages.ttt_eval.sgd.scorer import TTTScorer
+from tests import factories
+from tests.factories import TINY, TTT, random_model, world
+from tests.test_ttt_eval import SLIDING
+from tests.zoo import lawful
+from tests.zoo.harness import PARAMS
+
+RATE = 0.05
+CODES = np.arange(1, 1 + max(lawful.VOCAB, TINY.vocab_size), dtype=np.uint64)
+
+
+class HintedBigram(lawful.Bigram):
+    """A cheap scorer to tilt: it adapts, and its distributions are exact."""
+
+    warm_up_targets = 0
+
+    def fork(self) -> "HintedBigram":
+        return copy.deepcopy(self)
+
+    def score(self, tokens: np.ndarray, asked: Asked | None) -> np.ndarray:
+        hints = np.zeros(len(tokens), np.int64) if asked is None else asked.about_2N[0]
+        rows: list[tuple[float, float]] = []
+        for token in tokens.tolist():
+            if self.last is not None:
+                law = self.predict()
+                rows.append((-law[token], law[hints[len(rows)]]))
+            self.observe(token)
+        return np.array(rows, dtype=np.float32).reshape(-1, 2).T
+
+
+def stream(count: int, vocab: int = lawful.VOCAB, seed: int = 0) -> np.ndarray:
+    """Random tokens in which phrases return: what a pair of tokens does not tell, a longer context does."""
+    generator = np.random.Generator(np.random.PCG64(seed))
+    phrases = generator.integers(4, vocab, (12, 24))
+    parts: list[np.ndarray] = [np.array([lawful.BOS])]
+    while sum(map(len, parts)) < count:
+        parts.append(phrases[generator.integers(12)] if generator.random() < 0.5 else generator.integers(4, vocab, 8))
+        if generator.random() < 0.1:
+            parts.append(np.array([lawful.BOS]))
+    return np.concatenate(parts)[:count].astype(np.uint16)
+
+
+def tilted(targets: int, rate: float = RATE) -> TiltScorer:
+    return TiltScorer(HintedBigram(targets), rate, CODES, targets)
+
+
+# Hints
+
+
+def slow_hints(tokens: np.ndarray) -> tuple[list[int], list[list[int]]]:
+    """With dictionaries: for each length, context -> [token, hits, misses]."""
+    memory: list[dict[tuple[int, ...], list[int]]] = [{} for _ in LENGTHS]
+    hints, states = [], []
+    for i, token in enumerate(tokens.tolist()):
+        hint, row = -1, [UNKNOWN] * len(LENGTHS)
+        contexts = [tuple(tokens[i - length : i].tolist()) if length <= i else None for length in LENGTHS.tolist()]
+        for k in reversed(range(len(LENGTHS))):
+            found = memory[k].get(contexts[k]) if contexts[k] else None  # type: ignore[arg-type]
+            if found:
+                hint = found[0] if hint < 0 else hint
+                row[k] = 4 * found[1] + found[2] + (AGREES if found[0] == hint else 0)
+        for k, context in enumerate(contexts):
+            if context is None:
+                continue
+            slot = memory[k].setdefault(context, [token, 0, 0])
+            if slot[0] == token:
+                slot[1] = min(slot[1] + 1, MOST_HITS)
+                slot[2] -= slot[2] > 0 and slot[1] % 4 == 0
+            else:
+                slot[1], slot[2] = slot[1] // 2, min(slot[2] + 1, MOST_MISSES)
+                if slot[1] == 0:
+                    slot[0], slot[1] = token, 1
+        hints.append(hint)
+        states.append(row)
+    return hints, states
+
+
+def test_hints_equal_dictionaries_and_come_before_the_token() -> None:
+    tokens = stream(3000)
+    tokens[2000:2100] = 7  # a run: many hits
+    hints, states = Hints(CODES, 1 << 20).observe(tokens)
+    expected = slow_hints(tokens)
+    # Of two million slots a few are hit twice.
+    assert (hints != expected[0]).mean() < 1e-3
+    assert (states != expected[1]).mean() < 1e-3
+    assert states.max() >= AGREES + 4 * MOST_HITS
+    one_by_one = Hints(CODES, 1 << 20)
+    for i in range(300):
+        hint, state = one_by_one.next()
+        assert hint == hints[i]
+        np.testing.assert_array_equal(state, states[i])
+        one_by_one.observe(tokens[i : i + 1])
+
+
+def test_tables_that_are_too_small_still_give_hints() -> None:
+    crowded = Hints(CODES, 10)
+    hints, _ = crowded.observe(stream(20_000))
+    assert (hints >= 0).mean() > 0.2
+    assert crowded.tables.shape == (len(LENGTHS), 1024)
+
+
+def test_the_same_hints_with_other_names_for_the_ids() -> None:
+    """Even in tables where most contexts collide: what collides depends on what the ids say."""
+    names = np.random.Generator(np.random.PCG64(8)).permutation(len(CODES))
+    codes, tokens = np.empty_like(CODES), stream(5000)
+    codes[names] = CODES
+    hints, states = Hints(CODES, 10).observe(tokens)
+    renamed, renamed_states = Hints(codes, 10).observe(names[tokens].astype(np.uint16))
+    np.testing.assert_array_equal(renamed, np.where(hints >= 0, names[hints], -1))
+    np.testing.assert_array_equal(renamed_states, states)
+
+
+# The tilt
+
+
+def test_weights_at_zero_are_the_wrapped_scorer_bit_for_bit() -> None:
+    tokens = stream(3000)
+    np.testing.assert_array_equal(tilted(len(tokens) - 1, rate=0.0).score_stream(tokens), HintedBigram(0).score_stream(tokens))
+    short = stream(200, TINY.vocab_size)
+    trained = TTTScorer(random_model(6), SLIDING, TTT, world(), len(short) - 1)
+    wrapped = TTTScorer(random_model(6), SLIDING, TTT, world(), len(short) - 1)
+    np.testing.assert_array_equal(TiltScorer(wrapped, 0.0, CODES, len(short) - 1).score_stream(short), trained.score_stream(short))
+
+
+def test_it_learns_what_pairs_do_not_tell() -> None:
+    tokens = stream(20_000)
+    plain, tilt = HintedBigram(0).score_stream(tokens), tilted(len(tokens) - 1).score_stream(tokens)
+    assert tilt.dtype == np.float32
+    assert tilt[10_000:].mean() < plain[10_000:].mean() - 0.3
+
+
+def test_a_boost_moves_as_little_as_the_probability_that_it_stands_on() -> None:
+    """Two ways to compute one p(h) differ in their last bits; sets of weights with ends made losses jump by a nat there."""
+    random = np.random.Generator(np.random.PCG64(6))
+    weights = random.normal(size=(len(LENGTHS) * KNOTS, INPUTS))
+    shares, states, x = (
+        random.uniform(0.1, 0.9, (len(LENGTHS), STATES)),
+        random.integers(0, STATES, len(LENGTHS)).astype(np.uint8),
+        np.empty(INPUTS),
+    )
+    logits = np.arange(-20, 14, 1e-3)
+    boosts = np.array([_boost(states, -np.logaddexp(0, -logit), weights, shares, x)[0] for logit in logits])
+    assert np.ptp(boosts) > 1
+    assert np.abs(np.diff(boosts)).max() < 0.02
+
+
+def test_noise_cannot_be_beaten() -> None:
+    """The canary bound: on n uniform tokens of V, no lawful scorer is better than n log2 V - 64 bits, but once in 2^64 streams."""
+    tokens = np.random.Generator(np.random.PCG64(3)).integers(0, lawful.VOCAB, 20_000).astype(np.uint16)
+    bits = tilted(len(tokens) - 1).score_stream(tokens).sum(dtype=np.float64) / math.log(2)
+    plain = HintedBigram(0).score_stream(tokens).sum(dtype=np.float64) / math.log(2)
+    assert (len(tokens) - 1) * math.log2(lawful.VOCAB) - 64 < bits < plain + 0.005 * len(tokens)
+
+
+def test_distributions_sum_to_one_late_in_a_long_stream_and_are_what_is_scored() -> None:
+    tokens = stream(30_000)
+    scorer = tilted(len(tokens) - 1)
+    places = np.sort(np.random.Generator(np.random.PCG64(1)).integers(20_000, 29_999, 25))
+    at, moved = 0, 0
+    for place in places.tolist():
+        scorer.score_stream(tokens[at:place])
+        at = place
+        law = scorer.predict()
+        assert abs(np.exp(law).sum() - 1) < 1e-9
+        moved += np.abs(law - scorer.scorer.predict()).max() > 1e-3
+        # The counterfactual sum: what `score_stream` would have charged for each id in this place (float32).
+        charged = [scorer.fork().score_stream(np.array([token], dtype=np.uint16))[0] for token in range(lawful.VOCAB)]
+        np.testing.assert_allclose(charged, -law, atol=1e-5)
+        assert abs(np.exp(-np.array(charged, dtype=np.float64)).sum() - 1) < 1e-6
+    assert moved >= 20
+
+
+def test_pieces_predictions_and_the_whole_stream_agree() -> None:
+    tokens = stream(400, TINY.vocab_size)
+    whole = TiltScorer(SlidingScorer(random_model(6), SLIDING, world()), RATE, CODES, 399).score_stream(tokens)
+    pieces = TiltScorer(SlidingScorer(random_model(6), SLIDING, world()), RATE, CODES, 399)
+    parts = np.concatenate([pieces.score_stream(part) for part in np.split(tokens, [1, 20, 33, 34, 200])])
+    np.testing.assert_allclose(parts, whole, atol=1e-5)
+    one_by_one = TiltScorer(SlidingScorer(random_model(6), SLIDING, world()), RATE, CODES, 399)
+    one_by_one.observe(int(tokens[0]))
+    for target in range(200):
+        if target % 3 == 0:  # between them tokens wait, and are scored together
+            law = one_by_one.predict()
+            assert abs(np.logaddexp.reduce(law)) < 1e-12
+            assert abs(law[tokens[target + 1]] + whole[target]) < 1e-5
+        one_by_one.observe(int(tokens[target + 1]))
+
+
+def test_scores_come_before_updates() -> None:
+    tokens = stream(2000)
+    base = tilted(1999).score_stream(tokens)
+    for position in (300, 700, 701, 1500, 1999):
+        changed = tokens.copy()
+        changed[position] = (changed[position] + 5) % lawful.VOCAB
+        scores = tilted(1999).score_stream(changed)
+        np.testing.assert_array_equal(scores[: position - 1], base[: position - 1])
+        assert scores[position - 1] != base[position - 1]
+
+
+def test_forks_are_independent_in_both_directions() -> None:
+    tokens = stream(3000)
+    straight = tilted(2999)
+    straight.score_stream(tokens[:1500])
+    expected = straight.score_stream(tokens[1500:])
+    for first in ("original", "fork"):
+        scorer = tilted(2999)
+        for token in tokens[:1500].tolist():
+            scorer.observe(token)
+        twin = scorer.fork()
+        other, kept = (scorer, twin) if first == "original" else (twin, scorer)
+        other.score_stream(np.full(300, 9, dtype=np.uint16))
+        np.testing.assert_array_equal(kept.score_stream(tokens[1500:]), expected)
+
+
+def test_tables_are_copied_for_a_fork_that_lives_and_for_no_other() -> None:
+    """An audit forks thousands of times, and the tables of a long stream are large."""
+    tokens = stream(900)
+    scorer = tilted(899)
+    scorer.score_stream(tokens[:300])
+    tables, twin = scorer.hints.value.tables, scorer.fork()
+    scorer.score_stream(tokens[300:400])
+    assert scorer.hints.value.tables is not tables
+    assert twin.hints.value.tables is tables
+    twin.score_stream(tokens[300:400])  # nobody else has them any more
+    assert twin.hints.value.tables is tables
+    scorer.fork()
+    own = scorer.hints.value.tables
+    np.testing.assert_array_equal(scorer.score_stream(tokens[400:]), twin.score_stream(tokens[400:]))
+    assert scorer.hints.value.tables is own
+
+
+@pytest.mark.parametrize(("kind", "rate"), [("sgd", RATE), ("lora", RATE)])
+def test_the_audit_passes_adaptive_scorers(tmp_path_factory: pytest.TempPathFactory, kind: Literal["sgd", "lora"], rate: float) -> None:
+    tokens = stream(600, TINY.vocab_size)
+    counted = (tokens[1:] != lawful.BOS).astype(np.int64)
+    per_document = np.array([len(document) - 1 for document in shards.documents(tokens, lawful.BOS)])
+    params = dataclasses.replace(TTT, kind=kind, tilt_rate=rate, chunk=128, lora=dataclasses.replace(TTT.lora, lr=0.001, documents=40))
+    of_kind = {
+        "sgd": dataclasses.replace(PARAMS, substitutions=TINY.vocab_size),
+        "lora": dataclasses.replace(PARAMS, substitutions=8, perturbations=7, graph_documents=3, handed_stretches=1, canary_targets=96),
+    }
+    model = random_model(6)
+    nll = scorer_for(model, SLIDING, params, world(), factories.table(), len(tokens) - 1).score_stream(tokens)
+    table = tmp_path_factory.mktemp("chunks") / "chunks.tsv"
+    ledger.write_chunks(table, nll, counted, 128)
+    verdicts = audit_scorer(
+        f"{kind}, tilt {rate}",
+        lambda n_targets: scorer_for(model, SLIDING, params, world(), factories.table(), n_targets),
+        Stream(tokens, lawful.BOS, counted, coverage.DocumentBytes(per_document, np.zeros(len(per_document), dtype=bool))),
+        Claim(nll, table.read_text(), bpb.bits_per_byte(nll, counted), (1e-4, 1e-6)),
+        sampling.Edges(window=SLIDING.stride, chunk=128),
+        hashlib.sha256(b"tilt").digest(),
+        of_kind[kind],
+        Report(is_main=False),
+    )
+    assert {verdict.outcome for verdict in verdicts} == {"pass"}, [reason(verdict) for verdict in convicted(verdicts)]
+
+
+def test_the_parameter_decides() -> None:
+    model = random_model(6)
+    kinds: tuple[tuple[float, Literal["sgd", "lora"], type], ...] = (
+        (0.0, "sgd", TTTScorer), (0.0, "lora", LoRAScorer), (RATE, "sgd", TiltScorer), (RATE, "lora", TiltScorer)
+    )  # fmt: skip
+    for rate, kind, expected in kinds:
+        params = dataclasses.replace(TTT, tilt_rate=rate, kind=kind)
+        assert type(scorer_for(model, SLIDING, params, factories.world(), factories.table(), 100)) is expected
+    with pytest.raises(ValueError, match="tilt_rate: -1 is negative"):
+        dataclasses.replace(TTT, tilt_rate=-1)

@@ -1,0 +1,40 @@
+"""List the tools, with a line each: `python -m tools`."""
+
+import argparse
+import ast
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent
+
+
+def described() -> dict[str, str]:
+    """The name of every tool, and the first line of its docstring (of a package: that of its `__init__.py`)."""
+    files = {path.stem: path for path in FOLDER.glob("*.py") if not path.stem.startswith("_")}
+    files |= {path.parent.name: path for path in FOLDER.glob("*/__init__.py")}
+    return {name: _first_line(files[name]) for name in sorted(files)}
+
+
+def _first_line(file: Path) -> str:
+    docstring = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+    return docstring.partition("\n")[0]
+
+
+def main() -> None:
+    """The command."""
+    lines = described()
+    width = max(map(len, lines))
+    listed = "\n".join(f"  {name:<{width}}  {line}" for name, line in lines.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m tools",
+        usage="python -m tools.NAME [--help] ...",
+        description=f"The tools:\n\n{listed}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+    )
+    parser.add_argument("-h", "--help", action="store_true", help=argparse.SUPPRESS)
+    parser.parse_args()
+    print(parser.format_help(), end="")
+
+
+if __name__ == "__main__":
+    main()

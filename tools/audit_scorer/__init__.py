@@ -1,0 +1,1 @@
+"""Audit anybody's scorer against the rules of the challenge (docs/audit.md)."""

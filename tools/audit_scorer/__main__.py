@@ -1,0 +1,6 @@
+"""The command `python -m tools.audit_scorer`."""
+
+from tools.audit_scorer.cli import main
+
+if __name__ == "__main__":
+    main()

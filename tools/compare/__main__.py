@@ -1,0 +1,6 @@
+"""The command `python -m tools.compare`."""
+
+from tools.compare.cli import main
+
+if __name__ == "__main__":
+    main()

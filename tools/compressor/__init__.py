@@ -1,0 +1,1 @@
+"""Compress and decompress text with a packed model."""

@@ -1,0 +1,1 @@
+"""Rebuild a record in a temporary clone and compare every byte."""

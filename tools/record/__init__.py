@@ -1,0 +1,1 @@
+"""Merge runs of several seeds into one record."""

@@ -1,0 +1,1 @@
+"""Write one page with pictures about one run, or several side by side."""

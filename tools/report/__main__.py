@@ -1,0 +1,6 @@
+"""The command `python -m tools.report`."""
+
+from tools.report.cli import main
+
+if __name__ == "__main__":
+    main()
