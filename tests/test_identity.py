@@ -17,7 +17,16 @@ from tests import identity
 ROOT = Path(__file__).resolve().parent.parent
 COMMITTED: dict[str, str] = json.loads(identity.COMMITTED.read_text(encoding="utf-8"))
 # Variables that would choose other code if the pin did not overwrite them, or that tests set and users do not.
-MISLEADING = {"ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "AUTO", "OPENBLAS_CORETYPE": "SANDYBRIDGE", "OPENBLAS_NUM_THREADS": "3"}
+MISLEADING = {
+    "ATEN_CPU_CAPABILITY": "default",
+    "MKL_CBWR": "AUTO",
+    "OPENBLAS_CORETYPE": "SANDYBRIDGE",
+    "OPENBLAS_NUM_THREADS": "3",
+    "NPY_ENABLE_CPU_FEATURES": "AVX2",
+    "OMP_THREAD_LIMIT": "1",
+    "OMP_DYNAMIC": "true",
+    "NUMBA_OPT": "0",
+}
 FOR_TESTS = ("NUMBA_BOUNDSCHECK", "TRITON_INTERPRET")
 PASSIVE = {"OMP_WAIT_POLICY": "passive"}  # threads that wait for each other do not spin: tests run side by side
 EMULATED = ("Haswell", "EPYC-Rome", "EPYC-Milan", "Skylake-Client")  # without AVX-512, which QEMU does not emulate
@@ -138,6 +147,27 @@ def test_products_that_are_added(beta: float) -> None:
     torch.testing.assert_close(into.double(), expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("name", "shapes"),
+    [
+        ("mm", ((3, 4), (5, 6))),
+        ("bmm", ((2, 3, 4), (2, 5, 6))),
+        ("bmm", ((2, 3, 4), (3, 4, 5))),
+        ("addmm", ((3, 6), (3, 4), (5, 6))),
+        ("mv", ((3, 4), (5,))),
+        ("dot", ((3,), (4,))),
+    ],
+)
+def test_factors_that_do_not_fit_are_refused(name: str, shapes: tuple[tuple[int, ...], ...]) -> None:
+    with pytest.raises(RuntimeError):
+        getattr(torch, name)(*(torch.randn(shape) for shape in shapes))
+
+
+def test_factors_of_two_types_are_refused() -> None:
+    with pytest.raises(RuntimeError, match="one dtype"):
+        torch.mm(torch.randn(3, 4), torch.randn(4, 5, dtype=torch.float64))
+
+
 def test_vectors_and_integers() -> None:
     a, x = torch.randn(30, 40), torch.randn(40)
     torch.testing.assert_close((a @ x).double(), (a.double() * x.double()).sum(1), atol=1e-4, rtol=0)
@@ -165,6 +195,9 @@ def test_functions(name: str) -> None:
     x = torch.tensor([0.0, 1.0, 2.0, 1e-30, 1e30, float("inf"), -1.0, float("nan")])
     torch.testing.assert_close(function(x).double(), function(x.double()), rtol=1e-6, atol=0, equal_nan=True)
     assert function(torch.tensor([1, 4])).dtype == torch.float32
+    assert function(torch.tensor([-1 + 0j])).imag.abs() > 0.5
+    with pytest.raises(RuntimeError, match="cannot be cast"):
+        getattr(torch.tensor([1, 4]), f"{name}_")()
     assert function(x.bfloat16()).dtype == torch.bfloat16
     assert torch.equal(getattr(x.clone(), f"{name}_")().nan_to_num(7), function(x).nan_to_num(7))
 

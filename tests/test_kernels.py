@@ -53,8 +53,8 @@ def place(request, monkeypatch):
                 monkeypatch.setitem(blocks, key, size)
         set_attention_blocks(monkeypatch, (16, 16), (32, 16), (16, 16))
         monkeypatch.setattr(kernels.cross_entropy, "COLUMNS", 64)
-        monkeypatch.setattr(kernels.stream, "FORWARD_ROWS", 8)
-        monkeypatch.setattr(kernels.stream, "BACKWARD_ROWS", 4)
+        monkeypatch.setattr(kernels.residual_sum, "FORWARD_ROWS", 8)
+        monkeypatch.setattr(kernels.residual_sum, "BACKWARD_ROWS", 4)
     return here
 
 
@@ -321,7 +321,7 @@ def test_the_model_of_fused_operations_is_the_plain_model(place, monkeypatch, at
     """Losses, and the gradient of every parameter, are about as near to those of float64 as the plain model's in the same dtype."""
     if place is CPU:  # larger blocks: the interpreter's time is that of its programs
         set_attention_blocks(monkeypatch, *[(32, 32)] * 3)
-        for module, name in ((kernels.stream, "FORWARD_ROWS"), (kernels.stream, "BACKWARD_ROWS"), (kernels.heads, "ROWS")):
+        for module, name in ((kernels.residual_sum, "FORWARD_ROWS"), (kernels.residual_sum, "BACKWARD_ROWS"), (kernels.qkv_rope, "ROWS")):
             monkeypatch.setattr(module, name, 32)
     tokens = torch.randint(TINY.vocab_size, (2, 18), generator=torch.Generator().manual_seed(0))
     tokens[0, 5] = tokens[1, 0] = tokens[1, 16] = TINY.bos_id

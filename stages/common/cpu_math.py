@@ -99,10 +99,12 @@ def orthogonal(rows: int, columns: int, generator: torch.Generator) -> Tensor:
 
 def multiply(a: Tensor, b: Tensor) -> Tensor:
     """The product of matrices (M, K) and (K, N), or of batches of them, in their dtype."""
+    if a.dtype != b.dtype:
+        raise RuntimeError(f"expected factors of one dtype, got {a.dtype} and {b.dtype}")
     if a.dtype in HALF_TYPES:
         return multiply(a.float(), b.float()).to(a.dtype)
-    if not a.is_floating_point():
-        return torch.from_numpy(np.matmul(a.numpy(), b.numpy()))
+    if a.dtype not in BLAS_TYPES:
+        return torch.from_numpy(np.matmul(a.detach().numpy(), b.detach().numpy()))
     out = a.new_empty((*a.shape[:-1], b.shape[-1]))
     multiply_into(out, a, b)
     return out
@@ -123,7 +125,7 @@ def _function(compute: Callable[[np.ndarray], np.ndarray]) -> Callable[[Tensor],
     """A numpy function of each element as one of tensors; integers become the default dtype, as everywhere in torch."""
 
     def function(x: Tensor) -> Tensor:
-        if not x.is_floating_point():
+        if not x.is_floating_point() and not x.is_complex():
             return function(x.to(torch.get_default_dtype()))
         if x.dtype in HALF_TYPES:
             return function(x.float()).to(x.dtype)
@@ -160,9 +162,16 @@ def _kernels() -> dict[str, Callable[..., Tensor]]:
     return kernels
 
 
+def _castable(result: Tensor, target: Tensor) -> Tensor:
+    """The result, unless it would lose its kind of number in the target."""
+    if not torch.can_cast(result.dtype, target.dtype):
+        raise RuntimeError(f"result type {result.dtype} cannot be cast to {target.dtype}")
+    return result
+
+
 def _out_form(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def into(*arguments: Any, out: Tensor, **options: Any) -> Tensor:
-        result = function(*arguments, **options)
+        result = _castable(function(*arguments, **options), out)
         if out.shape != result.shape:
             out.resize_(result.shape)
         return out.copy_(result)
@@ -172,6 +181,6 @@ def _out_form(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def _in_place_form(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def in_place(first: Tensor, *arguments: Any, **options: Any) -> Tensor:
-        return first.copy_(function(first, *arguments, **options))
+        return first.copy_(_castable(function(first, *arguments, **options), first))
 
     return in_place

@@ -7,7 +7,7 @@ A product is divided into one job for each thread: parts of the batch, or of the
 GOMP_parallel, the entry point that compilers use for `#pragma omp parallel`, on the threads that also run torch's elementwise loops: a
 second pool of threads would compete with them for the cores (measured: training took a third longer). The function that a thread runs is
 compiled by numba, so it needs no interpreter lock. If numpy or torch are of a build without these libraries, numpy multiplies the jobs one
-after the other.
+after the other, by whatever BLAS it has.
 
 Here a and b are the factors and c is the result, as in BLAS: (M, K) times (K, N), or batches of B of them.
 """
@@ -54,8 +54,7 @@ def multiply_into(out: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0, beta: f
 
     With beta 0 what `out` holds is not read.
     """
-    assert out.is_contiguous()
-    assert a.dtype == b.dtype == out.dtype
+    _require_fit(out, a, b)
     if out.numel() == 0:
         return
     if a.shape[-1] == 0:
@@ -81,7 +80,18 @@ def multiply_into(out: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0, beta: f
     library.parallel(library.run_jobs, work.ctypes.data, min(threads, len(jobs)), 0)
 
 
-@functools.lru_cache(maxsize=4096)
+def _require_fit(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """Raise RuntimeError, as torch's own kernels do, unless the factors fit each other: BLAS would read outside of them."""
+    if a.dtype != b.dtype or out.dtype != a.dtype:
+        raise RuntimeError(f"expected factors of one dtype, got {a.dtype} and {b.dtype} for a result of {out.dtype}")
+    fits = a.ndim == b.ndim == out.ndim and a.ndim in (2, 3) and a.shape[-1] == b.shape[-2] and a.shape[:-2] == b.shape[:-2]
+    if not fits:
+        raise RuntimeError(f"cannot multiply {tuple(a.shape)} and {tuple(b.shape)}: expected (M, K) and (K, N), or equal batches of them")
+    assert out.is_contiguous()
+    assert out.shape == (*a.shape[:-1], b.shape[-1])
+
+
+@functools.lru_cache(maxsize=512)
 def _layout(
     shape_a: tuple[int, ...], stride_a: tuple[int, ...], shape_b: tuple[int, ...], stride_b: tuple[int, ...], size: int, threads: int
 ) -> Layout:
@@ -127,7 +137,7 @@ def _blas_layout(shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, 
 
 
 def _multiply_by_numpy(out: Tensor, a: Tensor, b: Tensor, alpha: float, beta: float, threads: int) -> None:
-    """The same without threads; parts are those of `_jobs`, since a part's bits depend on its size."""
+    """The same parts one after the other, in numpy; where its BLAS is the same, so are the bits of a product that is not added."""
     rows, columns = out.shape[-2:]
     parts = 1 if out.ndim == 3 and len(out) >= threads else threads
     edges = [max(rows, columns) * i // parts for i in range(parts + 1)]

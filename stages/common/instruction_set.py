@@ -23,7 +23,16 @@ VARIABLES = {
     "NPY_DISABLE_CPU_FEATURES": NUMPY_BEYOND_AVX2,
     "NUMBA_CPU_NAME": "haswell",  # LLVM's name of AVX2 with FMA
     "NUMBA_CPU_FEATURES": "",  # none beyond those of the name
+    "NUMBA_OPT": "3",
+    "NUMBA_LOOP_VECTORIZE": "1",
+    "NUMBA_SLP_VECTORIZE": "0",
+    "NUMBA_DISABLE_INTEL_SVML": "1",  # a library that is used where it happens to be installed
+    "OMP_DYNAMIC": "false",  # always as many threads as parallel.threads says: sums are divided over them
 }
+
+
+# What would change the number of threads or block sizes, or contradict a variable above.
+REMOVED = ("NPY_ENABLE_CPU_FEATURES", "OMP_THREAD_LIMIT", "OMP_MAX_ACTIVE_LEVELS", "OPENBLAS_BLOCK_FACTOR", "OPENBLAS_L2_SIZE")
 
 
 def pin() -> None:
@@ -36,4 +45,6 @@ def pin() -> None:
             " import stages first",
             stacklevel=3,
         )
+    for name in REMOVED:
+        os.environ.pop(name, None)
     os.environ.update(VARIABLES)

@@ -36,7 +36,7 @@ class Block(NamedTuple):
 
 
 def attention(q_BHTC: Tensor, k_BKTC: Tensor, v_BKTC: Tensor, visible_BTT: Tensor | None) -> Tensor:
-    """Causal grouped-query attention, (B, H, T, C); `visible_BTT` says further which keys (last dimension) a query may see."""
+    """Causal grouped-query attention, (B, H, T, C); `visible_BTT` says which keys (last dimension) a query may see, none after it."""
     result: Tensor = _Attention.apply(q_BHTC, k_BKTC, v_BKTC, visible_BTT)  # type: ignore[no-untyped-call]
     return result
 
@@ -56,6 +56,7 @@ class _Attention(torch.autograd.Function):
         return out_BHTC
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(context: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, visible, out_BHTC = context.saved_tensors
         grad_out_BHTC = gradients[0]
