@@ -42,7 +42,7 @@ from stages.ttt_eval.build import scorer_for
 from tests.factories import PARALLEL, TINY, TRAIN, TTT, table, world, write_shards
 
 COMMITTED = Path(__file__).with_name("identity.json")
-THREADS = 2  # part of a result's identity
+THREADS = 2  # of the committed hashes; part of a result's identity
 # Large enough for products in several jobs and for reductions that torch divides over threads; small enough to emulate.
 MODEL = replace(TINY, vocab_size=512, context=64, width=48, hidden=96, heads=4, kv_heads=2, rope_dims=4)
 SLIDING = SlidingEvalParams(window=64, stride=16, batch_windows=4, chunk=128)
@@ -168,9 +168,9 @@ def _numpy() -> dict[str, Any]:
     return found
 
 
-def pipeline(everything: bool) -> Iterator[tuple[str, str]]:
+def pipeline(everything: bool, threads: int) -> Iterator[tuple[str, str]]:
     """A tiny training, calibration, packing and scoring; `everything`: the default quantiser, its coder, adapters, tilt and mixture too."""
-    here, parallel = world(), replace(PARALLEL, threads=THREADS)
+    here, parallel = world(), replace(PARALLEL, threads=threads)
     with tempfile.TemporaryDirectory() as name:
         folder = write_shards(Path(name) / "train", (3000, 2000), MODEL.vocab_size)
         settings = replace(TRAIN, steps=4, batch_tokens=256, micro_batch_tokens=128)
@@ -210,13 +210,13 @@ def _scorers(state: dict[str, Tensor], targets: int, everything: bool) -> Iterat
         yield words, scorer_for(model(), SLIDING, params, world(), table(MODEL.vocab_size), targets)
 
 
-def hashes(everything: bool) -> dict[str, str]:
+def hashes(everything: bool, threads: int) -> dict[str, str]:
     """All of them by name."""
     cpu_math.require_avx2()
     cpu_math.install()
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(threads)
     torch.set_deterministic_debug_mode("error")
-    return dict(operations()) | dict(pipeline(everything))
+    return dict(operations()) | dict(pipeline(everything, threads))
 
 
 def main() -> None:
@@ -224,8 +224,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.identity", description=__doc__.partition(":")[0])
     parser.add_argument("--all", action="store_true", help="also the adapters and what numba compiles")
     parser.add_argument("--write", action="store_true", help=f"replace {COMMITTED.name}")
+    parser.add_argument("--threads", type=int, default=THREADS, help="other numbers have hashes of their own")
     arguments = parser.parse_args()
-    text = json.dumps(hashes(arguments.all or arguments.write), indent=1) + "\n"
+    text = json.dumps(hashes(arguments.all or arguments.write, arguments.threads), indent=1) + "\n"
     if arguments.write:
         COMMITTED.write_text(text, encoding="utf-8")
     else:
