@@ -35,15 +35,14 @@ _libraries: list[torch.library.Library] = []  # kernels are registered for as lo
 
 def require_avx2() -> None:
     """Raise ValueError unless torch runs its AVX2 kernels: on another instruction set every last digit would differ."""
+    if not torch.cpu._is_avx2_supported():  # asks the CPU; the capability below is what ATEN_CPU_CAPABILITY says, true or not
+        raise ValueError(
+            f"this CPU ({processor()}) has no AVX2 with FMA, and every result depends on them;"
+            " expected an x86-64 CPU of 2015 or later (Intel Haswell, AMD Excavator)"
+        )
     capability = torch.backends.cpu.get_cpu_capability()
-    if capability == "AVX2":
-        return
-    if capability in ("AVX512", "AMX"):
+    if capability != "AVX2":
         raise ValueError(f"torch runs its {capability} kernels, expected AVX2: it was imported before `stages`; import `stages` first")
-    raise ValueError(
-        f"this CPU ({processor()}) has no AVX2 with FMA, and every result depends on them;"
-        " expected an x86-64 CPU of 2015 or later (Intel Haswell, AMD Excavator)"
-    )
 
 
 def processor() -> str:
