@@ -30,13 +30,19 @@ def sliding_nats(model: Model, folder: Path, factors: Sequence[float], here: Wor
     windows = plan(SLIDING_WINDOW, len(tokens) - 1 - ragged, SLIDING_WINDOW, SLIDING_STRIDE)
     sums, count = dict.fromkeys(factors, 0.0), 0
     for first in range(0, len(windows), WINDOWS_AT_ONCE):
-        rows = np.stack([tokens[window.start : window.end + 1] for window in windows[first : first + WINDOWS_AT_ONCE]])
+        rows = np.stack(
+            [tokens[window.start : window.end + 1] for window in windows[first : first + WINDOWS_AT_ONCE]]
+        )
         inputs, targets = to_device(rows, here.device)
         z_NV = model.uncapped(inputs, True, slice(-SLIDING_STRIDE, None)).flatten(0, 1)
         scored = targets[:, -SLIDING_STRIDE:].flatten()
         count += len(scored)
         for factor in factors:
-            sums[factor] += float(model.operations.cross_entropy(z_NV * factor, scored, model.params.logit_softcap).double().sum())
+            sums[factor] += float(
+                model.operations.cross_entropy(z_NV * factor, scored, model.params.logit_softcap)
+                .double()
+                .sum()
+            )
     return {factor: total / count for factor, total in sums.items()}
 
 
@@ -51,8 +57,15 @@ class HeldOut:
     def losses(self, state: dict[str, Tensor]) -> np.ndarray:
         """Mean nats a token of each window."""
         self.model.load_state_dict(state)
-        batches = (self.windows.batch(first, WINDOWS_AT_ONCE) for first in range(0, self.count, WINDOWS_AT_ONCE))
-        return np.concatenate([self.model(*to_device(batch, self.here.device)).double().mean(1).cpu().numpy() for batch in batches])
+        batches = (
+            self.windows.batch(first, WINDOWS_AT_ONCE) for first in range(0, self.count, WINDOWS_AT_ONCE)
+        )
+        return np.concatenate(
+            [
+                self.model(*to_device(batch, self.here.device)).double().mean(1).cpu().numpy()
+                for batch in batches
+            ]
+        )
 
     def bytes_a_token(self, table: ByteTable) -> float:
         """Bytes of text that a target stands for, in the mean over the windows."""

@@ -7,7 +7,9 @@ from collections.abc import Callable
 REPETITIONS = 5
 
 
-def measure(what: str, units: float, unit: str, work: Callable[[], object], repetitions: int = REPETITIONS) -> None:
+def measure(
+    what: str, units: float, unit: str, work: Callable[[], object], repetitions: int = REPETITIONS
+) -> None:
     """Run `work`, which handles `units` of `unit`, and print its line."""
     work()
     seconds = []

@@ -15,7 +15,18 @@ def compared(ledgers: Mapping[str, np.ndarray], stream: Stream) -> list[dict[str
     documents = paired_bootstrap.document_of_target(stream.tokens, stream.table.bos)
     rows = []
     for a, b in itertools.combinations(ledgers, 2):
-        difference = paired_bootstrap.paired_difference(ledgers[a], ledgers[b], stream.counted_bytes, documents)
+        difference = paired_bootstrap.paired_difference(
+            ledgers[a], ledgers[b], stream.counted_bytes, documents
+        )
         largest = float(np.abs(ledgers[a].astype(np.float64) - ledgers[b]).max())
-        rows.append({"a": a, "b": b, "bpb": difference.bpb, "low": difference.low, "high": difference.high, "largest_nats": largest})
+        rows.append(
+            {
+                "a": a,
+                "b": b,
+                "bpb": difference.bpb,
+                "low": difference.low,
+                "high": difference.high,
+                "largest_nats": largest,
+            }
+        )
     return rows

@@ -58,7 +58,9 @@ def _doubled(old: np.ndarray) -> np.ndarray:
 
 
 @njit(nogil=True)
-def _find(tables: tuple[np.ndarray, ...], text: np.ndarray, end: int, keys: np.ndarray, slots: np.ndarray) -> int:
+def _find(
+    tables: tuple[np.ndarray, ...], text: np.ndarray, end: int, keys: np.ndarray, slots: np.ndarray
+) -> int:
     """Keys and slots of the contexts before text[end] and of it behind each, shortest first; how many contexts there are."""
     successors, contexts, _ = tables
     longest, held = min(ORDERS, end), np.uint64(0)
@@ -99,7 +101,14 @@ def look(tables: tuple[np.ndarray, ...], text: np.ndarray, end: int) -> tuple[fl
 
 
 @njit(nogil=True)
-def _count(tables: tuple[np.ndarray, ...], text: np.ndarray, end: int, keys: np.ndarray, slots: np.ndarray, count: int) -> None:
+def _count(
+    tables: tuple[np.ndarray, ...],
+    text: np.ndarray,
+    end: int,
+    keys: np.ndarray,
+    slots: np.ndarray,
+    count: int,
+) -> None:
     """Every context before text[end] counts it."""
     successors, contexts, used = tables
     for order in range(count):
@@ -123,7 +132,12 @@ def _count(tables: tuple[np.ndarray, ...], text: np.ndarray, end: int, keys: np.
 
 @njit(nogil=True)
 def _follow(
-    tables: tuple[np.ndarray, ...], text: np.ndarray, first: int, stop: int, probability: np.ndarray, confidence: np.ndarray
+    tables: tuple[np.ndarray, ...],
+    text: np.ndarray,
+    first: int,
+    stop: int,
+    probability: np.ndarray,
+    confidence: np.ndarray,
 ) -> int:
     """Predict and count bytes until a table is too full or the stop is reached; where it ended."""
     keys, slots = np.empty(ORDERS + 1, np.uint64), np.empty((ORDERS + 1, 2), np.int64)
@@ -136,7 +150,9 @@ def _follow(
     return stop
 
 
-def predict(text: np.ndarray, tables: Tables, first: int, stop: int, probability: np.ndarray, confidence: np.ndarray) -> None:
+def predict(
+    text: np.ndarray, tables: Tables, first: int, stop: int, probability: np.ndarray, confidence: np.ndarray
+) -> None:
     """Fill both from `first` to `stop` and let the tables learn those bytes; text (B,) uint8, the others (B,) float64."""
     while (first := _follow(tables.arrays, text, first, stop, probability, confidence)) < stop:
         tables.grow()

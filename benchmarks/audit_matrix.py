@@ -30,11 +30,31 @@ from tests import factories
 from tests.zoo import harness, lawful
 from tests.zoo.registry import CHEATS
 
-COLUMNS = ("B1", "B1c", "B2", "B3", "B4", "B5", "B6", "B7", "B8", "B9", "B10", "B11", "B13", "B14", "B15", "B16", "budget")
+COLUMNS = (
+    "B1",
+    "B1c",
+    "B2",
+    "B3",
+    "B4",
+    "B5",
+    "B6",
+    "B7",
+    "B8",
+    "B9",
+    "B10",
+    "B11",
+    "B13",
+    "B14",
+    "B15",
+    "B16",
+    "budget",
+)
 SMALL = dataclasses.replace(factories.TINY, vocab_size=lawful.VOCAB)
 SLIDING = SlidingEvalParams(window=16, stride=4, batch_windows=8, chunk=128)
 TTT = dataclasses.replace(factories.TTT, chunk=256, epochs=1, batch_tokens=64, lr=0.01)
-SERIAL = ParallelParams(nproc=1, threads=1, device="cpu", dtype="float32", deterministic=True, compile=False, kernels=False)
+SERIAL = ParallelParams(
+    nproc=1, threads=1, device="cpu", dtype="float32", deterministic=True, compile=False, kernels=False
+)
 PARAMS = dataclasses.replace(  # each call of a network costs more than a whole audit of a table
     harness.PARAMS,
     perturbations=9,
@@ -75,7 +95,13 @@ def try_cheat(number: int, keys: int) -> dict[str, Any]:
     for key in range(keys):
         counts.update(harness.failed(_tried(lambda folder, key=key: cheat.run(folder, bytes([key])))))  # type: ignore[misc]
     print(f"{cheat.name}: {counts[cheat.convicted_by]} of {keys} by {cheat.convicted_by}", flush=True)
-    return {"cheat": cheat.name, "seen_in": cheat.seen_in, "named": cheat.convicted_by, "keys": keys, "convicted": dict(counts)}
+    return {
+        "cheat": cheat.name,
+        "seen_in": cheat.seen_in,
+        "named": cheat.convicted_by,
+        "keys": keys,
+        "convicted": dict(counts),
+    }
 
 
 def try_lawful(name: str, runs: int) -> dict[str, Any]:
@@ -115,7 +141,12 @@ def matrix(cheats: list[dict[str, Any]], innocent: list[dict[str, Any]]) -> str:
         "| cheat | seen in | " + " | ".join(COLUMNS) + " |",
         "|---|---|" + "---:|" * len(COLUMNS),
     ]
-    lines += [f"| {row['cheat']} | {row['seen_in']} | " + " | ".join(_cell(row, column) for column in COLUMNS) + " |" for row in cheats]
+    lines += [
+        f"| {row['cheat']} | {row['seen_in']} | "
+        + " | ".join(_cell(row, column) for column in COLUMNS)
+        + " |"
+        for row in cheats
+    ]
     runs, verdicts = (sum(row[key] for row in innocent) for key in ("runs", "verdicts"))
     guilty = sum(len(row["convictions"]) for row in innocent)
     lines += [
@@ -126,7 +157,10 @@ def matrix(cheats: list[dict[str, Any]], innocent: list[dict[str, Any]]) -> str:
         "",
     ]
     lines += ["| scorer | runs | verdicts | convictions |", "|---|---:|---:|---:|"]
-    lines += [f"| {row['scorer']} | {row['runs']} | {row['verdicts']} | {len(row['convictions'])} |" for row in innocent]
+    lines += [
+        f"| {row['scorer']} | {row['runs']} | {row['verdicts']} | {len(row['convictions'])} |"
+        for row in innocent
+    ]
     return "\n".join([*lines, ""])
 
 
@@ -139,7 +173,9 @@ def _cell(row: dict[str, Any], column: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--keys", type=int, default=3, help="for each cheat")
     parser.add_argument("--runs", type=int, default=30, help="of each lawful scorer of the zoo")
     parser.add_argument("--own-runs", type=int, default=3, help="of each scorer of the project")
@@ -150,9 +186,14 @@ def main() -> None:
     zoo, own = [scorer.__name__ for scorer in lawful.LAWFUL], list(own_scorers(0))
     with ProcessPoolExecutor(arguments.workers, multiprocessing.get_context("spawn")) as pool:
         tried = [pool.submit(try_cheat, number, arguments.keys) for number in range(len(CHEATS))]
-        spared = [pool.submit(try_lawful, name, arguments.own_runs if name in own else arguments.runs) for name in [*own, *zoo]]
+        spared = [
+            pool.submit(try_lawful, name, arguments.own_runs if name in own else arguments.runs)
+            for name in [*own, *zoo]
+        ]
         cheats, innocent = [row.result() for row in tried], [row.result() for row in spared]
-    arguments.results.write_text(json.dumps({"cheats": cheats, "lawful": innocent}, indent=1) + "\n", encoding="utf-8")
+    arguments.results.write_text(
+        json.dumps({"cheats": cheats, "lawful": innocent}, indent=1) + "\n", encoding="utf-8"
+    )
     arguments.matrix.write_text(matrix(cheats, innocent), encoding="utf-8")
     survived = [row["cheat"] for row in cheats if row["convicted"].get(row["named"], 0) < row["keys"]]
     wronged = [row["scorer"] for row in innocent if row["convictions"]]

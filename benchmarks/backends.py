@@ -47,10 +47,15 @@ def parallel(device: str, dtype: str, kernels: bool) -> ParallelParams:
 
 def ways() -> dict[str, tuple[ParallelParams, SDPBackend | None]]:
     """How the model can be computed on this machine, by name."""
-    found: dict[str, tuple[ParallelParams, SDPBackend | None]] = {"cpu float32": (parallel("cpu", "float32", False), None)}
+    found: dict[str, tuple[ParallelParams, SDPBackend | None]] = {
+        "cpu float32": (parallel("cpu", "float32", False), None)
+    }
     if torch.cuda.is_available():
         found["cuda float32"] = (parallel("cuda", "float32", False), None)
-        found |= {f"cuda bfloat16 {name}": (parallel("cuda", "bfloat16", False), backend) for name, backend in ATTENTION.items()}
+        found |= {
+            f"cuda bfloat16 {name}": (parallel("cuda", "bfloat16", False), backend)
+            for name, backend in ATTENTION.items()
+        }
         found["cuda bfloat16 fused kernels"] = (parallel("cuda", "bfloat16", True), None)
     return found
 
@@ -60,13 +65,17 @@ def scored(blob: bytes, here: World, tokens: np.ndarray) -> np.ndarray:
     params, state = unpack(blob)
     model = model_for(dataclasses.replace(params, attention="windows"), here)
     model.load_state_dict(state)
-    whole = SlidingEvalParams(window=params.context, stride=params.context, batch_windows=BATCH_WINDOWS, chunk=params.context)
+    whole = SlidingEvalParams(
+        window=params.context, stride=params.context, batch_windows=BATCH_WINDOWS, chunk=params.context
+    )
     return SlidingScorer(model, whole, here).score_stream(tokens)
 
 
 def main() -> None:
     """One line for each way, and the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for option in ("model", "val", "tokenizer", "results"):
         parser.add_argument(f"--{option}", type=Path, required=True)
     parser.add_argument("--targets", type=int, default=1 << 40)
@@ -89,8 +98,15 @@ def main() -> None:
         print(json.dumps(rows[-1]), flush=True)
     pairs = compared(ledgers, stream)
     device = torch.device("cuda") if torch.cuda.is_available() else None
-    result = {"targets": stream.targets, "ways": rows, "pairs": pairs, "largest_bpb": max((abs(p["bpb"]) for p in pairs), default=0.0)}
-    arguments.results.write_text(json.dumps(result | environment.facts(device), indent=2, sort_keys=True) + "\n")
+    result = {
+        "targets": stream.targets,
+        "ways": rows,
+        "pairs": pairs,
+        "largest_bpb": max((abs(p["bpb"]) for p in pairs), default=0.0),
+    }
+    arguments.results.write_text(
+        json.dumps(result | environment.facts(device), indent=2, sort_keys=True) + "\n"
+    )
     print("largest difference:", result["largest_bpb"], "bpb")
 
 

@@ -30,9 +30,21 @@ from stages.bundle.params import Params
 from stages.common import config, environment
 
 ROOT = Path(__file__).resolve().parent.parent
-LZMA_FILTERS = [{"id": lzma.FILTER_LZMA1, "preset": 9 | lzma.PRESET_EXTREME, "lc": 3, "lp": 0, "pb": 0, "nice_len": 273, "depth": 1000}]
+LZMA_FILTERS = [
+    {
+        "id": lzma.FILTER_LZMA1,
+        "preset": 9 | lzma.PRESET_EXTREME,
+        "lc": 3,
+        "lp": 0,
+        "pb": 0,
+        "nice_len": 273,
+        "depth": 1000,
+    }
+]
 COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
-    "brotli": functools.partial(brotli.compress, mode=brotli.MODE_TEXT, quality=11, lgwin=importer_template.LARGEST_WINDOW),
+    "brotli": functools.partial(
+        brotli.compress, mode=brotli.MODE_TEXT, quality=11, lgwin=importer_template.LARGEST_WINDOW
+    ),
     "lzma": functools.partial(lzma.compress, format=lzma.FORMAT_RAW, filters=LZMA_FILTERS),
 }
 WRAPPERS: dict[str, Callable[[bytes], bytes]] = {
@@ -43,12 +55,17 @@ WRAPPERS: dict[str, Callable[[bytes], bytes]] = {
 
 def texts() -> dict[str, dict[str, str]]:
     """The modules' texts by path, in each way of making them small."""
-    plain = {path.as_posix(): closure.read(ROOT / path) for path in sorted(closure.closure(ROOT, importer_template.ENTRY))}
+    plain = {
+        path.as_posix(): closure.read(ROOT / path)
+        for path in sorted(closure.closure(ROOT, importer_template.ENTRY))
+    }
     return {
         "as it is": plain,
         "stripped": importer_template.sources(ROOT),
         "python-minifier, names kept": {path: minified(text, rename=False) for path, text in plain.items()},
-        "python-minifier, local names shortened": {path: minified(text, rename=True) for path, text in plain.items()},
+        "python-minifier, local names shortened": {
+            path: minified(text, rename=True) for path, text in plain.items()
+        },
     }
 
 
@@ -57,16 +74,24 @@ def minified(source: str, rename: bool) -> str:
     try:
         library = importlib.import_module("python_minifier")
     except ImportError:
-        sys.exit("error: python-minifier is not installed; `pip install --target DIR python-minifier`, then run this with PYTHONPATH=DIR")
+        sys.exit(
+            "error: python-minifier is not installed; `pip install --target DIR python-minifier`, then run this with PYTHONPATH=DIR"
+        )
     options = library.RemoveAnnotationsOptions(remove_class_attribute_annotations=False)
     text: str = library.minify(
-        source, remove_literal_statements=True, remove_annotations=options, rename_locals=rename, rename_globals=False
+        source,
+        remove_literal_statements=True,
+        remove_annotations=options,
+        rename_locals=rename,
+        rename_globals=False,
     )
     return text
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--results", type=Path, required=True)
     arguments = parser.parse_args()
     parameters = embedded(config.load(ROOT / "params.yaml", Params, []))
@@ -76,7 +101,15 @@ def main() -> None:
         for compressor, compress in COMPRESSORS.items():
             packed = compress(plain)
             sizes = {wrapper: len(wrap(packed)) for wrapper, wrap in WRAPPERS.items()}
-            rows.append({"text": text, "characters": len(plain), "compressor": compressor, "packed": len(packed), "wrapped": sizes})
+            rows.append(
+                {
+                    "text": text,
+                    "characters": len(plain),
+                    "compressor": compressor,
+                    "packed": len(packed),
+                    "wrapped": sizes,
+                }
+            )
             print(f"{text:<40} {compressor:<8} {len(plain):>8,} {len(packed):>8,} {sizes}", flush=True)
     result: dict[str, Any] = {
         "rows": rows,

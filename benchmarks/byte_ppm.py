@@ -39,7 +39,9 @@ LEAST_ELEMENTS = 1000
 def void_fractions(state: dict[str, Tensor]) -> float:
     """#1852's and #1858's diagnostic: the share of weights no larger than the mean size of their tensor; 0.575 for normal ones."""
     chosen = [
-        tensor for name, tensor in state.items() if "weight" in name and tensor.is_floating_point() and tensor.numel() > LEAST_ELEMENTS
+        tensor
+        for name, tensor in state.items()
+        if "weight" in name and tensor.is_floating_point() and tensor.numel() > LEAST_ELEMENTS
     ]
     if not chosen:
         raise ValueError(f"no tensor of more than {LEAST_ELEMENTS} weights")
@@ -47,7 +49,9 @@ def void_fractions(state: dict[str, Tensor]) -> float:
     return small / sum(tensor.numel() for tensor in chosen)
 
 
-def mixture(network_nats: np.ndarray, probability: np.ndarray, confidence: np.ndarray, gate_nats: float = GATE_NATS) -> np.ndarray:
+def mixture(
+    network_nats: np.ndarray, probability: np.ndarray, confidence: np.ndarray, gate_nats: float = GATE_NATS
+) -> np.ndarray:
     """#1858's nats of each byte, from the network's nats of it, the PPM's probability of it and its confidence; all (B,)."""
     weight = np.where(confidence >= CONFIDENT, LAMBDA_CONFIDENT, LAMBDA_ELSE)
     weight = np.where(network_nats < gate_nats, 1.0, weight)
@@ -80,7 +84,9 @@ def score(of: Bytes, nll: np.ndarray, targets: int) -> dict[str, float]:
     _ppm.predict(of.text[:size], _ppm.Tables(), 0, size, probability, confidence)
     seconds = time.process_time() - started
     network = of.spread(nll[:targets])
-    without = float(nll[:targets][of.sizes[:targets] == 0].sum(dtype=np.float64))  # their loss stays the network's
+    without = float(
+        nll[:targets][of.sizes[:targets] == 0].sum(dtype=np.float64)
+    )  # their loss stays the network's
 
     def bpb(nats: np.ndarray) -> float:
         return (float(nats.sum()) + without) / math.log(2) / size
@@ -99,7 +105,9 @@ def score(of: Bytes, nll: np.ndarray, targets: int) -> dict[str, float]:
     }
 
 
-def charged(law: np.ndarray, texts: list[bytes], tables: _ppm.Tables, before: np.ndarray, gate_nats: float = GATE_NATS) -> np.ndarray:
+def charged(
+    law: np.ndarray, texts: list[bytes], tables: _ppm.Tables, before: np.ndarray, gate_nats: float = GATE_NATS
+) -> np.ndarray:
     """What the mixture would charge each id in one place, nats (V,): `law` are the network's log-probabilities, `before` the text so far.
 
     The tables stay as they are while a candidate's bytes are looked up; #1858 counts between them, which moves little.
@@ -136,19 +144,33 @@ def counterfactual_sums(of: Bytes, stream: Stream, scorer: Scorer, places: list[
     return {
         "places": len(gated),
         "network_largest_deviation_from_one": max(abs(value - 1) for value in network),
-        "mixture": {"mean": float(np.mean(gated)), "largest": max(gated), "mean_log2": float(np.log2(gated).mean())},
-        "mixture_without_gate": {"mean": float(np.mean(plain)), "largest": max(plain), "mean_log2": float(np.log2(plain).mean())},
+        "mixture": {
+            "mean": float(np.mean(gated)),
+            "largest": max(gated),
+            "mean_log2": float(np.log2(gated).mean()),
+        },
+        "mixture_without_gate": {
+            "mean": float(np.mean(plain)),
+            "largest": max(plain),
+            "mean_log2": float(np.log2(plain).mean()),
+        },
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--ledger", type=Path, required=True, help="the network's, of sliding_eval")
     parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--trained", type=Path, help="train's model.safetensors, for the void fraction before packing")
+    parser.add_argument(
+        "--trained", type=Path, help="train's model.safetensors, for the void fraction before packing"
+    )
     parser.add_argument("--val", type=Path, required=True)
     parser.add_argument("--tokenizer", type=Path, required=True)
-    parser.add_argument("--places", type=int, default=60, help="of counterfactual sums, in the last half of the stream")
+    parser.add_argument(
+        "--places", type=int, default=60, help="of counterfactual sums, in the last half of the stream"
+    )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--results", type=Path, required=True)
     arguments = parser.parse_args()
@@ -162,13 +184,19 @@ def main() -> None:
     prefix = round(PREFIX_SHARE * stream.targets)
     _ppm.predict(of.text[:1000], _ppm.Tables(6), 0, 1000, np.empty(1000), np.empty(1000))  # compiles
     result["changes"] = arguments.set
-    result |= {"whole": score(of, nll, stream.targets), "prefix": score(of, nll, prefix), "prefix_share": PREFIX_SHARE}
+    result |= {
+        "whole": score(of, nll, stream.targets),
+        "prefix": score(of, nll, prefix),
+        "prefix_share": PREFIX_SHARE,
+    }
     with world(params.parallel) as here:
         model = load_model(arguments.model, here)
         drawn = np.random.Generator(np.random.PCG64(0)).choice(
             np.arange(stream.targets // 2, stream.targets), arguments.places, replace=False
         )
-        result["counterfactual_sum"] = counterfactual_sums(of, stream, SlidingScorer(model, params.sliding_eval, here), drawn.tolist())
+        result["counterfactual_sum"] = counterfactual_sums(
+            of, stream, SlidingScorer(model, params.sliding_eval, here), drawn.tolist()
+        )
         result["void_fraction_packed"] = void_fractions(dict(model.state_dict()))
     if arguments.trained:
         result["void_fraction_trained"] = void_fractions(load_file(arguments.trained))

@@ -87,13 +87,19 @@ def by_model(texts: list[str], params: Params, arguments: argparse.Namespace) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--documents", type=int, default=100, help="how many, from the first on (default: %(default)s)")
+    parser.add_argument(
+        "--documents", type=int, default=100, help="how many, from the first on (default: %(default)s)"
+    )
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--preset", default="smoke")
-    parser.add_argument("--lanes", type=int, default=128, help="documents side by side (default: %(default)s)")
+    parser.add_argument(
+        "--lanes", type=int, default=128, help="documents side by side (default: %(default)s)"
+    )
     parser.add_argument("--results", type=Path, required=True)
     arguments = parser.parse_args()
     texts = read(arguments.text, arguments.documents)
@@ -103,7 +109,11 @@ def main() -> None:
     sizes = {"model": model["bytes"]} | by_programs(text)
     result = {
         "text": {"bytes": len(text), "documents": len(texts), "sha256": hashlib.sha256(text).hexdigest()},
-        "model": model | {"model_bytes": arguments.model.stat().st_size, "tokenizer_bytes": arguments.tokenizer.stat().st_size},
+        "model": model
+        | {
+            "model_bytes": arguments.model.stat().st_size,
+            "tokenizer_bytes": arguments.tokenizer.stat().st_size,
+        },
         "bits_a_byte": {name: 8 * size / len(text) for name, size in sizes.items()},
         "bytes": sizes,
     }

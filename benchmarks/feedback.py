@@ -36,13 +36,23 @@ def made_up() -> tuple[torch.Tensor, torch.Tensor]:
     """Weights and a Hessian whose eigenvalues span about three decades."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(SIZE, SIZE, generator=generator)
-    spread = torch.diag(10 ** torch.linspace(-1.5, 0, SIZE)) @ torch.linalg.qr(torch.randn(SIZE, SIZE, generator=generator)).Q
+    spread = (
+        torch.diag(10 ** torch.linspace(-1.5, 0, SIZE))
+        @ torch.linalg.qr(torch.randn(SIZE, SIZE, generator=generator)).Q
+    )
     inputs = torch.randn(4 * SIZE, SIZE, generator=generator) @ spread
     return weight, inputs.T @ inputs
 
 
 @njit(nogil=True)
-def search(y_RC: np.ndarray, unit_CC: np.ndarray, cost_C: np.ndarray, into_S2: np.ndarray, block: int, levels_RC: np.ndarray) -> None:
+def search(
+    y_RC: np.ndarray,
+    unit_CC: np.ndarray,
+    cost_C: np.ndarray,
+    into_S2: np.ndarray,
+    block: int,
+    levels_RC: np.ndarray,
+) -> None:
     """Viterbi's search with one set of values for all survivors; `block` 0 moves them after each column by the best survivor's error."""
     rows, columns = y_RC.shape
     states = len(into_S2)
@@ -59,11 +69,18 @@ def search(y_RC: np.ndarray, unit_CC: np.ndarray, cost_C: np.ndarray, into_S2: n
                 for state in range(states):
                     for step in into_S2[state]:
                         offset = np.float32(((step >> 1) & 1) + 2 * (step & 1))
-                        level = np.floor((y_C[column] - offset) / np.float32(4) + np.float32(0.5)) * np.float32(4) + offset
+                        level = (
+                            np.floor((y_C[column] - offset) / np.float32(4) + np.float32(0.5)) * np.float32(4)
+                            + offset
+                        )
                         error = y_C[column] - level
                         total = costs[step >> 1] + error * error * cost_C[column]
                         if total < new_costs[state]:
-                            new_costs[state], parents[column, state], levels[column, state] = total, step >> 1, np.int64(level)
+                            new_costs[state], parents[column, state], levels[column, state] = (
+                                total,
+                                step >> 1,
+                                np.int64(level),
+                            )
                             errors[state] = error
                 costs = new_costs
                 if block == 0:
@@ -86,12 +103,24 @@ def levels_of(way: str, axes: trellis_quantiser.Axes, step: float, states: int) 
     levels_RC = np.zeros(axes.scaled_RC.shape, np.int16)
     columns = axes.columns
     block = 0 if way == "shared" else int(way.split()[-1])
-    search(axes.scaled_RC / np.float32(step), columns.unit_CC, columns.cost_C, trellis(states).into_S2, block, levels_RC)
+    search(
+        axes.scaled_RC / np.float32(step),
+        columns.unit_CC,
+        columns.cost_C,
+        trellis(states).into_S2,
+        block,
+        levels_RC,
+    )
     return trellis_quantiser.Lattice(levels_RC, axes.rows_R, columns.exponents_C, step, states)
 
 
 def point(
-    way: str, axes: trellis_quantiser.Axes, step: float, states: int, weight: torch.Tensor, hessian: torch.Tensor
+    way: str,
+    axes: trellis_quantiser.Axes,
+    step: float,
+    states: int,
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
 ) -> tuple[float, float, float]:
     """Half of log2 of the Hessian-weighted error, relative to the weights'; bits a weight; processor seconds of the search."""
     started = time.process_time()
@@ -116,22 +145,31 @@ def compared(weight: torch.Tensor, hessian: torch.Tensor, states: int) -> dict[s
     columns = trellis_quantiser.columns_of(
         known.upper_CC.numpy(), trellis_quantiser.exponents(diagonal_C / np.exp(np.log(diagonal_C).mean()))
     )
-    axes = trellis_quantiser.axes_of(weight.numpy(), np.ones(len(weight)), np.zeros(len(weight), np.int8), columns)
+    axes = trellis_quantiser.axes_of(
+        weight.numpy(), np.ones(len(weight)), np.zeros(len(weight), np.int8), columns
+    )
     middle = 0.2 * float(np.sqrt((axes.scaled_RC**2).mean()))
     for way in WAYS:
         levels_of(way, axes, middle, states)  # compiles
-    found = {way: [point(way, axes, middle * ratio, states, weight, hessian) for ratio in RATIOS] for way in WAYS}
+    found = {
+        way: [point(way, axes, middle * ratio, states, weight, hessian) for ratio in RATIOS] for way in WAYS
+    }
     error, bits, _ = found[WAYS[0]][1]
     print(f"{states} states, {bits:.4f} bits a weight at a relative error of {4**error:.3e}")
     result = {}
     for way, points in found.items():
         result[way] = {"more_bits": at(error, points) - bits, "seconds": min(of[2] for of in points)}
-        print(f"  {way:<16} {result[way]['more_bits']:+.4f} bits a weight {result[way]['seconds']:8.3f} s", flush=True)
+        print(
+            f"  {way:<16} {result[way]['more_bits']:+.4f} bits a weight {result[way]['seconds']:8.3f} s",
+            flush=True,
+        )
     return result
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", type=Path)
     parser.add_argument("--hessians", type=Path)
     parser.add_argument("--tensor", metavar="NAME")
@@ -148,7 +186,9 @@ def main() -> None:
     result = {f"{states} states": compared(weight, hessian, states) for states in arguments.states}
     if arguments.results:
         matrix = {"tensor": arguments.tensor, "shape": list(weight.shape), "ways": result}
-        arguments.results.write_text(json.dumps(matrix | environment.facts(torch.device("cpu")), indent=2, sort_keys=True) + "\n")
+        arguments.results.write_text(
+            json.dumps(matrix | environment.facts(torch.device("cpu")), indent=2, sort_keys=True) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -18,7 +18,13 @@ from torch import Tensor
 
 from stages.common import environment
 
-SHAPES = {"query, key, value": (512, 1024), "output": (512, 512), "up": (512, 2048), "down": (2048, 512), "head": (512, 8192)}
+SHAPES = {
+    "query, key, value": (512, 1024),
+    "output": (512, 512),
+    "up": (512, 2048),
+    "down": (2048, 512),
+    "head": (512, 8192),
+}
 REPETITIONS = 20
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
@@ -38,7 +44,9 @@ def seconds(work: Callable[[], object]) -> float:
 
 def product8(a_MK: Tensor, b_NK: Tensor, one: Tensor) -> Tensor:
     """a b^T of float8 factors whose summed dimension is contiguous, as bfloat16."""
-    return torch._scaled_mm(a_MK, b_NK.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True)
+    return torch._scaled_mm(
+        a_MK, b_NK.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True
+    )
 
 
 @torch.compile(dynamic=False)
@@ -55,11 +63,16 @@ def measure(tokens: int, inputs: int, outputs: int) -> dict[str, float]:
     """Seconds of one layer of `inputs` to `outputs` over `tokens` rows."""
     torch.compiler.reset()  # it keeps only so many shapes of one function
     x, w, g = (
-        torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in ((tokens, inputs), (outputs, inputs), (tokens, outputs))
+        torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+        for shape in ((tokens, inputs), (outputs, inputs), (tokens, outputs))
     )
     one = torch.ones((), device="cuda")
     x8, w8, g8 = cast(x, one, E4M3), cast(w, one, E4M3), cast(g, one, E5M2)
-    xt8, wt8, gt8 = cast_transposed(x, one, E4M3), cast_transposed(w, one, E4M3), cast_transposed(g, one, E5M2)
+    xt8, wt8, gt8 = (
+        cast_transposed(x, one, E4M3),
+        cast_transposed(w, one, E4M3),
+        cast_transposed(g, one, E5M2),
+    )
     return {
         "forward, bfloat16": seconds(lambda: x @ w.t()),
         "input's gradient, bfloat16": seconds(lambda: g @ w),
@@ -76,7 +89,9 @@ def measure(tokens: int, inputs: int, outputs: int) -> dict[str, float]:
 
 def main() -> None:
     """One line for each product, and the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokens", type=int, default=98304)
     parser.add_argument("--results", type=Path, required=True)
     arguments = parser.parse_args()

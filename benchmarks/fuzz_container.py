@@ -35,7 +35,9 @@ def framed(data: bytes) -> bytes:
     header, _, streams = data.partition(SEPARATOR)
     packed = codecs.deflate(header, 1)
     covered = len(packed).to_bytes(4, "little") + packed + streams
-    return container.MAGIC + container.VERSION.to_bytes(4, "little") + hashlib.sha256(covered).digest() + covered
+    return (
+        container.MAGIC + container.VERSION.to_bytes(4, "little") + hashlib.sha256(covered).digest() + covered
+    )
 
 
 def one_input(data: bytes) -> None:
@@ -59,15 +61,26 @@ def seeds() -> list[bytes]:
     def stream(raw: bytes, layout: Layout, by: str) -> Stream:
         return Stream(by, codecs.encode(by, raw, layout, 5))
 
-    rows = (stream(bytes(range(12)), Layout(1, 3, 4), "adaptive"), stream(bytes(6), Layout(2, 1, 3, kind="series"), "series"))
+    rows = (
+        stream(bytes(range(12)), Layout(1, 3, 4), "adaptive"),
+        stream(bytes(6), Layout(2, 1, 3, kind="series"), "series"),
+    )
     levels = np.array([[0, 2, -4], [6, 0, 0]], "<i2").tobytes()
     step = stream(b"\0\0\x80?", Layout(4, 1, 1), "plain")
     exponents = [stream(bytes(size), Layout(1, 1, size, kind="series"), "series") for size in (2, 3)]
-    correction = (stream(b"\1\2\3\4\5\6\7", Layout(1, 1, 7), "adaptive"), stream(b"\0\0\x80?", Layout(4, 1, 1), "brotli"))
+    correction = (
+        stream(b"\1\2\3\4\5\6\7", Layout(1, 1, 7), "adaptive"),
+        stream(b"\0\0\x80?", Layout(4, 1, 1), "brotli"),
+    )
     groups = stream(b"\1", Layout(1, 1, 1), "brotli")
     entries = (
         Entry("a.weight", (3, 4), Form("rows", 6), rows),
-        Entry("b.weight", (2, 3), Form("lattice", 1), (stream(levels, Layout(2, 2, 3), "adaptive"), step, *exponents)),
+        Entry(
+            "b.weight",
+            (2, 3),
+            Form("lattice", 1),
+            (stream(levels, Layout(2, 2, 3), "adaptive"), step, *exponents),
+        ),
         Entry("c.weight", (3, 4), Form("groups", 6, 1), (*rows, groups, *correction)),
         Entry("gain", (2,), Form("float16", 16), (stream(b"\0<\0<", Layout(2, 1, 2), "brotli"),)),
     )
@@ -107,7 +120,9 @@ def main() -> None:
     if "--inside" in sys.argv:
         fuzz(sys.argv[sys.argv.index("--inside") + 1 :])
         return
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seconds", type=int, default=300)
     parser.add_argument("--megabytes", type=int, default=4096)
     parser.add_argument("--input-seconds", type=int, default=30)
@@ -116,8 +131,21 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for number, data in enumerate(seeds()):
             (Path(folder) / f"seed{number}").write_bytes(data)
-        limits = [f"-max_total_time={arguments.seconds}", f"-rss_limit_mb={arguments.megabytes}", f"-timeout={arguments.input_seconds}"]
-        words = [sys.executable, "-m", "benchmarks.fuzz_container", "--inside", *limits, "-max_len=4096", "-print_final_stats=1", folder]
+        limits = [
+            f"-max_total_time={arguments.seconds}",
+            f"-rss_limit_mb={arguments.megabytes}",
+            f"-timeout={arguments.input_seconds}",
+        ]
+        words = [
+            sys.executable,
+            "-m",
+            "benchmarks.fuzz_container",
+            "--inside",
+            *limits,
+            "-max_len=4096",
+            "-print_final_stats=1",
+            folder,
+        ]
         started = time.monotonic()
         ended = subprocess.run(words, capture_output=True, text=True)
         log = ended.stderr

@@ -42,14 +42,28 @@ class Check:
         self.pairs: list[dict[str, Any]] = []
 
     def run(self, stage: str, output: str, *inputs: Any, changes: tuple[str, ...] = ()) -> Path:
-        words = [sys.executable, "-m", f"stages.{stage}", "--params", self.params, "--output", self.folder / output, *inputs]
+        words = [
+            sys.executable,
+            "-m",
+            f"stages.{stage}",
+            "--params",
+            self.params,
+            "--output",
+            self.folder / output,
+            *inputs,
+        ]
         words += [word for change in (*SMALL, *changes) for word in ("--set", change)]
         subprocess.run([str(word) for word in words], check=True)
         return self.folder / output
 
     def agree(self, what: str, difference: float, bound: float) -> None:
-        self.pairs.append({"what": what, "largest_difference": difference, "bound": bound, "agree": difference <= bound})
-        print(f"{'ok  ' if difference <= bound else 'FAIL'} {what}: {difference:.3g} (bound {bound:g})", flush=True)
+        self.pairs.append(
+            {"what": what, "largest_difference": difference, "bound": bound, "agree": difference <= bound}
+        )
+        print(
+            f"{'ok  ' if difference <= bound else 'FAIL'} {what}: {difference:.3g} (bound {bound:g})",
+            flush=True,
+        )
 
 
 def losses(folder: Path) -> np.ndarray:
@@ -67,30 +81,58 @@ def pipeline(check: Check, arguments: argparse.Namespace, two: bool) -> None:
     one = check.run("train", "train", "--train", data / "train")
     if two:
         pair = check.run("train", "train2", "--train", data / "train", changes=("parallel.nproc=2",))
-        check.agree("losses of 30 steps, two ranks against one, nats", float(np.abs(losses(pair) - losses(one)).max()), 0.05)
+        check.agree(
+            "losses of 30 steps, two ranks against one, nats",
+            float(np.abs(losses(pair) - losses(one)).max()),
+            0.05,
+        )
     plain = check.run("train", "plain", "--train", data / "train", changes=("parallel.kernels=false",))
-    check.agree("losses, fused kernels against plain operations, nats", float(np.abs(losses(plain) - losses(one)).max()), 0.05)
+    check.agree(
+        "losses, fused kernels against plain operations, nats",
+        float(np.abs(losses(plain) - losses(one)).max()),
+        0.05,
+    )
     recorded = check.run("train", "recorded", "--train", data / "train", changes=("parallel.compile=true",))
-    check.agree("losses, compiled and recorded against eager, nats", float(np.abs(losses(recorded) - losses(one)).max()), 0.05)
-    same = check.run("train", "deterministic", "--train", data / "train", changes=("parallel.deterministic=true",))
-    again = check.run("train", "deterministic2", "--train", data / "train", changes=("parallel.deterministic=true",))
+    check.agree(
+        "losses, compiled and recorded against eager, nats",
+        float(np.abs(losses(recorded) - losses(one)).max()),
+        0.05,
+    )
+    same = check.run(
+        "train", "deterministic", "--train", data / "train", changes=("parallel.deterministic=true",)
+    )
+    again = check.run(
+        "train", "deterministic2", "--train", data / "train", changes=("parallel.deterministic=true",)
+    )
     check.agree("losses of two deterministic runs", float(np.abs(losses(same) - losses(again)).max()), 0.0)
-    check.agree("losses, deterministic against fast, nats", float(np.abs(losses(same) - losses(one)).max()), 0.05)
-    hessians = check.run("calibrate", "calibrate", "--train", data / "train", "--model", one / "model.safetensors")
-    packed = check.run("pack", "pack", "--model", one / "model.safetensors", "--hessians", hessians / "hessians.safetensors")
+    check.agree(
+        "losses, deterministic against fast, nats", float(np.abs(losses(same) - losses(one)).max()), 0.05
+    )
+    hessians = check.run(
+        "calibrate", "calibrate", "--train", data / "train", "--model", one / "model.safetensors"
+    )
+    packed = check.run(
+        "pack", "pack", "--model", one / "model.safetensors", "--hessians", hessians / "hessians.safetensors"
+    )
     scored = ["--model", packed / "model.bin", "--val", data / "val", "--tokenizer", data / "tokenizer.model"]
     eager = check.run("sliding_eval", "sliding", *scored)
     bpb = metric(eager, "sliding_bpb")
     without = check.run("sliding_eval", "sliding_plain", *scored, changes=("parallel.kernels=false",))
-    check.agree("sliding bpb, fused kernels against plain operations", abs(metric(without, "sliding_bpb") - bpb), 5e-4)
+    check.agree(
+        "sliding bpb, fused kernels against plain operations", abs(metric(without, "sliding_bpb") - bpb), 5e-4
+    )
     float32 = check.run("sliding_eval", "sliding_float32", *scored, changes=("parallel.dtype=float32",))
     check.agree("sliding bpb, float32 against bfloat16", abs(metric(float32, "sliding_bpb") - bpb), 1e-3)
     ttt = check.run("ttt_eval", "ttt", *scored, "--sliding", eager / "nll.npy")
     if two:
         pair = check.run("sliding_eval", "sliding2", *scored, changes=("parallel.nproc=2",))
         check.agree("sliding bpb, two ranks against one", abs(metric(pair, "sliding_bpb") - bpb), 5e-4)
-        pair = check.run("ttt_eval", "ttt2", *scored, "--sliding", eager / "nll.npy", changes=("parallel.nproc=2",))
-        check.agree("TTT bpb, two ranks against one", abs(metric(pair, "ttt_bpb") - metric(ttt, "ttt_bpb")), 1e-3)
+        pair = check.run(
+            "ttt_eval", "ttt2", *scored, "--sliding", eager / "nll.npy", changes=("parallel.nproc=2",)
+        )
+        check.agree(
+            "TTT bpb, two ranks against one", abs(metric(pair, "ttt_bpb") - metric(ttt, "ttt_bpb")), 1e-3
+        )
 
 
 def bundle(check: Check) -> None:
@@ -103,7 +145,9 @@ def bundle(check: Check) -> None:
     shutil.copy(check.folder / "tokenize/tokenizer.model", room / "data")
     shutil.copy(made / "train_gpt.py", room)
     for words in ([], ["eval"]):
-        subprocess.run([sys.executable, "train_gpt.py", *words], cwd=room, check=True, env={**os.environ, "SEED": "42"})
+        subprocess.run(
+            [sys.executable, "train_gpt.py", *words], cwd=room, check=True, env={**os.environ, "SEED": "42"}
+        )
     data = check.folder / "tokenize"
     deterministic = ("parallel.deterministic=true",)
     hessians = check.run(
@@ -125,13 +169,19 @@ def bundle(check: Check) -> None:
         changes=deterministic,
     )
     same = (packed / "model.bin").read_bytes() == (room / "model.bin").read_bytes()
-    check.agree("model.bin of the bundle against the stages', deterministic (0 = same bytes)", 0.0 if same else 1.0, 0.0)
+    check.agree(
+        "model.bin of the bundle against the stages', deterministic (0 = same bytes)",
+        0.0 if same else 1.0,
+        0.0,
+    )
     size = (room / "model.bin").stat().st_size + (room / "train_gpt.py").stat().st_size
     check.agree("bytes of both files over the cap", max(0.0, size - 16_000_000), 0.0)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--output", type=Path, default=Path(".scratch/gpu_check"))
@@ -146,7 +196,9 @@ def main() -> None:
         pipeline(check, arguments, two)
         bundle(check)
     finally:
-        result = {"pairs": check.pairs, "two_ranks": two, "changes_to_sprint": SMALL} | environment.facts(torch.device("cuda", 0))
+        result = {"pairs": check.pairs, "two_ranks": two, "changes_to_sprint": SMALL} | environment.facts(
+            torch.device("cuda", 0)
+        )
         arguments.results.write_text(json.dumps(result, indent=2, sort_keys=True) + "\n")
     sys.exit(0 if all(pair["agree"] for pair in check.pairs) else 1)
 

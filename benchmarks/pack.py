@@ -49,13 +49,23 @@ from stages.train.params import ModelParams
 from stages.train.params import Params as TrainInput
 
 PLAIN: dict[str, Any] = {"quantiser": "sdclip", "codec": "brotli", "damping": 0.01}  # all as in #1493
-CLASSES: dict[str, Any] = {"attention_clip": 13.0, "mlp_clip": 11.5, "embedding_bits": 7, "embedding_clip": 14.0}  # #1855
-FINER = {"attention_clip": 10.0, "mlp_clip": 10.0, "embedding_clip": 15.6}  # the plain clips at a scale of 0.78, to have somewhere to begin
+CLASSES: dict[str, Any] = {
+    "attention_clip": 13.0,
+    "mlp_clip": 11.5,
+    "embedding_bits": 7,
+    "embedding_clip": 14.0,
+}  # #1855
+FINER = {
+    "attention_clip": 10.0,
+    "mlp_clip": 10.0,
+    "embedding_clip": 15.6,
+}  # the plain clips at a scale of 0.78, to have somewhere to begin
 VARIANTS: dict[str, dict[str, Any]] = {
     "at a rate, 8 states": {"states": 8},
     "the same integers, our coder": PLAIN | {"codec": "adaptive"},  # at the plain file's scale
     "fixed widths, our coder": PLAIN | FINER | {"codec": "adaptive"},
-    "fixed widths, clips and bits of #1855": PLAIN | {key: 0.8 * value if "clip" in key else value for key, value in CLASSES.items()},
+    "fixed widths, clips and bits of #1855": PLAIN
+    | {key: 0.8 * value if "clip" in key else value for key, value in CLASSES.items()},
     "fixed widths, attention 13, MLP 11.5": PLAIN | {"attention_clip": 13.0, "mlp_clip": 11.5},
     "fixed widths, one finer group": PLAIN | {"awq_groups": 1},
     "fixed widths, 16 finer groups": PLAIN | {"awq_groups": 16},
@@ -103,10 +113,16 @@ class Done(NamedTuple):
     decode_seconds: float
 
 
-def weights_and_hessians(inputs: Inputs, shards: Path | None, folder: Path, revisit_weights: set[float], here: World) -> None:
+def weights_and_hessians(
+    inputs: Inputs, shards: Path | None, folder: Path, revisit_weights: set[float], here: World
+) -> None:
     """Train and calibrate into `folder` what it does not have yet; Hessians once for each weight of later visits."""
     report = Report(is_main=here.is_main)
-    missing = [path for path in (model_file(folder), *(hessian_file(folder, weight) for weight in revisit_weights)) if not path.exists()]
+    missing = [
+        path
+        for path in (model_file(folder), *(hessian_file(folder, weight) for weight in revisit_weights))
+        if not path.exists()
+    ]
     if missing and shards is None:
         raise SystemExit(f"{missing[0]} does not exist: name shards to train on with --train")
     if shards is not None and not model_file(folder).exists():
@@ -135,9 +151,18 @@ def packed_file(folder: Path, name: str) -> Path:
     return folder / f"{'-'.join(name.replace(',', ' ').replace('#', ' ').split())}.bin"
 
 
-def run(name: str, params: PackParams, model: ModelParams, folder: Path, revisit_weight: float, device: str = "cpu") -> Done:
+def run(
+    name: str,
+    params: PackParams,
+    model: ModelParams,
+    folder: Path,
+    revisit_weight: float,
+    device: str = "cpu",
+) -> Done:
     """Pack the folder's model and leave the file there."""
-    state, hessians = (load_file(path, device=device) for path in (model_file(folder), hessian_file(folder, revisit_weight)))
+    state, hessians = (
+        load_file(path, device=device) for path in (model_file(folder), hessian_file(folder, revisit_weight))
+    )
     started = time.monotonic()
     packed = pack(state, hessians, model, params, Report(is_main=False))
     seconds, started = time.monotonic() - started, time.monotonic()
@@ -154,7 +179,9 @@ def take_cores(waiting: "multiprocessing.Queue[list[int]]") -> None:
     torch.set_num_threads(len(cores))
 
 
-def in_processes(variants: dict[str, tuple[PackParams, float]], model: ModelParams, folder: Path) -> Iterator[tuple[str, Done]]:
+def in_processes(
+    variants: dict[str, tuple[PackParams, float]], model: ModelParams, folder: Path
+) -> Iterator[tuple[str, Done]]:
     """Every variant as it is done, some at once."""
     cores = sorted(os.sched_getaffinity(0))
     shares = [cores[first : first + CORES_EACH] for first in range(0, len(cores), CORES_EACH)]
@@ -163,7 +190,9 @@ def in_processes(variants: dict[str, tuple[PackParams, float]], model: ModelPara
     for share in shares:
         waiting.put(share)
     with ProcessPoolExecutor(len(shares), context, take_cores, (waiting,)) as pool:
-        started = {pool.submit(run, name, of, model, folder, weight): name for name, (of, weight) in variants.items()}
+        started = {
+            pool.submit(run, name, of, model, folder, weight): name for name, (of, weight) in variants.items()
+        }
         for future in as_completed(started):
             yield started[future], future.result()
 
@@ -181,7 +210,10 @@ def figures(done: Done, losses: np.ndarray, base: np.ndarray, bits_a_nat: float)
         "bytes": len(done.packed.blob),
         "scale": done.packed.scale,
         "bits_per_weight": 8 * sum(row.bytes for row in rows) / weights,
-        **{key: mean(key) for key in ("above_bound", "above_bound_by_column", "mean_squared_error", "relative_error")},
+        **{
+            key: mean(key)
+            for key in ("above_bound", "above_bound_by_column", "mean_squared_error", "relative_error")
+        },
         "expected_loss": sum(row.expected_loss or 0.0 for row in rows),
         "loss": float(difference.mean()),
         "loss_standard_error": float(difference.std(ddof=1) / len(difference) ** 0.5),
@@ -199,7 +231,13 @@ def by_programs(raw: bytes) -> dict[str, int]:
             continue
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "raw").write_bytes(raw)
-            subprocess.run([*command, "raw"], cwd=folder, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            subprocess.run(
+                [*command, "raw"],
+                cwd=folder,
+                check=True,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
             found[name] = sum(path.stat().st_size for path in Path(folder).iterdir() if path.name != "raw")
     return found | {"brotli": len(codecs.deflate(raw, 11)), "integers": len(raw)}
 
@@ -217,7 +255,12 @@ def statistics(state: dict[str, torch.Tensor]) -> dict[str, dict[str, float]]:
         if weight.dim() == 2 and min(weight.shape) > 2:
             normal = (weight.double() - weight.double().mean()) / weight.double().std()
             spread = [float(weight.double().std(dim).clamp_min(1e-12).log2().std()) for dim in (1, 0)]
-            found[name] = {"std": float(weight.std()), "kurtosis": float(normal.pow(4).mean()), "rows": spread[0], "columns": spread[1]}
+            found[name] = {
+                "std": float(weight.std()),
+                "kurtosis": float(normal.pow(4).mean()),
+                "rows": spread[0],
+                "columns": spread[1],
+            }
     return found
 
 
@@ -233,13 +276,37 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--preset", required=True)
-    made.add_argument("--train", type=Path, help="shards to train and calibrate on, unless --keep has the model and its Hessians")
-    made.add_argument("--held-out", type=Path, required=True, help="shards of training text that the model was not trained on")
-    made.add_argument("--tokenizer", type=Path, help="SentencePiece model of the shards, for bits a byte (else they are bits a token)")
+    made.add_argument(
+        "--train",
+        type=Path,
+        help="shards to train and calibrate on, unless --keep has the model and its Hessians",
+    )
+    made.add_argument(
+        "--held-out",
+        type=Path,
+        required=True,
+        help="shards of training text that the model was not trained on",
+    )
+    made.add_argument(
+        "--tokenizer",
+        type=Path,
+        help="SentencePiece model of the shards, for bits a byte (else they are bits a token)",
+    )
     made.add_argument("--windows", type=int, default=512)
     made.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    made.add_argument("--variant", action="append", metavar="NAME", choices=list(VARIANTS), help="these only, and the plain way")
-    made.add_argument("--keep", type=Path, metavar="FOLDER", help="model, Hessians and packed files stay there, and are used again")
+    made.add_argument(
+        "--variant",
+        action="append",
+        metavar="NAME",
+        choices=list(VARIANTS),
+        help="these only, and the plain way",
+    )
+    made.add_argument(
+        "--keep",
+        type=Path,
+        metavar="FOLDER",
+        help="model, Hessians and packed files stay there, and are used again",
+    )
     made.add_argument("--results", type=Path, required=True)
     return made
 
@@ -253,7 +320,11 @@ def compare(arguments: argparse.Namespace, inputs: Inputs, folder: Path, here: W
     state = load_file(model_file(folder))
     model, device = inputs.pack.model, str(here.device)
     held_out = HeldOut(arguments.held_out, arguments.windows, model, here)
-    bytes_a_token = held_out.bytes_a_token(bpb.byte_table(bpb.load_tokenizer(arguments.tokenizer))) if arguments.tokenizer else 1.0
+    bytes_a_token = (
+        held_out.bytes_a_token(bpb.byte_table(bpb.load_tokenizer(arguments.tokenizer)))
+        if arguments.tokenizer
+        else 1.0
+    )
     bits_a_nat = 1 / np.log(2) / bytes_a_token
     base = held_out.losses(state)
     result: dict[str, Any] = {
@@ -270,7 +341,9 @@ def compare(arguments: argparse.Namespace, inputs: Inputs, folder: Path, here: W
         losses = held_out.losses(unpack(done.packed.blob)[1])
         result["variants"][name] = figures(done, losses, base, bits_a_nat) | {"changes": changes}
         print(name, json.dumps(result["variants"][name]), flush=True)
-        arguments.results.write_text(json.dumps(result | environment.facts(here.device), indent=2, sort_keys=True) + "\n")
+        arguments.results.write_text(
+            json.dumps(result | environment.facts(here.device), indent=2, sort_keys=True) + "\n"
+        )
 
     plain = run("plain", dataclasses.replace(inputs.pack.pack, **PLAIN), model, folder, usual, device)
     record("fixed widths, brotli", plain, PLAIN)
@@ -278,15 +351,21 @@ def compare(arguments: argparse.Namespace, inputs: Inputs, folder: Path, here: W
     if "the same integers, our coder" in chosen:
         clips = ("attention_clip", "mlp_clip", "embedding_clip")
         same = {key: plain.packed.scale * getattr(inputs.pack.pack, key) for key in clips}
-        chosen["the same integers, our coder"] |= same | {"budget_bytes": 2 * inputs.pack.pack.budget_bytes}  # so that the scale stays 1
-    params = {name: dataclasses.replace(inputs.pack.pack, **(budget | changes)) for name, changes in chosen.items()}
+        chosen["the same integers, our coder"] |= same | {
+            "budget_bytes": 2 * inputs.pack.pack.budget_bytes
+        }  # so that the scale stays 1
+    params = {
+        name: dataclasses.replace(inputs.pack.pack, **(budget | changes)) for name, changes in chosen.items()
+    }
     for name in (name for name in ALONE if name in params):
         record(name, run(name, params[name], model, folder, revisits[name], device), chosen[name])
     others = {name: (of, revisits[name]) for name, of in params.items() if name not in ALONE}
     for name, done in in_processes(others, model, folder):
         record(name, done, chosen[name])
     result["outside"] = outside(plain.packed.blob)
-    arguments.results.write_text(json.dumps(result | environment.facts(here.device), indent=2, sort_keys=True) + "\n")
+    arguments.results.write_text(
+        json.dumps(result | environment.facts(here.device), indent=2, sort_keys=True) + "\n"
+    )
     print(table({name: result["variants"][name] for name in ("fixed widths, brotli", *chosen)}))
 
 
@@ -295,9 +374,14 @@ def main() -> None:
     with preset_file(arguments.preset) as file:
         changes = arguments.set
         inputs = Inputs(
-            config.load(file, TrainInput, changes), config.load(file, CalibrateInput, changes), config.load(file, PackInput, changes)
+            config.load(file, TrainInput, changes),
+            config.load(file, CalibrateInput, changes),
+            config.load(file, PackInput, changes),
         )
-    with tempfile.TemporaryDirectory() as made, world(dataclasses.replace(inputs.pack.parallel, nproc=1), compiles=True) as here:
+    with (
+        tempfile.TemporaryDirectory() as made,
+        world(dataclasses.replace(inputs.pack.parallel, nproc=1), compiles=True) as here,
+    ):
         folder = arguments.keep or Path(made)
         folder.mkdir(parents=True, exist_ok=True)
         compare(arguments, inputs, folder, here)

@@ -32,19 +32,50 @@ FIRST_LOSSES = 6
 
 def inputs(stage: str, folder: Path, arguments: argparse.Namespace) -> list[Any]:
     """The stage's input options, with every artifact below `folder`."""
-    scored = ["--model", folder / "pack/model.bin", "--val", folder / "tokenize/val", "--tokenizer", folder / "tokenize/tokenizer.model"]
-    timings = ["--train-timing", folder / "train/timing.json", "--calibrate-timing", folder / "calibrate/timing.json"]
-    documents = ["--documents", folder / "tokenize/documents.u64", "--manifest", folder / "tokenize/manifest.json"]
+    scored = [
+        "--model",
+        folder / "pack/model.bin",
+        "--val",
+        folder / "tokenize/val",
+        "--tokenizer",
+        folder / "tokenize/tokenizer.model",
+    ]
+    timings = [
+        "--train-timing",
+        folder / "train/timing.json",
+        "--calibrate-timing",
+        folder / "calibrate/timing.json",
+    ]
+    documents = [
+        "--documents",
+        folder / "tokenize/documents.u64",
+        "--manifest",
+        folder / "tokenize/manifest.json",
+    ]
     ledgers = ["--sliding", folder / "sliding_eval", "--ttt", folder / "ttt_eval"]
     return {
         "tokenize": ["--text", arguments.text, "--tokenizer", arguments.tokenizer],
         "train": ["--train", folder / "tokenize/train"],
         "calibrate": ["--train", folder / "tokenize/train", "--model", folder / "train/model.safetensors"],
-        "pack": ["--model", folder / "train/model.safetensors", "--hessians", folder / "calibrate/hessians.safetensors"],
+        "pack": [
+            "--model",
+            folder / "train/model.safetensors",
+            "--hessians",
+            folder / "calibrate/hessians.safetensors",
+        ],
         "sliding_eval": scored,
         "ttt_eval": [*scored, "--sliding", folder / "sliding_eval/nll.npy"],
         "bundle": [],
-        "audit": [*scored, "--code", folder / "bundle/train_gpt.py", "--train", folder / "tokenize/train", *documents, *ledgers, *timings],
+        "audit": [
+            *scored,
+            "--code",
+            folder / "bundle/train_gpt.py",
+            "--train",
+            folder / "tokenize/train",
+            *documents,
+            *ledgers,
+            *timings,
+        ],
     }[stage]
 
 
@@ -53,7 +84,9 @@ def run_stage(stage: str, folder: Path, arguments: argparse.Namespace, params: P
     if stage in arguments.stages:
         changes = [word for change in arguments.set for word in ("--set", change)]
         words = [str(word) for word in [*command, *inputs(stage, folder, arguments), *changes]]
-        subprocess.run(words, check=stage != "audit")  # an audit that convicts is a result, and its metrics stay empty
+        subprocess.run(
+            words, check=stage != "audit"
+        )  # an audit that convicts is a result, and its metrics stay empty
     found = {}
     for name in ("metrics", "timing"):
         file = folder / stage / f"{name}.json"
@@ -66,7 +99,12 @@ def unquantised_bpb(folder: Path, params: Path, changes: list[str]) -> float:
     train, evaluation = (config.load(params, schema, changes) for schema in (TrainParams, EvalParams))
     assert isinstance(train, TrainParams)
     assert isinstance(evaluation, EvalParams)
-    stream = read_stream(folder / "tokenize/val", folder / "tokenize/tokenizer.model", train.model.vocab_size, train.model.context)
+    stream = read_stream(
+        folder / "tokenize/val",
+        folder / "tokenize/tokenizer.model",
+        train.model.vocab_size,
+        train.model.context,
+    )
     with world(train.parallel) as here:
         model = model_for(train.model, here)
         model.load_state_dict(load_file(folder / "train/model.safetensors"))
@@ -75,7 +113,9 @@ def unquantised_bpb(folder: Path, params: Path, changes: list[str]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--preset", required=True)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--tokenizer", type=Path, required=True)
@@ -83,12 +123,16 @@ def main() -> None:
     parser.add_argument("--results", type=Path, required=True, help="the JSON file to write")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--unquantised", action="store_true", help="score the weights before packing too")
-    parser.add_argument("--stages", nargs="+", default=STAGES, help="run these only; what the others left in --output is used")
+    parser.add_argument(
+        "--stages", nargs="+", default=STAGES, help="run these only; what the others left in --output is used"
+    )
     arguments = parser.parse_args()
     started = time.monotonic()
     arguments.output.mkdir(parents=True, exist_ok=True)
     params = arguments.output / "params.yaml"
-    subprocess.run([sys.executable, "-m", "tools.preset", arguments.preset, "--output", str(params)], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "tools.preset", arguments.preset, "--output", str(params)], check=True
+    )
     stages = {stage: run_stage(stage, arguments.output, arguments, params) for stage in STAGES}
     seconds = time.monotonic() - started
     with (arguments.output / "train/loss.tsv").open() as table:
@@ -99,7 +143,9 @@ def main() -> None:
         "changes": arguments.set,
         "first_losses": first,
         "bytes_total": sum(path.stat().st_size for path in counted),
-        "unquantised_sliding_bpb": unquantised_bpb(arguments.output, params, arguments.set) if arguments.unquantised else None,
+        "unquantised_sliding_bpb": unquantised_bpb(arguments.output, params, arguments.set)
+        if arguments.unquantised
+        else None,
         "seconds_of_all_stages": seconds,
         "stages": stages,
     }
@@ -107,7 +153,11 @@ def main() -> None:
     arguments.results.write_text(json.dumps(result, indent=2, sort_keys=True) + "\n")
     print(json.dumps({key: value for key, value in result.items() if key != "stages"}))
     for stage in STAGES:
-        print(stage, json.dumps(stages[stage]["metrics"]), f"{stages[stage]['timing'].get('process_seconds', 0):.1f} s")
+        print(
+            stage,
+            json.dumps(stages[stage]["metrics"]),
+            f"{stages[stage]['timing'].get('process_seconds', 0):.1f} s",
+        )
 
 
 if __name__ == "__main__":

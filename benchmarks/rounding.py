@@ -34,23 +34,35 @@ def ledgers(case: Case, answers: np.ndarray, params: Params) -> dict[str, np.nda
         return TiltScorer(Replay(case, answers), ttt.tilt_rate, table.codes, targets)
 
     mixed = MixerScorer(tilted(), ttt.mixer_rate, table, targets, torch.device("cpu"))
-    return {"network": answers[0], "tilt": tilted().score_stream(tokens), "tilt and mixture": mixed.score_stream(tokens)}
+    return {
+        "network": answers[0],
+        "tilt": tilted().score_stream(tokens),
+        "tilt and mixture": mixed.score_stream(tokens),
+    }
 
 
 def apart(one: np.ndarray, other: np.ndarray) -> dict[str, Any]:
     """nats of a target, both (N,)."""
     difference = one.astype(np.float64) - other
     sizes = {str(share): float(np.percentile(np.abs(difference), share)) for share in PERCENTILES}
-    return {"percentiles_of_size": sizes, "mean": float(difference.mean()), "above_half": int((np.abs(difference) > 0.5).sum())}
+    return {
+        "percentiles_of_size": sizes,
+        "mean": float(difference.mean()),
+        "above_half": int((np.abs(difference) > 0.5).sum()),
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for option in ("params", "model", "val", "tokenizer", "results"):
         parser.add_argument(f"--{option}", type=Path, required=True)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--targets", type=int, default=300_000)
-    parser.add_argument("--answers", type=Path, metavar="FOLDER", help="read when they are there, else written")
+    parser.add_argument(
+        "--answers", type=Path, metavar="FOLDER", help="read when they are there, else written"
+    )
     arguments = parser.parse_args()
     params = config.load(arguments.params, Params, arguments.set)
     case = case_of(beginning(arguments.val, arguments.tokenizer, arguments.targets))
@@ -58,11 +70,15 @@ def main() -> None:
     sides = {}
     for name, parallel in (("exact", exact), ("usual", params.parallel)):
         file = arguments.answers / f"{name}.npy" if arguments.answers else None
-        answers = answered("ttt_eval", arguments.model, dataclasses.replace(params, parallel=parallel), case, file)
+        answers = answered(
+            "ttt_eval", arguments.model, dataclasses.replace(params, parallel=parallel), case, file
+        )
         sides[name] = ledgers(case, answers, params)
     found = {name: apart(sides["usual"][name], nll) for name, nll in sides["exact"].items()}
     about = {"targets": case.stream.targets, "changes": arguments.set}
-    arguments.results.write_text(json.dumps(about | found | environment.facts(), indent=2, sort_keys=True) + "\n")
+    arguments.results.write_text(
+        json.dumps(about | found | environment.facts(), indent=2, sort_keys=True) + "\n"
+    )
     print(json.dumps(found, indent=1))
 
 

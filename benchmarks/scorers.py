@@ -30,7 +30,10 @@ TILT = ("ttt_eval.tilt_rate=0.05", "ttt_eval.mixer_rate=0.0")
 BOTH = ("ttt_eval.tilt_rate=0.05", "ttt_eval.mixer_rate=0.001")
 LORA = ("ttt_eval.kind=lora", "ttt_eval.lora.documents=48")
 WAYS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "windows": ("sliding_eval", ("sliding_eval.stride=WINDOW",)),  # every target once, its context from none to a whole window
+    "windows": (
+        "sliding_eval",
+        ("sliding_eval.stride=WINDOW",),
+    ),  # every target once, its context from none to a whole window
     "sliding": ("sliding_eval", ()),
     "sgd": (TTT, PLAIN),
     "sgd + tilt": (TTT, TILT),
@@ -52,7 +55,12 @@ WAYS: dict[str, tuple[str, tuple[str, ...]]] = {
 def run(name: str, arguments: argparse.Namespace, window: str, output: Path) -> None:
     """Score in one process, whose outputs stay in `output`."""
     stage, changes = WAYS[name]
-    files = {"--params": arguments.params, "--model": arguments.model, "--val": arguments.val, "--tokenizer": arguments.tokenizer}
+    files = {
+        "--params": arguments.params,
+        "--model": arguments.model,
+        "--val": arguments.val,
+        "--tokenizer": arguments.tokenizer,
+    }
     command = [sys.executable, "-m", f"stages.{stage}", "--output", str(output)]
     command += [str(word) for pair in files.items() for word in pair]
     if stage == TTT:
@@ -74,10 +82,14 @@ def figures(folder: Path, stream: Stream) -> dict[str, Any]:
 
 def main() -> None:
     """One line for each way as it ends, and the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for option in ("params", "model", "val", "tokenizer", "ledgers", "results"):
         parser.add_argument(f"--{option}", type=Path, required=True)
-    parser.add_argument("--only", nargs="*", choices=WAYS, default=list(WAYS), help="nothing: compare what is there")
+    parser.add_argument(
+        "--only", nargs="*", choices=WAYS, default=list(WAYS), help="nothing: compare what is there"
+    )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     arguments = parser.parse_args()
     stream = open_stream(arguments.val, arguments.tokenizer)
@@ -89,7 +101,9 @@ def main() -> None:
     ways = {name: figures(arguments.ledgers / name, stream) for name in there}
     ledgers = {name: ledger.read(arguments.ledgers / name / "nll.npy", stream.targets) for name in there}
     device = torch.device("cuda") if torch.cuda.is_available() else None
-    result = {"changes": arguments.set, "ways": ways, "pairs": compared(ledgers, stream)} | environment.facts(device)
+    result = {"changes": arguments.set, "ways": ways, "pairs": compared(ledgers, stream)} | environment.facts(
+        device
+    )
     arguments.results.write_text(json.dumps(result, indent=2, sort_keys=True) + "\n")
 
 

@@ -65,7 +65,8 @@ def run(params: Params, changes: list[str], arguments: argparse.Namespace, here:
         "changes": changes,
         "held_out_nats": float(held_out.losses(trained.state).mean()),
         "sliding_nats": {
-            folder.name: sliding_nats(held_out.model, folder, FACTORS, here) for folder in (arguments.held_out, *arguments.elsewhere)
+            folder.name: sliding_nats(held_out.model, folder, FACTORS, here)
+            for folder in (arguments.held_out, *arguments.elsewhere)
         },
         "steps": len(trained.losses),
         "tokens": trained.tokens,
@@ -81,7 +82,9 @@ def run(params: Params, changes: list[str], arguments: argparse.Namespace, here:
 
 def main() -> None:
     """One line for each variant, and the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--preset", default="sprint")
     parser.add_argument("--train", type=Path, required=True)
     parser.add_argument("--held-out", type=Path, required=True)
@@ -89,8 +92,12 @@ def main() -> None:
     parser.add_argument("--variant", action="append", required=True, metavar="CHANGES")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--turns", type=Path, help="a lock file, one for each GPU")
-    parser.add_argument("--keep", type=Path, help="where to leave the weights of the last variant (.safetensors)")
-    parser.add_argument("--results", type=Path, required=True, help="the JSON file to write; rows are added as they come")
+    parser.add_argument(
+        "--keep", type=Path, help="where to leave the weights of the last variant (.safetensors)"
+    )
+    parser.add_argument(
+        "--results", type=Path, required=True, help="the JSON file to write; rows are added as they come"
+    )
     arguments = parser.parse_args()
     rows = []
     each = [variant.split() for variant in arguments.variant]
@@ -99,7 +106,11 @@ def main() -> None:
     for params, changes in variants:
         with world(params.parallel, compiles=True) as here:
             rows.append(run(params, changes, arguments, here))
-            result = {"preset": arguments.preset, "changes": arguments.set, "variants": rows} | environment.facts(here.device)
+            result = {
+                "preset": arguments.preset,
+                "changes": arguments.set,
+                "variants": rows,
+            } | environment.facts(here.device)
             arguments.results.write_text(json.dumps(result, indent=2, sort_keys=True) + "\n")
 
 

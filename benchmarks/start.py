@@ -66,7 +66,9 @@ def decode_in_time() -> None:
             importlib.import_module("stages.pack.file.tensors")
         in_time(codec, "compile_ahead", INDENT + "compile_ahead")
         in_time(decode_process, "in_threads", INDENT + "decode, compiling awaited")
-        with event.install_timer("numba:compile", lambda seconds: print(f"{INDENT}{seconds:.2f} s of compiling", flush=True)):
+        with event.install_timer(
+            "numba:compile", lambda seconds: print(f"{INDENT}{seconds:.2f} s of compiling", flush=True)
+        ):
             serve(*arguments)
 
     setattr(decode_process, "_serve", call)  # noqa: B010  (mypy does not let a module's function be assigned to)

@@ -40,7 +40,21 @@ KINDS = (  # the first whose words are in a kernel's or operator's name
     ("heads", ("_split_forward", "_split_backward", "_exclude")),
     ("loss", ("_loss_", "log_softmax", "nll_loss")),
     ("communication", ("nccl", "c10d", "gloo")),
-    ("products", ("nvjet", "gemm", "cublas", "splitk", "_up_forward", "_down_backward", "aten::mm", "aten::bmm", "baddbmm", "addmm")),
+    (
+        "products",
+        (
+            "nvjet",
+            "gemm",
+            "cublas",
+            "splitk",
+            "_up_forward",
+            "_down_backward",
+            "aten::mm",
+            "aten::bmm",
+            "baddbmm",
+            "addmm",
+        ),
+    ),
     ("copies", ("memcpy", "memset")),
     ("elementwise", ("",)),
 )
@@ -70,11 +84,16 @@ def ceilings(here: World) -> dict[str, float]:
     target = torch.empty_like(source)
     return {
         "product_rate": 2 * size**3 / min(seconds_of(lambda: a @ b, here, 10)),
-        "copy_rate": 2 * source.numel() * source.element_size() / min(seconds_of(lambda: target.copy_(source), here, 10)),
+        "copy_rate": 2
+        * source.numel()
+        * source.element_size()
+        / min(seconds_of(lambda: target.copy_(source), here, 10)),
     }
 
 
-def floors(params: Params, ranks: int, passes: int, looped: bool, dtype: torch.dtype, rates: dict[str, float]) -> dict[str, float]:
+def floors(
+    params: Params, ranks: int, passes: int, looped: bool, dtype: torch.dtype, rates: dict[str, float]
+) -> dict[str, float]:
     """Seconds of a step on each of `ranks` that no implementation with these products goes below, by part.
 
     Forward and backward are three products for each weight; causal attention over a whole window has two products forward and five
@@ -95,7 +114,9 @@ def floors(params: Params, ranks: int, passes: int, looped: bool, dtype: torch.d
     operations_of = {
         "products": 6 * tokens * (visits * in_matrices / model.layers + model.vocab_size * model.width),
         "attention": visits * 7 * 2 * pairs * model.heads * model.head_dim,
-        "newton_schulz": params.train.newton_schulz_steps / ranks * sum(newton_schulz_operations(*shape) for shape in matrices),
+        "newton_schulz": params.train.newton_schulz_steps
+        / ranks
+        * sum(newton_schulz_operations(*shape) for shape in matrices),
     }
     bytes_of = {
         "loss": tokens * model.vocab_size * size * 3,
@@ -130,7 +151,10 @@ def reading_seconds(params: Params, here: World) -> float:
     local = params.train.batch_tokens // here.size // params.model.context
     generator = np.random.Generator(np.random.PCG64(0))
     with tempfile.TemporaryDirectory() as folder:
-        shards.write(Path(folder) / "train_000000.bin", generator.integers(0, params.model.vocab_size, 2**23, dtype=np.uint16))
+        shards.write(
+            Path(folder) / "train_000000.bin",
+            generator.integers(0, params.model.vocab_size, 2**23, dtype=np.uint16),
+        )
         windows = Windows(Path(folder), params.model.context, params.model.vocab_size, seed=0)
         return statistics.median(seconds_of(lambda: windows.batch(0, local), here, 5))
 
@@ -210,7 +234,8 @@ class Steps:
             "seconds_least_and_most": [min(seconds) / repetitions, max(seconds) / repetitions],
             "tokens_per_second": tokens / median,
             "floor_seconds": sum(bounds.values()),
-            "products_floor_share": (bounds["products"] + bounds["attention"] + bounds["newton_schulz"]) / median,
+            "products_floor_share": (bounds["products"] + bounds["attention"] + bounds["newton_schulz"])
+            / median,
             "parts_seconds": by_kind,
             "optimizer_seconds": optimizing,  # its kernels are among the parts
             "floors_seconds": bounds,
@@ -246,13 +271,17 @@ def _milliseconds(group: str, kind: str, row: dict[str, Any]) -> str:
 
 def main() -> None:
     """Measure every case, print the table, write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--preset", default="smoke")
     parser.add_argument("--batch", type=int, nargs="+", help="tokens of a step; the preset's if absent")
     parser.add_argument("--attention", nargs="+", help="windows, documents or both; the preset's if absent")
     parser.add_argument("--phases", nargs="+", choices=("unlooped", "looped"), default=("unlooped", "looped"))
     parser.add_argument("--repetitions", type=int, default=5, help="steps of each of three series")
-    parser.add_argument("--show", type=int, default=0, help="print that many of each case's costliest kernels")
+    parser.add_argument(
+        "--show", type=int, default=0, help="print that many of each case's costliest kernels"
+    )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--results", type=Path, required=True, help="the JSON file to write")
     arguments = parser.parse_args()
@@ -263,16 +292,24 @@ def main() -> None:
         for tokens in arguments.batch or [params.train.batch_tokens]:
             for attention in arguments.attention or [params.model.attention]:
                 train = replace(params.train, batch_tokens=tokens)
-                steps = Steps(replace(params, train=train, model=replace(params.model, attention=attention)), here)
+                steps = Steps(
+                    replace(params, train=train, model=replace(params.model, attention=attention)), here
+                )
                 show = arguments.show if here.is_main else 0
                 for phase in arguments.phases:
                     rows.append(steps.measure(phase == "looped", rates, arguments.repetitions, show))
-                    print(f"{tokens:,} {attention} {phase}: {rows[-1]['tokens_per_second']:,.0f} tokens/s", flush=True)
+                    print(
+                        f"{tokens:,} {attention} {phase}: {rows[-1]['tokens_per_second']:,.0f} tokens/s",
+                        flush=True,
+                    )
                 del steps
         if here.is_main:
-            result = {"preset": arguments.preset, "changes": arguments.set, "ceilings": rates, "cases": rows} | environment.facts(
-                here.device
-            )
+            result = {
+                "preset": arguments.preset,
+                "changes": arguments.set,
+                "ceilings": rates,
+                "cases": rows,
+            } | environment.facts(here.device)
             arguments.results.write_text(json.dumps(result, indent=2, sort_keys=True) + "\n")
             print(
                 f"large product {rates['product_rate'] / 1e12:.3f} TFLOP/s, large copy {rates['copy_rate'] / 1e9:.1f} GB/s; milliseconds:"

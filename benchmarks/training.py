@@ -28,7 +28,9 @@ def main() -> None:
     params = replace(config.load(Path("params.yaml"), Params, []).model, context=256)
     model = Model(params)
     initialise_(model, 0)
-    tokens = torch.randint(0, params.vocab_size, (SEQUENCES, params.context + 1), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(
+        0, params.vocab_size, (SEQUENCES, params.context + 1), generator=torch.Generator().manual_seed(0)
+    )
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     size = sum(weight.numel() for weight in model.parameters())
     for looped in (False, True):

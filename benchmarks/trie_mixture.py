@@ -43,7 +43,12 @@ from stages.ttt_eval.params import Params
 
 TILT_RATES = (0.02, 0.05, 0.1, 0.2)
 MIXER_RATES = (0.0005, 0.001, 0.002, 0.005)
-PAIRS = (("network", "tilt"), ("network", "mixture"), ("tilt", "tilt and mixture"), ("network", "tilt and mixture"))
+PAIRS = (
+    ("network", "tilt"),
+    ("network", "mixture"),
+    ("tilt", "tilt and mixture"),
+    ("network", "tilt and mixture"),
+)
 
 
 class Case(NamedTuple):
@@ -65,7 +70,13 @@ def case_of(stream: Stream) -> Case:
     """Both trees, and the hints of a causal pass."""
     hints, states = Hints(stream.table.codes, stream.targets).observe(stream.tokens)
     trees = numbers_behind(stream.table.boundary, stream.tokens[:-1])
-    return Case(stream, hints[1:].astype(np.int64), states[1:], trees, Forest(of_table(stream.table), torch.device("cpu")))
+    return Case(
+        stream,
+        hints[1:].astype(np.int64),
+        states[1:],
+        trees,
+        Forest(of_table(stream.table), torch.device("cpu")),
+    )
 
 
 class Replay:
@@ -81,7 +92,14 @@ class Replay:
         assert asked is not None
         answers, case = self.answers.copy(), self.case
         if asked.forest is not None and (asked.about_2N[0] == NO_HINT).all():
-            tilt.bend(case.forest.trees, case.trees, case.targets, case.hints, answers[2].astype(np.float64), answers[3:])
+            tilt.bend(
+                case.forest.trees,
+                case.trees,
+                case.targets,
+                case.hints,
+                answers[2].astype(np.float64),
+                answers[3:],
+            )
         return answers
 
     def _never(self, *_: Any) -> Any:
@@ -108,7 +126,9 @@ def _scorer(of: str, file: Path, params: Params, case: Case, here: World) -> Ask
     model, report = load_model(file, here), Report(is_main=here.is_main)
     if of == "sliding":
         return SlidingScorer(model, params.sliding_eval, here, report)
-    return scorer_for(model, params.sliding_eval, params.ttt_eval, here, case.stream.table, case.stream.targets, report)
+    return scorer_for(
+        model, params.sliding_eval, params.ttt_eval, here, case.stream.table, case.stream.targets, report
+    )
 
 
 def cost_of_learning(answers: np.ndarray, case: Case, rate: float) -> float:
@@ -119,11 +139,15 @@ def cost_of_learning(answers: np.ndarray, case: Case, rate: float) -> float:
     weights, updates = np.zeros((len(LENGTHS) * tilt.KNOTS, tilt.INPUTS)), np.zeros(len(LENGTHS) * tilt.KNOTS)
     shares, counts = np.full((len(LENGTHS), STATES), 0.5), np.zeros((len(LENGTHS), STATES), np.int64)
     targets = np.where(came, case.hints, case.hints + 1)
-    tilted, _ = tilt.follow(case.hints, case.states, targets, nll, answers[1], weights, shares, counts, updates, rate)
+    tilted, _ = tilt.follow(
+        case.hints, case.states, targets, nll, answers[1], weights, shares, counts, updates, rate
+    )
     return bits_per_byte(tilted, case.stream.counted_bytes) - bits_per_byte(nll, case.stream.counted_bytes)
 
 
-def best(name: str, rates: tuple[float, ...], run: Callable[[float], AskedScorer], case: Case) -> tuple[np.ndarray, dict[str, Any]]:
+def best(
+    name: str, rates: tuple[float, ...], run: Callable[[float], AskedScorer], case: Case
+) -> tuple[np.ndarray, dict[str, Any]]:
     """The losses at the rate that is best on the first quarter, and what was seen."""
     quarter, seconds, counted = case.stream.targets // 4, 0.0, case.stream.counted_bytes
     tried: dict[float, np.ndarray] = {}
@@ -138,7 +162,9 @@ def best(name: str, rates: tuple[float, ...], run: Callable[[float], AskedScorer
     return tried[rate], {
         "rate": rate,
         "bpb_by_rate": {str(r): bits_per_byte(nats, counted) for r, nats in tried.items()},
-        "first_quarter_bpb_by_rate": {str(r): bits_per_byte(nats[:quarter], counted[:quarter]) for r, nats in tried.items()},
+        "first_quarter_bpb_by_rate": {
+            str(r): bits_per_byte(nats[:quarter], counted[:quarter]) for r, nats in tried.items()
+        },
         "megabytes_per_second_of_one_core": int(counted.sum()) / 1e6 / seconds,
     }
 
@@ -157,10 +183,15 @@ def mixing_alone(answers: np.ndarray, case: Case) -> float:
 def differences(losses: dict[str, np.ndarray], of: np.ndarray, case: Case) -> dict[str, Any]:
     """bpb of each and their paired differences, over the targets `of`."""
     counted = case.stream.counted_bytes[of]
-    numbers = np.unique(paired_bootstrap.document_of_target(case.stream.tokens, case.stream.table.bos)[of], return_inverse=True)[1]
+    numbers = np.unique(
+        paired_bootstrap.document_of_target(case.stream.tokens, case.stream.table.bos)[of],
+        return_inverse=True,
+    )[1]
     found: dict[str, Any] = {name: bits_per_byte(nats[of], counted) for name, nats in losses.items()}
     for a, b in PAIRS:
-        found[f"{b} minus {a}"] = paired_bootstrap.paired_difference(losses[a][of], losses[b][of], counted, numbers)._asdict()
+        found[f"{b} minus {a}"] = paired_bootstrap.paired_difference(
+            losses[a][of], losses[b][of], counted, numbers
+        )._asdict()
     return found
 
 
@@ -177,19 +208,29 @@ def figures(losses: dict[str, np.ndarray], case: Case) -> dict[str, Any]:
     quarter = np.empty(len(size), np.int64)
     quarter[by_loss] = np.minimum(3, 4 * np.cumsum(size[by_loss]) / size.sum())
     found["documents by the network's bpb, best quarter first"] = [  # of few documents, fewer than four
-        differences(losses, targets[quarter[documents] == number], case) for number in np.unique(quarter[size > 0])
+        differences(losses, targets[quarter[documents] == number], case)
+        for number in np.unique(quarter[size > 0])
     ]
     return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for option in ("params", "model", "held-out", "tokenizer", "results"):
         parser.add_argument(f"--{option}", type=Path, required=True)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--of", choices=("sliding", "ttt_eval"), default="sliding", help="what the tilt and the mixture lie on")
+    parser.add_argument(
+        "--of",
+        choices=("sliding", "ttt_eval"),
+        default="sliding",
+        help="what the tilt and the mixture lie on",
+    )
     parser.add_argument("--targets", type=int, default=1_000_000)
-    parser.add_argument("--answers", type=Path, metavar="FILE.npy", help="read when it is there, else written")
+    parser.add_argument(
+        "--answers", type=Path, metavar="FILE.npy", help="read when it is there, else written"
+    )
     arguments = parser.parse_args()
     params = config.load(arguments.params, Params, arguments.set)
     case = case_of(beginning(arguments.held_out, arguments.tokenizer, arguments.targets))
@@ -200,19 +241,34 @@ def main() -> None:
         return MixerScorer(scorer, rate, case.stream.table, targets, torch.device("cpu"))
 
     losses, seen = {"network": answers[0]}, {}
-    losses["tilt"], seen["tilt"] = best("tilt", TILT_RATES, lambda rate: TiltScorer(Replay(case, answers), rate, codes, targets), case)
-    seen["tilt"]["cost_of_learning_bpb_by_rate"] = {str(rate): cost_of_learning(answers, case, rate) for rate in TILT_RATES}
-    losses["mixture"], seen["mixture"] = best("mixture", MIXER_RATES, lambda rate: mixed(Replay(case, answers), rate), case)
+    losses["tilt"], seen["tilt"] = best(
+        "tilt", TILT_RATES, lambda rate: TiltScorer(Replay(case, answers), rate, codes, targets), case
+    )
+    seen["tilt"]["cost_of_learning_bpb_by_rate"] = {
+        str(rate): cost_of_learning(answers, case, rate) for rate in TILT_RATES
+    }
+    losses["mixture"], seen["mixture"] = best(
+        "mixture", MIXER_RATES, lambda rate: mixed(Replay(case, answers), rate), case
+    )
     losses["tilt and mixture"], seen["tilt and mixture"] = best(
         "tilt and mixture",
         MIXER_RATES,
-        lambda rate: mixed(TiltScorer(Replay(case, answers), params.ttt_eval.tilt_rate, codes, targets), rate),
+        lambda rate: mixed(
+            TiltScorer(Replay(case, answers), params.ttt_eval.tilt_rate, codes, targets), rate
+        ),
         case,
     )
     seen["mixture"]["megabytes_per_second_mixing_alone"] = mixing_alone(answers, case)
-    about = {"targets": targets, "bytes": int(case.stream.counted_bytes.sum()), "of": arguments.of, "changes": arguments.set}
+    about = {
+        "targets": targets,
+        "bytes": int(case.stream.counted_bytes.sum()),
+        "of": arguments.of,
+        "changes": arguments.set,
+    }
     found = figures(losses, case)
-    arguments.results.write_text(json.dumps(about | seen | found | environment.facts(), indent=2, sort_keys=True) + "\n")
+    arguments.results.write_text(
+        json.dumps(about | seen | found | environment.facts(), indent=2, sort_keys=True) + "\n"
+    )
     print(json.dumps(found, indent=1))
 
 

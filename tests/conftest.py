@@ -16,7 +16,10 @@ import torch.distributed as dist
 from stages.common import cpu_math
 
 ROOT = Path(__file__).resolve().parent.parent
-OPTIONS = {"slow": "run it with `make test ARGS=--slow`", "gpu": "run it on a machine with a CUDA device, with `make test ARGS=--gpu`"}
+OPTIONS = {
+    "slow": "run it with `make test ARGS=--slow`",
+    "gpu": "run it on a machine with a CUDA device, with `make test ARGS=--gpu`",
+}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -20,7 +20,9 @@ from stages.train.model import Model, initialise_
 from stages.train.params import ModelParams, Params, TrainParams
 from stages.ttt_eval.params import LoraParams, TttEvalParams
 
-PARALLEL = ParallelParams(nproc=1, threads=1, device="cpu", dtype="auto", deterministic=True, compile=False, kernels=False)
+PARALLEL = ParallelParams(
+    nproc=1, threads=1, device="cpu", dtype="auto", deterministic=True, compile=False, kernels=False
+)
 TINY = ModelParams(
     vocab_size=37,
     context=16,
@@ -129,7 +131,9 @@ def random_model(seed: int = 0, model_params: ModelParams = TINY) -> Model:
     return model
 
 
-def write_shards(folder: Path, lengths: tuple[int, ...] = (700, 900), vocab: int = TINY.vocab_size, seed: int = 0) -> Path:
+def write_shards(
+    folder: Path, lengths: tuple[int, ...] = (700, 900), vocab: int = TINY.vocab_size, seed: int = 0
+) -> Path:
     """Shards of a learnable stream: a noisy cycle over the vocabulary, BOS (1) now and then."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = np.random.Generator(np.random.PCG64(seed))
@@ -150,7 +154,9 @@ def assert_trained_alike(folder: Path, alone: Trained, ranks: int) -> None:
     assert json.loads((folder / "timing.json").read_text())["ranks"] == ranks
 
 
-def assert_forks_are_independent(make: Callable[[Model], Scorer], tokens: np.ndarray, observed: Sequence[int] = ()) -> None:
+def assert_forks_are_independent(
+    make: Callable[[Model], Scorer], tokens: np.ndarray, observed: Sequence[int] = ()
+) -> None:
     """What a fork observes and scores moves neither the scorer that it comes from nor the model that this was given."""
     model, cut = random_model(6), 40
     before = copy.deepcopy(model.state_dict())
@@ -166,7 +172,9 @@ def assert_forks_are_independent(make: Callable[[Model], Scorer], tokens: np.nda
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def assert_pieces_and_predictions_agree(make: Callable[[], Scorer], tokens: np.ndarray, cuts: Sequence[int]) -> None:
+def assert_pieces_and_predictions_agree(
+    make: Callable[[], Scorer], tokens: np.ndarray, cuts: Sequence[int]
+) -> None:
     """The stream in pieces, and token by token through predict() for 80 targets, score as the whole."""
     whole, in_pieces, one_by_one = make().score_stream(tokens), make(), make()
     pieces = np.concatenate([in_pieces.score_stream(part) for part in np.split(tokens, cuts)])

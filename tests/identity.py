@@ -79,12 +79,17 @@ def operations() -> Iterator[tuple[str, str]]:
 
     for dtype in (torch.float32, torch.float64):
         kind = str(dtype).removeprefix("torch.")
-        x = normal(4000, dtype=dtype) * torch.exp2(torch.randint(-20, 7, (4000,), generator=generator).to(dtype))
+        x = normal(4000, dtype=dtype) * torch.exp2(
+            torch.randint(-20, 7, (4000,), generator=generator).to(dtype)
+        )
         positive = torch.exp2(normal(4000, dtype=dtype) * 20)
         rows = normal(40, 99, dtype=dtype)
         yield f"normal {kind}", digest(x)
         for name, function in _functions().items():
-            yield f"{name} {kind}", digest(function(positive if name in ("sqrt", "log", "rsqrt", "log2") else x.clamp(-80, 80)))
+            yield (
+                f"{name} {kind}",
+                digest(function(positive if name in ("sqrt", "log", "rsqrt", "log2") else x.clamp(-80, 80))),
+            )
         for name, reduction in _reductions().items():
             yield f"{name} {kind}", digest(reduction(rows))
         for name, product in _products(lambda *shape, dtype=dtype: normal(*shape, dtype=dtype)).items():
@@ -96,7 +101,21 @@ def operations() -> Iterator[tuple[str, str]]:
 
 
 def _functions() -> dict[str, Callable[[Tensor], Tensor]]:
-    names = ("sqrt", "log", "tanh", "sigmoid", "sin", "cos", "exp", "exp2", "log2", "rsqrt", "reciprocal", "square", "expm1")
+    names = (
+        "sqrt",
+        "log",
+        "tanh",
+        "sigmoid",
+        "sin",
+        "cos",
+        "exp",
+        "exp2",
+        "log2",
+        "rsqrt",
+        "reciprocal",
+        "square",
+        "expm1",
+    )
     functions: dict[str, Callable[[Tensor], Tensor]] = {name: getattr(torch, name) for name in names}
     return functions | {"leaky_relu": lambda x: F.leaky_relu(x, 0.5), "pow": lambda x: x.abs() ** 1.7}
 
@@ -122,7 +141,15 @@ def _reductions() -> dict[str, Callable[[Tensor], Tensor]]:
 
 def _products(normal: Callable[..., Tensor]) -> dict[str, Tensor]:
     found = {}
-    for rows, depth, columns in ((256, 128, 96), (100, 257, 77), (48, 523, 64), (7, 5, 3), (1, 128, 64), (64, 128, 1), (64, 1100, 33)):
+    for rows, depth, columns in (
+        (256, 128, 96),
+        (100, 257, 77),
+        (48, 523, 64),
+        (7, 5, 3),
+        (1, 128, 64),
+        (64, 128, 1),
+        (64, 1100, 33),
+    ):
         a, b = normal(rows, depth), normal(columns, depth)
         found[f"mm {rows} {depth} {columns}"] = a @ b.T
         found[f"mm, both transposed, {rows} {depth} {columns}"] = a.T.contiguous().T @ b.T.contiguous()
@@ -150,7 +177,9 @@ def _attention(normal: Callable[..., Tensor]) -> dict[str, Tensor]:
     q, k, v = (normal(2, heads, 150, 16).requires_grad_() for heads in (4, 2, 2))
     out = attention(q, k, v, None)
     gradients = torch.autograd.grad(out.square().sum(), (q, k, v))
-    return {"attention": out} | {f"attention, gradient of {name}": g for name, g in zip("qkv", gradients, strict=True)}
+    return {"attention": out} | {
+        f"attention, gradient of {name}": g for name, g in zip("qkv", gradients, strict=True)
+    }
 
 
 def _numpy() -> dict[str, Any]:
@@ -161,9 +190,15 @@ def _numpy() -> dict[str, Any]:
     for dtype in (np.float32, np.float64):
         kind, values, above = np.dtype(dtype).name, np.clip(x, -80, 80).astype(dtype), positive.astype(dtype)
         found |= {f"numpy {name} {kind}": getattr(np, name)(values) for name in ("exp", "exp2", "expm1")}
-        found |= {f"numpy {name} {kind}": getattr(np, name)(above) for name in ("log", "log2", "log1p", "sqrt")}
+        found |= {
+            f"numpy {name} {kind}": getattr(np, name)(above) for name in ("log", "log2", "log1p", "sqrt")
+        }
         grid: Any = values[:3960].reshape(40, 99)
-        found |= {f"numpy sum {kind}": grid.sum(), f"numpy mean {kind}": grid.mean(0), f"numpy std {kind}": grid.std(1)}
+        found |= {
+            f"numpy sum {kind}": grid.sum(),
+            f"numpy mean {kind}": grid.mean(0),
+            f"numpy std {kind}": grid.std(1),
+        }
         found |= {f"numpy cumsum {kind}": grid.cumsum(1), f"numpy product {kind}": grid @ grid.T}
     return found
 
@@ -178,8 +213,12 @@ def pipeline(everything: bool, threads: int) -> Iterator[tuple[str, str]]:
         yield "losses of training", digest(np.array(trained.losses))
         yield "trained weights", digest_of_state(trained.state)
 
-        counted = CalibrateParams(tokens=256, importance_tokens=128, micro_batch_tokens=128, revisit_weight=1.0)
-        hessians = collect(trained.state, CalibrateInput(42, parallel, MODEL, counted), folder, here, SILENT, Interval())
+        counted = CalibrateParams(
+            tokens=256, importance_tokens=128, micro_batch_tokens=128, revisit_weight=1.0
+        )
+        hessians = collect(
+            trained.state, CalibrateInput(42, parallel, MODEL, counted), folder, here, SILENT, Interval()
+        )
         yield "Hessians", digest_of_state(hessians)
 
     packed = pack(trained.state, hessians, MODEL, PACK, SILENT)

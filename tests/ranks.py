@@ -21,9 +21,13 @@ def agree(function: str, sizes: Sequence[int]) -> None:
     """Run `module:function` on so many ranks, one size after the other; every rank must return."""
     command = [sys.executable, "-m", "tests.ranks", function, *map(str, sizes)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=120
+    )
     assert result.returncode == 0, result.stderr
-    assert sorted(result.stdout.splitlines()) == sorted(f"rank {rank} of {size} agrees" for size in sizes for rank in range(size))
+    assert sorted(result.stdout.splitlines()) == sorted(
+        f"rank {rank} of {size} agrees" for size in sizes for rank in range(size)
+    )
     assert "deprecated" not in result.stderr
 
 

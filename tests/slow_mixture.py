@@ -100,11 +100,22 @@ class SlowMixture:
             opinions = [self._chance(key, start) for key, start in zip(keys, starts, strict=True)]
             match = self._opinion(prefix, inside)
             matched = self._chance(("match", match[0]), match[1]) if match else None
-            x = np.array([*(logit(p if state else NOTHING) for (p, _), state in zip(opinions, states, strict=True)), 0, z, 0.25])
+            x = np.array(
+                [
+                    *(logit(p if state else NOTHING) for (p, _), state in zip(opinions, states, strict=True)),
+                    0,
+                    z,
+                    0.25,
+                ]
+            )
             x[MATCH] = logit(matched[0] if matched else NOTHING)
             known = sum(line in self.lines for line in lines)
             length = int((self.length + len(inside) >= LENGTHS).sum()) if match else 0
-            chosen = (prefix == END, int((abs(z) >= EDGES).sum()), (known * (KNOWN - 1) + CONTEXTS - 1) // CONTEXTS)
+            chosen = (
+                prefix == END,
+                int((abs(z) >= EDGES).sum()),
+                (known * (KNOWN - 1) + CONTEXTS - 1) // CONTEXTS,
+            )
             by_match = (prefix == END, length, known_bits, z > 0)
             assert length < CLASSES
             share = min(1.0, float(SURE) - abs(z))
@@ -116,7 +127,9 @@ class SlowMixture:
             learnt.append((bit, error, x, chosen, by_match, lines, place, states, opinions, matched))
         for bit, error, x, chosen, by_match, lines, place, states, opinions, matched in learnt:
             for weights, name in ((self.by_context, chosen), (self.by_match, by_match)):
-                weights[name] = weights[name] + self.rate * error / math.sqrt(1 + self.steps[name] / STEADY) * x
+                weights[name] = (
+                    weights[name] + self.rate * error / math.sqrt(1 + self.steps[name] / STEADY) * x
+                )
                 self.steps[name] += 1
             for line, state, opinion in zip(lines, states, opinions, strict=True):
                 if state:
@@ -147,7 +160,10 @@ class SlowMixture:
             self.text.append(byte)
         last, candidate = self.read[-SHORTEST:], self.where.get(self.read[-SHORTEST:], 0)
         if self.length == 0 and candidate:
-            while self.length < min(LONGEST, candidate) and self.text[candidate - 1 - self.length] == self.text[-1 - self.length]:
+            while (
+                self.length < min(LONGEST, candidate)
+                and self.text[candidate - 1 - self.length] == self.text[-1 - self.length]
+            ):
                 self.length += 1
             self.matched, self.length = candidate, self.length if self.length >= SHORTEST else 0
         self.where[last] = len(self.text)

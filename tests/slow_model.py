@@ -33,19 +33,29 @@ def attention(w, block, h, tokens, starts, p):
     """h: list of T vectors; returns the list of T outputs."""
     dim = p.width // p.heads
     name = f"blocks.{block}.attention."
-    queries, keys, values = ([w[name + kind + ".weight"] @ x for x in h] for kind in ("query", "key", "value"))
+    queries, keys, values = (
+        [w[name + kind + ".weight"] @ x for x in h] for kind in ("query", "key", "value")
+    )
     for table in range(p.value_tables):
         if block in (table, p.layers - p.value_tables + table):
             share = np.repeat(w[name + "table_share"], dim)
-            values = [v + share * w[f"value_tables.{table}.weight"][token] for v, token in zip(values, tokens, strict=True)]
+            values = [
+                v + share * w[f"value_tables.{table}.weight"][token]
+                for v, token in zip(values, tokens, strict=True)
+            ]
     out = []
     for t, start in enumerate(starts):
         parts = []
         for head in range(p.heads):
             group = head // (p.heads // p.kv_heads)
             own = slice(group * dim, (group + 1) * dim)
-            q = rotated(rms(queries[t][head * dim : (head + 1) * dim]), t - start, p.rope_dims, p.rope_base) * w[name + "gain"][head]
-            seen = [rotated(rms(keys[u][own]), u - start, p.rope_dims, p.rope_base) for u in range(start, t + 1)]
+            q = (
+                rotated(rms(queries[t][head * dim : (head + 1) * dim]), t - start, p.rope_dims, p.rope_base)
+                * w[name + "gain"][head]
+            )
+            seen = [
+                rotated(rms(keys[u][own]), u - start, p.rope_dims, p.rope_base) for u in range(start, t + 1)
+            ]
             scores = np.array([q @ k / math.sqrt(dim) for k in seen])
             weights = np.exp(scores - scores.max())
             weights /= weights.sum()
@@ -82,14 +92,21 @@ def embeddings(w, tokens, p):
     smeared = list(rows)
     for t, token in enumerate(tokens):
         if p.smear_width and t > 0 and token != p.bos_id:
-            smeared[t] = rows[t] + w["smear.share"] / (1 + np.exp(-w["smear.gate"] @ rows[t][: p.smear_width])) * rows[t - 1]
+            smeared[t] = (
+                rows[t]
+                + w["smear.share"] / (1 + np.exp(-w["smear.gate"] @ rows[t][: p.smear_width])) * rows[t - 1]
+            )
     return [rms(row) for row in smeared]
 
 
 def logits(w, tokens, p, looped):
     """w: name -> float64 array; tokens: list of ids; returns (T, V) float64."""
     segment = list(range(p.loop_first, p.loop_last + 1))
-    order = list(range(p.loop_first)) + segment * (1 + p.loops if looped else 1) + list(range(p.loop_last + 1, p.layers))
+    order = (
+        list(range(p.loop_first))
+        + segment * (1 + p.loops if looped else 1)
+        + list(range(p.loop_last + 1, p.layers))
+    )
     encoder, decoder = order[: len(order) // 2], order[len(order) // 2 :]
     x = embeddings(w, tokens, p)
     x0, stack, starts = list(x), [], document_starts(tokens, p)
@@ -100,7 +117,9 @@ def logits(w, tokens, p, looped):
         if stack:
             skipped = stack.pop()
             gate = 1 / (1 + np.exp(-w["skip_gate"][step]))
-            x = [(1 - gate) * (w["skip_weight"][step] * s) + gate * v for s, v in zip(skipped, x, strict=True)]
+            x = [
+                (1 - gate) * (w["skip_weight"][step] * s) + gate * v for s, v in zip(skipped, x, strict=True)
+            ]
         x = block_forward(w, block, x, x0, tokens, starts, p)
     z = np.stack([w["embedding.weight"] @ rms(v) for v in x])
     return p.logit_softcap * np.tanh(z / p.logit_softcap)

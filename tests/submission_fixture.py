@@ -67,7 +67,9 @@ PARAMS = Params(
     tokenize=TokenizeParams("pydocs", "", "", "text", 0.1, 1000, "train", 300, 1000, 1, 1000),
     train=factories.TRAIN,
     calibrate=CalibrateParams(64, 32, 32, 1.0),
-    pack=PackParams("sdclip", "brotli", 8, 0.1, 0.5, 6, 8, 12.85, 12.85, 20.0, 0, 3, 0, 0.01, 128, 11, 16_000_000, 50_000),
+    pack=PackParams(
+        "sdclip", "brotli", 8, 0.1, 0.5, 6, 8, 12.85, 12.85, 20.0, 0, 3, 0, 0.01, 128, 11, 16_000_000, 50_000
+    ),
     sliding_eval=SlidingEvalParams(16, 4, 4, 32),
     ttt_eval=replace(factories.TTT, epochs=1, lr=0.01),
     bundle=BundleParams(11),
@@ -105,7 +107,9 @@ def make(root: Path, seed: int = 42) -> None:
         (folder / stage / "log.txt").write_text(f"what {stage} said\n")
     (folder / "tokenize/tokenizer.model").write_bytes(tokenizer_bytes())
     processor = load_tokenizer(folder / "tokenize/tokenizer.model")
-    tokens = np.concatenate([[processor.bos_id(), *processor.encode(text)] for text in TEXT]).astype(np.uint16)
+    tokens = np.concatenate([[processor.bos_id(), *processor.encode(text)] for text in TEXT]).astype(
+        np.uint16
+    )
     shards.write(folder / "tokenize/val/val_000000.bin", tokens)
     counted = target_bytes(tokens, byte_table(processor))
     generator = np.random.Generator(np.random.PCG64(seed))
@@ -115,7 +119,9 @@ def make(root: Path, seed: int = 42) -> None:
         ledger.write_chunks(folder / stage / "chunks.tsv", nll, counted, 32)
         bpb = bits_per_byte(nll, counted)
         write_json(folder / stage / "metrics.json", {f"{prefix}_bpb": bpb})
-        (folder / stage / "log.txt").write_text(f"    1.0s {stage}: {bpb:.6f} bpb over {len(nll):,} targets, {counted.sum():,} bytes\n")
+        (folder / stage / "log.txt").write_text(
+            f"    1.0s {stage}: {bpb:.6f} bpb over {len(nll):,} targets, {counted.sum():,} bytes\n"
+        )
     rows = [
         tensor_stats.Row("embedding.weight", "embedding", (4, 4), "rows:8", 200, 16),
         tensor_stats.Row("container", "container", (), "", 150, 0),
@@ -147,7 +153,9 @@ def write_report(folder: Path, verdicts: list[Verdict]) -> None:
 
 
 def run(tree: Path, params: Params = PARAMS, output: str = "out") -> Path:
-    (tree / "params.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(asdict(params)))), encoding="utf-8")
+    (tree / "params.yaml").write_text(
+        yaml.safe_dump(json.loads(json.dumps(asdict(params)))), encoding="utf-8"
+    )
     command.launch(STAGE, main, ["--output", output])
     return tree / output
 
@@ -172,9 +180,15 @@ def pipeline() -> dict[str, Any]:
         deps = ["requirements.lock"] if stage in ("tokenize", "bundle") else ["source.py", *revisions.STREAM]
         stages[stage] = {"cmd": "true", "deps": deps, "outs": [f"artifacts/{stage}/{name}" for name in outs]}
     stages["train"]["params"] = ["seed"]
-    cached = [f"artifacts/submission/{name}" for name in ("train_gpt.py", "README.md", "train.log", "requirements.txt")]
+    cached = [
+        f"artifacts/submission/{name}"
+        for name in ("train_gpt.py", "README.md", "train.log", "requirements.txt")
+    ]
     handed: list[Any] = [*cached, {"artifacts/submission/submission.json": {"cache": False}}]
-    return {"stages": stages | {"submission": {"cmd": "true", "deps": ["artifacts/audit/report.json"], "outs": handed}}}
+    return {
+        "stages": stages
+        | {"submission": {"cmd": "true", "deps": ["artifacts/audit/report.json"], "outs": handed}}
+    }
 
 
 def call(folder: Path, *words: str) -> str:

@@ -39,12 +39,16 @@ def by_name(verdicts: list[Verdict], name: str) -> Verdict:
 @pytest.mark.parametrize("run", range(10))
 def test_the_lawful_scorer_passes_everything(run: int, tmp_path: Path) -> None:
     verdicts = audit(lawful.Bigram, tmp_path, key=bytes([run]))
-    assert {verdict.outcome for verdict in verdicts} == {"pass"}, [reason(verdict) for verdict in convicted(verdicts)]
+    assert {verdict.outcome for verdict in verdicts} == {"pass"}, [
+        reason(verdict) for verdict in convicted(verdicts)
+    ]
 
 
 def test_looking_one_token_ahead_is_convicted_by_perturbation(tmp_path: Path) -> None:
     verdicts = audit(causal.LookAhead, tmp_path)
-    assert {"B1 future perturbation", "B3 counterfactual sum", "B4 ledger equals commitment"} <= failed(verdicts)
+    assert {"B1 future perturbation", "B3 counterfactual sum", "B4 ledger equals commitment"} <= failed(
+        verdicts
+    )
     moved = by_name(verdicts, "future perturbation")
     assert moved.positions
     assert moved.saw != moved.expected
@@ -52,7 +56,9 @@ def test_looking_one_token_ahead_is_convicted_by_perturbation(tmp_path: Path) ->
 
 
 def test_a_second_pass_is_convicted_by_perturbation_and_by_the_ledger(tmp_path: Path) -> None:
-    assert {"B1 future perturbation", "B1 ledger without the future"} <= failed(audit(causal.SecondPass, tmp_path))
+    assert {"B1 future perturbation", "B1 ledger without the future"} <= failed(
+        audit(causal.SecondPass, tmp_path)
+    )
 
 
 def test_a_gate_that_knows_the_target_is_convicted_by_the_counterfactual_sum(tmp_path: Path) -> None:
@@ -84,7 +90,9 @@ def test_a_dropped_tail_is_convicted_by_coverage(tmp_path: Path) -> None:
 def test_scoring_a_subset_is_convicted_by_the_commitment(tmp_path: Path) -> None:
     # This key happens to draw odd places only (once in 2^15 keys), where this cheat is honest and substitution sees nothing: that is why a
     # place commits to a run of targets.
-    assert {place % 2 for place in sampling.distribution_positions(KEY, len(TOKENS), PARAMS.distributions)} == {1}
+    assert {
+        place % 2 for place in sampling.distribution_positions(KEY, len(TOKENS), PARAMS.distributions)
+    } == {1}
     assert "B4 ledger equals commitment" in failed(audit(causal.Subset, tmp_path))
 
 
@@ -98,7 +106,10 @@ def test_missing_losses_are_convicted_by_coverage(tmp_path: Path) -> None:
 
 
 def test_learning_from_the_whole_stream_is_convicted_by_recomputation_alone(tmp_path: Path) -> None:
-    assert failed(audit(causal.PeekAtStream, tmp_path)) == {"B1 ledger without the future", "B4 ledger equals commitment"}
+    assert failed(audit(causal.PeekAtStream, tmp_path)) == {
+        "B1 ledger without the future",
+        "B4 ledger equals commitment",
+    }
 
 
 def test_a_fork_that_shares_state_is_convicted(tmp_path: Path) -> None:
@@ -114,7 +125,9 @@ def test_an_edited_ledger_is_convicted(tmp_path: Path) -> None:
         audit(lawful.Bigram, tmp_path, edit=lambda nll: nll * np.float32(0.99))
     )
     # a little everywhere, below what one loss may differ by: the mean shows it
-    assert failed(audit(lawful.Bigram, tmp_path, edit=lambda nll: nll - np.float32(5e-5))) == {"B1 ledger without the future"}
+    assert failed(audit(lawful.Bigram, tmp_path, edit=lambda nll: nll - np.float32(5e-5))) == {
+        "B1 ledger without the future"
+    }
 
 
 def test_a_single_edited_loss_is_found_when_every_target_is_recomputed(tmp_path: Path) -> None:
@@ -123,7 +136,9 @@ def test_a_single_edited_loss_is_found_when_every_target_is_recomputed(tmp_path:
         edited[1717] = 0.0
         return edited
 
-    verdicts = audit(lawful.Bigram, tmp_path, edit=one, params=dataclasses.replace(PARAMS, recomputed_share=1.0))
+    verdicts = audit(
+        lawful.Bigram, tmp_path, edit=one, params=dataclasses.replace(PARAMS, recomputed_share=1.0)
+    )
     assert failed(verdicts) == {"B1 ledger without the future"}
     assert by_name(verdicts, "ledger without the future").positions == (1718,)
 
@@ -176,7 +191,9 @@ def test_sizes_and_clocks_over_budget_fail_and_passing_verdicts_hold_no_time() -
     over = budgets.check_sizes({"model.bin": 61, "train_gpt.py": 40}, 100)
     assert over.outcome == "fail"
     assert "101 bytes" in over.evidence
-    assert budgets.check_clock("training", "files", 599.9, 600.0) == budgets.check_clock("training", "files", 1.5, 600.0)
+    assert budgets.check_clock("training", "files", 599.9, 600.0) == budgets.check_clock(
+        "training", "files", 1.5, 600.0
+    )
     assert budgets.check_clock("training", "files", 600.1, 600.0).outcome == "fail"
     assert budgets.check_clock("training", "files", None, 600.0).outcome == "cannot tell"
 
@@ -239,12 +256,16 @@ def test_a_walk_recomputes_what_it_is_asked_to_and_shows_probes_no_more_than_the
             return scorer.seen, scorer.last
 
     whole = lawful.Bigram(len(BYTES)).score_stream(TOKENS)
-    losses, found = probe_runner.walk(lawful.Bigram(len(BYTES)), TOKENS, [Where(900), Where(7), Where(7)], [(5, 50), (60, 61)], segment=16)
+    losses, found = probe_runner.walk(
+        lawful.Bigram(len(BYTES)), TOKENS, [Where(900), Where(7), Where(7)], [(5, 50), (60, 61)], segment=16
+    )
     assert found == [(900, TOKENS[899]), (7, TOKENS[6]), (7, TOKENS[6])]
     held = ~np.isnan(losses)
     assert np.array_equal(np.flatnonzero(held), [*range(4, 49), 59])
     assert np.array_equal(losses[held], whole[held])
-    complete, _ = probe_runner.walk(lawful.Bigram(len(BYTES)), TOKENS, [Where(900)], [(1, len(TOKENS))], segment=64)
+    complete, _ = probe_runner.walk(
+        lawful.Bigram(len(BYTES)), TOKENS, [Where(900)], [(1, len(TOKENS))], segment=64
+    )
     assert np.array_equal(complete, whole)
 
 
@@ -287,9 +308,17 @@ SECTIONS: dict[str, Any] = {
         "code_reserve_bytes": 1_000,
     },
     "sliding_eval": {"window": 16, "stride": 4, "batch_windows": 8, "chunk": 128},
-    "ttt_eval": dataclasses.asdict(dataclasses.replace(factories.TTT, chunk=256, epochs=1, batch_tokens=64, lr=0.01)),
+    "ttt_eval": dataclasses.asdict(
+        dataclasses.replace(factories.TTT, chunk=256, epochs=1, batch_tokens=64, lr=0.01)
+    ),
     "audit": dataclasses.asdict(PARAMS)
-    | {"perturbations": 12, "segment_targets": 24, "recomputed_share": 0.05, "distributions": 4, "substitutions": 6}
+    | {
+        "perturbations": 12,
+        "segment_targets": 24,
+        "recomputed_share": 0.05,
+        "distributions": 4,
+        "substitutions": 6,
+    }
     | {"canary_targets": 24, "sampled_targets": 4, "handed_stretches": 1, "graph_documents": 3},
 }
 
@@ -298,7 +327,9 @@ def made_artifacts(folder: Path, sections: dict[str, Any]) -> list[str]:
     """What the stages before audit leave behind, small, and the arguments that point the stage at it."""
     for name in ("train", "val", "sliding", "ttt"):
         (folder / name).mkdir(parents=True)
-    texts = [f"Document {i} says that {i * i} is the square of {i}, and nothing more.\n" * 2 for i in range(40)]
+    texts = [
+        f"Document {i} says that {i * i} is the square of {i}, and nothing more.\n" * 2 for i in range(40)
+    ]
     (folder / "tokenizer.model").write_bytes(tokenizer.train(texts, 320, 1))
     processor = bpb.load_tokenizer(folder / "tokenizer.model")
     documents = [np.array([processor.bos_id(), *processor.encode(text)], dtype=np.uint16) for text in texts]
@@ -309,30 +340,57 @@ def made_artifacts(folder: Path, sections: dict[str, Any]) -> list[str]:
         digest = hashlib.sha256((folder / side / f"{side}_000000.bin").read_bytes()).hexdigest()
         listed[f"{side}/{side}_000000.bin"] = {"documents": len(held), "sha256": digest}
     (folder / "manifest.json").write_text(json.dumps({"shards": listed}))
-    hashes = [np.sort(np.array([duplicates.hash64(document) for document in sides[side]], dtype=np.uint64)) for side in ("train", "val")]
+    hashes = [
+        np.sort(np.array([duplicates.hash64(document) for document in sides[side]], dtype=np.uint64))
+        for side in ("train", "val")
+    ]
     duplicates.write(folder / "documents.u64", *hashes)
     model_params = dataclasses.replace(factories.TINY, vocab_size=320)
-    state = {name: tensor.detach() for name, tensor in factories.random_model(3, model_params).state_dict().items()}
-    hessians = {hessian_name(name): torch.eye(tensor.shape[1]) for name, tensor in state.items() if tensor_kinds.kind_of(name) != "rest"}
+    state = {
+        name: tensor.detach() for name, tensor in factories.random_model(3, model_params).state_dict().items()
+    }
+    hessians = {
+        hessian_name(name): torch.eye(tensor.shape[1])
+        for name, tensor in state.items()
+        if tensor_kinds.kind_of(name) != "rest"
+    }
     pack_params = PackParams(**SECTIONS["pack"])
-    (folder / "model.bin").write_bytes(artifact.pack(state, hessians, model_params, pack_params, Report(is_main=False)).blob)
+    (folder / "model.bin").write_bytes(
+        artifact.pack(state, hessians, model_params, pack_params, Report(is_main=False)).blob
+    )
     (folder / "train_gpt.py").write_text("# the counted code\n")
     for name in ("train_timing", "calibrate_timing"):
         (folder / f"{name}.json").write_text(json.dumps({"training_seconds": 5.0}))
     arguments = [f"--{name}={folder / name}" for name in ("val", "sliding", "ttt")]
     arguments.append(f"--train={folder / 'train'}")
-    files_ = ("model.bin", "tokenizer.model", "documents.u64", "manifest.json", "train_timing.json", "calibrate_timing.json")
+    files_ = (
+        "model.bin",
+        "tokenizer.model",
+        "documents.u64",
+        "manifest.json",
+        "train_timing.json",
+        "calibrate_timing.json",
+    )
     arguments += [f"--{name.partition('.')[0].replace('_', '-')}={folder / name}" for name in files_]
-    common = [f"--{name.partition('.')[0]}={folder / name}" for name in ("model.bin", "tokenizer.model")] + [f"--val={folder / 'val'}"]
-    command.launch(sliding_stage.STAGE, sliding_stage.main, [*common, f"--output={folder / 'sliding'}"], sections)
+    common = [f"--{name.partition('.')[0]}={folder / name}" for name in ("model.bin", "tokenizer.model")] + [
+        f"--val={folder / 'val'}"
+    ]
+    command.launch(
+        sliding_stage.STAGE, sliding_stage.main, [*common, f"--output={folder / 'sliding'}"], sections
+    )
     sliding = f"--sliding={folder / 'sliding' / 'nll.npy'}"
-    command.launch(ttt_stage.STAGE, ttt_stage.main, [*common, sliding, f"--output={folder / 'ttt'}"], sections)
+    command.launch(
+        ttt_stage.STAGE, ttt_stage.main, [*common, sliding, f"--output={folder / 'ttt'}"], sections
+    )
     return [*arguments, f"--code={folder / 'train_gpt.py'}"]
 
 
 @pytest.mark.parametrize("kind", ["sgd", "lora"])
 def test_the_stage_passes_and_twice_alike(tmp_path: Path, kind: str) -> None:
-    sections = SECTIONS | {"ttt_eval": SECTIONS["ttt_eval"] | {"kind": kind, "lora": SECTIONS["ttt_eval"]["lora"] | {"lr": 0.001}}}
+    sections = SECTIONS | {
+        "ttt_eval": SECTIONS["ttt_eval"]
+        | {"kind": kind, "lora": SECTIONS["ttt_eval"]["lora"] | {"lr": 0.001}}
+    }
     arguments = made_artifacts(tmp_path, sections)
     reports = []
     for name in ("a", "b") if kind == "sgd" else ("a",):
@@ -345,7 +403,9 @@ def test_the_stage_passes_and_twice_alike(tmp_path: Path, kind: str) -> None:
     assert {verdict["subject"] for verdict in report["verdicts"]} == {"files", "sliding_eval", "ttt_eval"}
     unknown = {verdict["check"] for verdict in report["verdicts"] if verdict["outcome"] == "cannot tell"}
     assert unknown == {"B12", "B14", "B16"}
-    assert {report["conditions"][key]["ttt_eval"] for key in ("C1", "C2", "C3", "C4", "metric", "budget")} == {"pass"}
+    assert {
+        report["conditions"][key]["ttt_eval"] for key in ("C1", "C2", "C3", "C4", "metric", "budget")
+    } == {"pass"}
     assert report["conditions"]["clean room"] == {"files": "cannot tell"}
 
 
@@ -354,9 +414,16 @@ def test_a_false_ledger_is_one_line_and_a_report_and_no_decoder_or_room_bears_it
 ) -> None:
     sections = SECTIONS | {"audit": SECTIONS["audit"] | {"decoded_targets": 8, "clean_room": True}}
     arguments = made_artifacts(tmp_path, sections)
-    claimed = {f"{name}_bpb": json.loads((tmp_path / name / "metrics.json").read_text())[f"{name}_bpb"] for name in ("sliding", "ttt")}
+    claimed = {
+        f"{name}_bpb": json.loads((tmp_path / name / "metrics.json").read_text())[f"{name}_bpb"]
+        for name in ("sliding", "ttt")
+    }
     claimed["ttt_bpb"] += 0.01
-    lines = ["import json, pathlib", "pathlib.Path('eval').mkdir()", f"pathlib.Path('eval/metrics.json').write_text(json.dumps({claimed}))"]
+    lines = [
+        "import json, pathlib",
+        "pathlib.Path('eval').mkdir()",
+        f"pathlib.Path('eval/metrics.json').write_text(json.dumps({claimed}))",
+    ]
     (tmp_path / "train_gpt.py").write_text("\n".join(lines))
     nll = np.load(tmp_path / "ttt" / "nll.npy")
     np.save(tmp_path / "ttt" / "nll.npy", nll * np.float32(0.5))

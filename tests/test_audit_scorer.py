@@ -32,7 +32,14 @@ def val(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def words(val: Path, output: Path, factory: str, *more: str) -> list[str]:
-    named = ["--scorer", f"tests.stranger:{factory}", "--tokens", str(val / "val.bin"), "--tokenizer", str(val / "tokenizer.model")]
+    named = [
+        "--scorer",
+        f"tests.stranger:{factory}",
+        "--tokens",
+        str(val / "val.bin"),
+        "--tokenizer",
+        str(val / "tokenizer.model"),
+    ]
     return [*named, "--output", str(output), "--quiet", *more]
 
 
@@ -60,7 +67,12 @@ def test_a_stranger_s_scorer_is_audited_from_the_command_line(val: Path, tmp_pat
     command = [word.replace("tests.stranger", "mine") for word in words(val, tmp_path / "audit", "make")]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     ended = subprocess.run(
-        [sys.executable, "-m", "tools.audit_scorer", *command], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "tools.audit_scorer", *command],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "--nonce" in ended.stdout
@@ -114,7 +126,12 @@ def test_a_claim_is_held_against_what_can_be_counted(val: Path, tmp_path: Path) 
     np.save(tmp_path / "nll.npy", nll)
     processor = bpb.load_tokenizer(val / "tokenizer.model")
     size = bpb.target_bytes(tokens, bpb.byte_table(processor))
-    right: dict[str, Any] = {"ledger": "nll.npy", "bpb": bpb.bits_per_byte(nll, size), "bytes": int(size.sum()), "targets": len(nll)}
+    right: dict[str, Any] = {
+        "ledger": "nll.npy",
+        "bpb": bpb.bits_per_byte(nll, size),
+        "bytes": int(size.sum()),
+        "targets": len(nll),
+    }
     seeds = [{"seed": seed, "nats": 2.4 + seed / 1e4, "config": "x"} for seed in range(3)]
     right |= {"seeds": seeds, "baseline_nats": [2.5], "evaluation_seconds": 30.0}
     wrong = right | {"bytes": right["bytes"] + 1, "evaluation_seconds": 601.0}
@@ -130,19 +147,35 @@ def test_a_claim_is_held_against_what_can_be_counted(val: Path, tmp_path: Path) 
     found = []
     for name, claim in (("right", right), ("wrong", wrong)):
         (tmp_path / f"{name}.json").write_text(json.dumps(claim))
-        more = ("--window", "40", "--claim", str(tmp_path / f"{name}.json"), "--artifact", str(counted), "--run", "train_gpt.py eval")
+        more = (
+            "--window",
+            "40",
+            "--claim",
+            str(tmp_path / f"{name}.json"),
+            "--artifact",
+            str(counted),
+            "--run",
+            "train_gpt.py eval",
+        )
         found.append(audit(val, tmp_path / name, "scores_only", *more))
     assert [code for code, _ in found] == [0, 1]
     assert {outcomes(found[0][1])[check] for check in ("B6", "B11", "B16", "budget")} == {"pass"}
     assert found[0][1]["conditions"]["metric"] == {"files": "pass", "scorer": "pass"}
-    assert {verdict["name"]: verdict["outcome"] for verdict in found[0][1]["verdicts"]}["runs from the counted files alone"] == "pass"
-    assert {check for check, outcome in outcomes(found[1][1]).items() if outcome == "fail"} == {"B11", "budget"}
+    assert {verdict["name"]: verdict["outcome"] for verdict in found[0][1]["verdicts"]}[
+        "runs from the counted files alone"
+    ] == "pass"
+    assert {check for check, outcome in outcomes(found[1][1]).items() if outcome == "fail"} == {
+        "B11",
+        "budget",
+    }
 
 
 def test_training_text_is_held_against_the_stream(val: Path, tmp_path: Path) -> None:
     (tmp_path / "train").mkdir()
     shards.write(tmp_path / "train" / "train_000000.bin", np.array(shards.view(val / "val.bin"))[:600])
-    code, report = audit(val, tmp_path / "audit", "scores_only", "--window", "40", "--train", str(tmp_path / "train"))
+    code, report = audit(
+        val, tmp_path / "audit", "scores_only", "--window", "40", "--train", str(tmp_path / "train")
+    )
     assert (code, outcomes(report)["B15"]) == (1, "fail")
 
 

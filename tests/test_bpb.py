@@ -19,7 +19,11 @@ from stages.tokenize.tokenizer import Tokenizer
 from tests import factories
 
 RECORD = "fineweb_8192_bpe.model"
-DOCUMENTS, TOKENS, BYTES = 901, 679_261, 2_504_310  # of the first FineWeb validation documents, from the challenge's logs
+DOCUMENTS, TOKENS, BYTES = (
+    901,
+    679_261,
+    2_504_310,
+)  # of the first FineWeb validation documents, from the challenge's logs
 BASE_BYTES = 38_918  # sum over the record tokenizer's base byte table
 TRAIN_TOKENS = 35_295_546  # of the 16 training parts
 
@@ -66,7 +70,9 @@ def slow_bytes(tokens: np.ndarray, processor: sentencepiece.SentencePieceProcess
 # Known answers
 
 
-def test_known_tokens_and_bytes_of_the_validation_documents(fineweb: list[Encoded], stream: np.ndarray, record: Tokenizer) -> None:
+def test_known_tokens_and_bytes_of_the_validation_documents(
+    fineweb: list[Encoded], stream: np.ndarray, record: Tokenizer
+) -> None:
     assert (len(fineweb), len(stream)) == (DOCUMENTS, TOKENS)
     assert int(bpb.target_bytes(stream, record.table).sum()) == BYTES
     assert sum(one.counted for one in fineweb) == BYTES
@@ -113,7 +119,9 @@ def test_codes_are_of_what_ids_say_and_of_nothing_else() -> None:
 def test_d1_leading_space_is_counted_once(fineweb: list[Encoded], record: Tokenizer) -> None:
     for one in fineweb:
         decoded = record.processor.decode(one.tokens[1:].tolist())
-        assert int(bpb.target_bytes(one.tokens, record.table).sum()) == len(decoded.encode()) - decoded.startswith(" ")
+        assert int(bpb.target_bytes(one.tokens, record.table).sum()) == len(
+            decoded.encode()
+        ) - decoded.startswith(" ")
 
 
 def test_d2_the_marker_is_not_corrupted(record: Tokenizer) -> None:
@@ -167,9 +175,14 @@ def test_a_miscounted_piece_is_named(record: Tokenizer) -> None:
     wrong = list(record.table.texts)
     the = record.processor.piece_to_id("\u2581the")
     wrong[the] += b"!"
-    spoiled = Tokenizer(b"", record.processor, bpb.ByteTable(tuple(wrong), record.table.leading_space, record.table.boundary, 1))
+    spoiled = Tokenizer(
+        b"",
+        record.processor,
+        bpb.ByteTable(tuple(wrong), record.table.leading_space, record.table.boundary, 1),
+    )
     with pytest.raises(
-        ValueError, match=rf"book 7: \d+ bytes counted for \d+ bytes of text, first at piece '\u2581the' \(id {the}: 5 for 4\)"
+        ValueError,
+        match=rf"book 7: \d+ bytes counted for \d+ bytes of text, first at piece '\u2581the' \(id {the}: 5 for 4\)",
     ):
         list(encode.encode([Document("in the end", "book 7")], spoiled, 1))
 

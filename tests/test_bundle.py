@@ -94,12 +94,16 @@ def run_alone(file: bytes, folder: Path, *arguments: str) -> subprocess.Complete
     folder.mkdir()
     (folder / "train_gpt.py").write_bytes(file)
     command = [sys.executable, "-I", str(folder / "train_gpt.py"), *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env={"PATH": "/nowhere"}, check=False)
+    return subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, env={"PATH": "/nowhere"}, check=False
+    )
 
 
 def run_bundle(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "stages.bundle", *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=os.environ | environment, check=False)
+    return subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, env=os.environ | environment, check=False
+    )
 
 
 # --- what is carried
@@ -119,10 +123,19 @@ def test_the_closure_counts_imports_inside_functions_and_names_what_is_missing(t
 
 def test_the_closure_agrees_with_what_python_loads() -> None:
     names = {module_name(path) for path in closure(ROOT, ENTRY)}
-    program = f"import sys, {ENTRY}; print(*(name for name in sys.modules if name.partition('.')[0] == 'stages'))"
-    loaded = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    program = (
+        f"import sys, {ENTRY}; print(*(name for name in sys.modules if name.partition('.')[0] == 'stages'))"
+    )
+    loaded = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
     assert set(loaded) <= names
-    for stranger in ("stages.tokenize", "stages.audit", "stages.submission", "stages.bundle.importer_template"):
+    for stranger in (
+        "stages.tokenize",
+        "stages.audit",
+        "stages.submission",
+        "stages.bundle.importer_template",
+    ):
         assert not any(name.startswith(stranger) for name in names)
 
 
@@ -136,7 +149,9 @@ def read_at_run_time(source: str) -> Iterator[str]:
     """The annotations that code may read: in the body of a class, and of decorated functions."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ClassDef):
-            yield from (ast.dump(statement) for statement in node.body if isinstance(statement, ast.AnnAssign))
+            yield from (
+                ast.dump(statement) for statement in node.body if isinstance(statement, ast.AnnAssign)
+            )
         if isinstance(node, ast.FunctionDef) and node.decorator_list:
             yield ast.dump(node.args) + (ast.dump(node.returns) if node.returns else "")
 
@@ -144,11 +159,15 @@ def read_at_run_time(source: str) -> Iterator[str]:
 def unbound(source: str) -> set[str]:
     """Names that the module or its functions read as globals and that nothing binds."""
     top = symtable.symtable(source, "module", "exec")
-    bound = {symbol.get_name() for symbol in top.get_symbols() if symbol.is_assigned() or symbol.is_imported()}
+    bound = {
+        symbol.get_name() for symbol in top.get_symbols() if symbol.is_assigned() or symbol.is_imported()
+    }
 
     def free(table: symtable.SymbolTable) -> Iterator[str]:
         outermost = table.get_type() == "module"
-        yield from (s.get_name() for s in table.get_symbols() if s.is_referenced() and (s.is_global() or outermost))
+        yield from (
+            s.get_name() for s in table.get_symbols() if s.is_referenced() and (s.is_global() or outermost)
+        )
         for child in table.get_children():
             yield from free(child)
 
@@ -161,7 +180,11 @@ def test_stripping_leaves_the_program_of_every_module(path: Path) -> None:
     stripped = strip.strip(source)
     assert strip.shape(stripped) == strip.shape(source)
     assert strip.strip(stripped) == stripped
-    assert not [token for token in tokenize.generate_tokens(iter(stripped.splitlines(True)).__next__) if token.type == tokenize.COMMENT]
+    assert not [
+        token
+        for token in tokenize.generate_tokens(iter(stripped.splitlines(True)).__next__)
+        if token.type == tokenize.COMMENT
+    ]
     assert list(read_at_run_time(stripped)) == list(read_at_run_time(source))
     assert unbound(stripped) == unbound(source) == set()
 
@@ -183,7 +206,10 @@ def test_layout_alone_leaves_the_tree_of_every_module(path: Path) -> None:
         ('class A: "doc"\n', "class A:pass\n"),
         ('def f(): "doc"; return 1\n', "def f():pass;return 1\n"),
         ('class A:\n    """Doc."""\n\n    x = 1  # one\n', "class A:\n x=1\n"),
-        ('async def f():\n    ("a"\n     "b")\n    return """\n\n# kept\n\n"""\n', 'async def f():\n return"""\n\n# kept\n\n"""\n'),
+        (
+            'async def f():\n    ("a"\n     "b")\n    return """\n\n# kept\n\n"""\n',
+            'async def f():\n return"""\n\n# kept\n\n"""\n',
+        ),
         ('x = """\n\n"""\n\n\n', 'x="""\n\n"""\n'),
         ('x = [  # open\n\n    1,\n]\nf"""{x}\n\n    # {x}"""', 'x=[1,]\nf"""{x}\n\n    # {x}"""\n'),
         ('x = f"""{\n    1\n}  # {f"{2}"} {{"""  # c\n', 'x=f"""{\n    1\n}  # {f"{2}"} {{"""\n'),
@@ -195,8 +221,14 @@ def test_layout_alone_leaves_the_tree_of_every_module(path: Path) -> None:
             "if x:\n y=f(a,*b)\nelse:\n if y:\n  z=(1)\n",
         ),
         ("x = 1 if y else 1. if z else .5 or 1 .real\n", "x=1 if y else 1. if z else.5 or 1 .real\n"),
-        ("x = a if 'a' in b'a' else r'a' 'b' f'c' or not -a - -b\n", "x=a if'a'in b'a'else r'a''b'f'c'or not-a--b\n"),
-        ("x = y [1 : 2, ...] if (1) in {2 : 3} else lambda *a, ** b : (yield)\n", "x=y[1:2,...]if(1)in{2:3}else lambda*a,**b:(yield)\n"),
+        (
+            "x = a if 'a' in b'a' else r'a' 'b' f'c' or not -a - -b\n",
+            "x=a if'a'in b'a'else r'a''b'f'c'or not-a--b\n",
+        ),
+        (
+            "x = y [1 : 2, ...] if (1) in {2 : 3} else lambda *a, ** b : (yield)\n",
+            "x=y[1:2,...]if(1)in{2:3}else lambda*a,**b:(yield)\n",
+        ),
         ("from . import a ; from .b import *\n", "from.import a;from.b import*\n"),
         ("\u00e9 = \u00e0 if 1_0 else 0x1f and \u00e9\n", "\u00e9=\u00e0 if 1_0 else 0x1f and \u00e9\n"),
     ],
@@ -208,8 +240,14 @@ def test_stripping_examples(source: str, expected: str) -> None:
 @pytest.mark.parametrize(
     ("source", "expected"),
     [
-        ("def f(a: int, *b: str, c: float = 1.0, **d: A[B]) -> dict[str, int]: return a\n", "def f(a, *b, c = 1.0, **d): return a\n"),
-        ("def f(a: (int), b: ((int)) = 2) -> (\n    int  # c\n):\n    return a\n", "def f(a, b = 2):\n return a\n"),
+        (
+            "def f(a: int, *b: str, c: float = 1.0, **d: A[B]) -> dict[str, int]: return a\n",
+            "def f(a, *b, c = 1.0, **d): return a\n",
+        ),
+        (
+            "def f(a: (int), b: ((int)) = 2) -> (\n    int  # c\n):\n    return a\n",
+            "def f(a, b = 2):\n return a\n",
+        ),
         ("def f(a, b): return lambda: 1\n", "def f(a, b): return lambda: 1\n"),
         ("caf\u00e9: '\u00e9' = '\u00e9'; b: int = (1)\n", "caf\u00e9 = '\u00e9'; b = (1)\n"),
         ("(x): int = 1\na[b:c]: int = 2\n", "(x) = 1\na[b:c] = 2\n"),
@@ -233,10 +271,16 @@ def test_annotations_that_nothing_reads_are_cut(source: str, expected: str) -> N
     [
         ("from a import B\ndef f(x: B): pass\n", "def f(x): pass\n"),
         ("from a import B, C as D, E\ndef f(x: B) -> D: return E\n", "from a import E\ndef f(x): return E\n"),
-        ("from ..a import (\n    B,\n    C as D,\n)\ndef f(x: B): return D\n", "from ..a import C as D\ndef f(x): return D\n"),
+        (
+            "from ..a import (\n    B,\n    C as D,\n)\ndef f(x: B): return D\n",
+            "from ..a import C as D\ndef f(x): return D\n",
+        ),
         ("from a import B; x = 1\ndef f(x: 'B[int]'): pass\n", "pass; x = 1\ndef f(x): pass\n"),
         ("from a import B\ndef f(x: B): return 'B'\n", "from a import B\ndef f(x): return 'B'\n"),
-        ("from a import B\nclass A:\n    x: B\n    def f(self, x: B): pass\n", "from a import B\nclass A:\n x: B\n def f(self, x): pass\n"),
+        (
+            "from a import B\nclass A:\n    x: B\n    def f(self, x: B): pass\n",
+            "from a import B\nclass A:\n x: B\n def f(self, x): pass\n",
+        ),
         ("from a import B\nimport c\ndef f(x: c.D): pass\n", "from a import B\nimport c\ndef f(x): pass\n"),
     ],
 )
@@ -249,7 +293,8 @@ def test_stripping_knows_no_version_of_python(tmp_path: Path) -> None:
     """Python 3.12 splits f-strings into tokens, 3.11 does not; each that is installed must strip alike."""
     odd = tmp_path / "odd.py"
     odd.write_text(
-        'x = f"""{\n    1 +\n    2  !r:>{9}}  # {f"{2}"}\n\n {{ \u00e9"""  # c\ny = f"{x}" "z" \\\n  f"{x!r}"\n', encoding="utf-8"
+        'x = f"""{\n    1 +\n    2  !r:>{9}}  # {f"{2}"}\n\n {{ \u00e9"""  # c\ny = f"{x}" "z" \\\n  f"{x!r}"\n',
+        encoding="utf-8",
     )
     package = tmp_path / "stages/bundle"  # without the rest of stages, which needs the project's packages
     package.mkdir(parents=True)
@@ -259,7 +304,10 @@ def test_stripping_knows_no_version_of_python(tmp_path: Path) -> None:
     program += "for path in sys.argv[1:]: sys.stdout.buffer.write(strip(pathlib.Path(path).read_text('utf-8')).encode())"
     seen = {}
     for name in ("python3.11", "python3.12", "python3.13"):
-        if shutil.which(name) and subprocess.run([name, "-c", ""], capture_output=True, check=False).returncode == 0:
+        if (
+            shutil.which(name)
+            and subprocess.run([name, "-c", ""], capture_output=True, check=False).returncode == 0
+        ):
             words = [name, "-c", program, str(odd), *map(str, MODULES)]
             seen[name] = subprocess.run(words, cwd=tmp_path, capture_output=True, check=True).stdout
     if len(seen) < 2:
@@ -273,7 +321,9 @@ AWKWARD = b"\0\r\n\\\"\x0b\x0c\x1a\x1c\x85\xa0\xff\xfe{}%#0189nxuN'ab"
 
 
 def source_of(data: bytes) -> bytes:
-    return b"# coding: latin-1\nDATA = " + latin1_literal.quote(data).encode("latin-1") + b'.encode("latin-1")\n'
+    return (
+        b"# coding: latin-1\nDATA = " + latin1_literal.quote(data).encode("latin-1") + b'.encode("latin-1")\n'
+    )
 
 
 @given(data=st.one_of(st.binary(max_size=300), st.lists(st.sampled_from(AWKWARD), max_size=40).map(bytes)))
@@ -308,7 +358,9 @@ def test_python_s_own_reader_of_files_gives_every_pair_of_bytes_back(tmp_path: P
     data += bytes(byte for a in AWKWARD for b in AWKWARD for c in AWKWARD for byte in (a, b, c))
     (tmp_path / "pairs.py").write_bytes(source_of(data) + b"import sys; sys.stdout.buffer.write(DATA)\n")
     for isolated in ("-I", "-Werror"):
-        done = subprocess.run([sys.executable, isolated, str(tmp_path / "pairs.py")], capture_output=True, check=True)
+        done = subprocess.run(
+            [sys.executable, isolated, str(tmp_path / "pairs.py")], capture_output=True, check=True
+        )
         assert done.stdout == data
         assert done.stderr == b""
 
@@ -355,15 +407,27 @@ def test_the_stage_builds_one_file_whatever_happened_before(tmp_path: Path) -> N
         done = run_bundle("--set", f"seed={seed}", "--output", str(output), cwd=tree, SEED=seed)
         assert done.returncode == 0, done.stderr
         built.append((output / "train_gpt.py").read_bytes())
-        assert json.loads((output / "metrics.json").read_text())["bytes_code"] == (output / "train_gpt.py").stat().st_size
-    done = run_bundle("--params", str(tree / "params.yaml"), "--source", str(tree / "stages"), "--output", str(tmp_path / "from_here"))
+        assert (
+            json.loads((output / "metrics.json").read_text())["bytes_code"]
+            == (output / "train_gpt.py").stat().st_size
+        )
+    done = run_bundle(
+        "--params",
+        str(tree / "params.yaml"),
+        "--source",
+        str(tree / "stages"),
+        "--output",
+        str(tmp_path / "from_here"),
+    )
     assert done.returncode == 0, done.stderr
     built.append((tmp_path / "from_here/train_gpt.py").read_bytes())
     assert built == [built[0]] * len(built)
     assert {path: path.read_bytes() for path in sources} == sources
 
 
-def test_the_output_may_not_lie_in_the_source(toy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_output_may_not_lie_in_the_source(
+    toy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit) as stopped:
         command.launch(STAGE, main, ["--source", str(toy / "stages"), "--output", str(toy / "stages/bundle")])
@@ -395,14 +459,20 @@ def test_the_bundle_prefers_what_it_carries_to_a_folder_beside_it(toy: Path, tmp
     (folder / "stages").mkdir(parents=True)
     (folder / "stages/__init__.py").write_text("raise RuntimeError('the folder was imported')\n")
     (folder / "train_gpt.py").write_bytes(build(toy))
-    done = subprocess.run([sys.executable, "train_gpt.py"], cwd=folder, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "train_gpt.py"], cwd=folder, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 
 def test_all_but_the_payload_is_readable(toy: Path) -> None:
     file = build(toy)
     tree = ast.parse(file)
-    payload = next(node for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "PAYLOAD")
+    payload = next(
+        node
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "PAYLOAD"
+    )
     packed = ast.literal_eval(payload.value)
     before, after = file.decode("latin-1").split(latin1_literal.quote(packed.encode("latin-1")))
     assert (before + after).isascii()
@@ -417,7 +487,9 @@ def test_all_but_the_payload_is_readable(toy: Path) -> None:
 def test_readers_of_python_find_the_lines_of_the_file_itself(toy: Path, tmp_path: Path) -> None:
     (tmp_path / "train_gpt.py").write_bytes(build(toy))
     program = "import inspect, train_gpt; print(inspect.getsource(train_gpt.Carried)); print(train_gpt.SOURCES['stages/deep/er.py'])"
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
     assert done.stdout.startswith("class Carried(")
     assert "def get_source(self, name):\n        return SOURCES[self.path(name)]\n\n" in done.stdout
     assert "from..numbers import fail as _fail\ndef shout(word):\n" in done.stdout
@@ -446,7 +518,9 @@ def test_torchrun_runs_the_bundle_on_two_processes(toy: Path, tmp_path: Path) ->
     (toy / "stages/bundle/program/entry.py").write_text(RANK)
     (tmp_path / "train_gpt.py").write_bytes(build(toy))
     words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train_gpt.py", "eval"]
-    done = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300)
+    done = subprocess.run(
+        [sys.executable, *words], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "3.0 2 def shout(word): ['eval']\n"
 
@@ -455,7 +529,9 @@ def test_torchrun_runs_the_bundle_on_two_processes(toy: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("seed", ["x", "-1", "1.5", "", "\u0661"])
-def test_a_seed_that_is_no_integer_is_an_error(seed: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_seed_that_is_no_integer_is_an_error(
+    seed: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("SEED", seed)
     with pytest.raises(SystemExit) as stopped:
         entry.main({})
@@ -474,12 +550,21 @@ def test_the_bundle_carries_every_parameter_that_runs_and_no_seed() -> None:
     assert "seed" not in carried
     assert carried["submission"] == {"scorer": params.submission.scorer}
     built = config.build(json.loads(json.dumps(carried)) | {"seed": 7}, verbs.Params)
-    assert (built.model, built.train, built.pack, built.ttt_eval) == (params.model, params.train, params.pack, params.ttt_eval)
+    assert (built.model, built.train, built.pack, built.ttt_eval) == (
+        params.model,
+        params.train,
+        params.pack,
+        params.ttt_eval,
+    )
 
 
 def test_an_error_of_the_bundle_is_one_line(tmp_path: Path) -> None:
     params = config.build(config.read(ROOT / "params.yaml"), Params)
-    done = run_alone(importer_template.render(importer_template.sources(ROOT), embedded(params), 5), tmp_path / "empty", "eval")
+    done = run_alone(
+        importer_template.render(importer_template.sources(ROOT), embedded(params), 5),
+        tmp_path / "empty",
+        "eval",
+    )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: train_gpt: model.bin does not exist: check the path\n"
     assert sorted(path.name for path in (tmp_path / "empty").rglob("*")) == ["eval", "train_gpt.py"]

@@ -14,7 +14,10 @@ from stages.scoring.evaluate import open_stream
 from stages.tokenize import tokenizer
 from tests.zoo import lawful
 
-TEXTS = [f"Document {i} says that {i * i} is the square of {i}, and that caf\u00e9 costs {i % 7}.\n" * 2 for i in range(60)]
+TEXTS = [
+    f"Document {i} says that {i * i} is the square of {i}, and that caf\u00e9 costs {i % 7}.\n" * 2
+    for i in range(60)
+]
 
 
 def slow_ppm(text: bytes) -> tuple[list[float], list[float]]:
@@ -51,7 +54,11 @@ def fast_ppm(text: bytes, tables: _ppm.Tables) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("bits", [6, 16])
 def test_the_fast_version_equals_the_slow_one_while_tables_grow(bits: int) -> None:
     generator = np.random.Generator(np.random.PCG64(0))
-    text = ("".join(TEXTS)).encode()[:4000] + bytes(generator.integers(0, 256, 500).astype(np.uint8)) + b"\0" * 200
+    text = (
+        ("".join(TEXTS)).encode()[:4000]
+        + bytes(generator.integers(0, 256, 500).astype(np.uint8))
+        + b"\0" * 200
+    )
     probability, confidence = fast_ppm(text, _ppm.Tables(bits))
     expected = slow_ppm(text)
     np.testing.assert_allclose(probability, expected[0], rtol=1e-12)
@@ -62,7 +69,10 @@ def test_without_exclusion_the_bytes_sum_to_less_than_one() -> None:
     text = "".join(TEXTS).encode()
     tables = _ppm.Tables()
     fast_ppm(text, tables)
-    total = sum(_ppm.look(tables.arrays, np.frombuffer(text[-5:] + bytes([byte]), np.uint8), 5)[0] for byte in range(256))
+    total = sum(
+        _ppm.look(tables.arrays, np.frombuffer(text[-5:] + bytes([byte]), np.uint8), 5)[0]
+        for byte in range(256)
+    )
     assert 0.5 < total < 1
 
 
@@ -84,7 +94,9 @@ def test_bytes_are_the_text_and_spread_losses_add_up(scored) -> None:
     found = byte_ppm.score(of, nll, stream.targets)
     assert found["spread_over_bytes_bpb"] == pytest.approx(found["network_bpb"], rel=1e-12)
     assert found["network_bpb"] == pytest.approx(bpb.bits_per_byte(nll, stream.counted_bytes))
-    assert found["ppm_bpb"] == pytest.approx(-sum(map(math.log2, slow_ppm(of.text.tobytes())[0])) / len(of.text))
+    assert found["ppm_bpb"] == pytest.approx(
+        -sum(map(math.log2, slow_ppm(of.text.tobytes())[0])) / len(of.text)
+    )
     prefix = byte_ppm.score(of, nll, 1000)
     assert prefix["network_bpb"] == pytest.approx(bpb.bits_per_byte(nll[:1000], stream.counted_bytes[:1000]))
     assert prefix["bytes"] == stream.counted_bytes[:1000].sum()
@@ -93,8 +105,14 @@ def test_bytes_are_the_text_and_spread_losses_add_up(scored) -> None:
 
 def test_weight_one_on_the_network_is_the_network() -> None:
     generator = np.random.Generator(np.random.PCG64(1))
-    nats, probability, confidence = generator.gamma(2.0, 1.0, 1000), generator.random(1000), generator.random(1000)
-    np.testing.assert_allclose(byte_ppm.mixture(nats, probability, confidence, gate_nats=np.inf), nats, rtol=1e-12)
+    nats, probability, confidence = (
+        generator.gamma(2.0, 1.0, 1000),
+        generator.random(1000),
+        generator.random(1000),
+    )
+    np.testing.assert_allclose(
+        byte_ppm.mixture(nats, probability, confidence, gate_nats=np.inf), nats, rtol=1e-12
+    )
     plain = byte_ppm.mixture(nats, probability, confidence, gate_nats=-1.0)
     weight = np.where(confidence >= 0.9, 0.05, 0.9)
     np.testing.assert_allclose(np.exp(-plain), weight * np.exp(-nats) + (1 - weight) * probability)
@@ -137,6 +155,8 @@ def test_the_void_fraction_of_normal_weights() -> None:
         "b.weight": torch.ones(10),
         "c": torch.ones(9999),
     }
-    assert byte_ppm.void_fractions(state) == pytest.approx(math.erf(1 / math.sqrt(math.pi)), abs=0.005)  # 0.575
+    assert byte_ppm.void_fractions(state) == pytest.approx(
+        math.erf(1 / math.sqrt(math.pi)), abs=0.005
+    )  # 0.575
     with pytest.raises(ValueError, match="no tensor of more than 1000 weights"):
         byte_ppm.void_fractions({"b.weight": torch.ones(10)})

@@ -19,7 +19,10 @@ from stages.ttt_eval.sgd.scorer import TTTScorer
 from tests.factories import TINY, TTT, random_model, table, world
 from tests.test_ttt_eval import SLIDING
 
-TEXTS = [f"Document {i} says that {i * i} is the square of {i}, and that caf\u00e9 costs {i % 7}.\n" * 2 for i in range(60)]
+TEXTS = [
+    f"Document {i} says that {i * i} is the square of {i}, and that caf\u00e9 costs {i % 7}.\n" * 2
+    for i in range(60)
+]
 MODES = [byte_tree.AFTER_TEXT, byte_tree.AFTER_BOUNDARY]
 
 
@@ -29,7 +32,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[bpb.ByteTable, np
     path: Path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
     path.write_bytes(tokenizer.train(TEXTS, 330, 1))
     processor = bpb.load_tokenizer(path)
-    tokens = np.concatenate([np.array([processor.bos_id(), *processor.encode(text)], dtype=np.uint16) for text in TEXTS])
+    tokens = np.concatenate(
+        [np.array([processor.bos_id(), *processor.encode(text)], dtype=np.uint16) for text in TEXTS]
+    )
     return bpb.byte_table(processor), tokens
 
 
@@ -46,7 +51,9 @@ def slow_path(law: np.ndarray, texts: list[bytes], token: int) -> list[float]:
 
     def decide(right: set[int], left: set[int]) -> None:
         if right and left:
-            found.append(float(np.log(sum(np.exp(law[i]) for i in right) / sum(np.exp(law[i]) for i in left))))
+            found.append(
+                float(np.log(sum(np.exp(law[i]) for i in right) / sum(np.exp(law[i]) for i in left)))
+            )
 
     for depth in range(len(texts[token]) + 1):
         stop = {i for i in alive if len(texts[i]) == depth}
@@ -78,13 +85,28 @@ def test_a_path_has_the_decisions_of_sets_of_ids_and_the_hint_is_put_back(traine
     targets = np.arange(0, of.vocab_size, 2)
     laws = random_laws(len(targets), of.vocab_size)
     # No hint, the target itself, one that emits the same bytes where there is one, any.
-    twins = [next((i for i, text in enumerate(texts) if text == texts[target] and i != target), NO_HINT) for target in targets]
+    twins = [
+        next((i for i, text in enumerate(texts) if text == texts[target] and i != target), NO_HINT)
+        for target in targets
+    ]
     hints = np.choose(
-        np.arange(len(targets)) % 4, [np.full(len(targets), NO_HINT), targets, twins, generator.integers(of.vocab_size, size=len(targets))]
+        np.arange(len(targets)) % 4,
+        [
+            np.full(len(targets), NO_HINT),
+            targets,
+            twins,
+            generator.integers(of.vocab_size, size=len(targets)),
+        ],
     )
     assert sum(twin != NO_HINT for twin in twins[2::4]) > 2
-    boosts, places = np.where(hints == NO_HINT, 0.0, generator.normal(0, 3, len(targets))), np.arange(len(targets))
-    read = forest.read(torch.from_numpy(laws), *(torch.from_numpy(ids) for ids in (targets, hints, np.full_like(hints, mode)))).numpy()
+    boosts, places = (
+        np.where(hints == NO_HINT, 0.0, generator.normal(0, 3, len(targets))),
+        np.arange(len(targets)),
+    )
+    read = forest.read(
+        torch.from_numpy(laws),
+        *(torch.from_numpy(ids) for ids in (targets, hints, np.full_like(hints, mode))),
+    ).numpy()
     assert read.shape == (forest.rows, len(targets))
     at_hint = np.where(hints == NO_HINT, np.log(0.5), laws[places, hints])
     np.testing.assert_allclose(read[0], at_hint - np.log(-np.expm1(at_hint)), atol=1e-5)

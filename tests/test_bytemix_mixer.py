@@ -24,7 +24,9 @@ def test_a_row_of_inputs_times_two_of_weights():
 
 def test_a_step_adds_to_one_row_alone_and_counts_itself():
     weights = ROWS[:2].copy()
-    njit(lambda weights, inputs: step(weights, WIDTH, inputs, 0, np.float32(0.5)))(weights.reshape(-1), ROWS[2])
+    njit(lambda weights, inputs: step(weights, WIDTH, inputs, 0, np.float32(0.5)))(
+        weights.reshape(-1), ROWS[2]
+    )
     expected = ROWS[1] + 0.5 * ROWS[2]
     expected[-1] += 1
     np.testing.assert_array_equal(weights[0], ROWS[0])
@@ -68,7 +70,13 @@ def random_case(of, count: int, seed: int = 4):
     trees = byte_tree.of_table(of)
     tokens = random.integers(0, of.vocab_size, count + 1)
     trees_N = byte_tree.numbers_behind(of.boundary, tokens[:-1])
-    return trees, tokens[1:], trees_N, random.normal(size=(count, trees.longest)).astype(np.float32), np.zeros(count, np.float32)
+    return (
+        trees,
+        tokens[1:],
+        trees_N,
+        random.normal(size=(count, trees.longest)).astype(np.float32),
+        np.zeros(count, np.float32),
+    )
 
 
 def test_a_text_longer_than_what_is_kept_of_it(trained):
@@ -78,7 +86,9 @@ def test_a_text_longer_than_what_is_kept_of_it(trained):
     targets, trees_N = tokens[1:].astype(np.int64), byte_tree.numbers_behind(of.boundary, tokens[:-1])
     short, long = Mixture(trees, 1000), Mixture(trees, 1 << 20)
     assert len(short.arrays.ring) == 1024
-    ends = np.cumsum([len(of.emissions(bool(behind))[token]) for behind, token in zip(trees_N, targets, strict=True)])
+    ends = np.cumsum(
+        [len(of.emissions(bool(behind))[token]) for behind, token in zip(trees_N, targets, strict=True)]
+    )
     assert ends[-1] > 3 * 1024
     by_short, by_long = (one.follow(targets, trees_N, paths_ND, nll_N, 0.02) for one in (short, long))
     assert np.isfinite(by_short).all()
@@ -86,7 +96,9 @@ def test_a_text_longer_than_what_is_kept_of_it(trained):
     assert by_short[full:].sum() != by_long[full:].sum()
     tables_alike = Mixture(trees, 1000)
     tables_alike.arrays = tables_alike.arrays._replace(table=np.zeros(1 << 18, np.uint32))
-    np.testing.assert_array_equal(tables_alike.follow(targets, trees_N, paths_ND, nll_N, 0.02)[:full], by_long[:full])
+    np.testing.assert_array_equal(
+        tables_alike.follow(targets, trees_N, paths_ND, nll_N, 0.02)[:full], by_long[:full]
+    )
 
 
 def test_gains_of_long_paths_are_those_of_their_decisions(trained):
@@ -112,7 +124,12 @@ def test_no_loss_jumps_where_the_network_becomes_sure(trained):
     learnt.follow(targets, trees_N, paths_ND, nll_N, 0.5)
     for logit in (4.0, 5.0, 5.5, 5.999, 6.001):
         paths_ND = np.full((1, trees.longest), logit, np.float32)
-        losses.append([learnt.copy().follow(targets[i : i + 1], trees_N[i : i + 1], paths_ND, nll_N[:1], 0.5)[0] for i in range(200)])
+        losses.append(
+            [
+                learnt.copy().follow(targets[i : i + 1], trees_N[i : i + 1], paths_ND, nll_N[:1], 0.5)[0]
+                for i in range(200)
+            ]
+        )
     away = np.abs(losses).max(axis=1)
     assert away[0] > 0.5
     assert away[2] < 0.7 * away[1]

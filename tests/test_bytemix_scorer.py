@@ -71,7 +71,9 @@ def mixed(of: bpb.ByteTable, targets: int, rate: float = RATE, wrapped: Any = No
 
 def test_weight_one_on_the_network_is_its_loss_bit_for_bit(trained):
     of, tokens = trained
-    np.testing.assert_array_equal(mixed(of, len(tokens), rate=0.0).score_stream(tokens), Drawn(of.vocab_size).score_stream(tokens))
+    np.testing.assert_array_equal(
+        mixed(of, len(tokens), rate=0.0).score_stream(tokens), Drawn(of.vocab_size).score_stream(tokens)
+    )
 
 
 def test_with_weight_one_its_law_is_the_network_s(trained):
@@ -95,12 +97,18 @@ def test_it_computes_what_dictionaries_do_in_float64(trained):
     of, tokens = trained
     tokens, forest = tokens[:400], Forest(byte_tree.of_table(of), CPU)
     trees_N = byte_tree.numbers_behind(of.boundary, tokens[:-1])
-    answers = Drawn(of.vocab_size).score(tokens, Asked(np.stack((np.full_like(trees_N, NO_HINT), trees_N)), forest))
-    paths_ND = np.ascontiguousarray(answers[3:].T) * np.float32(0.3)  # milder laws leave more decisions to mix
+    answers = Drawn(of.vocab_size).score(
+        tokens, Asked(np.stack((np.full_like(trees_N, NO_HINT), trees_N)), forest)
+    )
+    paths_ND = np.ascontiguousarray(answers[3:].T) * np.float32(
+        0.3
+    )  # milder laws leave more decisions to mix
     targets, without_collisions = tokens[1:].astype(np.int64), Mixture(forest.trees, 1 << 20, lines=1 << 20)
     fast = -without_collisions.follow(targets, trees_N, paths_ND, np.zeros(len(targets), np.float32), RATE)
     by_dictionaries = SlowMixture(of.boundary, RATE)
-    slow = np.array([by_dictionaries.gain(forest.trees, *row) for row in zip(trees_N, targets, paths_ND, strict=True)])
+    slow = np.array(
+        [by_dictionaries.gain(forest.trees, *row) for row in zip(trees_N, targets, paths_ND, strict=True)]
+    )
     assert slow[200:].mean() > 3
     apart = np.abs(slow - fast)
     assert np.median(apart) < 5e-5
@@ -117,8 +125,14 @@ def test_noise_cannot_be_beaten():
         def predict(self) -> np.ndarray:
             return np.full(self.vocab_size, -math.log(self.vocab_size))
 
-    bits = mixed(of, len(tokens), wrapped=Uniform(TINY.vocab_size)).score_stream(tokens).sum(dtype=np.float64) / math.log(2)
-    assert (len(tokens) - 1) * math.log2(TINY.vocab_size) - 64 < bits < (len(tokens) - 1) * (math.log2(TINY.vocab_size) + 0.1)
+    bits = mixed(of, len(tokens), wrapped=Uniform(TINY.vocab_size)).score_stream(tokens).sum(
+        dtype=np.float64
+    ) / math.log(2)
+    assert (
+        (len(tokens) - 1) * math.log2(TINY.vocab_size) - 64
+        < bits
+        < (len(tokens) - 1) * (math.log2(TINY.vocab_size) + 0.1)
+    )
 
 
 def test_the_counterfactual_sum_is_one_late_in_a_stream_and_the_law_is_what_is_charged(trained):
@@ -126,7 +140,12 @@ def test_the_counterfactual_sum_is_one_late_in_a_stream_and_the_law_is_what_is_c
     scorer, at = mixed(of, len(tokens) - 1), 0
     behind_boundary = np.flatnonzero(of.boundary[tokens])[-3:] + 1
     places = np.sort(
-        np.concatenate((np.random.Generator(np.random.PCG64(1)).integers(len(tokens) // 2, len(tokens) - 1, 12), behind_boundary))
+        np.concatenate(
+            (
+                np.random.Generator(np.random.PCG64(1)).integers(len(tokens) // 2, len(tokens) - 1, 12),
+                behind_boundary,
+            )
+        )
     )
     for place in np.unique(places).tolist():
         scorer.score_stream(tokens[at:place])
@@ -173,7 +192,9 @@ def test_pieces_and_predictions_agree_with_the_whole_stream(monkeypatch: pytest.
     tokens[::37] = 1
 
     def make():
-        return mixed(of, 399, wrapped=TiltScorer(SlidingScorer(random_model(6), SLIDING, world()), 0.05, of.codes, 399))
+        return mixed(
+            of, 399, wrapped=TiltScorer(SlidingScorer(random_model(6), SLIDING, world()), 0.05, of.codes, 399)
+        )
 
     whole = make().score_stream(tokens)
     pieces = make()
@@ -210,7 +231,11 @@ def test_a_rehearsal_with_answers_that_mean_nothing_stays_in_its_arrays(answer: 
 
         def score(self, tokens: np.ndarray, asked: Asked | None) -> np.ndarray:
             shape = rows_of(asked), len(tokens) - 1
-            bits = np.random.Generator(np.random.PCG64(0)).integers(0, 1 << 32, shape, np.uint32).view(np.float32)
+            bits = (
+                np.random.Generator(np.random.PCG64(0))
+                .integers(0, 1 << 32, shape, np.uint32)
+                .view(np.float32)
+            )
             return bits if answer is None else np.full(shape, answer, np.float32)
 
     scorer: Any = Anything()

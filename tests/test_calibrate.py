@@ -15,7 +15,9 @@ QUIET = Report(is_main=False)
 
 
 def calibrate_params(tokens: int = 64, micro: int = 32, importance: int = 16, revisit: float = 1.0) -> Params:
-    section = CalibrateParams(tokens=tokens, importance_tokens=importance, micro_batch_tokens=micro, revisit_weight=revisit)
+    section = CalibrateParams(
+        tokens=tokens, importance_tokens=importance, micro_batch_tokens=micro, revisit_weight=revisit
+    )
     return Params(42, PARALLEL, TINY, section)
 
 
@@ -28,7 +30,9 @@ def test_hessians_equal_recorded_inputs_multiplied_out(tmp_path, revisit):
     """The inputs of every matrix, recorded by hooks of our own on a second copy of the model, as X^T X in float64."""
     folder = write_shards(tmp_path)
     model = random_model(4)
-    hessians = collect(model.state_dict(), calibrate_params(revisit=revisit), folder, world(), QUIET, Interval())
+    hessians = collect(
+        model.state_dict(), calibrate_params(revisit=revisit), folder, world(), QUIET, Interval()
+    )
     recorded: dict[str, list[torch.Tensor]] = {}
     for name, module in model.named_modules():
         if name.endswith("attention"):  # its input is what query, key and value see
@@ -36,8 +40,12 @@ def test_hessians_equal_recorded_inputs_multiplied_out(tmp_path, revisit):
         elif not is_matrix(f"{name}.weight") or not hasattr(module, "weight"):
             continue
         if "key" not in name and "value" not in name:
-            module.register_forward_pre_hook(lambda _, args, key=f"{name}.weight": recorded.setdefault(key, []).append(args[0]))
-    model.head.register_forward_pre_hook(lambda _, args: recorded.setdefault("embedding.weight", []).append(args[0]))
+            module.register_forward_pre_hook(
+                lambda _, args, key=f"{name}.weight": recorded.setdefault(key, []).append(args[0])
+            )
+    model.head.register_forward_pre_hook(
+        lambda _, args: recorded.setdefault("embedding.weight", []).append(args[0])
+    )
     tokens = torch.from_numpy(Windows(folder, TINY.context, TINY.vocab_size, 42).batch(0, 4))
     with torch.no_grad():
         model(tokens[:, :-1], tokens[:, 1:], looped=True)
@@ -45,7 +53,10 @@ def test_hessians_equal_recorded_inputs_multiplied_out(tmp_path, revisit):
     for name, inputs in recorded.items():
         # One pass over all windows here, two there: what is a first visit is so for a window.
         by_visit = [x.flatten(0, -2).double() for x in inputs]
-        expected = sum((x.T @ x * (revisit if visit else 1.0) for visit, x in enumerate(by_visit)), torch.zeros(())) / 64
+        expected = (
+            sum((x.T @ x * (revisit if visit else 1.0) for visit, x in enumerate(by_visit)), torch.zeros(()))
+            / 64
+        )
         torch.testing.assert_close(hessians[hessian_name(name)].double(), expected, atol=1e-4, rtol=1e-4)
     visits = len(recorded["blocks.1.mlp.up.weight"])
     assert (visits, len(recorded["blocks.0.mlp.up.weight"])) == (1 + TINY.loops, 1)
@@ -84,7 +95,9 @@ def test_importance_is_the_squared_gradient_of_single_tokens_summed(tmp_path):
     for draw in range(draws):
         differentiate_(model, inputs, targets, draw, squares)
     for name in names:
-        torch.testing.assert_close(squares[name] / draws, exact[name], rtol=0.3, atol=float(exact[name].mean()) / 10)
+        torch.testing.assert_close(
+            squares[name] / draws, exact[name], rtol=0.3, atol=float(exact[name].mean()) / 10
+        )
         assert float(squares[name].sum() / draws / exact[name].sum()) == pytest.approx(1.0, abs=0.1)
 
 
@@ -129,11 +142,20 @@ def test_tokens_must_be_whole_windows_and_divide_over_ranks(tmp_path):
     with pytest.raises(ValueError, match=r"calibrate\.tokens: 60 is not a multiple of model\.context \(16\)"):
         calibrate_params(tokens=60)
     with pytest.raises(ValueError, match="4 windows do not divide over 3 ranks"):
-        collect(random_model(1).state_dict(), calibrate_params(), write_shards(tmp_path), world(size=3), QUIET, Interval())
+        collect(
+            random_model(1).state_dict(),
+            calibrate_params(),
+            write_shards(tmp_path),
+            world(size=3),
+            QUIET,
+            Interval(),
+        )
 
 
 def test_hessians_are_symmetric_and_positive(tmp_path):
-    found = collect(random_model(2).state_dict(), calibrate_params(), write_shards(tmp_path), world(), QUIET, Interval())
+    found = collect(
+        random_model(2).state_dict(), calibrate_params(), write_shards(tmp_path), world(), QUIET, Interval()
+    )
     for name in filter(is_hessian, found):
         hessian = found[name]
         values = np.linalg.eigvalsh(hessian.double().numpy())

@@ -88,7 +88,9 @@ def test_the_gambler_against_sums_raises_no_more_false_alarms_than_his_bound() -
     generator = np.random.Generator(np.random.PCG64(4))
     q, law = generator.dirichlet(np.full(50, 0.2)), generator.dirichlet(np.full(50, 1.0))
     law = 0.5 * law + 0.5 / 50
-    wealth = np.array([normalisation_blackbox.wealth((q / law)[generator.choice(50, 60, p=law)]) for _ in range(2000)])
+    wealth = np.array(
+        [normalisation_blackbox.wealth((q / law)[generator.choice(50, 60, p=law)]) for _ in range(2000)]
+    )
     for k in range(1, 6):
         assert reached(wealth, k) <= 2.0**-k + 4 * math.sqrt(2.0**-k / 2000)
     rich = normalisation_blackbox.wealth((2 * q / law)[generator.choice(50, 2000, p=law)])

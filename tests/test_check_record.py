@@ -39,7 +39,9 @@ class Made:
 
     source: str = SOURCE
     raw: bool = False  # ship the source as it is, where the wrapped one is counted
-    settings: dict[str, Any] = field(default_factory=lambda: {"ttt_epochs": 2, "train_shards": 80, "smear_enabled": True})
+    settings: dict[str, Any] = field(
+        default_factory=lambda: {"ttt_epochs": 2, "train_shards": 80, "smear_enabled": True}
+    )
     tokens: int = TOKENS
     counted_bytes: float = OFFICIAL_BYTES  # that the scores are over
     bpb: dict[int, float] = field(default_factory=lambda: dict(BPB))
@@ -92,7 +94,10 @@ class Made:
         )
 
     def submission(self) -> dict[str, Any]:
-        rows = {str(seed): {"val_bpb": round(bpb, 5), "artifact_bytes": self.total(seed)} for seed, bpb in self.bpb.items()}
+        rows = {
+            str(seed): {"val_bpb": round(bpb, 5), "artifact_bytes": self.total(seed)}
+            for seed, bpb in self.bpb.items()
+        }
         scores = [row["val_bpb"] for row in rows.values()]
         summary: dict[str, Any] = {
             "author": "someone",
@@ -107,7 +112,10 @@ class Made:
         return summary
 
     def page(self) -> str:
-        rows = "".join(f"| {seed} | {STEPS[seed]:,} | **{bpb:.4f}** | {self.total(seed):,} |\n" for seed, bpb in BPB.items())
+        rows = "".join(
+            f"| {seed} | {STEPS[seed]:,} | **{bpb:.4f}** | {self.total(seed):,} |\n"
+            for seed, bpb in BPB.items()
+        )
         return (
             "# SP8192, looped\n\n**val_bpb = 1.0810** (3-seed mean)\n\n| Seed | Steps | TTT BPB | Artifact bytes |\n|---|---:|---:|---:|\n"
             f"{rows}\nScore-first TTT, 2 epochs; 4,550 steps in 588 s; SmearGate.\n"
@@ -154,64 +162,144 @@ TALL = Made()
 # Name, the folder, and what must be said of it. D numbers are those of the list of defects that the project's tests follow.
 DEFECTS: dict[str, tuple[Made, str]] = {
     # Counts and data.
-    "D1 leading spaces twice": (Made(counted_bytes=OFFICIAL_BYTES * 1.167), r"\(\+16\.70%\): leading spaces counted twice"),
+    "D1 leading spaces twice": (
+        Made(counted_bytes=OFFICIAL_BYTES * 1.167),
+        r"\(\+16\.70%\): leading spaces counted twice",
+    ),
     "D2 marker": (Made(source="def f(p):\n    return p.startswith('?')\n"), r"looks for '\?'"),
-    "D3 fallback bytes": (Made(counted_bytes=157_319_833), r"\(\+4\.13%\): byte-fallback pieces counted as three bytes"),
-    "D4 sidecar off": (Made(tokens=47_851_520, counted_bytes=164_594_398), r"\(\+8\.95%\): CaseOps' transformed text"),
+    "D3 fallback bytes": (
+        Made(counted_bytes=157_319_833),
+        r"\(\+4\.13%\): byte-fallback pieces counted as three bytes",
+    ),
+    "D4 sidecar off": (
+        Made(tokens=47_851_520, counted_bytes=164_594_398),
+        r"\(\+8\.95%\): CaseOps' transformed text",
+    ),
     "D5 casefold": (Made(readme=append("\nCasefold tokenizer.\n")), r"casefolded text"),
     "D6 no documents": (Made(more_log="num_docs: 0\n"), r"no documents: BOS was not written"),
-    "D7 ten thousand documents": (Made(tokens=9_662_464, counted_bytes=36e6), r"scored 9,662,464 tokens: the first 10,000 documents"),
+    "D7 ten thousand documents": (
+        Made(tokens=9_662_464, counted_bytes=36e6),
+        r"scored 9,662,464 tokens: the first 10,000 documents",
+    ),
     "D8 val in train": (Made(settings={"train_shards": 1499}), r"1,499 train shards, where there are 128"),
-    "D10 lost shards": (Made(tokens=36_562_944, counted_bytes=136.2e6), r"scored 36,562,944 tokens: a partition that lost shards"),
+    "D10 lost shards": (
+        Made(tokens=36_562_944, counted_bytes=136.2e6),
+        r"scored 36,562,944 tokens: a partition that lost shards",
+    ),
     "D11 subset": (Made(tokens=8_000_000, counted_bytes=29_365_687), r"scored 8,000,000 tokens, a subset"),
-    "D11 subset in words": (Made(readme=append("\nPPM on the first 8M tokens.\n")), r"README\.md: says 'first 8M tokens'"),
-    "D11 mixture on a prefix": (Made(more_log="ppm_mix bytes=29365687 mix_bpb=0.994872\n"), r"train_seed42\.log: says 'ppm_mix'"),
-    "D11 unknown count": (Made(tokens=30_000_000, counted_bytes=111e6), r"scored 30,000,000 tokens; known are 40,540,160"),
+    "D11 subset in words": (
+        Made(readme=append("\nPPM on the first 8M tokens.\n")),
+        r"README\.md: says 'first 8M tokens'",
+    ),
+    "D11 mixture on a prefix": (
+        Made(more_log="ppm_mix bytes=29365687 mix_bpb=0.994872\n"),
+        r"train_seed42\.log: says 'ppm_mix'",
+    ),
+    "D11 unknown count": (
+        Made(tokens=30_000_000, counted_bytes=111e6),
+        r"scored 30,000,000 tokens; known are 40,540,160",
+    ),
     "D12 shards missing": (Made(settings={"train_shards": 39}), r"39 train shards of 80 or 128"),
-    "D17 Hessians after the deadline": (Made(train_ms=599_600, hessians="4.7"), r"4\.7 s of Hessians on training data are over 600 s"),
+    "D17 Hessians after the deadline": (
+        Made(train_ms=599_600, hessians="4.7"),
+        r"4\.7 s of Hessians on training data are over 600 s",
+    ),
     "D18 over the training budget": (Made(train_ms=602_048), r"trained for 602\.0 s"),
     "D19 over the evaluation budget": (Made(eval_ms=688_000), r"evaluated for 688\.0 s"),
     # Artifact and reproducibility.
-    "D21 over the cap": (Made(model=dict.fromkeys(MODEL, 16_042_632)), r"submission\.json: 16,042,\d+ bytes are over the cap"),
+    "D21 over the cap": (
+        Made(model=dict.fromkeys(MODEL, 16_042_632)),
+        r"submission\.json: 16,042,\d+ bytes are over the cap",
+    ),
     "D21 over the cap with what is shipped": (
         Made(source=RAW, raw=True),
         r"with the code on disk the artifact has 16,030,325 bytes, over 16,000,000",
     ),
-    "D22 wrapper never shipped": (Made(raw=True, source=RAW), r"a raw source is shipped where a wrapped one is counted"),
-    "D23 overwrites itself": (Made(source="open(__file__, 'w').write('x')\n"), r"overwrites itself: the next seed"),
+    "D22 wrapper never shipped": (
+        Made(raw=True, source=RAW),
+        r"a raw source is shipped where a wrapped one is counted",
+    ),
+    "D23 overwrites itself": (
+        Made(source="open(__file__, 'w').write('x')\n"),
+        r"overwrites itself: the next seed",
+    ),
     "D23 packs the packed": (Made(code_in_log={314: 16_104}), r"the code has other sizes for other seeds"),
-    "D24 programs": (Made(source="import subprocess\nsubprocess.run(['lrzip', '-z'])\n"), r"needs lrzip on the machine"),
+    "D24 programs": (
+        Made(source="import subprocess\nsubprocess.run(['lrzip', '-z'])\n"),
+        r"needs lrzip on the machine",
+    ),
     "D25 library": (Made(more={"evt.so": b"\x7fELF"}), r"evt\.so: a compiled library"),
     "D26 sources beside": (
         Made(source="import lossless_caps\n", more={"lossless_caps.py": b"x=1"}),
         r"lossless_caps\.py: the code needs this",
     ),
-    "D26 C beside": (Made(source="open('expert.c').read()\n", more={"expert.c": b"int x;"}), r"expert\.c: the code needs this file"),
+    "D26 C beside": (
+        Made(source="open('expert.c').read()\n", more={"expert.c": b"int x;"}),
+        r"expert\.c: the code needs this file",
+    ),
     "D27 silent fallback": (
         Made(source="import shutil, brotli\npack = 'lrzip' if shutil.which('lrzip') else 'brotli'\n"),
         r"falls back to brotli where lrzip is missing",
     ),
     "D28 other code": (Made(code_in_log={42: 16_630}), r"the code has other sizes for other seeds"),
-    "D29 steps in submission.json": (Made(summary=set_in("steps", 3770)), r"seed 42: 3,770 steps, its log says 4,550"),
-    "D29 steps in README": (Made(readme=swap("4,550 steps in", "3,770 steps in")), r"says 3,770 steps, the logs 4,548, 4,550, 4,561"),
-    "D29 steps in the table": (Made(readme=swap("| 314 | 4,561", "| 314 | 3,770")), r"seed 314: 3,770 steps, its log says 4,561"),
+    "D29 steps in submission.json": (
+        Made(summary=set_in("steps", 3770)),
+        r"seed 42: 3,770 steps, its log says 4,550",
+    ),
+    "D29 steps in README": (
+        Made(readme=swap("4,550 steps in", "3,770 steps in")),
+        r"says 3,770 steps, the logs 4,548, 4,550, 4,561",
+    ),
+    "D29 steps in the table": (
+        Made(readme=swap("| 314 | 4,561", "| 314 | 3,770")),
+        r"seed 314: 3,770 steps, its log says 4,561",
+    ),
     "D29 epochs": (Made(readme=swap("2 epochs", "3 epochs")), r"says 3 epochs, the logs say 2"),
-    "D29 model for total": (Made(summary=set_in_seed(42, "artifact_bytes", MODEL[42])), r"15,975,300 \(the model's alone\), its log says"),
-    "D29 code bytes": (Made(summary=set_in("bytes_code", 32_500)), r"submission\.json counts 32,500: the file is not what was counted"),
+    "D29 model for total": (
+        Made(summary=set_in_seed(42, "artifact_bytes", MODEL[42])),
+        r"15,975,300 \(the model's alone\), its log says",
+    ),
+    "D29 code bytes": (
+        Made(summary=set_in("bytes_code", 32_500)),
+        r"submission\.json counts 32,500: the file is not what was counted",
+    ),
     "D30 best of more": (
         Made(more={"train_seed7.log": TALL.log(42).replace("seed: 42", "seed: 7").encode()}),
         r"a log of seed 7 lies here, and the record leaves it out",
     ),
     "D30 seed without log": (Made(seeds_with_log=(42, 314)), r"seed 999 is claimed, and no log is of it"),
-    "D30 headline": (Made(readme=swap("val_bpb = 1.0810", "val_bpb = 1.0435")), r"its val_bpb is 1\.0435, that of submission\.json 1\.081"),
-    "D30 score not in the log": (Made(summary=set_in_seed(314, "val_bpb", 1.0791)), r"seed 314: val_bpb 1\.0791 is not in its log"),
-    "D30 mean": (Made(summary=set_in("val_bpb", 1.0805)), r"val_bpb 1\.0805 is not the mean of its seeds, 1\.081"),
-    "D30 deviation": (Made(summary=set_in("val_bpb_std", 0.00002)), r"val_bpb_std 2e-05 is not the sample deviation"),
-    "D30 table": (Made(readme=swap("**1.0812**", "**1.0802**")), r"seed 999: tt?t? bpb 1\.0802 is not in its log"),
-    "D31 stored artifact": (Made(training=False), r"has a score and no training: it evaluated a stored artifact"),
-    "D32 feature that was off": (Made(settings={"smear_enabled": False}), r"tells of Smear, and train_seed42\.log has smear_enabled off"),
+    "D30 headline": (
+        Made(readme=swap("val_bpb = 1.0810", "val_bpb = 1.0435")),
+        r"its val_bpb is 1\.0435, that of submission\.json 1\.081",
+    ),
+    "D30 score not in the log": (
+        Made(summary=set_in_seed(314, "val_bpb", 1.0791)),
+        r"seed 314: val_bpb 1\.0791 is not in its log",
+    ),
+    "D30 mean": (
+        Made(summary=set_in("val_bpb", 1.0805)),
+        r"val_bpb 1\.0805 is not the mean of its seeds, 1\.081",
+    ),
+    "D30 deviation": (
+        Made(summary=set_in("val_bpb_std", 0.00002)),
+        r"val_bpb_std 2e-05 is not the sample deviation",
+    ),
+    "D30 table": (
+        Made(readme=swap("**1.0812**", "**1.0802**")),
+        r"seed 999: tt?t? bpb 1\.0802 is not in its log",
+    ),
+    "D31 stored artifact": (
+        Made(training=False),
+        r"has a score and no training: it evaluated a stored artifact",
+    ),
+    "D32 feature that was off": (
+        Made(settings={"smear_enabled": False}),
+        r"tells of Smear, and train_seed42\.log has smear_enabled off",
+    ),
     "D34 fitted at evaluation": (
-        Made(more_log="quantized val_loss:2.84 val_bpb:1.0997 eval_time:1ms\ncalibrating logits on 100000 train tokens\n"),
+        Made(
+            more_log="quantized val_loss:2.84 val_bpb:1.0997 eval_time:1ms\ncalibrating logits on 100000 train tokens\n"
+        ),
         r"reads training data after evaluation began",
     ),
     "D34 opens train at evaluation": (
@@ -219,13 +307,22 @@ DEFECTS: dict[str, tuple[Made, str]] = {
         r"eval_ttt opens training shards at evaluation",
     ),
     # The four findings on #1858.
-    "#1858 total of one seed": (Made(summary=set_in("bytes_total", TALL.total(42))), r"bytes_total 15,975,\d+ is not the worst seed's"),
+    "#1858 total of one seed": (
+        Made(summary=set_in("bytes_total", TALL.total(42))),
+        r"bytes_total 15,975,\d+ is not the worst seed's",
+    ),
     "#1858 code overwritten": (
         Made(source="import pathlib\npathlib.Path(__file__).write_text('x')\n"),
         r"overwrites itself: the next seed runs and counts another file",
     ),
-    "#1858 code by seed": (Made(code_in_log={999: 16_104}), r"train_seed999\.log 16,104; they ran different code, or packed the packed"),
-    "#1858 raw code": (Made(raw=True, source=RAW), r"54,000 bytes on disk, train_seed314\.log counts \d+: a raw source"),
+    "#1858 code by seed": (
+        Made(code_in_log={999: 16_104}),
+        r"train_seed999\.log 16,104; they ran different code, or packed the packed",
+    ),
+    "#1858 raw code": (
+        Made(raw=True, source=RAW),
+        r"54,000 bytes on disk, train_seed314\.log counts \d+: a raw source",
+    ),
 }
 
 
@@ -271,7 +368,9 @@ def test_a_folder_of_one_file_is_read(kept: tuple[str, ...], tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("given", ["nowhere", "empty"])
-def test_nothing_to_check_is_exit_code_2(given: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_to_check_is_exit_code_2(
+    given: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(SystemExit) as ended:
         check.main([str(tmp_path / given)])
@@ -291,7 +390,13 @@ def test_other_names_and_forms_are_understood(tmp_path: Path) -> None:
     """Per-seed results as a list, sizes as words, seeds only there; a log called otherwise."""
     made = Made()
     rows = [
-        {"seed": seed, "bpb": round(bpb, 4), "total_bytes": f"{made.total(seed):,}", "step_stop": STEPS[seed], "train_time_s": 588.0}
+        {
+            "seed": seed,
+            "bpb": round(bpb, 4),
+            "total_bytes": f"{made.total(seed):,}",
+            "step_stop": STEPS[seed],
+            "train_time_s": 588.0,
+        }
         for seed, bpb in BPB.items()
     ]
     made.summary = lambda summary: summary.update({"seed_results": rows, "seeds": None})
@@ -332,7 +437,9 @@ def test_our_words_on_the_record_track(tmp_path: Path) -> None:
         "bytes_total": total,
         "seeds": [1, 2, 3],
         "seed_results": {str(seed): {"val_bpb": 1.05, "bytes_total": total} for seed in (1, 2, 3)},
-        "measured": {str(seed): {"training_seconds": 590.0, "evaluation_seconds": 500.0} for seed in (1, 2, 3)},
+        "measured": {
+            str(seed): {"training_seconds": 590.0, "evaluation_seconds": 500.0} for seed in (1, 2, 3)
+        },
         "coverage": {"targets": 40_541_162, "bytes": 151_080_000},
     }
     (path / "train_gpt.py").write_bytes(code)

@@ -43,10 +43,14 @@ def made(tmp_path: Path, line: str = "") -> Artifact:
     (folder / "train_gpt.py").write_text(TOY.replace("HERE", line))
     (folder / "model.bin").write_bytes(b"weights")
     (folder / "val" / "val_0.bin").write_bytes(b"text.")
-    return Artifact({name: folder / name for name in ("train_gpt.py", "model.bin")}, {"data/val": folder / "val"})
+    return Artifact(
+        {name: folder / name for name in ("train_gpt.py", "model.bin")}, {"data/val": folder / "val"}
+    )
 
 
-def audited(artifact: Artifact, means: Means = MEANS, covered: tuple[Path, ...] = (), late_seconds: float = 10.0) -> dict[str, Verdict]:
+def audited(
+    artifact: Artifact, means: Means = MEANS, covered: tuple[Path, ...] = (), late_seconds: float = 10.0
+) -> dict[str, Verdict]:
     verdicts = check_clean_room(visit(artifact, covered, means, patience_seconds=60.0), CLAIM, late_seconds)
     assert all(verdict.check == "B14" for verdict in verdicts)
     return {verdict.name: verdict for verdict in verdicts}
@@ -112,7 +116,9 @@ def test_a_trace_is_read_with_its_links_threads_and_quotes(tmp_path: Path) -> No
     (tmp_path / "trace").write_text("\n".join(lines))
     files = {"/real/b", '/room/c "O_DIRECTORY\n', "/dir/d", "/real/d", "/usr/bin/cat"}
     hosts = {"192.0.2.1", "192.0.2.9", "2001:db8::1"}
-    assert sandbox._traced(tmp_path / "trace") == {("file", name) for name in files} | {("address", name) for name in hosts}
+    assert sandbox._traced(tmp_path / "trace") == {("file", name) for name in files} | {
+        ("address", name) for name in hosts
+    }
 
 
 @pytest.mark.skipif(not MEANS.traced, reason="strace is not installed, or may not trace")
@@ -125,10 +131,15 @@ def test_native_code_is_traced(tmp_path: Path, outside: Path) -> None:
 @pytest.mark.skipif(not MEANS.mounts, reason="namespaces for mounts are not allowed")
 def test_covered_folders_are_empty_and_looking_for_them_convicts(tmp_path: Path, outside: Path) -> None:
     line = f"assert os.listdir('{outside}') == []\ntry: open('{outside}/weights.npz')\nexcept FileNotFoundError: pass"
-    assert failed(audited(made(tmp_path, line), covered=(outside, ROOT.parent / "nowhere"))) == ["opened files"]
+    assert failed(audited(made(tmp_path, line), covered=(outside, ROOT.parent / "nowhere"))) == [
+        "opened files"
+    ]
 
 
-@pytest.mark.skipif(not MEANS.mounts or sys.prefix == sys.base_prefix, reason="no mounts, or no environment of the project's own")
+@pytest.mark.skipif(
+    not MEANS.mounts or sys.prefix == sys.base_prefix,
+    reason="no mounts, or no environment of the project's own",
+)
 def test_a_repository_is_covered_around_the_environment_in_it(tmp_path: Path) -> None:
     environment = Path(sys.prefix)
     line = f"import numpy; assert os.listdir({str(environment.parent)!r}) == [{environment.name!r}]"
@@ -136,9 +147,16 @@ def test_a_repository_is_covered_around_the_environment_in_it(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("means", [MEANS, NONE], ids=["all means", "hooks alone"])
-@pytest.mark.parametrize("call", ["socket.create_connection(('127.0.0.2', PORT), 2).close()", "socket.getaddrinfo('nobody.invalid', 80)"])
-def test_speaking_to_a_host_convicts_it(tmp_path: Path, call: str, means: Means, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox, "_is_loopback", lambda host: host == "127.0.0.1")  # 127.0.0.2 stands for a host that answers
+@pytest.mark.parametrize(
+    "call",
+    ["socket.create_connection(('127.0.0.2', PORT), 2).close()", "socket.getaddrinfo('nobody.invalid', 80)"],
+)
+def test_speaking_to_a_host_convicts_it(
+    tmp_path: Path, call: str, means: Means, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        sandbox, "_is_loopback", lambda host: host == "127.0.0.1"
+    )  # 127.0.0.2 stands for a host that answers
     with socket.create_server(("127.0.0.2", 0)) as server:
         line = f"try: {call.replace('PORT', str(server.getsockname()[1]))}\nexcept OSError: pass"
         verdicts = audited(made(tmp_path, line), means)
@@ -151,7 +169,9 @@ def test_there_is_no_network_but_the_loopback(tmp_path: Path) -> None:
         port = server.getsockname()[1]
         line = f"try: socket.create_connection(('127.0.0.1', {port}), 2); time.sleep(99)\nexcept ConnectionRefusedError: pass"
         line += "\nwith socket.create_server(('127.0.0.1', 0)) as own: socket.create_connection(own.getsockname(), 2).close()"
-        assert failed(audited(made(tmp_path, line))) == []  # what torchrun needs is there, what listens outside is not
+        assert (
+            failed(audited(made(tmp_path, line))) == []
+        )  # what torchrun needs is there, what listens outside is not
 
 
 def test_a_timer_started_late_is_convicted_and_so_is_a_run_over_budget(tmp_path: Path) -> None:
@@ -161,19 +181,30 @@ def test_a_timer_started_late_is_convicted_and_so_is_a_run_over_budget(tmp_path:
     assert "timer was started late" in verdicts["wall clock"].evidence
     early = "pathlib.Path('eval').mkdir(); pathlib.Path('eval/timing.json').write_text('{\"evaluation_seconds\": 0.1}'); time.sleep(1.5)"
     early += "; pathlib.Path('eval/metrics.json').write_text('{\"toy_bpb\": 1.25}'); sys.exit(0)"
-    assert "stopped early" in audited(made(tmp_path / "early", early), late_seconds=1.2)["wall clock"].evidence
+    assert (
+        "stopped early" in audited(made(tmp_path / "early", early), late_seconds=1.2)["wall clock"].evidence
+    )
     seen = visit(made(tmp_path / "slow"), means=NONE)
     over = check_clean_room(seen, Claim("toy_bpb", 1.25, budget_seconds=1e-3))
     assert [verdict.name for verdict in convicted(over)] == ["wall clock"]
-    hidden = visit(made(tmp_path / "untimed", "json.dumps = lambda value, real=json.dumps: real({'toy_bpb': 1.25})"), means=NONE)
+    hidden = visit(
+        made(tmp_path / "untimed", "json.dumps = lambda value, real=json.dumps: real({'toy_bpb': 1.25})"),
+        means=NONE,
+    )
     assert check_clean_room(hidden, CLAIM)[3].outcome == "cannot tell"
 
 
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ("pathlib.Path('model.bin').exists() or 1 / 0; open('features.npz')", "No such file"),  # needs what was not handed in
-        ("os.chmod('data/val/val_0.bin', 0o644); open('data/val/val_0.bin', 'wb').write(b'easy.')", "EITHER"),  # writes over its data
+        (
+            "pathlib.Path('model.bin').exists() or 1 / 0; open('features.npz')",
+            "No such file",
+        ),  # needs what was not handed in
+        (
+            "os.chmod('data/val/val_0.bin', 0o644); open('data/val/val_0.bin', 'wb').write(b'easy.')",
+            "EITHER",
+        ),  # writes over its data
         ("time.sleep(0); pathlib.Path('model.bin'); sys.exit(0)", "left no metrics.json"),
         ("len = lambda value: 4", "toy_bpb is 1.0"),  # another number than was claimed
     ],
@@ -182,19 +213,27 @@ def test_a_run_that_does_not_come_out_as_claimed_is_convicted(tmp_path: Path, li
     for name, means in (("a", MEANS), ("b", NONE)):
         verdict = audited(made(tmp_path / name, line), means)["runs from the counted files alone"]
         assert verdict.outcome == "fail"
-        wanted = ("Read-only file system" if means.mounts else "changed its inputs") if reason == "EITHER" else reason
+        wanted = (
+            ("Read-only file system" if means.mounts else "changed its inputs")
+            if reason == "EITHER"
+            else reason
+        )
         assert wanted in verdict.evidence
 
 
 def test_a_run_that_does_not_end_is_ended_with_all_its_processes(tmp_path: Path) -> None:
-    artifact = made(tmp_path, "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); time.sleep(60)")
+    artifact = made(
+        tmp_path, "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); time.sleep(60)"
+    )
     seen = visit(artifact, means=MEANS, patience_seconds=1.5)
     assert seen.seen.returncode is None
     assert seen.seen.seconds < 10
     assert "patience" in check_clean_room(seen, CLAIM)[0].evidence
 
 
-def test_nothing_of_the_callers_environment_is_handed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_of_the_callers_environment_is_handed_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("CADDIE_SECRET", "1")
     line = "assert 'CADDIE_SECRET' not in os.environ\nassert os.environ['GIVEN'] == '7'"
     line += "\nassert os.path.realpath(os.environ['HOME']).startswith(os.getcwd())"

@@ -17,7 +17,12 @@ from tests.test_sliding_eval import table
 from tools import plan
 
 SLIDING = SlidingEvalParams(window=16, stride=4, batch_windows=3, chunk=32)
-RUN: dict[str, Any] = {"startup_seconds": 30.0, "warm_up_targets": 1000, "targets_per_second": 20_000.0, "ranks": 2}
+RUN: dict[str, Any] = {
+    "startup_seconds": 30.0,
+    "warm_up_targets": 1000,
+    "targets_per_second": 20_000.0,
+    "ranks": 2,
+}
 
 
 def stream(count: int) -> Stream:
@@ -27,7 +32,10 @@ def stream(count: int) -> Stream:
 
 
 def scorers(targets: int) -> list[TimedScorer]:
-    return [SlidingScorer(random_model(6), SLIDING, world()), TTTScorer(random_model(6), SLIDING, TTT, world(), targets)]
+    return [
+        SlidingScorer(random_model(6), SLIDING, world()),
+        TTTScorer(random_model(6), SLIDING, TTT, world(), targets),
+    ]
 
 
 @pytest.mark.parametrize("kind", [0, 1])
@@ -43,14 +51,18 @@ def test_timing_the_warm_up_apart_changes_no_bit(kind: int, count: int) -> None:
     else:
         assert measured["targets_per_second"] > 0
         # What a run measured, it projects for itself.
-        assert clock.projected_seconds(measured, of.targets, 1) == pytest.approx(measured["evaluation_seconds"])
+        assert clock.projected_seconds(measured, of.targets, 1) == pytest.approx(
+            measured["evaluation_seconds"]
+        )
     json.dumps(measured)
 
 
 def test_the_projection_is_for_the_official_bytes_on_eight() -> None:
     pace = clock.Pace(1000)
     pace.steady.started, pace.steady.ended = 0.0, 10.0
-    measured = pace.timing(targets=201_000, counted_bytes=402_000, processes=2)  # 20,000 a second on two, two bytes a target
+    measured = pace.timing(
+        targets=201_000, counted_bytes=402_000, processes=2
+    )  # 20,000 a second on two, two bytes a target
     assert measured["targets_per_second"] == 20_000
     expected = measured["startup_seconds"] + (clock.OFFICIAL_BYTES / 2 - 1000) / (10_000 * 8)
     assert measured["projected_seconds_8gpu"] == pytest.approx(expected)
@@ -64,16 +76,27 @@ def write(path: Path, timing: object) -> str:
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        ([], 0, "30.0 s to start, then 40,540,160 targets on 8 x 10,000 a second: 536.7 s of 600, within the budget"),
+        (
+            [],
+            0,
+            "30.0 s to start, then 40,540,160 targets on 8 x 10,000 a second: 536.7 s of 600, within the budget",
+        ),
         (["--processes=7"], 1, "609.1 s of 600, OVER the budget"),
         (["--processes=1", "--targets=5701000"], 0, "600.0 s of 600, within"),
     ],
 )
 def test_the_plan_says_before_the_start(
-    arguments: list[str], code: int, said: str, tmp_path: Path, repository: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    code: int,
+    said: str,
+    tmp_path: Path,
+    repository: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     with pytest.raises(SystemExit) as ended:
-        plan.main([write(tmp_path / "timing.json", RUN), f"--params={repository / 'params.yaml'}", *arguments])
+        plan.main(
+            [write(tmp_path / "timing.json", RUN), f"--params={repository / 'params.yaml'}", *arguments]
+        )
     assert ended.value.code == code
     assert said in capsys.readouterr().out
 
@@ -81,7 +104,13 @@ def test_the_plan_says_before_the_start(
 def test_the_plan_counts_shards(tmp_path: Path, repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shards.write(tmp_path / "val_000000.bin", np.ones(501, dtype=np.uint16))
     with pytest.raises(SystemExit) as ended:
-        plan.main([write(tmp_path / "timing.json", RUN), f"--params={repository / 'params.yaml'}", f"--val={tmp_path}"])
+        plan.main(
+            [
+                write(tmp_path / "timing.json", RUN),
+                f"--params={repository / 'params.yaml'}",
+                f"--val={tmp_path}",
+            ]
+        )
     assert ended.value.code == 0
     assert "then 500 targets" in capsys.readouterr().out
 
@@ -91,15 +120,26 @@ def test_the_plan_counts_shards(tmp_path: Path, repository: Path, capsys: pytest
     [
         ({"process_seconds": 3.0}, [], "has no startup_seconds, warm_up_targets, targets_per_second, ranks"),
         ([1], [], "expected the timing.json of sliding_eval or ttt_eval"),
-        (RUN | {"targets_per_second": 0.0}, [], "holds no rate: the whole stream was warm-up; measure on more than 1,000 targets"),
+        (
+            RUN | {"targets_per_second": 0.0},
+            [],
+            "holds no rate: the whole stream was warm-up; measure on more than 1,000 targets",
+        ),
         (RUN, ["--processes=0"], "on 0 devices: expected at least one of each"),
     ],
 )
 def test_errors_of_the_plan_are_one_line(
-    timing: object, arguments: list[str], message: str, tmp_path: Path, repository: Path, capsys: pytest.CaptureFixture[str]
+    timing: object,
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    repository: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     with pytest.raises(SystemExit) as ended:
-        plan.main([write(tmp_path / "timing.json", timing), f"--params={repository / 'params.yaml'}", *arguments])
+        plan.main(
+            [write(tmp_path / "timing.json", timing), f"--params={repository / 'params.yaml'}", *arguments]
+        )
     assert ended.value.code == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1

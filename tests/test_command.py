@@ -109,7 +109,9 @@ def half(error: BaseException) -> Main:
     return main
 
 
-def test_a_user_error_leaves_the_last_outputs_and_nothing_half_written(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_user_error_leaves_the_last_outputs_and_nothing_half_written(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     command.launch(STAGE, write_all, [])
     capsys.readouterr()
     assert fails(half(ValueError("two\n  lines")), capsys) == "error: pack: two lines\n"
@@ -159,7 +161,9 @@ def test_an_absent_input_says_which_stage_makes_it(capsys: pytest.CaptureFixture
         (["--params", "absent.yaml"], "absent.yaml does not exist"),
     ],
 )
-def test_bad_parameters_are_one_line_and_no_folder(argv: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_parameters_are_one_line_and_no_folder(
+    argv: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert expected in fails(write_all, capsys, *argv)
     assert not Path("artifacts").exists()
 
@@ -169,7 +173,9 @@ def test_a_result_that_is_not_finite_is_refused(capsys: pytest.CaptureFixture[st
     assert line == "error: pack: a[1].b is nan; a result must be a finite number\n"
 
 
-def test_other_ranks_write_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_ranks_write_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("RANK", "1")
 
     def main(run: command.Run[Params]) -> None:
@@ -211,7 +217,9 @@ def test_a_killed_run_touches_no_output(tmp_path: Path) -> None:
     command.launch(STAGE, write_all, [])
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     arguments = [sys.executable, "-c", KILLED, str(ROOT / "tests")]
-    with subprocess.Popen(arguments, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        arguments, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGKILL)
@@ -225,7 +233,9 @@ def test_an_interpreter_without_torch_ends_with_one_line() -> None:
     """`-S` leaves site-packages out, as an interpreter outside the project's environment does."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     arguments = [sys.executable, "-S", "-m", "stages.train"]
-    result = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=60)
+    result = subprocess.run(
+        arguments, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=60
+    )
     assert result.returncode == 2
     assert result.stdout == ""
     assert result.stderr.count("\n") == 1
@@ -233,7 +243,9 @@ def test_an_interpreter_without_torch_ends_with_one_line() -> None:
 
 
 @pytest.fixture
-def run_stage(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[object, str, str]]:
+def run_stage(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[object, str, str]]:
     """What `python -m stages.NAME ...` does in the repository: exit code, standard output, standard error."""
 
     def run(name: str, *argv: str) -> tuple[object, str, str]:
@@ -248,7 +260,9 @@ def run_stage(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_help_says_what_a_stage_reads_and_writes(name: str, run_stage: Callable[..., tuple[object, str, str]]) -> None:
+def test_help_says_what_a_stage_reads_and_writes(
+    name: str, run_stage: Callable[..., tuple[object, str, str]]
+) -> None:
     code, output, _ = run_stage(name, "--help")
     words = output.split()
     assert code == 0
@@ -263,5 +277,8 @@ def test_a_bad_parameter_stops_every_stage_with_one_line(
 ) -> None:
     code, output, error = run_stage(name, "--set", "nonsense.key=1", "--output", str(tmp_path / "out"))
     assert (code, output) == (2, "")
-    assert error == f"error: {name}: nonsense.key: unknown key; --set only changes keys that the parameter file has\n"
+    assert (
+        error
+        == f"error: {name}: nonsense.key: unknown key; --set only changes keys that the parameter file has\n"
+    )
     assert not (tmp_path / "out").exists()

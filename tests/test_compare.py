@@ -22,8 +22,14 @@ BOS = 1
 
 def stream(lengths: list[int], seed: int = 0) -> Stream:
     generator = np.random.Generator(np.random.PCG64(seed))
-    tokens = np.concatenate([[BOS, *generator.integers(4, 30, length - 1)] for length in lengths]).astype(np.uint16)
-    return Stream(tokens, np.where(tokens[1:] == BOS, 0, 3), ByteTable((b"abc",) * 30, np.zeros(30, bool), np.arange(30) < 4, BOS))
+    tokens = np.concatenate([[BOS, *generator.integers(4, 30, length - 1)] for length in lengths]).astype(
+        np.uint16
+    )
+    return Stream(
+        tokens,
+        np.where(tokens[1:] == BOS, 0, 3),
+        ByteTable((b"abc",) * 30, np.zeros(30, bool), np.arange(30) < 4, BOS),
+    )
 
 
 def ledgers(targets: int, seed: int = 1) -> tuple[np.ndarray, np.ndarray]:
@@ -65,7 +71,9 @@ def test_the_figures_equal_a_plain_count_and_add_up() -> None:
             assert part.difference.bpb == pytest.approx(bits / size, rel=1e-9)
             assert part.contribution == pytest.approx(bits / total, rel=1e-9)
         assert sum(part.contribution for part in parts) == pytest.approx(found.whole.bpb, rel=1e-9)
-    assert found.whole == paired_bootstrap.paired_difference(a, b, of.counted_bytes, paired_bootstrap.document_of_target(of.tokens, BOS))
+    assert found.whole == paired_bootstrap.paired_difference(
+        a, b, of.counted_bytes, paired_bootstrap.document_of_target(of.tokens, BOS)
+    )
     assert found.course.shape == a.shape
     assert found.course[-1] == pytest.approx(found.whole.bpb, rel=1e-9)
     assert found.documents == 9
@@ -106,14 +114,20 @@ def call(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(arguments, cwd=folder, capture_output=True, text=True, check=True)
 
 
-def test_the_command_takes_files_and_folders(scored: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_takes_files_and_folders(
+    scored: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(scored)
     compare.main(["artifacts/sliding_eval", "artifacts/ttt_eval/nll.npy", "--json", "figures.json"])
     printed = capsys.readouterr().out
     figures = json.loads(Path("figures.json").read_text())
     of = open_stream(Path("artifacts/tokenize/val"), Path("artifacts/tokenize/tokenizer.model"))
     a, b = (ledger.read(Path(f"artifacts/{scorer}/nll.npy"), of.targets) for scorer in revisions.SCORERS)
-    assert figures["difference"]["bpb"] == breakdown.compare(a, b, of).whole.bpb == pytest.approx(figures["b"]["bpb"] - figures["a"]["bpb"])
+    assert (
+        figures["difference"]["bpb"]
+        == breakdown.compare(a, b, of).whole.bpb
+        == pytest.approx(figures["b"]["bpb"] - figures["a"]["bpb"])
+    )
     assert f"{figures['difference']['bpb']:+.6f}" in printed
     first = Path(".scratch/comparison.png").read_bytes()
     assert first.startswith(b"\x89PNG")
@@ -145,7 +159,9 @@ def test_errors_are_one_line_and_exit_code_2(
     assert not Path(".scratch").exists()
 
 
-def test_a_missing_stream_is_one_line_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_stream_is_one_line_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as ended:
         compare.main(["a", "b"])
@@ -162,7 +178,10 @@ def repository(scored: Path) -> Path:
     dvc = (sys.executable, "-m", "dvc")
     call(scored, *dvc, "init", "-q")
     stream_files = list(revisions.STREAM)
-    stages = {name: {"cmd": "true", "deps": stream_files, "outs": [f"artifacts/{name}/nll.npy"]} for name in revisions.SCORERS}
+    stages = {
+        name: {"cmd": "true", "deps": stream_files, "outs": [f"artifacts/{name}/nll.npy"]}
+        for name in revisions.SCORERS
+    }
     (scored / "dvc.yaml").write_text(yaml.safe_dump({"stages": stages}))
     call(scored, *dvc, "commit", "-q", "--force")
     call(scored, "git", "add", "-A")
@@ -179,7 +198,9 @@ def repository(scored: Path) -> Path:
     return scored
 
 
-def test_revisions_and_experiments_come_from_dvc_s_cache(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_revisions_and_experiments_come_from_dvc_s_cache(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(repository)
     of = open_stream(Path("artifacts/tokenize/val"), Path("artifacts/tokenize/tokenizer.model"))
     first, second = revisions.read("HEAD", of.targets), revisions.read("seed-2", of.targets)
@@ -190,7 +211,9 @@ def test_revisions_and_experiments_come_from_dvc_s_cache(repository: Path, monke
     call(repository, "git", "update-ref", f"refs/exps/11/{'1' * 38}/seed-2", other)
     with pytest.raises(ValueError, match="seed-2 names 2 experiments on different commits"):
         revisions.read("seed-2", of.targets)
-    call(repository, "git", "update-ref", f"refs/exps/{other[:2]}/{other[2:]}/seed-2", other)  # as after `dvc exp run` here
+    call(
+        repository, "git", "update-ref", f"refs/exps/{other[:2]}/{other[2:]}/seed-2", other
+    )  # as after `dvc exp run` here
     np.testing.assert_array_equal(revisions.read("seed-2", of.targets), first)
 
     lock = yaml.safe_load(Path("dvc.lock").read_text())

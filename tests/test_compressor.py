@@ -60,7 +60,11 @@ def coded_bits(logs: np.ndarray, symbols: np.ndarray) -> float:
 def test_a_file_is_as_long_as_its_probabilities_say(sharpness: float, vocab: int) -> None:
     generator = np.random.Generator(np.random.PCG64(vocab))
     logits = generator.standard_normal((150, vocab)) * sharpness
-    logs = logits - np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1, keepdims=True)) - logits.max(1, keepdims=True)
+    logs = (
+        logits
+        - np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1, keepdims=True))
+        - logits.max(1, keepdims=True)
+    )
     likely = np.array([generator.choice(vocab, p=np.exp(row) / np.exp(row).sum()) for row in logs])
     for symbols in (likely, generator.integers(0, vocab, len(logs)), logs.argmin(1), logs.argmax(1)):
         bits = coded_bits(logs, symbols)
@@ -72,7 +76,12 @@ def test_a_file_is_as_long_as_its_probabilities_say(sharpness: float, vocab: int
 
 def test_every_id_has_a_part_and_carries_run_back_through_full_bytes() -> None:
     logs = np.array([0.0, -np.inf, -700.0])
-    assert range_coder.cumulative(logs).tolist() == [0, range_coder.PARTS - 2, range_coder.PARTS - 1, range_coder.PARTS]
+    assert range_coder.cumulative(logs).tolist() == [
+        0,
+        range_coder.PARTS - 2,
+        range_coder.PARTS - 1,
+        range_coder.PARTS,
+    ]
     encoder = range_coder.Encoder()
     encoder.written, encoder.low = bytearray([7, 255, 255]), (1 << 64) - 1
     encoder.code(np.array([0, 1, 4]), 1)
@@ -86,21 +95,34 @@ def test_what_is_no_log_probability_is_refused(bad: float) -> None:
 
 
 @pytest.mark.parametrize("attention", ["windows", "documents"])
-def test_lanes_score_each_stream_as_the_sliding_scorer_does_alone(attention: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lanes_score_each_stream_as_the_sliding_scorer_does_alone(
+    attention: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(lanes_module, "TOKENS_AT_ONCE", 24)  # so that streams are also taken in turn
     params = dataclasses.replace(factories.TINY, attention=attention)
     model = factories.random_model(5, params)
     streams = np.random.Generator(np.random.PCG64(1)).integers(4, params.vocab_size, (3, 41))
     streams[:, 0] = params.bos_id
     sliding = SlidingEvalParams(window=16, stride=5, batch_windows=3, chunk=16)
-    lanes = Lanes(params, model.state_dict(), sliding.window, sliding.stride, streams[:, 0], streams.shape[1], factories.world())
+    lanes = Lanes(
+        params,
+        model.state_dict(),
+        sliding.window,
+        sliding.stride,
+        streams[:, 0],
+        streams.shape[1],
+        factories.world(),
+    )
     found = np.zeros((3, 40))
     for at in range(1, 41):
         kept = 3 if at < 20 else 2
         lanes.keep(kept)
         found[:kept, at - 1] = -lanes.predict()[np.arange(kept), streams[:kept, at]]
         lanes.observe(streams[:kept, at])
-    alone = [SlidingScorer(model, sliding, factories.world()).score_stream(stream.astype(np.uint16)) for stream in streams]
+    alone = [
+        SlidingScorer(model, sliding, factories.world()).score_stream(stream.astype(np.uint16))
+        for stream in streams
+    ]
     assert np.abs(found[:2] - np.array(alone[:2])).max() < 2e-5
     assert np.abs(found[2, :19] - alone[2][:19]).max() < 2e-5
 
@@ -128,12 +150,24 @@ def test_a_tokenizer_that_changes_text_loses_none(lossy: Speller, text: str) -> 
 
 
 @pytest.mark.parametrize(
-    "text", ["", " ", "  two  spaces \n\n", "\u2581 marker", "\ufb01 ligature \u00bd", "<s> <0x41> </s>", "\0\r\n\t\ufeff", "a" * 300]
+    "text",
+    [
+        "",
+        " ",
+        "  two  spaces \n\n",
+        "\u2581 marker",
+        "\ufb01 ligature \u00bd",
+        "<s> <0x41> </s>",
+        "\0\r\n\t\ufeff",
+        "a" * 300,
+    ],
 )
 def test_awkward_text_comes_back(lossy: Speller, text: str) -> None:
     assert lossy.decode(lossy.encode(text)) == text.encode("utf-8")
     plain = "Document 3 says that 9 is the square of 3"
-    assert len(lossy.encode(plain + text + " and")) <= len(lossy.tokenizer.encode(plain)) + len(text.encode()) + len(" and")
+    assert len(lossy.encode(plain + text + " and")) <= len(lossy.tokenizer.encode(plain)) + len(
+        text.encode()
+    ) + len(" and")
 
 
 def test_text_is_cut_into_parts_that_make_it_up() -> None:
@@ -151,11 +185,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A packed model of random weights with its tokenizer, another model, a text, and parameters."""
     made = tmp_path_factory.mktemp("codec")
     (made / "tokenizer.model").write_bytes(tokenizer.train(TEXTS, 320, 1))
-    shallow = {"layers": 2, "loops": 0, "loop_first": 0, "loop_last": 0, "parallel_from": 1, "value_tables": 1}  # a step is short
+    shallow = {
+        "layers": 2,
+        "loops": 0,
+        "loop_first": 0,
+        "loop_last": 0,
+        "parallel_from": 1,
+        "value_tables": 1,
+    }  # a step is short
     params = dataclasses.replace(factories.TINY, vocab_size=320, **shallow)  # type: ignore[arg-type]
     for number, name in enumerate(("model.bin", "other.bin")):
-        state = {key: tensor.detach() for key, tensor in factories.random_model(number, params).state_dict().items()}
-        hessians = {hessian_name(key): torch.eye(tensor.shape[1]) for key, tensor in state.items() if tensor_kinds.kind_of(key) != "rest"}
+        state = {
+            key: tensor.detach()
+            for key, tensor in factories.random_model(number, params).state_dict().items()
+        }
+        hessians = {
+            hessian_name(key): torch.eye(tensor.shape[1])
+            for key, tensor in state.items()
+            if tensor_kinds.kind_of(key) != "rest"
+        }
         pack = PackParams(**SECTIONS["pack"])
         (made / name).write_bytes(artifact.pack(state, hessians, params, pack, Report(is_main=False)).blob)
     (made / "text.txt").write_text("".join(TEXTS[:4]) + "Na\u00efve \U0001f600  twice\0", encoding="utf-8")
@@ -165,7 +213,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def arguments(folder: Path, verb: str, model: str, source: str, target: str) -> list[str]:
     files = [str(folder / name) for name in (model, source, target)]
-    options = ["--tokenizer", str(folder / "tokenizer.model"), "--params", str(ROOT / "params.yaml"), "--lanes", "4"]
+    options = [
+        "--tokenizer",
+        str(folder / "tokenizer.model"),
+        "--params",
+        str(ROOT / "params.yaml"),
+        "--lanes",
+        "4",
+    ]
     return [verb, *files, *options, "--set", "sliding_eval.window=16", "--set", "sliding_eval.stride=4"]
 
 
@@ -179,9 +234,16 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str | Path) -> str:
     return lines[0]
 
 
-def test_a_fresh_process_restores_the_text_and_another_model_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_fresh_process_restores_the_text_and_another_model_is_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     codec.main(arguments(folder, "compress", "model.bin", "text.txt", "text.cadz"))
-    words = [sys.executable, "-m", "tools.compressor", *arguments(folder, "decompress", "model.bin", "text.cadz", "again.txt")]
+    words = [
+        sys.executable,
+        "-m",
+        "tools.compressor",
+        *arguments(folder, "decompress", "model.bin", "text.cadz", "again.txt"),
+    ]
     subprocess.run(words, cwd=ROOT, check=True, timeout=120)
     assert (folder / "again.txt").read_bytes() == (folder / "text.txt").read_bytes()
     assert "another model" in refused(capsys, folder, "decompress", "other.bin", "text.cadz", "x.txt")
@@ -223,7 +285,9 @@ class Remembers(lawful.Bigram):
         return sure
 
 
-def check(scorer: type[lawful.Bigram], start: int = 300, count: int = 300, recipe: Recipe | None = None) -> Verdict:
+def check(
+    scorer: type[lawful.Bigram], start: int = 300, count: int = 300, recipe: Recipe | None = None
+) -> Verdict:
     named = recipe or Recipe(f"{scorer.__module__}:{scorer.__name__}")
     return check_round_trip(scorer.__name__, scorer, named, TOKENS, start, count, None, 1e-6)
 
@@ -234,14 +298,18 @@ def test_a_lawful_score_is_a_file_that_a_fresh_process_reads() -> None:
     assert float(verdict.expected) - 1 < float(verdict.saw) <= float(verdict.expected) + float(verdict.bound)
 
 
-@pytest.mark.parametrize("scorer", [causal.LookAhead, causal.SecondPass, mass.TargetGate, causal.UpdateFirst, mass.HashedBuckets])
+@pytest.mark.parametrize(
+    "scorer", [causal.LookAhead, causal.SecondPass, mass.TargetGate, causal.UpdateFirst, mass.HashedBuckets]
+)
 def test_a_claim_below_the_file_is_convicted(scorer: type[lawful.Bigram]) -> None:
     verdict = check(scorer)
     assert verdict.outcome == "fail"
     assert "no code length" in verdict.evidence
 
 
-def test_a_coder_that_knows_the_stream_is_convicted_and_a_missing_scorer_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_coder_that_knows_the_stream_is_convicted_and_a_missing_scorer_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(Remembers, "STREAM", TOKENS)
     assert "lost the thread" in check(Remembers).evidence
     missing = check(lawful.Bigram, recipe=Recipe(f"{lawful.__name__}:Nobody"))

@@ -37,7 +37,15 @@ class ToyParams:
     model: Toy
 
 
-GOOD: dict[str, Any] = {"width": 8, "rate": 0.5, "flag": True, "kind": "a", "sizes": [1, 2], "pair": [1, 2.0], "name": None}
+GOOD: dict[str, Any] = {
+    "width": 8,
+    "rate": 0.5,
+    "flag": True,
+    "kind": "a",
+    "sizes": [1, 2],
+    "pair": [1, 2.0],
+    "name": None,
+}
 
 MODEL: dict[str, Any] = {
     "vocab_size": 256,
@@ -91,7 +99,10 @@ def test_an_integer_is_a_lawful_float_and_a_name_a_lawful_option() -> None:
         ({"width": None}, r"^model\.width: saw None \(NoneType\), expected int"),
         ({"width": 0}, r"^model\.width: 0 is not above zero"),
         ({"width": -8}, r"^model\.width: -8 is not above zero"),
-        ({"rate": "1e-4"}, r"^model\.rate: saw the string '1e-4', expected a number; YAML 1\.1 wants a dot in it, as in 1\.0e-4"),
+        (
+            {"rate": "1e-4"},
+            r"^model\.rate: saw the string '1e-4', expected a number; YAML 1\.1 wants a dot in it, as in 1\.0e-4",
+        ),
         ({"rate": "fast"}, r"^model\.rate: saw 'fast' \(str\), expected float"),
         ({"rate": True}, r"^model\.rate: saw True \(bool\), expected float"),
         ({"rate": float("nan")}, r"^model\.rate: saw nan, expected a finite number"),
@@ -134,7 +145,9 @@ def test_sections_of_other_stages_are_left_alone() -> None:
 
 def test_yaml_reads_1e_4_as_a_string_and_the_loader_says_so(tmp_path: Path) -> None:
     path = tmp_path / "params.yaml"
-    path.write_text(yaml.safe_dump({"seed": 1, "model": GOOD}).replace("rate: 0.5", "rate: 1e-4"), encoding="utf-8")
+    path.write_text(
+        yaml.safe_dump({"seed": 1, "model": GOOD}).replace("rate: 0.5", "rate: 1e-4"), encoding="utf-8"
+    )
     with pytest.raises(ValueError, match=r"^model\.rate: saw the string '1e-4'.* as in 1\.0e-4"):
         config.load(path, ToyParams, [])
 
@@ -217,7 +230,15 @@ def test_a_batch_that_is_no_multiple_of_the_context_is_refused() -> None:
 
 def test_bfloat16_on_the_cpu_is_refused() -> None:
     with pytest.raises(config.InvalidKey, match=r"^dtype: bfloat16 needs device cuda"):
-        ParallelParams(nproc=1, threads=1, device="cpu", dtype="bfloat16", deterministic=True, compile=False, kernels=True)
+        ParallelParams(
+            nproc=1,
+            threads=1,
+            device="cpu",
+            dtype="bfloat16",
+            deterministic=True,
+            compile=False,
+            kernels=True,
+        )
 
 
 @pytest.mark.parametrize(
@@ -232,6 +253,8 @@ def test_bfloat16_on_the_cpu_is_refused() -> None:
         (PackInput, "pack.awq_groups=1.5", r"pack\.awq_groups: saw 1\.5 \(float\), expected int"),
     ],
 )
-def test_parameters_of_calibration_and_packing_name_their_dotted_key(schema: type, assignment: str, message: str) -> None:
+def test_parameters_of_calibration_and_packing_name_their_dotted_key(
+    schema: type, assignment: str, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         config.load(ROOT / "params.yaml", schema, [assignment])

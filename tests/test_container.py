@@ -42,10 +42,15 @@ def entries(draw: st.DrawFn) -> tuple[tuple[Entry, ...], list[tuple[bytes, ...]]
         dimensions = st.integers(0, 4) if form.kind == "float16" else st.just(2)
         shape = tuple(draw(st.lists(st.integers(0, 5), min_size=(n := draw(dimensions)), max_size=n)))
         layouts = container.layouts(form, shape)
-        raw = tuple(draw(st.binary(min_size=layout.raw_bytes, max_size=layout.raw_bytes)) for layout in layouts)
+        raw = tuple(
+            draw(st.binary(min_size=layout.raw_bytes, max_size=layout.raw_bytes)) for layout in layouts
+        )
         # The arithmetic coder takes any integers of one state; on a trellis only those that it allows (test_level_coder.py). A series takes
         # all numbers but the one with all bits set.
-        raw = tuple(of.replace(b"\xff", b"\0") if layout.kind == "series" else of for of, layout in zip(raw, layouts, strict=True))
+        raw = tuple(
+            of.replace(b"\xff", b"\0") if layout.kind == "series" else of
+            for of, layout in zip(raw, layouts, strict=True)
+        )
         family = "adaptive" if form.kind != "lattice" and draw(st.booleans()) else "brotli"
         streams = container.encode_streams(form, shape, raw, family, 5)
         made.append(Entry(name, shape, form, streams))
@@ -60,9 +65,15 @@ def example() -> Contents:
         return Stream(by, codecs.encode(by, raw, layout, 11))
 
     matrix = Entry(
-        "blocks.0.weight", (3, 4), Form("rows", 6), (stream(bytes(range(12)), Layout(1, 3, 4)), stream(bytes(6), Layout(2, 1, 3)))
+        "blocks.0.weight",
+        (3, 4),
+        Form("rows", 6),
+        (stream(bytes(range(12)), Layout(1, 3, 4)), stream(bytes(6), Layout(2, 1, 3))),
     )
-    levels, step = stream(bytes(12), Layout(2, 2, 3, 8), "adaptive"), stream(bytes(4), Layout(4, 1, 1), "plain")
+    levels, step = (
+        stream(bytes(12), Layout(2, 2, 3, 8), "adaptive"),
+        stream(bytes(4), Layout(4, 1, 1), "plain"),
+    )
     rows, columns = (stream(bytes(size), Layout(1, 1, size, kind="series"), "series") for size in (2, 3))
     on_axes = Entry("blocks.1.weight", (2, 3), Form("lattice", 8), (levels, step, rows, columns))
     gain = Entry("gain", (2,), Form("float16", 16), (stream(b"abcd", Layout(2, 1, 2)),))
@@ -78,7 +89,9 @@ def forge(header: bytes, streams: bytes = b"") -> bytes:
     """A file with any header, and a checksum that is right."""
     packed = brotli.compress(header, quality=1)
     covered = len(packed).to_bytes(4, "little") + packed + streams
-    return container.MAGIC + container.VERSION.to_bytes(4, "little") + hashlib.sha256(covered).digest() + covered
+    return (
+        container.MAGIC + container.VERSION.to_bytes(4, "little") + hashlib.sha256(covered).digest() + covered
+    )
 
 
 def canonical(header: Any) -> bytes:
@@ -147,7 +160,14 @@ def test_damage_below_a_right_checksum_is_refused_or_harmless(data: st.DataObjec
 @EXAMPLES
 @given(st.data())
 def test_any_json_in_the_header_is_refused_or_sized(data: st.DataObject) -> None:
-    leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.lists(st.integers(-3, 2**40), max_size=3)
+    leaves = (
+        st.none()
+        | st.booleans()
+        | st.integers()
+        | st.floats()
+        | st.text(max_size=5)
+        | st.lists(st.integers(-3, 2**40), max_size=3)
+    )
     header = header_of(container.write(example()))
     record = data.draw(st.sampled_from(header["tensors"]))
     target = data.draw(st.sampled_from([header, record, record["streams"][0]]))
@@ -163,7 +183,9 @@ def _refused_or_sized(blob: bytes) -> None:
     except ValueError:
         return
     for entry, raw in zip(contents.entries, raws, strict=True):
-        assert [len(part) for part in raw] == [layout.raw_bytes for layout in container.layouts(entry.form, entry.shape)]
+        assert [len(part) for part in raw] == [
+            layout.raw_bytes for layout in container.layouts(entry.form, entry.shape)
+        ]
         assert entry.form.kind != "float16" or len(raw[0]) == 2 * math.prod(entry.shape)
 
 

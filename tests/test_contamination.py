@@ -92,29 +92,42 @@ def test_sampled_shingles_keep_the_stated_share_and_find_long_passages() -> None
     assert abs(sampled.kept[0] - (44_000 - 49) / 16) < 4 * np.sqrt(44_000 / 16)
     assert abs(sampled.shares[0] - 3951 / 43_951) < 0.03
     assert "one in 16 looked at" in check_passages(sampled).evidence
-    missing = [not found([of], [VAL[0] + of[100:180] + VAL[1]], rate=16).shared.sum() for of in (GENERATOR.bytes(300) for _ in range(300))]
+    missing = [
+        not found([of], [VAL[0] + of[100:180] + VAL[1]], rate=16).shared.sum()
+        for of in (GENERATOR.bytes(300) for _ in range(300))
+    ]
     assert abs(np.mean(missing) - contamination.missed(16, 80)) < 0.1
     with pytest.raises(ValueError, match="1 or more"):
         found(TRAIN, VAL, rate=0)
 
 
 def test_shards_are_read_as_text(tmp_path: Path) -> None:
-    texts = [f"Document {i} says that {i * i} is the square of {i}; na\u00efve \u2603 {i}.\n" * 2 for i in range(30)]
+    texts = [
+        f"Document {i} says that {i * i} is the square of {i}; na\u00efve \u2603 {i}.\n" * 2
+        for i in range(30)
+    ]
     (tmp_path / "tokenizer.model").write_bytes(tokenizer.train(texts, 320, 1))
     processor = bpb.load_tokenizer(tmp_path / "tokenizer.model")
     # The copy in train is tokenized byte by byte: no hash of token ids finds it.
     letters = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in texts[22].encode()]
-    sides = {"train": [*map(processor.encode, texts[:20]), letters], "val": list(map(processor.encode, texts[20:]))}
+    sides = {
+        "train": [*map(processor.encode, texts[:20]), letters],
+        "val": list(map(processor.encode, texts[20:])),
+    }
     for side, documents in sides.items():
         (tmp_path / side).mkdir()
         ids = [np.array([processor.bos_id(), *of], dtype=np.uint16) for of in documents]
         shards.write(tmp_path / side / "a_0.bin", np.concatenate(ids[:7]))
         shards.write(tmp_path / side / "a_1.bin", np.concatenate(ids[7:]))
-    spelled = [text.tobytes().decode() for _, text in contamination.texts(shards.find(tmp_path / "val"), processor)]
+    spelled = [
+        text.tobytes().decode() for _, text in contamination.texts(shards.find(tmp_path / "val"), processor)
+    ]
     assert spelled == texts[20:]
     planted = contamination.find(tmp_path / "train", tmp_path / "val", processor)
     assert planted.whole.nonzero()[0].tolist() == [2]
     assert planted.starts[2] == sum(len(processor.encode(text)) + 1 for text in texts[20:22])
     assert check_passages(planted).outcome == "fail"
-    clean = dataclasses.replace(planted, whole=np.zeros_like(planted.whole), shared=np.zeros_like(planted.shared))
+    clean = dataclasses.replace(
+        planted, whole=np.zeros_like(planted.whole), shared=np.zeros_like(planted.shared)
+    )
     assert check_passages(clean).outcome == "pass"

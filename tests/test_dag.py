@@ -23,7 +23,17 @@ from tools.__main__ import described
 
 ROOT = Path(__file__).resolve().parent.parent
 # The pipeline's order: a stage may import from those before it.
-ORDER = ("tokenize", "train", "calibrate", "pack", "sliding_eval", "ttt_eval", "bundle", "audit", "submission")
+ORDER = (
+    "tokenize",
+    "train",
+    "calibrate",
+    "pack",
+    "sliding_eval",
+    "ttt_eval",
+    "bundle",
+    "audit",
+    "submission",
+)
 # The folders of stages/ in the order of their imports: each may import from those before it. Two are no stages.
 SHARED = ("common", "scoring")
 LAYERS = ("common", *ORDER[:4], "scoring", *ORDER[4:])
@@ -122,7 +132,9 @@ def needed_by(stage: str) -> set[str]:
 @each_stage
 def test_deps_cover_what_the_stage_imports(stage: str) -> None:
     dependencies = paths(stage, "deps")
-    missing = sorted(path for path in needed_by(stage) if not any(covers(dependency, path) for dependency in dependencies))
+    missing = sorted(
+        path for path in needed_by(stage) if not any(covers(dependency, path) for dependency in dependencies)
+    )
     assert missing == [], f"add to the deps of {stage} in dvc.yaml"
 
 
@@ -130,7 +142,11 @@ def test_deps_cover_what_the_stage_imports(stage: str) -> None:
 def test_deps_name_no_source_that_the_stage_does_not_import(stage: str) -> None:
     """A folder is listed only if the stage needs every file in it."""
     dependencies = paths(stage, "deps")
-    covered = {source for source in [*SOURCES, *TOOLS] if any(covers(dependency, source) for dependency in dependencies)}
+    covered = {
+        source
+        for source in [*SOURCES, *TOOLS]
+        if any(covers(dependency, source) for dependency in dependencies)
+    }
     assert sorted(covered - needed_by(stage)) == [], f"an edit there re-runs {stage} for nothing"
     assert [path for path in dependencies if covers("tools", path)] == []
 
@@ -160,7 +176,9 @@ def test_what_a_stage_reads_and_writes_is_declared(stage: str) -> None:
             covers(str(path), dependency) for dependency in dependencies
         )
         assert inside or any(covers(dependency, str(path)) for dependency in dependencies), f"{name}: {path}"
-    written = {str(Path("artifacts") / stage / name) for name in declared(stage).writes + command.MEASURED_OUTPUTS}
+    written = {
+        str(Path("artifacts") / stage / name) for name in declared(stage).writes + command.MEASURED_OUTPUTS
+    }
     assert set(outputs(stage)) == written
 
 
@@ -199,14 +217,21 @@ def test_imports_point_upstream_only(source: str) -> None:
     own = Path(source).parts[1]
     allowed = set(LAYERS[: LAYERS.index(own) + 1]) if own in LAYERS else {"common"}
     names = imported(source)
-    assert sorted(name for name in names if name.startswith("stages.") and name.split(".")[1] not in allowed) == []
+    assert (
+        sorted(name for name in names if name.startswith("stages.") and name.split(".")[1] not in allowed)
+        == []
+    )
     assert not {name.partition(".")[0] for name in names} & {"tools", "tests", "benchmarks"}
 
 
 def test_stages_common_imports_nothing_before_the_instruction_set_is_pinned() -> None:
     """Importing stages/common/instruction_set.py runs the packages above it, and they must not load numpy."""
     assert imported("stages/common/__init__.py") == set()
-    assert not {name.partition(".")[0] for name in imported("stages/common/instruction_set.py")} & {"numpy", "torch", "numba"}
+    assert not {name.partition(".")[0] for name in imported("stages/common/instruction_set.py")} & {
+        "numpy",
+        "torch",
+        "numba",
+    }
 
 
 @each_source
@@ -232,7 +257,9 @@ def test_no_import_inside_a_function(source: str) -> None:
 @pytest.mark.parametrize("module", ["stages.pack.file.decode_process", "stages.bundle.program.entry"])
 def test_what_is_begun_first_waits_for_nothing(module: str) -> None:
     program = f"import sys, {module}; print(*{{'numba', 'numpy', 'torch'}} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert done.stdout == "\n"
 
 
@@ -250,9 +277,16 @@ def test_the_environment_is_read_in_one_place(source: str) -> None:
     if source in ENVIRONMENT_READERS or source.startswith("stages/bundle/"):
         return
     readers = {"environ", "getenv", "environb", "putenv"}
-    lines = [node.lineno for node in ast.walk(tree_of(source)) if isinstance(node, ast.Attribute) and node.attr in readers]
+    lines = [
+        node.lineno
+        for node in ast.walk(tree_of(source))
+        if isinstance(node, ast.Attribute) and node.attr in readers
+    ]
     names = {
-        alias.name for node in ast.walk(tree_of(source)) if isinstance(node, ast.ImportFrom) and node.module == "os" for alias in node.names
+        alias.name
+        for node in ast.walk(tree_of(source))
+        if isinstance(node, ast.ImportFrom) and node.module == "os"
+        for alias in node.names
     }
     assert lines == []
     assert not names & readers
@@ -288,14 +322,18 @@ assert not torch.cuda.is_initialized()
 assert not torch.are_deterministic_algorithms_enabled()
 assert not any(name.partition(".")[0] in ("dvc", "pytest", "sympy_plots") for name in sys.modules)
 """
-    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120
+    )
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
 def commands(text: str) -> list[str]:
     """The lines of the shell blocks of a Markdown text, comments and prompts aside."""
     blocks = re.findall(r"^```(?:sh|bash|console)\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
-    lines = [line.partition("  #")[0].removeprefix("$ ").strip() for block in blocks for line in block.splitlines()]
+    lines = [
+        line.partition("  #")[0].removeprefix("$ ").strip() for block in blocks for line in block.splitlines()
+    ]
     return [line for line in lines if line and not line.startswith("#")]
 
 
@@ -304,11 +342,17 @@ def test_the_benchmark_of_the_whole_path_hands_on_every_artifact_that_a_stage_re
     """An audit on a GPU once ended for want of one that a new test had come to read."""
     arguments = argparse.Namespace(text=Path("text"), tokenizer=Path("tokenizer"))
     given = {str(word) for word in real_text.inputs(stage, Path("folder"), arguments)}
-    read = {f"--{name.replace('_', '-')}" for name, path in declared(stage).reads.items() if path.parts[0] == "artifacts"}
+    read = {
+        f"--{name.replace('_', '-')}"
+        for name, path in declared(stage).reads.items()
+        if path.parts[0] == "artifacts"
+    }
     assert read <= given
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "benchmarks/README.md", "records/README.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "CONTRIBUTING.md", "benchmarks/README.md", "records/README.md"]
+)
 def test_documented_commands_exist(document: str) -> None:
     targets = set(re.findall(r"^([a-z]+):", MAKEFILE, flags=re.MULTILINE))
     text = (ROOT / document).read_text(encoding="utf-8")
@@ -332,7 +376,10 @@ def test_the_readme_names_its_two_commands_and_every_stage() -> None:
     assert [stage for stage in ORDER if f"`{stage}`" not in README] == []
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/README.md", "benchmarks/README.md", "records/README.md"])
+@pytest.mark.parametrize(
+    "document",
+    ["README.md", "CONTRIBUTING.md", "docs/README.md", "benchmarks/README.md", "records/README.md"],
+)
 def test_links_between_documents_lead_somewhere(document: str) -> None:
     text = (ROOT / document).read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#\s]+)", text) + re.findall(r'(?:src|href)="([^"#]+)"', text):
@@ -347,7 +394,11 @@ def test_every_tool_is_a_command_with_a_line_in_the_list() -> None:
     assert set(lines) == {name for name in names if not name.startswith("__")}
     for name, line in lines.items():
         folder = ROOT / "tools" / name
-        command_file, main_file = (folder / "cli.py", folder / "__main__.py") if folder.is_dir() else (folder.with_suffix(".py"),) * 2
+        command_file, main_file = (
+            (folder / "cli.py", folder / "__main__.py")
+            if folder.is_dir()
+            else (folder.with_suffix(".py"),) * 2
+        )
         assert line, name
         assert f'prog="python -m tools.{name}"' in command_file.read_text(encoding="utf-8")
         assert 'if __name__ == "__main__":\n    main()' in main_file.read_text(encoding="utf-8")
@@ -373,10 +424,21 @@ def test_lock_files_pin_exactly_and_name_no_cuda_package() -> None:
             assert match.group(1) != "triton" or name == "requirements-dev.lock", "torch for CUDA brings it"
             pinned[match.group(1)] = match.group(2)
     assert pinned["dvc"] == "3.67.1"
-    assert {"torch", "numpy", "sympy", "networkx", "sentencepiece", "brotli", "safetensors", "matplotlib", "pyyaml", "pytest"} <= set(
-        pinned
-    )
+    assert {
+        "torch",
+        "numpy",
+        "sympy",
+        "networkx",
+        "sentencepiece",
+        "brotli",
+        "safetensors",
+        "matplotlib",
+        "pyyaml",
+        "pytest",
+    } <= set(pinned)
 
 
 def test_dvcignore_keeps_bytecode_out_of_folder_dependencies() -> None:
-    assert {"__pycache__", "*.pyc", ".partial"} <= set((ROOT / ".dvcignore").read_text(encoding="utf-8").splitlines())
+    assert {"__pycache__", "*.pyc", ".partial"} <= set(
+        (ROOT / ".dvcignore").read_text(encoding="utf-8").splitlines()
+    )

@@ -24,10 +24,15 @@ def comes_back(raw: bytes, item_bytes: int) -> bytes:
 @given(st.sampled_from([1, 2]), st.binary(max_size=300))
 @settings(max_examples=200, deadline=None)
 def test_any_numbers_come_back(item_bytes: int, raw: bytes) -> None:
-    comes_back(raw[: len(raw) // item_bytes * item_bytes].replace(b"\xff", b"\xfe") if item_bytes == 2 else raw, item_bytes)
+    comes_back(
+        raw[: len(raw) // item_bytes * item_bytes].replace(b"\xff", b"\xfe") if item_bytes == 2 else raw,
+        item_bytes,
+    )
 
 
-@pytest.mark.parametrize("values", [[0.0, -0.0, 65504.0, -65504.0, 6e-8, -6e-8, 1.0], [-65504.0] * 9 + [65504.0] * 9])
+@pytest.mark.parametrize(
+    "values", [[0.0, -0.0, 65504.0, -65504.0, 6e-8, -6e-8, 1.0], [-65504.0] * 9 + [65504.0] * 9]
+)
 def test_float16_of_any_size_come_back(values: list[float]) -> None:
     comes_back(np.array(values, "<f2").tobytes(), 2)
 
@@ -51,7 +56,11 @@ def test_normal_numbers_cost_their_entropy() -> None:
     steps = (0.01 * np.exp(np.random.default_rng(1).normal(0, 0.1, 2048))).astype("<f2")
     values = steps.view("<i2")
     entropy = 2048 * np.log2(values.std() * np.sqrt(2 * np.pi * np.e)) / 8
-    assert len(comes_back(steps.tobytes(), 2)) < 1.02 * entropy < 0.97 * len(codecs.encode("brotli", steps.tobytes(), layout(2, 2048), 11))
+    assert (
+        len(comes_back(steps.tobytes(), 2))
+        < 1.02 * entropy
+        < 0.97 * len(codecs.encode("brotli", steps.tobytes(), layout(2, 2048), 11))
+    )
 
 
 @given(st.sampled_from([1, 2]), st.binary(max_size=40), st.integers(0, 9))

@@ -38,7 +38,9 @@ def test_streams_are_those_that_this_process_makes(encode: Encoder) -> None:
 
     def one(levels_RC: np.ndarray) -> None:
         raw = raw_of(levels_RC)
-        assert encode(FORM, levels_RC.shape, raw, *BY) == container.encode_streams(FORM, levels_RC.shape, raw, *BY)
+        assert encode(FORM, levels_RC.shape, raw, *BY) == container.encode_streams(
+            FORM, levels_RC.shape, raw, *BY
+        )
 
     with ThreadPoolExecutor(12) as pool:  # more than there are cores
         list(pool.map(one, every))
@@ -56,7 +58,11 @@ def test_files_are_the_same_either_way(encode: Encoder) -> None:
     state = trained_like()
     hessians = hessians_of(state)
     at_rate = with_budget(20_000, AT_RATE)
-    for params in (at_rate, dataclasses.replace(at_rate, **CORRECTED), dataclasses.replace(PACK, codec=AT_RATE.codec)):
+    for params in (
+        at_rate,
+        dataclasses.replace(at_rate, **CORRECTED),
+        dataclasses.replace(PACK, codec=AT_RATE.codec),
+    ):
         there = pack(state, hessians, MODEL, params, SILENT, encode)
         assert there == pack(state, hessians, MODEL, params, SILENT)
 

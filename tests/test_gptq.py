@@ -30,14 +30,18 @@ def layer(rows: int, columns: int, seed: int = 0, dead: tuple[int, ...] = ()) ->
     """Weights, and the Hessian of strongly correlated inputs."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, columns, generator=generator) * torch.rand(rows, 1, generator=generator)
-    inputs = torch.randn(4 * columns, columns, generator=generator) @ torch.randn(columns, columns, generator=generator)
+    inputs = torch.randn(4 * columns, columns, generator=generator) @ torch.randn(
+        columns, columns, generator=generator
+    )
     inputs *= torch.rand(columns, generator=generator) + 0.05
     for column in dead:
         inputs[:, column] = 0
     return weight, inputs.T @ inputs / len(inputs)
 
 
-def slow_gptq(weight: Tensor, hessian: Tensor, qmax: int, clip: float, damping: float) -> tuple[Tensor, Tensor]:
+def slow_gptq(
+    weight: Tensor, hessian: Tensor, qmax: int, clip: float, damping: float
+) -> tuple[Tensor, Tensor]:
     """GPTQ by its definition: one column at a time, H^-1 of what is still free computed afresh, everything float64.
 
     Fixing column j at q moves the free columns k by -(w_j - q) [H_F^-1]_jk / [H_F^-1]_jj, with F the columns not yet fixed.
@@ -60,12 +64,19 @@ def slow_gptq(weight: Tensor, hessian: Tensor, qmax: int, clip: float, damping: 
     return values, steps
 
 
-def pack(weight: Tensor, hessian: Tensor, block_columns: int = 128, qmax: int = 31, clip: float = 12.85) -> Made:
+def pack(
+    weight: Tensor, hessian: Tensor, block_columns: int = 128, qmax: int = 31, clip: float = 12.85
+) -> Made:
     return quantised([weight], [hessian], block_columns, qmax, clip)[0]
 
 
 def quantised(
-    weights: list[Tensor], hessians: list[Tensor], block_columns: int = 128, qmax: int = 31, clip: float = 12.85, finer: int = 0
+    weights: list[Tensor],
+    hessians: list[Tensor],
+    block_columns: int = 128,
+    qmax: int = 31,
+    clip: float = 12.85,
+    finer: int = 0,
 ) -> list[Made]:
     """Matrices of one shape, quantised together; the first 64 columns finer by `finer` powers of two."""
     known = gptq.feedback(torch.stack(hessians), 0.01, [f"matrix {i}" for i in range(len(hessians))])
@@ -79,11 +90,15 @@ def quantised(
 @pytest.mark.parametrize("shape", [(24, 16), (5, 130), (33, 67), (512, 96)])
 def test_company_changes_no_bit(shape: tuple[int, int]) -> None:
     """Matrices quantised together are what each is alone, and so are their factors."""
-    weights, hessians = zip(*(layer(*shape, seed=seed, dead=(3,) if seed == 1 else ()) for seed in range(5)), strict=True)
+    weights, hessians = zip(
+        *(layer(*shape, seed=seed, dead=(3,) if seed == 1 else ()) for seed in range(5)), strict=True
+    )
     torch.set_num_threads(1)  # as exact_operations() lets it be
     together = quantised(list(weights), list(hessians))
     for i, (weight, hessian) in enumerate(zip(weights, hessians, strict=True)):
-        assert all(torch.equal(a, b) for a, b in zip(together[i], quantised([weight], [hessian])[0], strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(together[i], quantised([weight], [hessian])[0], strict=True)
+        )
 
 
 def test_finer_columns_are_closer() -> None:
@@ -94,7 +109,10 @@ def test_finer_columns_are_closer() -> None:
     steps = fine.steps_R.float()[:, None] / 4
     assert torch.equal(dequantised(fine)[:, :64], fine.values_RC[:, :64] * steps)
     assert errors[1] < errors[0] / 2
-    assert gptq.costs(dequantised(fine) - weight, hessian).sum() < gptq.costs(dequantised(coarse) - weight, hessian).sum()
+    assert (
+        gptq.costs(dequantised(fine) - weight, hessian).sum()
+        < gptq.costs(dequantised(coarse) - weight, hessian).sum()
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -120,9 +138,13 @@ def test_block_size_does_not_matter(block_columns: int) -> None:
 def test_the_worked_case_of_the_docstring() -> None:
     weight, hessian = torch.tensor([[0.4, 0.4]]), torch.tensor([[1.0, 0.9], [0.9, 1.0]])
     known = gptq.feedback(hessian[None], 0.0, ["case"])[0]
-    torch.testing.assert_close(known.upper_CC, torch.tensor([[2.2942, -2.0647], [0.0, 1.0]]), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        known.upper_CC, torch.tensor([[2.2942, -2.0647], [0.0, 1.0]]), atol=1e-4, rtol=0
+    )
     torch.testing.assert_close(known.upper_CC.T @ known.upper_CC, torch.linalg.inv(hessian))
-    values = gptq.quantise(weight[None], [known], torch.ones(1, 1).half(), torch.zeros(1, 2, dtype=torch.uint8), 31, 128)[0][0]
+    values = gptq.quantise(
+        weight[None], [known], torch.ones(1, 1).half(), torch.zeros(1, 2, dtype=torch.uint8), 31, 128
+    )[0][0]
     assert values.tolist() == [[0, 1]]
     assert float(gptq.costs(weight, hessian).sum()) == pytest.approx(0.608)
     assert float(gptq.costs(weight - values, hessian).sum()) == pytest.approx(0.088)
@@ -134,13 +156,18 @@ def test_better_than_rounding_to_nearest(shape: tuple[int, int]) -> None:
     got = pack(weight, hessian)
     steps = got.steps_R.float()[:, None]
     nearest = torch.round(weight / steps).clamp(-31, 31) * steps
-    assert gptq.costs(dequantised(got) - weight, hessian).sum() < 0.8 * gptq.costs(nearest - weight, hessian).sum()
+    assert (
+        gptq.costs(dequantised(got) - weight, hessian).sum()
+        < 0.8 * gptq.costs(nearest - weight, hessian).sum()
+    )
 
 
 def test_is_nearest_rounding_when_inputs_are_independent() -> None:
     weight, _ = layer(8, 32)
     got = pack(weight, torch.eye(32))
-    assert torch.equal(got.values_RC.float(), torch.round(weight / got.steps_R.float()[:, None]).clamp(-31, 31))
+    assert torch.equal(
+        got.values_RC.float(), torch.round(weight / got.steps_R.float()[:, None]).clamp(-31, 31)
+    )
 
 
 def test_same_input_same_bits_and_inputs_untouched() -> None:
@@ -187,7 +214,9 @@ def indefinite() -> Tensor:
 @pytest.mark.parametrize("hessian", [indefinite(), torch.full((20, 20), float("nan")), -torch.eye(20)])
 def test_a_hessian_that_is_not_positive_definite_names_the_layer(hessian: Tensor) -> None:
     with pytest.raises(ValueError, match=r"blocks\.3\.mlp\.up\.weight: its Hessian is not positive definite"):
-        gptq.feedback(torch.stack([torch.eye(20), hessian]), 0.01, ["blocks.2.mlp.up.weight", "blocks.3.mlp.up.weight"])
+        gptq.feedback(
+            torch.stack([torch.eye(20), hessian]), 0.01, ["blocks.2.mlp.up.weight", "blocks.3.mlp.up.weight"]
+        )
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
@@ -205,4 +234,6 @@ def test_cuda_is_as_good_as_the_cpu() -> None:
     on_cpu = dequantised(pack(weight, hessian)) - weight
     first, second = (dequantised(pack(weight.cuda(), hessian.cuda())) for _ in range(2))
     assert torch.equal(first, second)
-    assert float(gptq.costs(first.cpu() - weight, hessian).sum()) == pytest.approx(float(gptq.costs(on_cpu, hessian).sum()), rel=0.02)
+    assert float(gptq.costs(first.cpu() - weight, hessian).sum()) == pytest.approx(
+        float(gptq.costs(on_cpu, hessian).sum()), rel=0.02
+    )

@@ -28,8 +28,15 @@ MISLEADING = {
     "NUMBA_OPT": "0",
 }
 FOR_TESTS = ("NUMBA_BOUNDSCHECK", "TRITON_INTERPRET")
-PASSIVE = {"OMP_WAIT_POLICY": "passive"}  # threads that wait for each other do not spin: tests run side by side
-EMULATED = ("Haswell", "EPYC-Rome", "EPYC-Milan", "Skylake-Client")  # without AVX-512, which QEMU does not emulate
+PASSIVE = {
+    "OMP_WAIT_POLICY": "passive"
+}  # threads that wait for each other do not spin: tests run side by side
+EMULATED = (
+    "Haswell",
+    "EPYC-Rome",
+    "EPYC-Milan",
+    "Skylake-Client",
+)  # without AVX-512, which QEMU does not emulate
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -37,7 +44,9 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def hashes(*command: str, **variables: str) -> dict[str, str]:
-    done = subprocess.run([*command], cwd=ROOT, env=environment(**variables), capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*command], cwd=ROOT, env=environment(**variables), capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     found: dict[str, str] = json.loads(done.stdout)
     return found
@@ -83,21 +92,28 @@ def test_other_kernels_of_torch_are_refused(monkeypatch: pytest.MonkeyPatch) -> 
 def test_importing_stages_last_is_said() -> None:
     program = "import numpy, warnings; warnings.simplefilter('error'); import stages"
     free = {name: value for name, value in environment().items() if name not in instruction_set.VARIABLES}
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=free, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=free, capture_output=True, text=True, check=False
+    )
     assert "stages was imported after numpy" in done.stderr
 
 
 def test_a_process_pins_itself_and_its_children() -> None:
-    program = (
-        "import stages, os, torch; print(torch.backends.cpu.get_cpu_capability(), *(os.environ[n] for n in ('MKL_CBWR', 'NUMBA_CPU_NAME')))"
-    )
+    program = "import stages, os, torch; print(torch.backends.cpu.get_cpu_capability(), *(os.environ[n] for n in ('MKL_CBWR', 'NUMBA_CPU_NAME')))"
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, env=environment(**MISLEADING), capture_output=True, text=True, check=True
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env=environment(**MISLEADING),
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert done.stdout.split() == ["AVX2", "COMPATIBLE", "haswell"]
 
 
-def strided(rows: int, columns: int, how: str, batch: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def strided(
+    rows: int, columns: int, how: str, batch: int = 0, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
     """A matrix of normal numbers in memory by rows, by columns, as a slice of a larger one, with gaps, or the same for a whole batch."""
     shape = (batch, rows, columns) if batch else (rows, columns)
     if how == "columns":
@@ -114,7 +130,9 @@ def strided(rows: int, columns: int, how: str, batch: int = 0, dtype: torch.dtyp
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("how", ["rows", "columns", "slice", "gaps", "expanded"])
-@pytest.mark.parametrize("shape", [(0, 5, 3), (4, 0, 3), (1, 1, 1), (1, 300, 70), (90, 41, 1), (37, 130, 55), (61, 20, 333)])
+@pytest.mark.parametrize(
+    "shape", [(0, 5, 3), (4, 0, 3), (1, 1, 1), (1, 300, 70), (90, 41, 1), (37, 130, 55), (61, 20, 333)]
+)
 @pytest.mark.parametrize("batch", [0, 1, 2, 5])
 def test_products_equal_those_in_double_precision(
     batch: int, shape: tuple[int, int, int], how: str, dtype: torch.dtype, threads: int
@@ -125,7 +143,9 @@ def test_products_equal_those_in_double_precision(
     a, b = strided(rows, depth, how, batch, dtype), strided(depth, columns, how, batch, dtype)
     expected = slow(a, b)
     tolerance = {torch.float32: 1e-4, torch.float64: 1e-11, torch.bfloat16: 0.3}[dtype]
-    torch.testing.assert_close((a @ b).double(), expected, atol=tolerance, rtol=1e-2 if dtype == torch.bfloat16 else 0)
+    torch.testing.assert_close(
+        (a @ b).double(), expected, atol=tolerance, rtol=1e-2 if dtype == torch.bfloat16 else 0
+    )
 
 
 def slow(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -139,8 +159,12 @@ def test_products_that_are_added(beta: float) -> None:
     if not beta:
         addend = addend.fill_(float("nan"))
     expected = -1.5 * slow(a, b) + (beta * addend.double() if beta else 0)
-    torch.testing.assert_close(torch.baddbmm(addend, a, b, beta=beta, alpha=-1.5).double(), expected, atol=1e-4, rtol=0)
-    torch.testing.assert_close(torch.addmm(addend, a[0], b[0], beta=beta, alpha=-1.5).double(), expected[0], atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        torch.baddbmm(addend, a, b, beta=beta, alpha=-1.5).double(), expected, atol=1e-4, rtol=0
+    )
+    torch.testing.assert_close(
+        torch.addmm(addend, a[0], b[0], beta=beta, alpha=-1.5).double(), expected[0], atol=1e-4, rtol=0
+    )
 
     into = addend.expand(3, 40, 60).clone()
     into.baddbmm_(a, b, beta=beta, alpha=-1.5)
@@ -180,14 +204,20 @@ def test_vectors_and_integers() -> None:
 
 def test_products_without_the_libraries_have_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(2)
-    pairs: list[tuple[Any, Any]] = [(torch.randn(100, 257), torch.randn(257, 77)), (torch.randn(5, 60, 64), torch.randn(5, 64, 200))]
+    pairs: list[tuple[Any, Any]] = [
+        (torch.randn(100, 257), torch.randn(257, 77)),
+        (torch.randn(5, 60, 64), torch.randn(5, 64, 200)),
+    ]
     expected = [a @ b for a, b in pairs]
     monkeypatch.setattr(cpu_products, "_library", lambda: None)
     assert all(torch.equal(a @ b, product) for (a, b), product in zip(pairs, expected, strict=True))
 
 
 def test_gradients_of_products() -> None:
-    a, b = torch.randn(4, 5, 6, dtype=torch.float64, requires_grad=True), torch.randn(4, 6, 3, dtype=torch.float64, requires_grad=True)
+    a, b = (
+        torch.randn(4, 5, 6, dtype=torch.float64, requires_grad=True),
+        torch.randn(4, 6, 3, dtype=torch.float64, requires_grad=True),
+    )
     assert torch.autograd.gradcheck(torch.bmm, (a, b))
 
 
@@ -213,9 +243,13 @@ def test_factorisations() -> None:
     assert factor is not None
     torch.testing.assert_close(slow(factor, factor.T), good)
     assert torch.equal(factor, factor.tril())
-    torch.testing.assert_close(slow(cpu_math.invert(factor[None])[0], factor), torch.eye(50, dtype=torch.float64))
+    torch.testing.assert_close(
+        slow(cpu_math.invert(factor[None])[0], factor), torch.eye(50, dtype=torch.float64)
+    )
 
     for rows, columns in ((40, 25), (25, 40), (1, 3)):
         made = cpu_math.orthogonal(rows, columns, generator).double()
         gram = slow(made.T, made) if rows > columns else slow(made, made.T)
-        torch.testing.assert_close(gram, torch.eye(min(rows, columns), dtype=torch.float64), atol=1e-6, rtol=0)
+        torch.testing.assert_close(
+            gram, torch.eye(min(rows, columns), dtype=torch.float64), atol=1e-6, rtol=0
+        )

@@ -22,7 +22,10 @@ from stages.train.ops import LARGEST_SOFTCAP, PLAIN
 from stages.train.reference import Term
 from tests.factories import TINY, random_model
 
-pytest.importorskip("triton", reason="Triton is not installed: it comes with torch for CUDA, and `pip install triton` is enough on a CPU")
+pytest.importorskip(
+    "triton",
+    reason="Triton is not installed: it comes with torch for CUDA, and `pip install triton` is enough on a CPU",
+)
 kernels = importlib.import_module("stages.train.kernels")
 
 SOFTCAP = 30.0
@@ -61,7 +64,9 @@ def place(request, monkeypatch):
 def set_attention_blocks(monkeypatch, *sizes):
     """Rows and columns of each kernel's blocks."""
     attention = kernels.attention
-    for blocks, (rows, columns) in zip((attention.FORWARD, attention.KEYS, attention.QUERIES), sizes, strict=True):
+    for blocks, (rows, columns) in zip(
+        (attention.FORWARD, attention.KEYS, attention.QUERIES), sizes, strict=True
+    ):
         monkeypatch.setitem(blocks, "BM", rows)
         monkeypatch.setitem(blocks, "BN", columns)
     monkeypatch.setattr(attention, "LARGEST_BLOCK", max(map(max, sizes)))
@@ -83,7 +88,10 @@ def results_and_gradients(function, inputs, dtype):
     results = function(*leaves)
     results = results if isinstance(results, tuple) else (results,)
     generator = torch.Generator().manual_seed(1)
-    upstream = [torch.randn(result.shape, generator=generator).to(result.device, dtype).to(result.dtype) for result in results]
+    upstream = [
+        torch.randn(result.shape, generator=generator).to(result.device, dtype).to(result.dtype)
+        for result in results
+    ]
     return [*results, *torch.autograd.grad(results, leaves, upstream)]
 
 
@@ -117,17 +125,28 @@ def windows_with_bos(place, tokens, pattern):
 
 # The stream
 
-UNITS = [(False,), (True, False), (True, True), (False, True, False), (False,) * 5, (True, False, True, True, False)]
+UNITS = [
+    (False,),
+    (True, False),
+    (True, True),
+    (False, True, False),
+    (False,) * 5,
+    (True, False, True, True, False),
+]
 
 
 def as_terms(inputs, units):
     """Terms of as many tensors as there are flags, and of the vectors that follow for those that are no unit."""
     tensors, vectors = inputs[: len(units)], iter(inputs[len(units) :])
-    return [Term(tensor, None if unit else next(vectors)) for tensor, unit in zip(tensors, units, strict=True)]
+    return [
+        Term(tensor, None if unit else next(vectors)) for tensor, unit in zip(tensors, units, strict=True)
+    ]
 
 
 def stream_inputs(draw, units, shape):
-    return [draw(*shape) for _ in units] + [draw(shape[-1], dtype=torch.float32) for unit in units if not unit]
+    return [draw(*shape) for _ in units] + [
+        draw(shape[-1], dtype=torch.float32) for unit in units if not unit
+    ]
 
 
 @pytest.mark.parametrize("units", UNITS, ids=str)
@@ -180,7 +199,10 @@ def test_combine_norm_of_any_shape(place, draw, shape):
 
 
 def angles(place, tokens, rope_dims):
-    return [tensor.to(place.device) for tensor in rotary(tokens, replace(TINY, rope_dims=rope_dims, width=64), torch.device("cpu"))]
+    return [
+        tensor.to(place.device)
+        for tensor in rotary(tokens, replace(TINY, rope_dims=rope_dims, width=64), torch.device("cpu"))
+    ]
 
 
 @pytest.mark.parametrize("pattern", [None, "some"])
@@ -220,14 +242,28 @@ def attention_inputs(draw, tokens, heads, kv_heads):
 
 @pytest.mark.parametrize(
     ("tokens", "pattern"),
-    [(5, "none"), (5, "some"), (32, "none"), (32, "some"), (49, "none"), (49, "some"), (49, "block edges"), (49, "last token")],
+    [
+        (5, "none"),
+        (5, "some"),
+        (32, "none"),
+        (32, "some"),
+        (49, "none"),
+        (49, "some"),
+        (49, "block edges"),
+        (49, "last token"),
+    ],
 )
 def test_attention_within_documents(place, draw, tokens, pattern):
     """Fewer tokens than a block, a multiple of all blocks, and neither."""
     tokens *= place.stretch
     within = windows_with_bos(place, tokens, pattern)
     inputs = attention_inputs(draw, tokens, 2, 1)
-    check(place, lambda q, k, v: kernels.attend(q, k, v, within), lambda q, k, v: plain.attend(q, k, v, within), *inputs)
+    check(
+        place,
+        lambda q, k, v: kernels.attend(q, k, v, within),
+        lambda q, k, v: plain.attend(q, k, v, within),
+        *inputs,
+    )
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
@@ -236,23 +272,43 @@ def test_attention_of_several_groups(place, draw, heads, kv_heads):
     within = windows_with_bos(place, tokens, "some")
     query, key, value = attention_inputs(draw, tokens, heads, kv_heads)
     value[1, 3] = 0  # has no direction to exclude
-    check(place, lambda q, k, v: kernels.attend(q, k, v, within), lambda q, k, v: plain.attend(q, k, v, within), query, key, value)
+    check(
+        place,
+        lambda q, k, v: kernels.attend(q, k, v, within),
+        lambda q, k, v: plain.attend(q, k, v, within),
+        query,
+        key,
+        value,
+    )
 
 
-@pytest.mark.parametrize("sizes", [((16, 32), (16, 32), (16, 32)), ((32, 16), (16, 16), (32, 16))], ids=["wide", "tall"])
+@pytest.mark.parametrize(
+    "sizes", [((16, 32), (16, 32), (16, 32)), ((32, 16), (16, 16), (32, 16))], ids=["wide", "tall"]
+)
 def test_attention_with_blocks_of_other_sizes(place, draw, monkeypatch, sizes):
     larger = max(1, place.stretch // 2)
     set_attention_blocks(monkeypatch, *((rows * larger, columns * larger) for rows, columns in sizes))
     tokens = 49 * place.stretch
     within = windows_with_bos(place, tokens, "some")
     inputs = attention_inputs(draw, tokens, 2, 1)
-    check(place, lambda q, k, v: kernels.attend(q, k, v, within), lambda q, k, v: plain.attend(q, k, v, within), *inputs)
+    check(
+        place,
+        lambda q, k, v: kernels.attend(q, k, v, within),
+        lambda q, k, v: plain.attend(q, k, v, within),
+        *inputs,
+    )
 
 
 def test_attention_over_whole_windows_repeats_bit_for_bit(place, draw):
     inputs = attention_inputs(draw, 21 * place.stretch, 2, 1)
     first, again = (
-        check(place, lambda q, k, v: kernels.attend(q, k, v, None), lambda q, k, v: plain.attend(q, k, v, None), *inputs) for _ in range(2)
+        check(
+            place,
+            lambda q, k, v: kernels.attend(q, k, v, None),
+            lambda q, k, v: plain.attend(q, k, v, None),
+            *inputs,
+        )
+        for _ in range(2)
     )
     assert all(map(torch.equal, first, again))
 
@@ -272,7 +328,11 @@ def test_squared_leaky_mlp_with_frozen_weights(place, draw):
     x, up, down = draw(70, 24), draw(40, 24), draw(24, 40)
     gradients = []
     for frozen in (False, True):
-        leaf, *weights = x.clone().requires_grad_(), up.clone().requires_grad_(not frozen), down.clone().requires_grad_(not frozen)
+        leaf, *weights = (
+            x.clone().requires_grad_(),
+            up.clone().requires_grad_(not frozen),
+            down.clone().requires_grad_(not frozen),
+        )
         kernels.squared_leaky_mlp(leaf, *weights).float().square().sum().backward()
         gradients.append(leaf.grad)
         assert all((weight.grad is None) == frozen for weight in weights)
@@ -321,7 +381,11 @@ def test_the_model_of_fused_operations_is_the_plain_model(place, monkeypatch, at
     """Losses, and the gradient of every parameter, are about as near to those of float64 as the plain model's in the same dtype."""
     if place is CPU:  # larger blocks: the interpreter's time is that of its programs
         set_attention_blocks(monkeypatch, *[(32, 32)] * 3)
-        for module, name in ((kernels.residual_sum, "FORWARD_ROWS"), (kernels.residual_sum, "BACKWARD_ROWS"), (kernels.qkv_rope, "ROWS")):
+        for module, name in (
+            (kernels.residual_sum, "FORWARD_ROWS"),
+            (kernels.residual_sum, "BACKWARD_ROWS"),
+            (kernels.qkv_rope, "ROWS"),
+        ):
             monkeypatch.setattr(module, name, 32)
     tokens = torch.randint(TINY.vocab_size, (2, 18), generator=torch.Generator().manual_seed(0))
     tokens[0, 5] = tokens[1, 0] = tokens[1, 16] = TINY.bos_id
@@ -331,7 +395,9 @@ def test_the_model_of_fused_operations_is_the_plain_model(place, monkeypatch, at
         for dtype, operations in ((torch.float64, PLAIN), (place.dtype, PLAIN), (place.dtype, kernels.FUSED))
     )
     for name, reference in exact.items():
-        assert distance(fused[name], reference) < 4 * distance(simple[name], reference) + 10 * place.tolerance, name
+        assert (
+            distance(fused[name], reference) < 4 * distance(simple[name], reference) + 10 * place.tolerance
+        ), name
 
 
 def losses_and_gradients(model_params, dtype, operations, tokens, looped):
@@ -341,7 +407,9 @@ def losses_and_gradients(model_params, dtype, operations, tokens, looped):
         model.double()
     losses = model(tokens[:, :-1], tokens[:, 1:], looped)
     losses.mean().backward()
-    return {"losses": losses.detach()} | {name: parameter.grad for name, parameter in model.named_parameters()}
+    return {"losses": losses.detach()} | {
+        name: parameter.grad for name, parameter in model.named_parameters()
+    }
 
 
 # Operators
@@ -381,7 +449,11 @@ def operator_arguments(draw, place):
 def test_operators_keep_their_word_to_the_compiler(place, draw):
     """Schema, shapes without data, and gradients, as torch.compile relies on them."""
     arguments = operator_arguments(draw, place)
-    registered = {name.removeprefix("caddie::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("caddie::")}
+    registered = {
+        name.removeprefix("caddie::")
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("caddie::")
+    }
     assert registered == set(arguments)
     for name, values in arguments.items():
         torch.library.opcheck(getattr(torch.ops.caddie, name).default, values)
@@ -420,6 +492,14 @@ def test_kernels_are_compiled_side_by_side_and_then_no_more(tmp_path):
         except AttributeError:
             print("launched after", len(asked))
     """
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
-    ran = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], env=environment, capture_output=True, text=True, check=True)
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {
+        "TRITON_CACHE_DIR": str(tmp_path)
+    }
+    ran = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert ran.stdout.splitlines() == ["_combine_backward _combine_forward", "launched after 0"]

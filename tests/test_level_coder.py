@@ -58,7 +58,9 @@ def matrices(draw: st.DrawFn) -> tuple[np.ndarray, int]:
     # Cauchy values have outliers that go through every escape of a magnitude's code.
     values_RC = generator.standard_normal(shape) if draw(st.booleans()) else generator.standard_cauchy(shape)
     octaves_of_rows, octaves_of_columns = draw(st.sampled_from([0, 10])), draw(st.sampled_from([0, 10]))
-    values_RC *= 2.0 ** -generator.uniform(0, octaves_of_rows, (shape[0], 1)) * 2.0 ** -generator.uniform(0, octaves_of_columns, shape[1])
+    values_RC *= 2.0 ** -generator.uniform(0, octaves_of_rows, (shape[0], 1)) * 2.0 ** -generator.uniform(
+        0, octaves_of_columns, shape[1]
+    )
     return nearest_levels(values_RC * 10 ** draw(st.floats(-2, 3.5)), states), states
 
 
@@ -110,7 +112,11 @@ def test_many_zeros_cost_next_to_nothing() -> None:
 @pytest.mark.parametrize("states", STATES)
 def test_the_largest_levels_come_back(states: int) -> None:
     signs_RC = np.random.default_rng(0).choice([-1.0, 1.0], (6, 50))
-    for factor_RC in (1, signs_RC, signs_RC * (np.arange(50) % 7 == 0)):  # the last: from zero to the limit and back
+    for factor_RC in (
+        1,
+        signs_RC,
+        signs_RC * (np.arange(50) % 7 == 0),
+    ):  # the last: from zero to the limit and back
         levels_RC = nearest_levels(factor_RC * np.full((6, 50), 40000.0), states)
         assert abs(levels_RC.astype(int)).max() >= LARGEST - 1
         comes_back(levels_RC, states)
@@ -119,7 +125,12 @@ def test_the_largest_levels_come_back(states: int) -> None:
 @pytest.mark.parametrize("states", STATES)
 def test_rows_whose_scales_differ_by_a_thousand_come_back(states: int) -> None:
     generator = np.random.default_rng(1)
-    comes_back(nearest_levels(generator.standard_normal((40, 60)) * 2.0 ** (10 * (np.arange(40) % 2))[:, None], states), states)
+    comes_back(
+        nearest_levels(
+            generator.standard_normal((40, 60)) * 2.0 ** (10 * (np.arange(40) % 2))[:, None], states
+        ),
+        states,
+    )
 
 
 def test_the_least_int16_is_not_lost_in_silence() -> None:
@@ -134,7 +145,9 @@ def test_the_least_int16_is_not_lost_in_silence() -> None:
 
 @given(matrices(), st.integers(0, 2**32), st.integers(1, 128))
 @settings(max_examples=200, deadline=None)
-def test_whatever_the_exponents_the_levels_come_back(case: tuple[np.ndarray, int], seed: int, reach: int) -> None:
+def test_whatever_the_exponents_the_levels_come_back(
+    case: tuple[np.ndarray, int], seed: int, reach: int
+) -> None:
     """Those of a damaged file may be any; they only make the stream longer."""
     levels_RC, states = case
     generator = np.random.default_rng(seed)
@@ -149,7 +162,12 @@ def test_rows_along_one_direction_come_back(states: int, size: float) -> None:
     """The prediction at work, up to levels and shares that it must bound."""
     generator = np.random.default_rng(5)
     shares_R = generator.standard_cauchy((60, 1))
-    comes_back(nearest_levels(size * shares_R * generator.standard_normal(50) + generator.standard_normal((60, 50)), states), states)
+    comes_back(
+        nearest_levels(
+            size * shares_R * generator.standard_normal(50) + generator.standard_normal((60, 50)), states
+        ),
+        states,
+    )
 
 
 @given(st.binary(max_size=60), st.integers(0, 5), st.integers(0, 12), st.sampled_from(STATES))
@@ -163,18 +181,27 @@ def test_garbage_is_refused_or_canonical(payload: bytes, rows: int, columns: int
 def test_a_damaged_stream_is_refused_or_canonical(case: tuple[np.ndarray, int], data: st.DataObject) -> None:
     levels_RC, states = case
     payload = encode(levels_RC, states)
-    for cut in {0, len(payload) // 2, max(0, len(payload) - 2), max(0, len(payload) - 1), data.draw(st.integers(0, len(payload)))}:
+    for cut in {
+        0,
+        len(payload) // 2,
+        max(0, len(payload) - 2),
+        max(0, len(payload) - 1),
+        data.draw(st.integers(0, len(payload))),
+    }:
         is_refused_or_canonical(payload[:cut], levels_RC.shape, states)
     for more in (b"\0", b"\0\0\0\0\0\0", data.draw(st.binary(min_size=1, max_size=9))):
         is_refused_or_canonical(payload + more, levels_RC.shape, states)
     if payload:
         place = data.draw(st.integers(0, len(payload) - 1))
         flipped = payload[place] ^ data.draw(st.integers(1, 255))
-        is_refused_or_canonical(payload[:place] + bytes([flipped]) + payload[place + 1 :], levels_RC.shape, states)
+        is_refused_or_canonical(
+            payload[:place] + bytes([flipped]) + payload[place + 1 :], levels_RC.shape, states
+        )
 
 
 @pytest.mark.parametrize(
-    ("payload", "columns", "states"), [(b"\x94\xe7", 22, 1), (b"\x11\x0fq+", 17, 4), (b"\x03%", 17, 8), (b"\x80", 32767, 1)]
+    ("payload", "columns", "states"),
+    [(b"\x94\xe7", 22, 1), (b"\x11\x0fq+", 17, 4), (b"\x03%", 17, 8), (b"\x80", 32767, 1)],
 )
 def test_a_stream_that_lacks_its_last_zeros_is_refused(payload: bytes, columns: int, states: int) -> None:
     """A decoder reads zeros behind the end of a stream. So it narrows its interval around a number that ends in zeros, until that is the
@@ -190,7 +217,9 @@ def test_a_level_beyond_the_largest_is_refused() -> None:
 @pytest.mark.parametrize("shape", [(0, 3), (3, 0), (2, 3)])
 def test_a_stream_that_goes_on_says_where_it_should_end(shape: tuple[int, int]) -> None:
     payload = encode(np.zeros(shape, np.int16), 8)
-    with pytest.raises(ValueError, match=f"of {len(payload) + 4} bytes does not end where its levels do, at {len(payload)}"):
+    with pytest.raises(
+        ValueError, match=f"of {len(payload) + 4} bytes does not end where its levels do, at {len(payload)}"
+    ):
         decode(payload + b"more", *shape, 8)
 
 
@@ -224,7 +253,10 @@ def test_known_exponents_spare_the_learning_of_scales(states: int) -> None:
     factors_RC = 2.0 ** (-rows_R[:, None] / 8.0) * 2.0 ** (-columns_C / 8.0)
     values_RC = 4 * generator.standard_normal((96, 128))
     levels_RC, alike_RC = nearest_levels(factors_RC * values_RC, states), nearest_levels(values_RC, states)
-    known, unknown = len(level_coder.encode(levels_RC, rows_R, columns_C, states)), len(encode(levels_RC, states))
+    known, unknown = (
+        len(level_coder.encode(levels_RC, rows_R, columns_C, states)),
+        len(encode(levels_RC, states)),
+    )
     assert known < 0.99 * unknown
     assert known < 1.01 * (len(encode(alike_RC, states)) + levels_RC.size * np.log2(factors_RC).mean() / 8)
 
@@ -243,7 +275,10 @@ def test_a_direction_that_rows_share_is_predicted(states: int) -> None:
     generator = np.random.default_rng(7)
     noise_RC = 4 * generator.standard_normal((500, 100))
     along_RC = 4 * generator.standard_normal((500, 1)) * generator.standard_normal(100)
-    alone, both = (len(encode(nearest_levels(values_RC, states), states)) for values_RC in (noise_RC, noise_RC + along_RC))
+    alone, both = (
+        len(encode(nearest_levels(values_RC, states), states))
+        for values_RC in (noise_RC, noise_RC + along_RC)
+    )
     magnitudes_alone_RC = (noise_RC + along_RC) * generator.choice([-1, 1], noise_RC.shape)
     assert both < 1.03 * alone
     assert both < 0.95 * len(encode(nearest_levels(magnitudes_alone_RC, states), states))

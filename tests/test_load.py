@@ -41,7 +41,15 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file with levels on a lattice, corrections and float16 tensors, by the arithmetic coder."""
     state = trained_like()
     path = tmp_path_factory.mktemp("packed") / "model.bin"
-    path.write_bytes(pack(state, hessians_of(state), MODEL, dataclasses.replace(with_budget(20_000, AT_RATE), **CORRECTED), SILENT).blob)
+    path.write_bytes(
+        pack(
+            state,
+            hessians_of(state),
+            MODEL,
+            dataclasses.replace(with_budget(20_000, AT_RATE), **CORRECTED),
+            SILENT,
+        ).blob
+    )
     return path
 
 
@@ -52,7 +60,9 @@ def damaged(packed: Path, folder: Path) -> Path:
     for entry in contents.entries:
         levels, *others = entry.streams
         longer = dataclasses.replace(levels, payload=levels.payload + b"x")
-        entries.append(dataclasses.replace(entry, streams=(longer, *others)) if entry.form.kind == "lattice" else entry)
+        entries.append(
+            dataclasses.replace(entry, streams=(longer, *others)) if entry.form.kind == "lattice" else entry
+        )
     path = folder / "damaged.bin"
     path.write_bytes(container.write(container.Contents(contents.model, tuple(entries))))
     return path
@@ -64,11 +74,16 @@ def test_the_weights_are_those_that_this_process_would_decode(packed: Path) -> N
     assert unpacking.params == params
     found = unpacking.state()
     assert list(found) == list(state)
-    assert all(torch.equal(found[name], tensor) and found[name].shape == tensor.shape for name, tensor in state.items())
+    assert all(
+        torch.equal(found[name], tensor) and found[name].shape == tensor.shape
+        for name, tensor in state.items()
+    )
 
 
 def test_a_model_without_skips_has_tensors_of_no_values(tmp_path: Path) -> None:
-    empty, full, last = shared_memory.arrays(mmap.mmap(-1, 24), {"a": (0, 5), "b": (3,), "c": (1, 2)}).values()
+    empty, full, last = shared_memory.arrays(
+        mmap.mmap(-1, 24), {"a": (0, 5), "b": (3,), "c": (1, 2)}
+    ).values()
     full[...], last[...] = 1, 2
     assert (empty.shape, full.tolist(), last.tolist()) == ((0, 5), [1, 1, 1], [[2, 2]])
 
@@ -100,7 +115,9 @@ def test_a_damaged_header_is_an_error_at_once(packed: Path, tmp_path: Path) -> N
         (lambda entry: entry.nothing, "ended with exit code 1; the lines above say why"),
     ],
 )
-def test_the_other_process_s_end_is_one_error(packed: Path, monkeypatch: pytest.MonkeyPatch, fate: Any, message: str) -> None:
+def test_the_other_process_s_end_is_one_error(
+    packed: Path, monkeypatch: pytest.MonkeyPatch, fate: Any, message: str
+) -> None:
     monkeypatch.setattr(tensors, "decode", fate)
     with pytest.raises(ChildProcessError, match=f"the process that decoded the weights {message}"):
         Unpacking(packed).state()
@@ -118,7 +135,9 @@ def test_the_other_process_ends_with_this_one(packed: Path) -> None:
         print(decoder._process.pid, flush=True)
         time.sleep(60)
     """
-    with subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], stdout=subprocess.PIPE, text=True) as parent:
+    with subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(program)], stdout=subprocess.PIPE, text=True
+    ) as parent:
         assert parent.stdout is not None
         child = int(parent.stdout.readline())
         assert Path(f"/proc/{child}").exists()
@@ -131,13 +150,20 @@ def test_the_other_process_ends_with_this_one(packed: Path) -> None:
     raise AssertionError(f"process {child} lives on")
 
 
-def test_a_stage_says_in_one_line_what_is_wrong_with_its_model(packed: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_stage_says_in_one_line_what_is_wrong_with_its_model(
+    packed: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     path = damaged(packed, tmp_path)
     with pytest.raises(ValueError, match="damaged") as expected:
         unpack(path.read_bytes())
 
     def load(run: command.Run[Any]) -> None:
-        scorer_of(Unpacking(run.path("model")), world(), lambda model, report: SlidingScorer(model, SLIDING, world(), report), run.report)
+        scorer_of(
+            Unpacking(run.path("model")),
+            world(),
+            lambda model, report: SlidingScorer(model, SLIDING, world(), report),
+            run.report,
+        )
 
     with pytest.raises(SystemExit) as ended:
         command.launch(stage.STAGE, load, ["--model", str(path), "--output", str(tmp_path / "out")])
@@ -145,13 +171,16 @@ def test_a_stage_says_in_one_line_what_is_wrong_with_its_model(packed: Path, tmp
     assert capfd.readouterr().err == f"error: sliding_eval: {expected.value}\n"
 
 
-def test_the_command_begins_to_decode_first_and_says_in_one_line_what_is_wrong(packed: Path, tmp_path: Path) -> None:
+def test_the_command_begins_to_decode_first_and_says_in_one_line_what_is_wrong(
+    packed: Path, tmp_path: Path
+) -> None:
     """Not so the process that only starts others: it has nobody who decodes when they begin."""
     (tmp_path / "short.bin").write_bytes(packed.read_bytes()[:-1])
     paths = ["--val", str(tmp_path), "--tokenizer", str(packed), "--output", str(tmp_path / "out")]
     words = [sys.executable, "-m", "stages.sliding_eval", "--model", str(tmp_path / "short.bin"), *paths]
     alone, several = (
-        subprocess.run([*words, *more], capture_output=True, text=True, check=False) for more in ([], ["--set", "parallel.nproc=2"])
+        subprocess.run([*words, *more], capture_output=True, text=True, check=False)
+        for more in ([], ["--set", "parallel.nproc=2"])
     )
     assert (alone.returncode, several.returncode) == (2, 2)
     assert alone.stderr.count("\n") == 1
@@ -171,7 +200,9 @@ def test_a_process_that_only_starts_others_ends_its_own(monkeypatch: pytest.Monk
     assert decoder._process.exitcode == -signal.SIGTERM
 
 
-@pytest.mark.parametrize("changes", [None, {}, {"kind": "lora"}, {"tilt_rate": 0.1}], ids=["sliding", "sgd", "lora", "tilt"])
+@pytest.mark.parametrize(
+    "changes", [None, {}, {"kind": "lora"}, {"tilt_rate": 0.1}], ids=["sliding", "sgd", "lora", "tilt"]
+)
 def test_a_rehearsal_leaves_no_trace(changes: dict[str, Any] | None) -> None:
     """Not on the model, nor on the states of any generator, nor on the ledger."""
     tokens = (np.arange(150) * 5 % 23 + 4).astype(np.uint16)
@@ -180,16 +211,23 @@ def test_a_rehearsal_leaves_no_trace(changes: dict[str, Any] | None) -> None:
     def make(model: Any) -> Any:
         if changes is None:
             return SlidingScorer(model, SLIDING, world())
-        return scorer_for(model, SLIDING, dataclasses.replace(TTT, **changes), world(), table(), len(tokens) - 1)
+        return scorer_for(
+            model, SLIDING, dataclasses.replace(TTT, **changes), world(), table(), len(tokens) - 1
+        )
 
     model = random_model(6)
-    before, drawn = copy.deepcopy(model.state_dict()), (torch.get_rng_state(), random.getstate(), repr(np.random.get_state()))
+    before, drawn = (
+        copy.deepcopy(model.state_dict()),
+        (torch.get_rng_state(), random.getstate(), repr(np.random.get_state())),
+    )
     rehearse(make(model))
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
     assert torch.equal(drawn[0], torch.get_rng_state())
     assert drawn[1:] == (random.getstate(), repr(np.random.get_state()))
-    np.testing.assert_array_equal(make(model).score_stream(tokens), make(random_model(6)).score_stream(tokens))
+    np.testing.assert_array_equal(
+        make(model).score_stream(tokens), make(random_model(6)).score_stream(tokens)
+    )
 
 
 @pytest.mark.parametrize("kind", ["sgd", "lora"])

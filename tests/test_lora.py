@@ -40,7 +40,9 @@ BOS = TINY.bos_id
 LENGTHS = (1, 3, 10, 42, 17, 1, 5, 26, 12, 23)
 VISITS = 9
 
-each_attention = pytest.mark.parametrize("model_params", [TINY, DOCUMENTS], ids=lambda model_params: model_params.attention)
+each_attention = pytest.mark.parametrize(
+    "model_params", [TINY, DOCUMENTS], ids=lambda model_params: model_params.attention
+)
 
 
 def stream() -> np.ndarray:
@@ -58,7 +60,9 @@ def lora(**changes: Any) -> TttEvalParams:
 
 
 def scorer(model_params: ModelParams = TINY, confidence: bool = False, **changes: Any) -> LoRAScorer:
-    return LoRAScorer(random_model(6, model_params), SLIDING, replace(lora(**changes), confidence=confidence), world())
+    return LoRAScorer(
+        random_model(6, model_params), SLIDING, replace(lora(**changes), confidence=confidence), world()
+    )
 
 
 def random_bank(layout: Layout, documents: int, seed: int = 0) -> torch.Tensor:
@@ -80,7 +84,10 @@ def test_fresh_adapters_change_no_bit(model_params, looped):
     with torch.no_grad():
         plain, adapted = model.features(tokens, looped), model.features(tokens, looped, adapters.visits)
         assert torch.equal(plain, adapted)
-        assert torch.equal(model.head(plain, model.embedding.weight), model.head(adapted, model.embedding.weight, adapters.head))
+        assert torch.equal(
+            model.head(plain, model.embedding.weight),
+            model.head(adapted, model.embedding.weight, adapters.head),
+        )
 
 
 def merged(model: Model, weights_P: torch.Tensor, layout: Layout, visit: int) -> dict[str, torch.Tensor]:
@@ -127,7 +134,9 @@ def test_adapters_beside_output_and_mlp_read_the_normed_input():
         for name, adapter in (("output", visit.output), ("mlp", visit.mlp)):
             assert adapter is not None
             matrix = merged(model, random_bank(layout, 1)[0], layout, 4)[name]
-            torch.testing.assert_close(adapter.added_to(torch.zeros(1, 7, TINY.width), h), h @ matrix.T, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(
+                adapter.added_to(torch.zeros(1, 7, TINY.width), h), h @ matrix.T, atol=1e-5, rtol=1e-4
+            )
     assert visit.query is visit.key is visit.value is None
 
 
@@ -200,7 +209,9 @@ def slow_lora(tokens: np.ndarray, model_params: ModelParams, confidence: bool = 
     starts = [*np.flatnonzero(tokens == BOS).tolist(), len(tokens) - 1]
     for begin, stop in itertools.pairwise(starts):
         weights = torch.nn.Parameter(layout.fresh(torch.device("cpu"))[None])
-        optimizer = torch.optim.AdamW([weights], lr=LORA.lr, betas=(0.0, LORA.beta2), eps=LORA.eps, weight_decay=LORA.weight_decay)
+        optimizer = torch.optim.AdamW(
+            [weights], lr=LORA.lr, betas=(0.0, LORA.beta2), eps=LORA.eps, weight_decay=LORA.weight_decay
+        )
         for chunk in range(math.ceil((stop - begin) / size)):
             first, end = begin + chunk * size, begin + chunk * size + size
             start = max(begin, end - SLIDING.window)
@@ -270,7 +281,9 @@ def test_order_and_company_change_no_score():
     tokens = stream()
     base = scorer(lr=0.001).score_stream(tokens)
     for documents in (1, 2, 10):
-        np.testing.assert_allclose(scorer(lr=0.001, documents=documents).score_stream(tokens), base, atol=1e-5)
+        np.testing.assert_allclose(
+            scorer(lr=0.001, documents=documents).score_stream(tokens), base, atol=1e-5
+        )
     parts = np.split(tokens, np.cumsum(LENGTHS)[:-1])
     places = np.split(np.arange(len(tokens)), np.cumsum(LENGTHS)[:-1])
     order = [3, 9, 0, 7, 2, 8, 1, 6, 5, 4]
@@ -297,7 +310,9 @@ def test_predictions_beyond_the_training_context_are_those_of_whole_chunks():
 
 def test_the_model_given_and_the_forks_are_independent():
     observed = (9, 9, 8, 9, 7, 9, 6, 9, 9, 20, 21, BOS, 9)
-    assert_forks_are_independent(lambda model: LoRAScorer(model, SLIDING, lora(), world()), stream(), observed)
+    assert_forks_are_independent(
+        lambda model: LoRAScorer(model, SLIDING, lora(), world()), stream(), observed
+    )
 
 
 def test_ranks_share_the_documents_out_without_changing_a_score(monkeypatch):
@@ -316,7 +331,11 @@ def test_ranks_share_the_documents_out_without_changing_a_score(monkeypatch):
     monkeypatch.setattr(World, "sum_", sum_)
     ranks = [LoRAScorer(random_model(6), SLIDING, lora(lr=0.001), world(rank, 2)) for rank in (0, 1)]
     with ThreadPoolExecutor(2) as threads:
-        for piece, expected in ((tokens[:47], whole[:46]), (tokens[47:50], whole[46:49]), (tokens[50:], whole[49:])):
+        for piece, expected in (
+            (tokens[:47], whole[:46]),
+            (tokens[47:50], whole[46:49]),
+            (tokens[50:], whole[49:]),
+        ):
             for scores in threads.map(lambda rank, piece=piece: rank.score_stream(piece), ranks):
                 np.testing.assert_allclose(scores, expected, atol=1e-5)
 

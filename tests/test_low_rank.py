@@ -14,7 +14,9 @@ from stages.pack.quantise.lqer import correct
 def case(rows: int, columns: int, seed: int = 0, dead: tuple[int, ...] = ()) -> tuple[Tensor, Tensor, Tensor]:
     """An error, the Hessian of correlated inputs of very different size, and importances of rows."""
     generator = torch.Generator().manual_seed(seed)
-    inputs = torch.randn(4 * columns, columns, generator=generator) @ torch.randn(columns, columns, generator=generator)
+    inputs = torch.randn(4 * columns, columns, generator=generator) @ torch.randn(
+        columns, columns, generator=generator
+    )
     inputs *= torch.randn(columns, generator=generator).exp()
     inputs[:, list(dead)] = 0
     importance = torch.randn(rows, generator=generator).exp() * 1e-5
@@ -33,14 +35,18 @@ def least_loss(error: Tensor, hessian: Tensor, importance: Tensor, rank: int) ->
     """By definition (Eckart and Young): what the singular values beyond the rank leave, with a square root of H of another kind."""
     values, vectors = np.linalg.eigh(hessian.double().numpy())
     root = vectors * np.sqrt(np.maximum(values, 0))
-    singular = np.linalg.svd(importance.double().sqrt().numpy()[:, None] * error.double().numpy() @ root, compute_uv=False)
+    singular = np.linalg.svd(
+        importance.double().sqrt().numpy()[:, None] * error.double().numpy() @ root, compute_uv=False
+    )
     return float((singular[rank:] ** 2).sum())
 
 
 @pytest.mark.parametrize("shape", [(48, 20), (20, 48), (32, 32)])
 @pytest.mark.parametrize("dead", [(), (2, 5)])
 @pytest.mark.parametrize("act_order", [True, False])
-def test_it_leaves_hardly_more_than_the_best_of_its_rank(shape: tuple[int, int], dead: tuple[int, ...], act_order: bool) -> None:
+def test_it_leaves_hardly_more_than_the_best_of_its_rank(
+    shape: tuple[int, int], dead: tuple[int, ...], act_order: bool
+) -> None:
     error, hessian, importance = case(*shape, dead=dead)
     known = gptq.feedback(hessian[None], 1e-6, ["case"], act_order)[0]
     before = error.clone()
@@ -59,7 +65,8 @@ def test_without_the_hessian_it_would_leave_more() -> None:
     known = gptq.feedback(hessian[None], 1e-6, ["case"])[0]
     plain = gptq.feedback(torch.eye(32)[None], 0.0, ["case"])[0]
     by_hessian, by_itself = (
-        loss(error - product(correct(error, of, g, 4), 48), hessian, importance) for of, g in ((known, importance), (plain, torch.ones(48)))
+        loss(error - product(correct(error, of, g, 4), 48), hessian, importance)
+        for of, g in ((known, importance), (plain, torch.ones(48)))
     )
     assert by_hessian < by_itself
 

@@ -23,7 +23,9 @@ BOS = TINY.bos_id
 TOKENS = (9, 4, BOS, 7, 20, 4, 4, 30, BOS, BOS, 12, 5, 9, 4, 33)
 PIECES = (slice(0, 2), slice(2, 8), slice(8, 9), slice(9, 15))
 
-each_attention = pytest.mark.parametrize("model_params", [TINY, DOCUMENTS], ids=lambda model_params: model_params.attention)
+each_attention = pytest.mark.parametrize(
+    "model_params", [TINY, DOCUMENTS], ids=lambda model_params: model_params.attention
+)
 each_plan = pytest.mark.parametrize("looped", [False, True], ids=["straight", "looped"])
 
 
@@ -45,7 +47,9 @@ def test_model_equals_a_slow_float64_version(model_params, looped):
     with torch.no_grad():
         fast = model.logits(torch.tensor(TOKENS)[None], looped)[0].double().numpy()
     slow = slow_logits(weights, TOKENS, model_params, looped)
-    assert np.linalg.norm(fast - slow) / np.linalg.norm(slow) < 1e-5  # angles, norms' eps and the softcap are float32
+    assert (
+        np.linalg.norm(fast - slow) / np.linalg.norm(slow) < 1e-5
+    )  # angles, norms' eps and the softcap are float32
 
 
 def test_losses_are_cross_entropies_of_the_logits_and_scored_from_only_selects():
@@ -53,9 +57,13 @@ def test_losses_are_cross_entropies_of_the_logits_and_scored_from_only_selects()
     tokens = torch.randint(TINY.vocab_size, (2, 12), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         losses = model(tokens[:, :-1], tokens[:, 1:])
-        chosen = torch.log_softmax(model.logits(tokens[:, :-1]).double(), -1).gather(-1, tokens[:, 1:, None])[..., 0]
+        chosen = torch.log_softmax(model.logits(tokens[:, :-1]).double(), -1).gather(-1, tokens[:, 1:, None])[
+            ..., 0
+        ]
         torch.testing.assert_close(losses.double(), -chosen, atol=1e-5, rtol=0)
-        torch.testing.assert_close(model(tokens[:, :-1], tokens[:, 1:], scored_from=8), losses[:, 8:], atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            model(tokens[:, :-1], tokens[:, 1:], scored_from=8), losses[:, 8:], atol=1e-5, rtol=0
+        )
 
 
 def test_the_record_has_the_record_s_parameters():
@@ -71,8 +79,17 @@ def test_visits_of_the_record():
 
 
 def test_which_block_reads_which_value_table():
-    assert [value_table(replace(TINY, layers=6, value_tables=2), block) for block in range(6)] == [0, 1, None, None, 0, 1]
-    assert [value_table(replace(TINY, value_tables=0), block) for block in range(TINY.layers)] == [None] * TINY.layers
+    assert [value_table(replace(TINY, layers=6, value_tables=2), block) for block in range(6)] == [
+        0,
+        1,
+        None,
+        None,
+        0,
+        1,
+    ]
+    assert [value_table(replace(TINY, value_tables=0), block) for block in range(TINY.layers)] == [
+        None
+    ] * TINY.layers
 
 
 def test_gates_smear_and_value_tables_begin_as_if_they_were_not_there():
@@ -81,7 +98,10 @@ def test_gates_smear_and_value_tables_begin_as_if_they_were_not_there():
     for model in models:
         initialise_(model, 3)
         torch.nn.init.eye_(model.get_parameter("blocks.0.attention.output.weight"))
-    assert len(models[0].state_dict()) - len(models[1].state_dict()) == TINY.layers + 2 + TINY.value_tables + 2 * TINY.value_tables
+    assert (
+        len(models[0].state_dict()) - len(models[1].state_dict())
+        == TINY.layers + 2 + TINY.value_tables + 2 * TINY.value_tables
+    )
     with torch.no_grad():
         with_all, without = (model.logits(torch.tensor(TOKENS)[None]) for model in models)
     torch.testing.assert_close(with_all, without, atol=1e-6, rtol=0)
@@ -89,7 +109,11 @@ def test_gates_smear_and_value_tables_begin_as_if_they_were_not_there():
 
 @each_attention
 def test_scaled_logits_are_those_of_the_same_model_times_the_factor(model_params):
-    model, scaled, tokens = random_model(8, model_params), random_model(8, model_params), torch.tensor(TOKENS)[None]
+    model, scaled, tokens = (
+        random_model(8, model_params),
+        random_model(8, model_params),
+        torch.tensor(TOKENS)[None],
+    )
     scaled.load_state_dict(with_scaled_logits(model.state_dict(), 0.75))
     with torch.no_grad():
         before, after = (of.uncapped(tokens, True, slice(None)) for of in (model, scaled))
@@ -124,7 +148,11 @@ def test_every_parameter_gets_a_gradient_when_looped(model_params):
     model = random_model(2, model_params)
     tokens = torch.randint(TINY.vocab_size, (2, 17), generator=torch.Generator().manual_seed(0))
     model(tokens[:, :-1], tokens[:, 1:], looped=True).mean().backward()
-    dead = [name for name, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.any()]
+    dead = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.grad is None or not parameter.grad.any()
+    ]
     assert dead == []
 
 
@@ -162,8 +190,16 @@ def test_with_bfloat16_activations_matrices_start_rounded_and_every_weight_is_fl
 def test_documents_begin_at_each_bos_and_what_precedes_the_first_is_one():
     tokens = torch.tensor([TOKENS[:11], (BOS, *TOKENS[1:10], BOS), (8,) * 11])
     starts, ends = documents_of(tokens, BOS)
-    assert starts.tolist() == [[0, 0, 2, 2, 2, 2, 2, 2, 8, 9, 9], [0, 0, 2, 2, 2, 2, 2, 2, 8, 9, 10], [0] * 11]
-    assert ends.tolist() == [[1, 1, 7, 7, 7, 7, 7, 7, 8, 10, 10], [1, 1, 7, 7, 7, 7, 7, 7, 8, 9, 10], [10] * 11]
+    assert starts.tolist() == [
+        [0, 0, 2, 2, 2, 2, 2, 2, 8, 9, 9],
+        [0, 0, 2, 2, 2, 2, 2, 2, 8, 9, 10],
+        [0] * 11,
+    ]
+    assert ends.tolist() == [
+        [1, 1, 7, 7, 7, 7, 7, 7, 8, 10, 10],
+        [1, 1, 7, 7, 7, 7, 7, 7, 8, 9, 10],
+        [10] * 11,
+    ]
     assert starts.dtype == ends.dtype == torch.int32
 
 
@@ -223,7 +259,9 @@ def test_parts_that_do_not_fit_the_model_are_refused(key, value, message):
 def test_a_bos_outside_the_vocabulary_is_refused(bos_id):
     raw = asdict(params())
     raw["model"]["bos_id"] = bos_id
-    with pytest.raises(ValueError, match=rf"^model\.bos_id: {bos_id} is not an id of the vocabulary of {TINY.vocab_size}$"):
+    with pytest.raises(
+        ValueError, match=rf"^model\.bos_id: {bos_id} is not an id of the vocabulary of {TINY.vocab_size}$"
+    ):
         config.build(raw, Params)
 
 

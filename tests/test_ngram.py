@@ -57,7 +57,9 @@ def stream(count: int, vocab: int = lawful.VOCAB, seed: int = 0) -> np.ndarray:
     phrases = generator.integers(4, vocab, (12, 24))
     parts: list[np.ndarray] = [np.array([lawful.BOS])]
     while sum(map(len, parts)) < count:
-        parts.append(phrases[generator.integers(12)] if generator.random() < 0.5 else generator.integers(4, vocab, 8))
+        parts.append(
+            phrases[generator.integers(12)] if generator.random() < 0.5 else generator.integers(4, vocab, 8)
+        )
         if generator.random() < 0.1:
             parts.append(np.array([lawful.BOS]))
     return np.concatenate(parts)[:count].astype(np.uint16)
@@ -76,7 +78,9 @@ def slow_hints(tokens: np.ndarray) -> tuple[list[int], list[list[int]]]:
     hints, states = [], []
     for i, token in enumerate(tokens.tolist()):
         hint, row = -1, [UNKNOWN] * len(LENGTHS)
-        contexts = [tuple(tokens[i - length : i].tolist()) if length <= i else None for length in LENGTHS.tolist()]
+        contexts = [
+            tuple(tokens[i - length : i].tolist()) if length <= i else None for length in LENGTHS.tolist()
+        ]
         for k in reversed(range(len(LENGTHS))):
             found = memory[k].get(contexts[k]) if contexts[k] else None  # type: ignore[arg-type]
             if found:
@@ -138,11 +142,15 @@ def test_the_same_hints_with_other_names_for_the_ids() -> None:
 
 def test_weights_at_zero_are_the_wrapped_scorer_bit_for_bit() -> None:
     tokens = stream(3000)
-    np.testing.assert_array_equal(tilted(len(tokens) - 1, rate=0.0).score_stream(tokens), HintedBigram(0).score_stream(tokens))
+    np.testing.assert_array_equal(
+        tilted(len(tokens) - 1, rate=0.0).score_stream(tokens), HintedBigram(0).score_stream(tokens)
+    )
     short = stream(200, TINY.vocab_size)
     trained = TTTScorer(random_model(6), SLIDING, TTT, world(), len(short) - 1)
     wrapped = TTTScorer(random_model(6), SLIDING, TTT, world(), len(short) - 1)
-    np.testing.assert_array_equal(TiltScorer(wrapped, 0.0, CODES, len(short) - 1).score_stream(short), trained.score_stream(short))
+    np.testing.assert_array_equal(
+        TiltScorer(wrapped, 0.0, CODES, len(short) - 1).score_stream(short), trained.score_stream(short)
+    )
 
 
 def test_it_learns_what_pairs_do_not_tell() -> None:
@@ -187,7 +195,9 @@ def test_distributions_sum_to_one_late_in_a_long_stream_and_are_what_is_scored()
         assert abs(np.exp(law).sum() - 1) < 1e-9
         moved += np.abs(law - scorer.scorer.predict()).max() > 1e-3
         # The counterfactual sum: what `score_stream` would have charged for each id in this place (float32).
-        charged = [scorer.fork().score_stream(np.array([token], dtype=np.uint16))[0] for token in range(lawful.VOCAB)]
+        charged = [
+            scorer.fork().score_stream(np.array([token], dtype=np.uint16))[0] for token in range(lawful.VOCAB)
+        ]
         np.testing.assert_allclose(charged, -law, atol=1e-5)
         assert abs(np.exp(-np.array(charged, dtype=np.float64)).sum() - 1) < 1e-6
     assert moved >= 20
@@ -195,7 +205,9 @@ def test_distributions_sum_to_one_late_in_a_long_stream_and_are_what_is_scored()
 
 def test_pieces_predictions_and_the_whole_stream_agree() -> None:
     tokens = stream(400, TINY.vocab_size)
-    whole = TiltScorer(SlidingScorer(random_model(6), SLIDING, world()), RATE, CODES, 399).score_stream(tokens)
+    whole = TiltScorer(SlidingScorer(random_model(6), SLIDING, world()), RATE, CODES, 399).score_stream(
+        tokens
+    )
     pieces = TiltScorer(SlidingScorer(random_model(6), SLIDING, world()), RATE, CODES, 399)
     parts = np.concatenate([pieces.score_stream(part) for part in np.split(tokens, [1, 20, 33, 34, 200])])
     np.testing.assert_allclose(parts, whole, atol=1e-5)
@@ -253,14 +265,20 @@ def test_tables_are_copied_for_a_fork_that_lives_and_for_no_other() -> None:
 
 
 @pytest.mark.parametrize(("kind", "rate"), [("sgd", RATE), ("lora", RATE)])
-def test_the_audit_passes_adaptive_scorers(tmp_path_factory: pytest.TempPathFactory, kind: Literal["sgd", "lora"], rate: float) -> None:
+def test_the_audit_passes_adaptive_scorers(
+    tmp_path_factory: pytest.TempPathFactory, kind: Literal["sgd", "lora"], rate: float
+) -> None:
     tokens = stream(600, TINY.vocab_size)
     counted = (tokens[1:] != lawful.BOS).astype(np.int64)
     per_document = np.array([len(document) - 1 for document in shards.documents(tokens, lawful.BOS)])
-    params = dataclasses.replace(TTT, kind=kind, tilt_rate=rate, chunk=128, lora=dataclasses.replace(TTT.lora, lr=0.001, documents=40))
+    params = dataclasses.replace(
+        TTT, kind=kind, tilt_rate=rate, chunk=128, lora=dataclasses.replace(TTT.lora, lr=0.001, documents=40)
+    )
     of_kind = {
         "sgd": dataclasses.replace(PARAMS, substitutions=TINY.vocab_size),
-        "lora": dataclasses.replace(PARAMS, substitutions=8, perturbations=7, graph_documents=3, handed_stretches=1, canary_targets=96),
+        "lora": dataclasses.replace(
+            PARAMS, substitutions=8, perturbations=7, graph_documents=3, handed_stretches=1, canary_targets=96
+        ),
     }
     model = random_model(6)
     nll = scorer_for(model, SLIDING, params, world(), factories.table(), len(tokens) - 1).score_stream(tokens)
@@ -269,14 +287,21 @@ def test_the_audit_passes_adaptive_scorers(tmp_path_factory: pytest.TempPathFact
     verdicts = audit_scorer(
         f"{kind}, tilt {rate}",
         lambda n_targets: scorer_for(model, SLIDING, params, world(), factories.table(), n_targets),
-        Stream(tokens, lawful.BOS, counted, coverage.DocumentBytes(per_document, np.zeros(len(per_document), dtype=bool))),
+        Stream(
+            tokens,
+            lawful.BOS,
+            counted,
+            coverage.DocumentBytes(per_document, np.zeros(len(per_document), dtype=bool)),
+        ),
         Claim(nll, table.read_text(), bpb.bits_per_byte(nll, counted), (1e-4, 1e-6)),
         sampling.Edges(window=SLIDING.stride, chunk=128),
         hashlib.sha256(b"tilt").digest(),
         of_kind[kind],
         Report(is_main=False),
     )
-    assert {verdict.outcome for verdict in verdicts} == {"pass"}, [reason(verdict) for verdict in convicted(verdicts)]
+    assert {verdict.outcome for verdict in verdicts} == {"pass"}, [
+        reason(verdict) for verdict in convicted(verdicts)
+    ]
 
 
 def test_the_parameter_decides() -> None:

@@ -27,12 +27,17 @@ def optimizers_of(model, **changes):
 
 def random_gradients(model, seed, scale=1.0):
     generator = torch.Generator().manual_seed(seed)
-    return {name: scale * torch.randn(parameter.shape, generator=generator) for name, parameter in model.named_parameters()}
+    return {
+        name: scale * torch.randn(parameter.shape, generator=generator)
+        for name, parameter in model.named_parameters()
+    }
 
 
 def take_step(optimizers, gradients, step, lr_multiplier=1.0, momentum=0.9):
     optimizers.collect(gradients, 0)
-    optimizers.step(StepSchedule(fraction=0.0, lr_multiplier=lr_multiplier, momentum=momentum, looped=True), step)
+    optimizers.step(
+        StepSchedule(fraction=0.0, lr_multiplier=lr_multiplier, momentum=momentum, looped=True), step
+    )
 
 
 def weights_of(model):
@@ -65,7 +70,9 @@ def test_muon_equals_a_slow_float64_version(shape, kind):
     generator = np.random.Generator(np.random.PCG64(0))
     gradient, momentum = generator.normal(size=shape), generator.normal(size=shape)
     triples = coefficients(kind, 5)
-    update, kept = muon_update(torch.from_numpy(gradient)[None], torch.from_numpy(momentum)[None], 0.95, triples, torch.float64)
+    update, kept = muon_update(
+        torch.from_numpy(gradient)[None], torch.from_numpy(momentum)[None], 0.95, triples, torch.float64
+    )
     slow_update, slow_kept = slow_muon(gradient, momentum, 0.95, triples)
     np.testing.assert_allclose(update[0].numpy(), slow_update, atol=1e-12)
     np.testing.assert_allclose(kept[0].numpy(), slow_kept, atol=1e-12)
@@ -82,7 +89,9 @@ def test_coefficients_of_any_number_of_steps():
 @pytest.mark.parametrize(("kind", "low", "high"), [("fixed", 0.6, 1.3), ("polar_express", 0.85, 1.15)])
 def test_newton_schulz_brings_singular_values_near_one(kind, low, high):
     matrices = torch.randn(3, 20, 50, generator=torch.Generator().manual_seed(0))
-    values = torch.linalg.svdvals(orthogonalise(normalise_rows(matrices), coefficients(kind, 5), torch.float32))
+    values = torch.linalg.svdvals(
+        orthogonalise(normalise_rows(matrices), coefficients(kind, 5), torch.float32)
+    )
     assert values.min() > low
     assert values.max() < high
 
@@ -91,9 +100,14 @@ def test_polar_express_lifts_singular_values_of_a_thousandth():
     """What one triple for all iterations cannot in as many."""
     values = torch.logspace(-3, 0, 12, dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
-    left, right = (torch.linalg.qr(torch.randn(12, 12, generator=generator, dtype=torch.float64)).Q for _ in range(2))
+    left, right = (
+        torch.linalg.qr(torch.randn(12, 12, generator=generator, dtype=torch.float64)).Q for _ in range(2)
+    )
     matrix = ((left * values) @ right)[None]
-    smallest = {kind: torch.linalg.svdvals(orthogonalise(matrix, coefficients(kind, 5), torch.float64)).min() for kind in KINDS}
+    smallest = {
+        kind: torch.linalg.svdvals(orthogonalise(matrix, coefficients(kind, 5), torch.float64)).min()
+        for kind in KINDS
+    }
     assert smallest["polar_express"] > 0.7
     assert smallest["fixed"] < 0.5
 
@@ -102,16 +116,25 @@ def test_polar_express_lifts_singular_values_of_a_thousandth():
 def test_steps_move_every_matrix_by_the_formulas(kind):
     model = random_model(0)
     optimizers = optimizers_of(model, clip_norm=UNCLIPPED, newton_schulz=kind)
-    expected = {name: (tensor.double().numpy(), 0.0) for name, tensor in weights_of(model).items() if is_matrix(name)}
+    expected = {
+        name: (tensor.double().numpy(), 0.0) for name, tensor in weights_of(model).items() if is_matrix(name)
+    }
     for step, (multiplier, momentum) in enumerate([(1.0, 0.5), (0.7, 0.9), (0.1, 0.95)]):
         gradients = random_gradients(model, step)
         for name, (weight, kept) in expected.items():
-            update, kept = slow_muon(gradients[name].double().numpy(), kept, momentum, coefficients(kind, TRAIN.newton_schulz_steps))
+            update, kept = slow_muon(
+                gradients[name].double().numpy(),
+                kept,
+                momentum,
+                coefficients(kind, TRAIN.newton_schulz_steps),
+            )
             rate = TRAIN.matrix_lr * multiplier
             expected[name] = (weight - rate * TRAIN.matrix_weight_decay * weight - rate * update, kept)
         take_step(optimizers, gradients, step, multiplier, momentum)
     for name, (weight, _) in expected.items():
-        np.testing.assert_allclose(model.get_parameter(name).detach().numpy(), weight, atol=2e-6, err_msg=name)
+        np.testing.assert_allclose(
+            model.get_parameter(name).detach().numpy(), weight, atol=2e-6, err_msg=name
+        )
 
 
 # AdamW, clipping, decay
@@ -124,7 +147,11 @@ def test_ten_steps_of_tables_and_vectors_equal_torch_s_adamw(scale):
     vectors = {name: parameter for name, parameter in reference.named_parameters() if not is_matrix(name)}
     tables = {name: vectors.pop(name) for name in filter(is_table, list(vectors))}
     groups = [
-        {"params": list(tables.values()), "lr": TRAIN.embedding_lr, "weight_decay": TRAIN.embedding_weight_decay},
+        {
+            "params": list(tables.values()),
+            "lr": TRAIN.embedding_lr,
+            "weight_decay": TRAIN.embedding_weight_decay,
+        },
         {"params": list(vectors.values()), "lr": TRAIN.scalar_lr, "weight_decay": TRAIN.scalar_weight_decay},
     ]
     torch_adamw = torch.optim.AdamW(groups, betas=(TRAIN.adam_beta1, TRAIN.adam_beta2), eps=TRAIN.adam_eps)
@@ -137,7 +164,9 @@ def test_ten_steps_of_tables_and_vectors_equal_torch_s_adamw(scale):
         warmdown.step()
         take_step(optimizers, gradients, step, lr_multiplier=1 - step / 10)
     for name, parameter in {**tables, **vectors}.items():
-        np.testing.assert_allclose(model.get_parameter(name).detach(), parameter.detach(), atol=2e-6, err_msg=name)
+        np.testing.assert_allclose(
+            model.get_parameter(name).detach(), parameter.detach(), atol=2e-6, err_msg=name
+        )
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-4], ids=["above", "below"])
@@ -183,7 +212,9 @@ def test_decay_is_decoupled_and_at_the_current_rate():
         MATRIX: TRAIN.matrix_lr * TRAIN.matrix_weight_decay,
     }
     for name, rate in rates.items():
-        torch.testing.assert_close(model.get_parameter(name).detach(), before[name] * (1 - 0.5 * rate), atol=0, rtol=1e-6)
+        torch.testing.assert_close(
+            model.get_parameter(name).detach(), before[name] * (1 - 0.5 * rate), atol=0, rtol=1e-6
+        )
 
 
 # The moving average
@@ -195,7 +226,10 @@ def test_the_moving_average_follows_its_recurrence_from_the_initial_weights():
     expected = weights_of(model)
     for step in range(3):
         take_step(optimizers, random_gradients(model, step), step)
-        expected = {name: TRAIN.ema_decay * expected[name] + (1 - TRAIN.ema_decay) * tensor for name, tensor in weights_of(model).items()}
+        expected = {
+            name: TRAIN.ema_decay * expected[name] + (1 - TRAIN.ema_decay) * tensor
+            for name, tensor in weights_of(model).items()
+        }
     average = optimizers.average()
     assert set(average) == set(expected)
     for name, tensor in expected.items():
@@ -224,10 +258,14 @@ def test_banks_cover_every_parameter_once_and_the_model_s_parameters_are_views_o
 def test_every_matrix_is_a_unit_of_a_bank_of_its_shape():
     banks = optimizers_of(random_model(0)).banks
     matrices = [bank for bank in banks if bank.weights.dim() == 3]
-    assert sorted(name for bank in matrices for name in bank.names) == sorted(filter(is_matrix, weights_of(random_model(0))))
+    assert sorted(name for bank in matrices for name in bank.names) == sorted(
+        filter(is_matrix, weights_of(random_model(0)))
+    )
     for bank in matrices:
         assert {tuple(parameter.shape) for parameter in bank.parameters} == {tuple(bank.weights.shape[1:])}
-    assert [bank.names for bank in banks if EMBEDDING in bank.names] == [list(filter(is_table, weights_of(random_model(0))))]
+    assert [bank.names for bank in banks if EMBEDDING in bank.names] == [
+        list(filter(is_table, weights_of(random_model(0))))
+    ]
 
 
 def test_a_parameter_without_gradient_counts_as_zero_whatever_the_step_before_left():
@@ -236,8 +274,14 @@ def test_a_parameter_without_gradient_counts_as_zero_whatever_the_step_before_le
     without, zero = optimizers_of(model), optimizers_of(same)
     for step, missing in enumerate((set(), {"skip_weight", "skip_gate"})):
         gradients = random_gradients(model, step)
-        take_step(without, {name: None if name in missing else gradient for name, gradient in gradients.items()}, step)
-        take_step(zero, {name: gradient * (name not in missing) for name, gradient in gradients.items()}, step)
+        take_step(
+            without,
+            {name: None if name in missing else gradient for name, gradient in gradients.items()},
+            step,
+        )
+        take_step(
+            zero, {name: gradient * (name not in missing) for name, gradient in gradients.items()}, step
+        )
     assert all(map(torch.equal, held(without), held(zero)))
 
 
@@ -264,7 +308,10 @@ def test_a_loaded_state_gives_the_same_next_step_bit_for_bit():
 def sharded(here: World) -> None:
     alone, shared = random_model(0), random_model(0)
     one, several = Optimizers(alone, TRAIN, world()), Optimizers(shared, TRAIN, here)
-    padded = [bank.weights.shape[0] > sum(p.numel() for p in bank.parameters) // bank.weights[0].numel() for bank in several.banks]
+    padded = [
+        bank.weights.shape[0] > sum(p.numel() for p in bank.parameters) // bank.weights[0].numel()
+        for bank in several.banks
+    ]
     assert any(padded)
     assert all(bank.average.shape[0] * here.size == bank.weights.shape[0] for bank in several.banks)
     for step in range(3):

@@ -55,7 +55,10 @@ def trained_like() -> dict[str, Tensor]:
     model = Model(MODEL)
     initialise_(model, 7)
     generator = torch.Generator().manual_seed(8)
-    return {name: tensor.clone() + 0.02 * torch.randn(tensor.shape, generator=generator) for name, tensor in model.state_dict().items()}
+    return {
+        name: tensor.clone() + 0.02 * torch.randn(tensor.shape, generator=generator)
+        for name, tensor in model.state_dict().items()
+    }
 
 
 def hessians_of(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -65,7 +68,9 @@ def hessians_of(state: dict[str, Tensor]) -> dict[str, Tensor]:
     for name in sorted(state):
         if tensor_kinds.kind_of(name) != "rest" and hessian_name(name) == name:
             columns = state[name].shape[1]
-            inputs = torch.randn(3 * columns, columns, generator=generator) @ torch.randn(columns, columns, generator=generator)
+            inputs = torch.randn(3 * columns, columns, generator=generator) @ torch.randn(
+                columns, columns, generator=generator
+            )
             made[name] = inputs.T @ inputs / len(inputs)
         if tensor_kinds.kind_of(name) != "rest":
             made[importance_name(name)] = torch.rand(len(state[name]), generator=generator) * 1.0e-4
@@ -86,7 +91,9 @@ def with_budget(budget_bytes: int, params: PackParams = PACK) -> PackParams:
     return dataclasses.replace(params, budget_bytes=budget_bytes + params.code_reserve_bytes)
 
 
-def test_decoded_weights_are_the_dequantised_ones(state: dict[str, Tensor], hessians: dict[str, Tensor]) -> None:
+def test_decoded_weights_are_the_dequantised_ones(
+    state: dict[str, Tensor], hessians: dict[str, Tensor]
+) -> None:
     with_figures = pack(state, hessians, MODEL, PACK, SILENT)
     params, decoded = unpack(with_figures.blob)
     assert params == MODEL
@@ -137,7 +144,9 @@ def test_same_weights_same_bytes_whatever_the_threads(
     assert all(torch.equal(before[name], tensor) for name, tensor in (state | hessians).items())
 
 
-def test_load_model_gives_the_model_in_the_file(state: dict[str, Tensor], hessians: dict[str, Tensor], tmp_path: Path) -> None:
+def test_load_model_gives_the_model_in_the_file(
+    state: dict[str, Tensor], hessians: dict[str, Tensor], tmp_path: Path
+) -> None:
     blob = pack(state, hessians, MODEL, PACK, SILENT).blob
     (tmp_path / "model.bin").write_bytes(blob)
     model = artifact.load_model(tmp_path / "model.bin", world())
@@ -151,7 +160,9 @@ def test_load_model_gives_the_model_in_the_file(state: dict[str, Tensor], hessia
 
 
 @pytest.mark.parametrize("share", [0.9, 0.7, 0.58])
-def test_one_factor_on_the_clips_makes_it_fit(state: dict[str, Tensor], hessians: dict[str, Tensor], share: float) -> None:
+def test_one_factor_on_the_clips_makes_it_fit(
+    state: dict[str, Tensor], hessians: dict[str, Tensor], share: float
+) -> None:
     full = pack(state, hessians, MODEL, PACK, SILENT)
     assert full.scale == 1.0
     allowed = int(share * len(full.blob))
@@ -164,8 +175,13 @@ def test_one_factor_on_the_clips_makes_it_fit(state: dict[str, Tensor], hessians
     assert torch.equal((decoded[name] / steps).round() * steps, decoded[name])
 
 
-def test_a_budget_that_cannot_be_met_gives_both_figures(state: dict[str, Tensor], hessians: dict[str, Tensor]) -> None:
-    with pytest.raises(ValueError, match=r"artifact over the byte budget: \d+ bytes at scale 8 after \d+ attempts, 2000 allowed"):
+def test_a_budget_that_cannot_be_met_gives_both_figures(
+    state: dict[str, Tensor], hessians: dict[str, Tensor]
+) -> None:
+    with pytest.raises(
+        ValueError,
+        match=r"artifact over the byte budget: \d+ bytes at scale 8 after \d+ attempts, 2000 allowed",
+    ):
         pack(state, hessians, MODEL, with_budget(2000), SILENT)
 
 
@@ -190,7 +206,9 @@ def test_the_search_is_short_and_close_on_a_model_of_record_size(share: float) -
 
 
 @pytest.mark.parametrize("allowed", [8_000, 20_000, 40_000])
-def test_at_a_rate_the_budget_is_filled_and_never_exceeded(state: dict[str, Tensor], hessians: dict[str, Tensor], allowed: int) -> None:
+def test_at_a_rate_the_budget_is_filled_and_never_exceeded(
+    state: dict[str, Tensor], hessians: dict[str, Tensor], allowed: int
+) -> None:
     packed = pack(state, hessians, MODEL, with_budget(allowed, AT_RATE), SILENT)
     assert allowed - fit_budget.UNUSED <= len(packed.blob) <= allowed
     _, decoded = unpack(packed.blob)
@@ -214,13 +232,17 @@ def test_the_search_at_a_rate_is_short_on_a_model_of_record_size(share: float) -
     rate = 2 * (allowed - 20_000) * 8 / weights
     first = 1.04 * (12 / (2**rate - 1)) ** 0.5
     tried.clear()
-    scale, best = fit_budget.fill(lambda scale: size(scale), lambda bytes_: bytes_, allowed, weights, Scales(first, 1.0e-6, 1.0e6))
+    scale, best = fit_budget.fill(
+        lambda scale: size(scale), lambda bytes_: bytes_, allowed, weights, Scales(first, 1.0e-6, 1.0e6)
+    )
     assert allowed - fit_budget.UNUSED <= best <= allowed
     assert scale in tried
     assert len(tried) <= 5
 
 
-def test_more_budget_than_the_model_can_use_is_left(state: dict[str, Tensor], hessians: dict[str, Tensor]) -> None:
+def test_more_budget_than_the_model_can_use_is_left(
+    state: dict[str, Tensor], hessians: dict[str, Tensor]
+) -> None:
     packed = pack(state, hessians, MODEL, with_budget(900_000, AT_RATE), SILENT)
     weights = sum(tensor.numel() for tensor in state.values())
     assert len(packed.blob) < 2 * methods.MOST_BITS / 8 * weights
@@ -228,36 +250,59 @@ def test_more_budget_than_the_model_can_use_is_left(state: dict[str, Tensor], he
     assert all(torch.allclose(decoded[name], state[name], atol=2e-3, rtol=2e-3) for name in state)
 
 
-def test_a_rate_that_is_too_low_gives_both_figures(state: dict[str, Tensor], hessians: dict[str, Tensor]) -> None:
-    with pytest.raises(ValueError, match=r"artifact over the byte budget: \d+ bytes at scale \S+ after \d+ attempts, 2000 allowed"):
+def test_a_rate_that_is_too_low_gives_both_figures(
+    state: dict[str, Tensor], hessians: dict[str, Tensor]
+) -> None:
+    with pytest.raises(
+        ValueError,
+        match=r"artifact over the byte budget: \d+ bytes at scale \S+ after \d+ attempts, 2000 allowed",
+    ):
         pack(state, hessians, MODEL, with_budget(2000, AT_RATE), SILENT)
 
 
-def test_at_equal_bytes_the_rate_quantiser_is_expected_to_lose_half_at_most(state: dict[str, Tensor], hessians: dict[str, Tensor]) -> None:
+def test_at_equal_bytes_the_rate_quantiser_is_expected_to_lose_half_at_most(
+    state: dict[str, Tensor], hessians: dict[str, Tensor]
+) -> None:
     plain = pack(state, hessians, MODEL, PACK, SILENT)
     at_rate = pack(state, hessians, MODEL, with_budget(len(plain.blob), AT_RATE), SILENT)
     losses = [sum(row.expected_loss or 0.0 for row in packed.rows) for packed in (plain, at_rate)]
     assert losses[1] < 0.5 * losses[0]
 
 
-def test_without_importance_the_tensor_is_named(state: dict[str, Tensor], hessians: dict[str, Tensor]) -> None:
+def test_without_importance_the_tensor_is_named(
+    state: dict[str, Tensor], hessians: dict[str, Tensor]
+) -> None:
     name = "blocks.1.attention.value.weight"
     without = {key: tensor for key, tensor in hessians.items() if key != importance_name(name)}
-    with pytest.raises(ValueError, match=r"blocks\.1\.attention\.value\.weight: the importance of its rows, .* is not among"):
+    with pytest.raises(
+        ValueError, match=r"blocks\.1\.attention\.value\.weight: the importance of its rows, .* is not among"
+    ):
         pack(state, without, MODEL, with_budget(20_000, AT_RATE), SILENT)
     silent = hessians | {importance_name(name): torch.zeros(len(state[name]))}
-    with pytest.raises(ValueError, match=r"value\.weight: the importance of its rows has mean 0\.0; no gradient"):
+    with pytest.raises(
+        ValueError, match=r"value\.weight: the importance of its rows has mean 0\.0; no gradient"
+    ):
         pack(state, silent, MODEL, with_budget(20_000, AT_RATE), SILENT)
     with pytest.raises(ValueError, match=r"value\.weight: its weights are not finite"):
-        pack(state | {name: torch.full_like(state[name], math.nan)}, hessians, MODEL, with_budget(20_000, AT_RATE), SILENT)
+        pack(
+            state | {name: torch.full_like(state[name], math.nan)},
+            hessians,
+            MODEL,
+            with_budget(20_000, AT_RATE),
+            SILENT,
+        )
 
 
 @pytest.mark.parametrize("step", [0.0, -1.0, math.nan, math.inf])
-def test_impossible_steps_are_refused(state: dict[str, Tensor], hessians: dict[str, Tensor], step: float) -> None:
+def test_impossible_steps_are_refused(
+    state: dict[str, Tensor], hessians: dict[str, Tensor], step: float
+) -> None:
     contents = container.read(pack(state, hessians, MODEL, with_budget(20_000, AT_RATE), SILENT).blob)
     entry = contents.entries[[entry.form.kind for entry in contents.entries].index("lattice")]
     levels, _, *exponents = entry.streams
-    changed = dataclasses.replace(entry, streams=(levels, Stream("plain", np.array(step, "<f4").tobytes()), *exponents))
+    changed = dataclasses.replace(
+        entry, streams=(levels, Stream("plain", np.array(step, "<f4").tobytes()), *exponents)
+    )
     entries = tuple(changed if other is entry else other for other in contents.entries)
     with pytest.raises(ValueError, match=f"damaged model file: tensor {entry.name} has the step"):
         unpack(container.write(container.Contents(contents.model, entries)))
@@ -284,7 +329,10 @@ def test_roles_are_decided_by_name_not_by_size() -> None:
     assert kinds["embedding.weight"] == "embedding"
     assert sum(kind == "attention" for kind in kinds.values()) == 4 * MODEL.layers
     assert sum(kind == "mlp" for kind in kinds.values()) == 2 * MODEL.layers
-    assert {name for name, kind in kinds.items() if kind == "rest" and not name.startswith("blocks.")} == {"skip_weight", "skip_gate"}
+    assert {name for name, kind in kinds.items() if kind == "rest" and not name.startswith("blocks.")} == {
+        "skip_weight",
+        "skip_gate",
+    }
 
 
 def test_the_table_adds_up_to_the_file(state: dict[str, Tensor], hessians: dict[str, Tensor]) -> None:
@@ -296,20 +344,31 @@ def test_the_table_adds_up_to_the_file(state: dict[str, Tensor], hessians: dict[
     difference = (decoded[row.name] - state[row.name]).double()
     hessian = hessians["blocks.1.attention.query.weight"].double()
     assert row.mean_squared_error == pytest.approx(float(difference.square().mean()))
-    relative = (difference @ hessian @ difference.T).trace() / (state[row.name].double() @ hessian @ state[row.name].double().T).trace()
+    relative = (difference @ hessian @ difference.T).trace() / (
+        state[row.name].double() @ hessian @ state[row.name].double().T
+    ).trace()
     assert row.relative_error == pytest.approx(float(relative), rel=1e-4)
     figures = layers_tsv.metrics(packed.rows, packed.scale)
     assert figures["bytes_model"] == len(packed.blob)
-    assert figures["bits_per_weight"] == pytest.approx(8 * len(packed.blob) / sum(tensor.numel() for tensor in state.values()))
+    assert figures["bits_per_weight"] == pytest.approx(
+        8 * len(packed.blob) / sum(tensor.numel() for tensor in state.values())
+    )
     command.canonical_json(figures)
 
 
-def test_weights_or_hessians_that_do_not_fit_are_named(state: dict[str, Tensor], hessians: dict[str, Tensor]) -> None:
+def test_weights_or_hessians_that_do_not_fit_are_named(
+    state: dict[str, Tensor], hessians: dict[str, Tensor]
+) -> None:
     name = "blocks.1.mlp.down.weight"
 
-    def attempt(change: dict[str, Tensor], drop: str = "", model: ModelParams = MODEL, change_hessian: bool = False) -> None:
+    def attempt(
+        change: dict[str, Tensor], drop: str = "", model: ModelParams = MODEL, change_hessian: bool = False
+    ) -> None:
         weights, known = (state, hessians | change) if change_hessian else (state | change, hessians)
-        weights, known = ({key: value for key, value in of.items() if key != drop or of is not known} for of in (weights, known))
+        weights, known = (
+            {key: value for key, value in of.items() if key != drop or of is not known}
+            for of in (weights, known)
+        )
         pack(weights, known, model, PACK, SILENT)
 
     with pytest.raises(ValueError, match=r"tensor extra has shape \(1,\), and is absent"):
@@ -320,7 +379,9 @@ def test_weights_or_hessians_that_do_not_fit_are_named(state: dict[str, Tensor],
         attempt({}, model=dataclasses.replace(MODEL, smear_width=4))
     with pytest.raises(ValueError, match=r"blocks\.1\.mlp\.down\.weight: its Hessian .* is not among"):
         attempt({}, drop=name, change_hessian=True)
-    with pytest.raises(ValueError, match=r"blocks\.1\.mlp\.down\.weight: its Hessian is not positive definite"):
+    with pytest.raises(
+        ValueError, match=r"blocks\.1\.mlp\.down\.weight: its Hessian is not positive definite"
+    ):
         attempt({name: -torch.eye(64)}, change_hessian=True)
     with pytest.raises(ValueError, match=r"blocks\.1\.mlp\.down\.weight: its Hessian has shape \(3, 3\)"):
         attempt({name: torch.eye(3)}, change_hessian=True)
@@ -361,7 +422,10 @@ def test_lawful_containers_of_impossible_models_are_refused(
 
 def test_values_beyond_their_bits_are_refused(state: dict[str, Tensor], hessians: dict[str, Tensor]) -> None:
     contents = container.read(pack(state, hessians, MODEL, PACK, SILENT).blob)
-    narrow = [dataclasses.replace(entry, form=Form("rows", 3)) if "embedding" in entry.name else entry for entry in contents.entries]
+    narrow = [
+        dataclasses.replace(entry, form=Form("rows", 3)) if "embedding" in entry.name else entry
+        for entry in contents.entries
+    ]
     with pytest.raises(ValueError, match=r"embedding\.weight has integers beyond 3"):
         unpack(container.write(container.Contents(contents.model, tuple(narrow))))
 
@@ -392,13 +456,30 @@ def test_impossible_parameters_name_their_key(key: str, value: Any) -> None:
 
 def run_stage(folder: Path) -> None:
     sections = {
-        "parallel": {"nproc": 1, "threads": 1, "device": "cpu", "dtype": "auto", "deterministic": True, "compile": False, "kernels": True},
+        "parallel": {
+            "nproc": 1,
+            "threads": 1,
+            "device": "cpu",
+            "dtype": "auto",
+            "deterministic": True,
+            "compile": False,
+            "kernels": True,
+        },
         "model": dataclasses.asdict(MODEL),
         "pack": dataclasses.asdict(PACK),
     }
     (folder / "params.yaml").write_text(yaml.safe_dump(sections), encoding="utf-8")
-    arguments = {"params": "params.yaml", "model": "model.safetensors", "hessians": "hessians.safetensors", "output": "out"}
-    command.launch(stage.STAGE, stage.main, [word for key, name in arguments.items() for word in (f"--{key}", str(folder / name))])
+    arguments = {
+        "params": "params.yaml",
+        "model": "model.safetensors",
+        "hessians": "hessians.safetensors",
+        "output": "out",
+    }
+    command.launch(
+        stage.STAGE,
+        stage.main,
+        [word for key, name in arguments.items() for word in (f"--{key}", str(folder / name))],
+    )
 
 
 def test_the_stage_and_inspect(
@@ -438,7 +519,9 @@ def test_damaged_inputs_end_with_one_line_and_code_2(
     assert capsys.readouterr().err.startswith("error: inspect_model: not a model file")
 
 
-def test_a_group_of_columns_gets_eight_bits_and_comes_back(state: dict[str, Tensor], hessians: dict[str, Tensor]) -> None:
+def test_a_group_of_columns_gets_eight_bits_and_comes_back(
+    state: dict[str, Tensor], hessians: dict[str, Tensor]
+) -> None:
     """AWQ-lite: the group with the largest product of input and weight in the whole model, here by a made-up loud input."""
     name = "blocks.1.mlp.down.weight"
     loud = 1.0e4 * hessians[name]
@@ -458,8 +541,16 @@ def test_a_group_of_columns_gets_eight_bits_and_comes_back(state: dict[str, Tens
     entry = entries[name]
     hostile = codecs.encode("brotli", bytes([2]), container.layouts(entry.form, entry.shape)[2], 5)
     changed = dataclasses.replace(entry, streams=(*entry.streams[:2], Stream("brotli", hostile)))
-    with pytest.raises(ValueError, match=r"blocks\.1\.mlp\.down\.weight has groups of columns that are neither"):
-        unpack(container.write(container.Contents(container.read(packed.blob).model, tuple((entries | {name: changed}).values()))))
+    with pytest.raises(
+        ValueError, match=r"blocks\.1\.mlp\.down\.weight has groups of columns that are neither"
+    ):
+        unpack(
+            container.write(
+                container.Contents(
+                    container.read(packed.blob).model, tuple((entries | {name: changed}).values())
+                )
+            )
+        )
 
 
 @pytest.mark.parametrize("params", [PACK, with_budget(20_000, AT_RATE)], ids=["sdclip", "rate"])
@@ -474,12 +565,16 @@ def test_corrections_are_in_the_file_where_they_gain_most(
     assert len(entries) == 3
     assert {entry.form.rank for entry in entries} == {2}
     assert all(entry.streams[-2].codec == params.codec for entry in entries)
-    assert all(("+2" in row.form) == (row.name in {entry.name for entry in entries}) for row in corrected.rows)
+    assert all(
+        ("+2" in row.form) == (row.name in {entry.name for entry in entries}) for row in corrected.rows
+    )
     if params is PACK:  # both at scale 1
         before, after = ({row.name: row.expected_loss for row in of.rows} for of in (plain, corrected))
         for entry in entries:
             assert (after[entry.name] or 1.0) < (before[entry.name] or 0.0)
-        assert all(before[name] == after[name] for name in before if name not in {entry.name for entry in entries})
+        assert all(
+            before[name] == after[name] for name in before if name not in {entry.name for entry in entries}
+        )
 
 
 def test_weights_are_the_bits_that_torch_would_make() -> None:
@@ -487,20 +582,37 @@ def test_weights_are_the_bits_that_torch_would_make() -> None:
     values = generator.integers(-127, 128, (40, 64)).astype(np.int8)
     steps, finer = generator.normal(1e-3, 1e-4, 40).astype(np.float16), np.arange(64, dtype=np.uint8) % 7
     quantised = tensors.Quantised(values, steps, finer)
-    by_hand = torch.from_numpy(values).float() * (torch.from_numpy(steps).float()[:, None] / torch.exp2(torch.from_numpy(finer).float()))
+    by_hand = torch.from_numpy(values).float() * (
+        torch.from_numpy(steps).float()[:, None] / torch.exp2(torch.from_numpy(finer).float())
+    )
     assert torch.equal(torch.from_numpy(tensors.decoded(quantised)), by_hand)
-    correction = Correction(generator.integers(-127, 128, (3, 104)).astype(np.int8), generator.normal(0, 1e-4, 3).astype(np.float32))
+    correction = Correction(
+        generator.integers(-127, 128, (3, 104)).astype(np.int8),
+        generator.normal(0, 1e-4, 3).astype(np.float32),
+    )
     total = torch.zeros(40, 64)
-    for levels, step in zip(torch.from_numpy(correction.levels_KN).float(), torch.from_numpy(correction.steps_K), strict=True):
+    for levels, step in zip(
+        torch.from_numpy(correction.levels_KN).float(), torch.from_numpy(correction.steps_K), strict=True
+    ):
         total += (levels[:40] * step)[:, None] * levels[40:]
-    assert torch.equal(torch.from_numpy(tensors.decoded(tensors.Corrected(quantised, correction))), by_hand + total)
+    assert torch.equal(
+        torch.from_numpy(tensors.decoded(tensors.Corrected(quantised, correction))), by_hand + total
+    )
 
 
-def test_steps_of_a_correction_that_are_not_finite_are_refused(state: dict[str, Tensor], hessians: dict[str, Tensor]) -> None:
-    contents = container.read(pack(state, hessians, MODEL, dataclasses.replace(PACK, **CORRECTED), SILENT).blob)
+def test_steps_of_a_correction_that_are_not_finite_are_refused(
+    state: dict[str, Tensor], hessians: dict[str, Tensor]
+) -> None:
+    contents = container.read(
+        pack(state, hessians, MODEL, dataclasses.replace(PACK, **CORRECTED), SILENT).blob
+    )
     entry = next(entry for entry in contents.entries if entry.form.rank)
-    steps = Stream("brotli", codecs.encode("brotli", np.array([1, np.inf], "<f4").tobytes(), Layout(4, 1, 2), 5))
+    steps = Stream(
+        "brotli", codecs.encode("brotli", np.array([1, np.inf], "<f4").tobytes(), Layout(4, 1, 2), 5)
+    )
     changed = dataclasses.replace(entry, streams=(*entry.streams[:-1], steps))
     entries = tuple(changed if other is entry else other for other in contents.entries)
-    with pytest.raises(ValueError, match=f"damaged model file: tensor {entry.name} has values that are not finite"):
+    with pytest.raises(
+        ValueError, match=f"damaged model file: tensor {entry.name} has values that are not finite"
+    ):
         unpack(container.write(container.Contents(contents.model, entries)))

@@ -115,7 +115,14 @@ def running(*commands: Sequence[object]) -> Iterator[list[subprocess.Popen[str]]
         started = []
         for command in commands:
             process = stack.enter_context(
-                subprocess.Popen([*map(str, command)], cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                subprocess.Popen(
+                    [*map(str, command)],
+                    cwd=ROOT,
+                    env=ENVIRONMENT,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
             )
             stack.callback(process.kill)
             started.append(process)
@@ -142,7 +149,9 @@ def wait_for(condition, processes: Sequence[subprocess.Popen[str]]) -> None:
     deadline = time.monotonic() + 90
     while not condition():
         assert time.monotonic() < deadline
-        assert all(process.poll() is None for process in processes), [process.communicate() for process in processes]
+        assert all(process.poll() is None for process in processes), [
+            process.communicate() for process in processes
+        ]
         time.sleep(0.02)
 
 
@@ -153,7 +162,9 @@ def spoken(folder: Path) -> dict[int, str]:
 def test_ranks_that_end_well_one_after_the_other_say_nothing(tmp_path: Path) -> None:
     with in_company(tmp_path, "well", "well", "well") as processes:
         begin(tmp_path, processes)
-        assert [(process.communicate(timeout=20), process.returncode) for process in processes] == [(("left the context\n", ""), 0)] * 3
+        assert [(process.communicate(timeout=20), process.returncode) for process in processes] == [
+            (("left the context\n", ""), 0)
+        ] * 3
     assert spoken(tmp_path) == {}
 
 
@@ -207,7 +218,17 @@ def stage(folder: Path, output: str, *options: str, train: str = "train") -> lis
     """The arguments of the train stage on small parameters, its shards and files below `folder`."""
     file = folder / "small.yaml"
     file.write_text(yaml.safe_dump(asdict(params())), encoding="utf-8")
-    arguments = ["--params", file, "--train", folder / train, "--output", folder / output, "--scratch", folder / "scratch", *options]
+    arguments = [
+        "--params",
+        file,
+        "--train",
+        folder / train,
+        "--output",
+        folder / output,
+        "--scratch",
+        folder / "scratch",
+        *options,
+    ]
     return ["-m", "stages.train", *arguments]
 
 
@@ -217,7 +238,15 @@ def two_machines(*arguments: Sequence[object]) -> list[list[object]]:
         free.bind(("127.0.0.1", 0))
         endpoint = f"127.0.0.1:{free.getsockname()[1]}"
     return [
-        [*TORCHRUN, "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", *own] for own in arguments
+        [
+            *TORCHRUN,
+            "--nnodes=2",
+            "--nproc-per-node=1",
+            "--rdzv-backend=c10d",
+            f"--rdzv-endpoint={endpoint}",
+            *own,
+        ]
+        for own in arguments
     ]
 
 
@@ -225,7 +254,9 @@ def ranks_below(agent: subprocess.Popen[str]) -> dict[int, int]:
     """The process of each rank that a torchrun started."""
     found = {}
     for child in Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split():
-        environment = dict(item.partition("=")[::2] for item in Path(f"/proc/{child}/environ").read_text().split("\0"))
+        environment = dict(
+            item.partition("=")[::2] for item in Path(f"/proc/{child}/environ").read_text().split("\0")
+        )
         found[int(environment["RANK"])] = int(child)
     return found
 
@@ -274,16 +305,23 @@ def test_a_killed_rank_ends_the_command_with_its_name_and_the_signal(tmp_path: P
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_a_killed_rank_ends_both_machines(tmp_path: Path, device: str) -> None:
     write_shards(tmp_path / "train")
-    commands = two_machines(*(stage(tmp_path, "out", "--set", f"parallel.device={device}", *LONG) for _ in range(2)))
+    commands = two_machines(
+        *(stage(tmp_path, "out", "--set", f"parallel.device={device}", *LONG) for _ in range(2))
+    )
     if device == "cuda":
-        commands = [["env", f"CUDA_VISIBLE_DEVICES={number}", *command] for number, command in enumerate(commands)]
+        commands = [
+            ["env", f"CUDA_VISIBLE_DEVICES={number}", *command] for number, command in enumerate(commands)
+        ]
     with running(*commands) as agents:
         in_training(tmp_path, agents)
         ((rank, victim),) = ranks_below(agents[1]).items()
         os.kill(victim, signal.SIGKILL)
         (first_code, first_error), (second_code, second_error) = ends(agents)
     assert (first_code, second_code) == (1, 1)
-    assert first_error.splitlines()[0] == f"error: rank {rank} is gone without a word; the output on its machine may say why"
+    assert (
+        first_error.splitlines()[0]
+        == f"error: rank {rank} is gone without a word; the output on its machine may say why"
+    )
     assert f"Signal 9 (SIGKILL) received by PID {victim}" in second_error
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
@@ -298,14 +336,19 @@ def test_the_error_of_one_rank_is_the_command_s(tmp_path: Path) -> None:
     with running([sys.executable, *stage(tmp_path, "out", "--set", "parallel.nproc=2", *LONG)]) as processes:
         ((code, error),) = ends(processes)
     assert code == 2
-    assert error.splitlines()[-1] == f"error: train: rank 1 failed: {folder}: token id 255, but model.vocab_size is {TINY.vocab_size}"
+    assert (
+        error.splitlines()[-1]
+        == f"error: train: rank 1 failed: {folder}: token id 255, but model.vocab_size is {TINY.vocab_size}"
+    )
     assert "Traceback" not in error
     assert not any((tmp_path / "out").iterdir())
 
 
 def test_a_machine_without_shards_ends_both(tmp_path: Path) -> None:
     write_shards(tmp_path / "train")
-    with running(*two_machines(stage(tmp_path, "out", *LONG), stage(tmp_path, "out", *LONG, train="nowhere"))) as agents:
+    with running(
+        *two_machines(stage(tmp_path, "out", *LONG), stage(tmp_path, "out", *LONG, train="nowhere"))
+    ) as agents:
         (first_code, _), (second_code, second_error) = ends(agents)
     assert (first_code, second_code) == (1, 1)
     assert f"{tmp_path / 'nowhere'} does not exist" in second_error
@@ -317,5 +360,8 @@ def test_a_checkpoint_of_which_this_rank_lacks_its_part_is_refused(tmp_path: Pat
     checkpoints.save(2, {"step": torch.tensor(2)})
     assert checkpoints.load() == {"step": torch.tensor(2)}
     (tmp_path / "run" / "step000002-rank0.pt").unlink()
-    with pytest.raises(ValueError, match=r"--scratch: the run has a checkpoint of step 2, but not .*step000002-rank0\.pt of rank 0"):
+    with pytest.raises(
+        ValueError,
+        match=r"--scratch: the run has a checkpoint of step 2, but not .*step000002-rank0\.pt of rank 0",
+    ):
         checkpoints.load()

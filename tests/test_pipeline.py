@@ -17,10 +17,26 @@ import yaml
 from tools.preset import overlay
 
 ROOT = Path(__file__).resolve().parent.parent
-COPIED = ("stages", "tools", "dvc.yaml", "params.yaml", "requirements.lock", "pyproject.toml", ".dvcignore", ".gitignore", "data")
+COPIED = (
+    "stages",
+    "tools",
+    "dvc.yaml",
+    "params.yaml",
+    "requirements.lock",
+    "pyproject.toml",
+    ".dvcignore",
+    ".gitignore",
+    "data",
+)
 TINY = {
     "parallel": {"threads": 1},
-    "tokenize": {"source": "files", "train_glob": "*.jsonl", "val_fraction": 0.2, "vocab_size": 400, "threads": 1},
+    "tokenize": {
+        "source": "files",
+        "train_glob": "*.jsonl",
+        "val_fraction": 0.2,
+        "vocab_size": 400,
+        "threads": 1,
+    },
     "model": {"vocab_size": 400, "context": 32, "width": 32, "heads": 2, "kv_heads": 1, "hidden": 64},
     "train": {"steps": 30, "batch_tokens": 256, "micro_batch_tokens": 128, "ema_decay": 0.9},
     "calibrate": {"tokens": 512, "importance_tokens": 256, "micro_batch_tokens": 256},
@@ -42,7 +58,24 @@ COMPILED_ONCE = """
 import functools, numba
 numba.njit = functools.partial(numba.njit, cache=True)
 """
-WORDS = ["tensor", "gradient", "matrix", "returns", "shape", "loss", "the", "of", "a", "to", "in", "and", "is", "for", "with", "norm"]
+WORDS = [
+    "tensor",
+    "gradient",
+    "matrix",
+    "returns",
+    "shape",
+    "loss",
+    "the",
+    "of",
+    "a",
+    "to",
+    "in",
+    "and",
+    "is",
+    "for",
+    "with",
+    "norm",
+]
 
 pytestmark = pytest.mark.xdist_group("pipeline")
 
@@ -81,7 +114,11 @@ def make_repository(folder: Path) -> Path:
     documents = [" ".join(generator.choice(WORDS, 60)) + f". Note {number}." for number in range(120)]
     lines = (json.dumps({"text": text}) for text in documents)
     (folder / "data/text/documents.jsonl").write_text("\n".join(lines) + "\n")
-    for words in (("init", "-q"), ("add", "-A"), ("-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", "start")):
+    for words in (
+        ("init", "-q"),
+        ("add", "-A"),
+        ("-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", "start"),
+    ):
         call(folder, "git", *words)
     return folder
 
@@ -100,7 +137,9 @@ def hashes(folder: Path) -> dict[str, str]:
         content = path.read_bytes()
         if path.name == "submission.json":
             submission = json.loads(content)
-            content = json.dumps({k: v for k, v in submission.items() if k not in submission["not_reproducible"]}).encode()
+            content = json.dumps(
+                {k: v for k, v in submission.items() if k not in submission["not_reproducible"]}
+            ).encode()
         found[str(path.relative_to(folder / "artifacts"))] = hashlib.sha256(content).hexdigest()
     return found
 
@@ -109,7 +148,9 @@ def locked(folder: Path) -> dict[str, dict[str, str]]:
     """Stage -> output -> md5, as DVC recorded them, what is measured aside."""
     lock = yaml.safe_load((folder / "dvc.lock").read_text())["stages"]
     return {
-        stage: {out["path"]: out["md5"] for out in entry.get("outs", []) if Path(out["path"]).name not in MEASURED}
+        stage: {
+            out["path"]: out["md5"] for out in entry.get("outs", []) if Path(out["path"]).name not in MEASURED
+        }
         for stage, entry in lock.items()
     }
 
@@ -134,13 +175,18 @@ def test_these_tests_share_one_run(request):
 
 
 def test_every_stage_runs_and_the_audit_passes(repository):
-    metrics = {path.parent.name: json.loads(path.read_text()) for path in (repository / "artifacts").glob("*/metrics.json")}
+    metrics = {
+        path.parent.name: json.loads(path.read_text())
+        for path in (repository / "artifacts").glob("*/metrics.json")
+    }
     report = json.loads((repository / "artifacts/audit/report.json").read_text())
     assert metrics["audit"]["audit_passed"] == 1
     assert report["verdicts"]
     assert {verdict["outcome"] for verdict in report["verdicts"]} == {"pass", "cannot tell"}
     switched_off_or_of_several_seeds = {"B12", "B14", "B16"}
-    assert {verdict["check"] for verdict in report["verdicts"] if verdict["outcome"] != "pass"} == switched_off_or_of_several_seeds
+    assert {
+        verdict["check"] for verdict in report["verdicts"] if verdict["outcome"] != "pass"
+    } == switched_off_or_of_several_seeds
     submission = json.loads((repository / "artifacts/submission/submission.json").read_text())
     assert submission["val_bpb"] == metrics["ttt_eval"]["ttt_bpb"] == metrics["submission"]["val_bpb"]
     assert metrics["sliding_eval"]["sliding_targets"] == metrics["ttt_eval"]["ttt_targets"] > 500
@@ -154,7 +200,9 @@ def test_bytes_total_is_the_two_files_on_disk(repository):
     assert [submission["bytes_code"], submission["bytes_model"]] == sizes
     assert submission["bytes_total"] == sum(sizes)
     assert json.loads((artifacts / "submission/metrics.json").read_text())["bytes_total"] == sum(sizes)
-    assert (artifacts / "submission/train_gpt.py").read_bytes() == (artifacts / "bundle/train_gpt.py").read_bytes()
+    assert (artifacts / "submission/train_gpt.py").read_bytes() == (
+        artifacts / "bundle/train_gpt.py"
+    ).read_bytes()
 
 
 def test_nothing_to_do_is_quick(repository):
@@ -191,7 +239,17 @@ def test_another_seed_changes_train_and_what_follows_and_nothing_before(reposito
         assert metric in table, table
     diff = json.loads(call(repository, "dvc", "metrics", "diff", "HEAD", "--all", "--json").stdout)
     assert diff["artifacts/bundle/metrics.json"]["bytes_code"].get("diff", 0) == 0
-    plots = call(repository, "dvc", "plots", "diff", "--targets", "artifacts/train/loss.tsv", "--json", "HEAD", "seed-999").stdout
+    plots = call(
+        repository,
+        "dvc",
+        "plots",
+        "diff",
+        "--targets",
+        "artifacts/train/loss.tsv",
+        "--json",
+        "HEAD",
+        "seed-999",
+    ).stdout
     assert "seed-999" in plots
     call(repository, "git", "restore", "--staged", "--worktree", ".")
     call(repository, "dvc", "checkout", "--force", "-q")
@@ -231,7 +289,9 @@ def test_the_bundle_scores_as_the_pipeline_to_the_last_digit(repository, clean_r
         shutil.move(clean_room / "data/hidden", clean_room / "data/train")
     theirs = json.loads((repository / f"artifacts/{scorer}/metrics.json").read_text())
     assert json.loads((clean_room / scorer / "metrics.json").read_text())[metric] == theirs[metric]
-    assert (clean_room / scorer / "nll.npy").read_bytes() == (repository / f"artifacts/{scorer}/nll.npy").read_bytes()
+    assert (clean_room / scorer / "nll.npy").read_bytes() == (
+        repository / f"artifacts/{scorer}/nll.npy"
+    ).read_bytes()
 
 
 def test_the_bundle_is_the_same_file_after_a_run_and_with_its_output_in_the_tree(repository, tmp_path):
@@ -239,7 +299,16 @@ def test_the_bundle_is_the_same_file_after_a_run_and_with_its_output_in_the_tree
     first = (repository / "artifacts/bundle/train_gpt.py").read_bytes()
     shutil.copy(repository / "artifacts/bundle/train_gpt.py", repository / "stages/train_gpt.py")
     try:
-        call(repository, sys.executable, "-m", "stages.bundle", "--output", str(tmp_path / "again"), "--set", "seed=999")
+        call(
+            repository,
+            sys.executable,
+            "-m",
+            "stages.bundle",
+            "--output",
+            str(tmp_path / "again"),
+            "--set",
+            "seed=999",
+        )
         assert (tmp_path / "again/train_gpt.py").read_bytes() == first
     finally:
         (repository / "stages/train_gpt.py").unlink()
@@ -248,9 +317,16 @@ def test_the_bundle_is_the_same_file_after_a_run_and_with_its_output_in_the_tree
 def test_a_killed_dvc_leaves_no_output_half_written(repository):
     """A stage that fails publishes nothing: the folder holds what it held."""
     before = hashes(repository)
-    too_few = ["pack.budget_bytes=2000", "pack.code_reserve_bytes=0", "pack.quantiser=sdclip", "pack.codec=brotli"]
+    too_few = [
+        "pack.budget_bytes=2000",
+        "pack.code_reserve_bytes=0",
+        "pack.quantiser=sdclip",
+        "pack.codec=brotli",
+    ]
     options = [word for change in too_few for word in ("--set", change)]
-    result = subprocess.run([sys.executable, "-m", "stages.pack", *options], cwd=repository, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-m", "stages.pack", *options], cwd=repository, capture_output=True, text=True
+    )
     assert result.returncode == 2
     assert len(result.stderr.splitlines()) == 1
     assert hashes(repository) == before

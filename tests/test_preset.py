@@ -79,12 +79,16 @@ def test_every_key_of_params_yaml_has_a_comment() -> None:
 
 def test_only_the_text_of_the_values_changes() -> None:
     merged = preset.overlay(TOY, "seed: 7\nmodel: {width: 128, betas: [0.8]}\ntrain:\n  name: 'c'\n")
-    expected = TOY.replace("42", "7").replace("64", "128").replace("[0.9, 0.95]", "[0.8]").replace('"a # b"', "'c'")
+    expected = (
+        TOY.replace("42", "7").replace("64", "128").replace("[0.9, 0.95]", "[0.8]").replace('"a # b"', "'c'")
+    )
     assert merged == expected
 
 
 def test_a_key_that_the_file_lacks_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^model\.depth: the preset sets a key that params\.yaml does not have"):
+    with pytest.raises(
+        ValueError, match=r"^model\.depth: the preset sets a key that params\.yaml does not have"
+    ):
         preset.overlay(TOY, "model:\n  depth: 3\n")
 
 
@@ -124,7 +128,9 @@ def test_output_leaves_the_parameter_file_alone(tree: Path, monkeypatch: pytest.
     assert (tree / "other.yaml").read_text(encoding="utf-8") == preset.overlay(params_text(), text("sprint"))
 
 
-def test_an_invalid_result_is_not_written(tree: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_invalid_result_is_not_written(
+    tree: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tree)
     (tree / "presets" / "broken.yaml").write_text("model:\n  heads: 0\n", encoding="utf-8")
     for argv in (["broken"], ["--check"], ["absent"]):

@@ -135,10 +135,14 @@ def test_the_first_difference_is_named_with_its_place(
     assert re.search(r"; val_bpb [0-9.]+, rebuilt [0-9.]+$", printed, re.MULTILINE)
 
 
-def test_other_source_is_named_and_not_run(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_source_is_named_and_not_run(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     record = changed(made, tmp_path, "provenance", "inputs_md5", "make.py", value="0" * 32)
     assert exit_code(str(record)) == 1
-    assert re.search("not run: at [0-9a-f]{10} other bytes stand in make.py than in what ran", capsys.readouterr().out)
+    assert re.search(
+        "not run: at [0-9a-f]{10} other bytes stand in make.py than in what ran", capsys.readouterr().out
+    )
 
 
 def test_an_experiment_that_was_not_fetched_is_rebuilt_from_its_base(made: Path) -> None:
@@ -152,11 +156,16 @@ def test_an_experiment_that_was_not_fetched_is_rebuilt_from_its_base(made: Path)
     ("words", "message"),
     [
         (("nowhere",), "nowhere/submission.json does not exist"),
-        (("artifacts/submission",), "has no commits, parameters, seeds, provenance, seed_results, sha256: only records"),
+        (
+            ("artifacts/submission",),
+            "has no commits, parameters, seeds, provenance, seed_results, sha256: only records",
+        ),
         (("record", "--seed", "7"), "record has no seed 7; it has 42"),
     ],
 )
-def test_what_cannot_be_rebuilt_is_one_line(made: Path, words: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_rebuilt_is_one_line(
+    made: Path, words: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert exit_code(*words) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: rebuild: ")

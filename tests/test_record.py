@@ -22,7 +22,11 @@ def record_of(folder: Path) -> dict[str, Any]:
     (made,) = (path for path in (folder / "records").iterdir() if path.is_dir())
     files: dict[str, Any] = {path.name: path.read_bytes() for path in made.iterdir() if path.suffix != ".log"}
     summary = json.loads(files.pop("submission.json"))
-    return files | {"submission.json": {key: value for key, value in summary.items() if key not in summary["not_reproducible"]}}
+    return files | {
+        "submission.json": {
+            key: value for key, value in summary.items() if key not in summary["not_reproducible"]
+        }
+    }
 
 
 @pytest.fixture(scope="module")

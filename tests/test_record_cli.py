@@ -26,7 +26,13 @@ from tools.record.runs import Run
 
 SEEDS = (42, 314, 999)
 NAMES = tuple(f"seed-{seed}" for seed in SEEDS)
-FILES = {"README.md", "requirements.txt", "submission.json", "train_gpt.py", *(f"train_seed{seed}.log" for seed in SEEDS)}
+FILES = {
+    "README.md",
+    "requirements.txt",
+    "submission.json",
+    "train_gpt.py",
+    *(f"train_seed{seed}.log" for seed in SEEDS),
+}
 
 pytestmark = pytest.mark.xdist_group("merge")
 
@@ -77,7 +83,9 @@ def test_a_record_is_mean_deviation_and_the_worst_seed_of_runs(repository: Path,
     assert summary["bytes_total"] == max(sizes) + len(first["train_gpt.py"])
     assert summary["seeds"] == list(SEEDS)
     for seed, name in zip(SEEDS, NAMES, strict=True):
-        commit = call(repository, "git", "for-each-ref", "--format=%(objectname)", f"refs/exps/*/*/{name}").strip()
+        commit = call(
+            repository, "git", "for-each-ref", "--format=%(objectname)", f"refs/exps/*/*/{name}"
+        ).strip()
         base = call(repository, "git", "rev-parse", "HEAD").strip()
         assert summary["commits"][str(seed)] == {"run": commit, "base": base}
     assert "seed" not in summary["parameters"]
@@ -92,7 +100,15 @@ def test_the_readme_has_its_sections_and_only_lawful_figures(repository: Path, t
     merge.main([*NAMES, "--records", str(tmp_path)])
     text = written(tmp_path)["README.md"].decode()
     headings = re.findall(r"^## (.*)$", text, flags=re.MULTILINE)
-    assert headings == ["Seeds", "What is new", "Base and credits", "How to reproduce", "Compliance", "Experimental", "Coverage"]
+    assert headings == [
+        "Seeds",
+        "What is new",
+        "Base and credits",
+        "How to reproduce",
+        "Compliance",
+        "Experimental",
+        "Coverage",
+    ]
     for seed in SEEDS:
         assert f"SEED={seed} python train_gpt.py && python train_gpt.py eval" in text
     for number in (1394, 1331, 1437, 549, 1412, 1204, 1493):
@@ -101,7 +117,10 @@ def test_the_readme_has_its_sections_and_only_lawful_figures(repository: Path, t
     summary = summary_of(tmp_path)
     assert f"{summary['val_bpb']:.8f}" in table
     assert f"{summary['scores']['sliding_eval']['bpb']:.8f}" not in table
-    assert f"{summary['scores']['sliding_eval']['bpb']:.8f}" in text.partition("## Experimental")[2].partition("##")[0]
+    assert (
+        f"{summary['scores']['sliding_eval']['bpb']:.8f}"
+        in text.partition("## Experimental")[2].partition("##")[0]
+    )
     assert "C4, one left-to-right pass:" in text
     assert "seen \\| it" in text
     assert "2030" not in text  # nothing measured
@@ -110,10 +129,16 @@ def test_the_readme_has_its_sections_and_only_lawful_figures(repository: Path, t
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (("seed-42", "seed-314", "faster"), "differ in more than the seed: train.matrix_lr is 0.022 in seed-42, 0.03 in faster"),
+        (
+            ("seed-42", "seed-314", "faster"),
+            "differ in more than the seed: train.matrix_lr is 0.022 in seed-42, 0.03 in faster",
+        ),
         (("seed-42", "seed-314", "seed-42"), "seed-42 and seed-42 are both of seed 42"),
         (("seed-42",), "at least two seeds"),
-        (("seed-42", "seed-1000"), "seed-1000 is neither a file or folder here, nor a revision or experiment"),
+        (
+            ("seed-42", "seed-1000"),
+            "seed-1000 is neither a file or folder here, nor a revision or experiment",
+        ),
         (("seed-42", "HEAD"), "has no dvc.lock: it is no run of the pipeline"),
         (("seed-42", "seed-314", "--against", "1493"), "bytes, this record on "),
     ],
@@ -147,12 +172,18 @@ def test_a_clone_that_has_fetched_the_runs_merges_the_same_bytes(repository: Pat
         call(repository, "git", "remote", "remove", "origin")
     words = [sys.executable, "-m", "tools.record", *names, "--records", str(tmp_path / "there")]
     subprocess.run(
-        words, cwd=clone, check=True, env={"PYTHONPATH": str(submission_fixture.ROOT), "PATH": "/usr/bin:/bin"}, capture_output=True
+        words,
+        cwd=clone,
+        check=True,
+        env={"PYTHONPATH": str(submission_fixture.ROOT), "PATH": "/usr/bin:/bin"},
+        capture_output=True,
     )
     assert written(tmp_path / "there") == written(tmp_path / "here")
 
 
-def test_a_claim_against_another_record_pairs_its_ledgers(repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_claim_against_another_record_pairs_its_ledgers(
+    repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     merge.main(["seed-42", "seed-314", "--records", str(tmp_path / "old")])
     (old,) = (tmp_path / "old").iterdir()
     merge.main(["seed-42", "seed-999", "--records", str(tmp_path / "new"), "--against", str(old)])
@@ -191,7 +222,9 @@ def _read(path: str, *stages: str) -> Callable[[Run], None]:
 
 def _out(path: str) -> Callable[[Run], None]:
     def change(run: Run) -> None:
-        next(out for stage in run.stages.values() for out in stage["outs"] if out["path"] == path)["md5"] = "d" * 32
+        next(out for stage in run.stages.values() for out in stage["outs"] if out["path"] == path)["md5"] = (
+            "d" * 32
+        )
 
     return change
 
@@ -263,7 +296,9 @@ def _other_size(run: Run) -> None:
         (_other_size, "seed-314: train_gpt.py has"),
     ],
 )
-def test_every_difference_and_defect_is_named(three: list[Run], spoil: Callable[[Run], None], message: str) -> None:
+def test_every_difference_and_defect_is_named(
+    three: list[Run], spoil: Callable[[Run], None], message: str
+) -> None:
     runs = copy.deepcopy(three)
     require_agreement(runs)
     spoil(runs[1])
@@ -287,6 +322,8 @@ def test_against_the_leaderboard_on_the_challenge_s_own_text(three: list[Run]) -
         "deviation": 0.0002,
         "seeds": 3,
     }
-    text = record_readme.render(summary | {"claim": claim}, leaderboard.read(submission_fixture.ROOT / leaderboard.FILE))
+    text = record_readme.render(
+        summary | {"claim": claim}, leaderboard.read(submission_fixture.ROOT / leaderboard.FILE)
+    )
     assert "Against #1493 (https://github.com/openai/parameter-golf/pull/1493, merged): 1.081000 bpb" in text
     assert "bytes of the same text" in text

@@ -52,15 +52,22 @@ def test_welch_against_simulation() -> None:
     """Where the truth lies on the margin, p is below 0.05 in one of twenty records."""
     generator = np.random.Generator(np.random.PCG64(0))
     ours, theirs = generator.normal(1.0, 0.001, (4000, 3)), generator.normal(1.005, 0.0005, (4000, 3))
-    p = [significance.welch(significance.sample(list(a)), significance.sample(list(b)), 0.005) for a, b in zip(ours, theirs, strict=True)]
+    p = [
+        significance.welch(significance.sample(list(a)), significance.sample(list(b)), 0.005)
+        for a, b in zip(ours, theirs, strict=True)
+    ]
     assert np.mean(np.array(p) < 0.05) == pytest.approx(0.05, abs=0.015)
 
 
 def test_welch_with_equal_samples_is_the_textbook_s_t_test() -> None:
     ours, theirs = significance.sample([1.0, 1.1, 1.2]), significance.sample([1.5, 1.6, 1.7])
-    assert significance.welch(ours, theirs, 0.0) == pytest.approx(upper_tail(0.5 / math.sqrt(2 * 0.01 / 3), 4), rel=1e-12)
+    assert significance.welch(ours, theirs, 0.0) == pytest.approx(
+        upper_tail(0.5 / math.sqrt(2 * 0.01 / 3), 4), rel=1e-12
+    )
     exact = significance.Sample(1.6, None, None)
-    assert significance.welch(ours, exact, 0.0) == pytest.approx(upper_tail(0.5 / math.sqrt(0.01 / 3), 2), rel=1e-12)
+    assert significance.welch(ours, exact, 0.0) == pytest.approx(
+        upper_tail(0.5 / math.sqrt(0.01 / 3), 2), rel=1e-12
+    )
     assert significance.welch(significance.Sample(1.0, 0.0, 3), exact, 0.1) == 0
     assert significance.welch(significance.Sample(1.0, 0.0, 3), exact, 0.7) == 1
     with pytest.raises(ValueError, match="at least two seeds"):
@@ -78,11 +85,15 @@ def test_seeds_needed_is_the_first_number_that_shows_it() -> None:
         <= significance.welch(ours._replace(seeds=needed - 1), theirs, margin)
     )
     assert significance.seeds_needed(ours, theirs, 0.003) is None  # a gain that is not above the margin
-    assert significance.seeds_needed(ours, significance.Sample(1.0810, 0.02, 2), margin) is None  # theirs scatter too much
+    assert (
+        significance.seeds_needed(ours, significance.Sample(1.0810, 0.02, 2), margin) is None
+    )  # theirs scatter too much
 
 
 def test_a_claim_is_said_in_both_units() -> None:
-    answers = significance.over_seeds(significance.Sample(1.0780, 0.0001, 3), significance.Sample(1.0810, 0.0002, 3), BYTES_PER_TOKEN)
+    answers = significance.over_seeds(
+        significance.Sample(1.0780, 0.0001, 3), significance.Sample(1.0810, 0.0002, 3), BYTES_PER_TOKEN
+    )
     assert [(answer.unit, answer.shown) for answer in answers] == [("token", True), ("byte", False)]
     text = significance.verdict(answers)
     assert "0.005 nats per token (0.00194 bpb; the gain is +0.00300): shown" in text
@@ -98,7 +109,9 @@ def test_paired_ledgers_against_a_plain_count_and_the_bootstrap() -> None:
     theirs = [generator.gamma(2.0, 1.0, len(documents)).astype(np.float32) for _ in range(3)]
     ours = [(nll - generator.normal(0.05, 0.3, len(nll))).clip(0).astype(np.float32) for nll in theirs]
     found = significance.paired(ours, theirs, counted, documents)
-    bits = sum(float(np.sum(nll, dtype=np.float64)) for nll in theirs) - sum(float(np.sum(nll, dtype=np.float64)) for nll in ours)
+    bits = sum(float(np.sum(nll, dtype=np.float64)) for nll in theirs) - sum(
+        float(np.sum(nll, dtype=np.float64)) for nll in ours
+    )
     assert found.gain_bpb == pytest.approx(bits / 3 / math.log(2) / counted.sum(), rel=1e-9)
     means = [np.stack(side).mean(axis=0, dtype=np.float64).astype(np.float32) for side in (ours, theirs)]
     drawn = paired_bootstrap.paired_difference(means[0], means[1], counted, documents)
@@ -114,12 +127,17 @@ def test_the_leaderboard_is_whole() -> None:
     board = leaderboard.read(ROOT / leaderboard.FILE)
     assert board.row("1493") == board.row("#1493")
     assert board.row("1493").mean == 1.081
-    assert board.row("1493").deviation == pytest.approx(significance.sample([1.08079, 1.08103, 1.08118]).deviation, abs=5e-6)
+    assert board.row("1493").deviation == pytest.approx(
+        significance.sample([1.08079, 1.08103, 1.08118]).deviation, abs=5e-6
+    )
     assert board.row("2135").status == "accepted"
     scored = [row for row in board.rows if row.mean is not None]
     assert len(scored) > 50
     assert all(0.9 < row.mean < 1.2 for row in scored if row.mean is not None)
-    assert min(row.mean for row in scored if row.mean is not None and row.status in ("merged", "accepted")) == 1.05651
+    assert (
+        min(row.mean for row in scored if row.mean is not None and row.status in ("merged", "accepted"))
+        == 1.05651
+    )
     parameters = config.read(ROOT / "params.yaml")
     base = {credit.number for credit in board.credited(parameters)}
     assert {1394, 1331, 1437, 549, 1412, 1204, 1493} <= base

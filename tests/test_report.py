@@ -41,7 +41,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         for place, seed in ((folder, 42), (folder / "other", 7)):
             patch.chdir(place)
             submission_fixture.make(place, seed)
-            submission_fixture.run(place, replace(submission_fixture.PARAMS, seed=seed), "artifacts/submission")
+            submission_fixture.run(
+                place, replace(submission_fixture.PARAMS, seed=seed), "artifacts/submission"
+            )
         patch.chdir(folder)
         yield folder
 
@@ -58,7 +60,9 @@ def test_the_page_is_whole_in_itself_and_the_same_again(page: Path, tmp_path: Pa
     assert set(re.findall(r'(?:src|href)="([^",]*),', text)) == {"data:image/png;base64", "data:"}
     assert not re.search(r"https?://|<script|@import|url\(", re.sub(r"base64,[^\"]*", "", text))
     report.main([".", "other", "--output", str(tmp_path)])
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {path.name: path.read_bytes() for path in page.parent.iterdir()}
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {
+        path.name: path.read_bytes() for path in page.parent.iterdir()
+    }
     assert text.count("<img ") == len(list(page.parent.glob("*.png"))) == 8
 
 
@@ -74,7 +78,9 @@ def test_intervals_hold_the_score_that_they_are_of(runs: Path, monkeypatch: pyte
     drawn: list[paired_bootstrap.Difference] = []
     difference = paired_bootstrap.paired_difference
 
-    def kept(a: np.ndarray, b: np.ndarray, counted_bytes: np.ndarray, documents: np.ndarray) -> paired_bootstrap.Difference:
+    def kept(
+        a: np.ndarray, b: np.ndarray, counted_bytes: np.ndarray, documents: np.ndarray
+    ) -> paired_bootstrap.Difference:
         drawn.append(difference(a, b, counted_bytes, documents))
         return drawn[-1]
 
@@ -85,7 +91,10 @@ def test_intervals_hold_the_score_that_they_are_of(runs: Path, monkeypatch: pyte
     for found, run in zip(drawn[:2], both, strict=True):
         assert found.bpb == pytest.approx(bits_per_byte(run.claimed, stream.counted_bytes), rel=1e-12)
         assert found.low < found.bpb < found.high
-    assert [difference.bpb for difference in drawn[2:]] == [0, pytest.approx(drawn[1].bpb - drawn[0].bpb, rel=1e-9)]
+    assert [difference.bpb for difference in drawn[2:]] == [
+        0,
+        pytest.approx(drawn[1].bpb - drawn[0].bpb, rel=1e-9),
+    ]
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium: `apt-get install chromium`")
@@ -93,8 +102,17 @@ def test_a_browser_shows_every_picture_and_says_nothing(page: Path, tmp_path: Pa
     probed = tmp_path / "probed.html"
     probed.write_text(page.read_text() + PROBE)
     offline = ["--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={tmp_path / 'profile'}"]
-    words = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", *offline]
-    done = subprocess.run([*words, "--dump-dom", probed.as_uri()], capture_output=True, text=True, check=True, timeout=120)
+    words = [
+        str(CHROMIUM),
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--enable-logging=stderr",
+        *offline,
+    ]
+    done = subprocess.run(
+        [*words, "--dump-dom", probed.as_uri()], capture_output=True, text=True, check=True, timeout=120
+    )
     match = re.search(r"PROBE(.*?)END", done.stdout)
     assert match, done.stderr
     found = json.loads(match[1])
@@ -141,4 +159,6 @@ def test_classes_cover_every_byte(runs: Path, monkeypatch: pytest.MonkeyPatch) -
     figures.classes([run], stream)
     total = sum(size for _, size in parts)
     assert total == 2 * stream.counted_bytes.sum()
-    assert sum(bpb * size for bpb, size in parts) / total == pytest.approx(bits_per_byte(run.claimed, stream.counted_bytes), rel=1e-9)
+    assert sum(bpb * size for bpb, size in parts) / total == pytest.approx(
+        bits_per_byte(run.claimed, stream.counted_bytes), rel=1e-9
+    )

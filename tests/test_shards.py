@@ -18,7 +18,12 @@ BOS = 1
 
 def random_documents(count: int, seed: int = 0, longest: int = 50) -> list[np.ndarray]:
     random = np.random.default_rng(seed)
-    return [np.concatenate([[BOS], random.integers(2, 60_000, size=random.integers(1, longest))]).astype(np.uint16) for _ in range(count)]
+    return [
+        np.concatenate([[BOS], random.integers(2, 60_000, size=random.integers(1, longest))]).astype(
+            np.uint16
+        )
+        for _ in range(count)
+    ]
 
 
 def encoded(tokens: np.ndarray) -> Encoded:
@@ -62,7 +67,9 @@ def test_a_full_shard_is_followed_by_another_that_begins_with_bos(tmp_path: Path
 
 
 @pytest.mark.parametrize("block", [1, 3, 64, 1 << 22])
-def test_documents_are_found_across_blocks_and_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+def test_documents_are_found_across_blocks_and_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
     documents = random_documents(30)
     stream = np.concatenate(documents)
     for i, part in enumerate(np.array_split(stream, 7)):
@@ -74,7 +81,9 @@ def test_documents_are_found_across_blocks_and_shards(tmp_path: Path, monkeypatc
 
 
 def test_documents_u64_round_trip(tmp_path: Path) -> None:
-    sides = [array("Q", [duplicates.hash64(document) for document in random_documents(n, n)]) for n in (20, 7)]
+    sides = [
+        array("Q", [duplicates.hash64(document) for document in random_documents(n, n)]) for n in (20, 7)
+    ]
     train, val = (duplicates.in_order(side) for side in sides)
     duplicates.write(tmp_path / "documents.u64", train, val)
     assert (tmp_path / "documents.u64").stat().st_size == 8 * 27
@@ -99,9 +108,13 @@ def test_d8_a_val_document_in_train_is_found(tmp_path: Path) -> None:
     assert shared.val.position == sum(map(len, val[:13]))
 
 
-def test_d8_equal_hashes_of_different_documents_accuse_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_d8_equal_hashes_of_different_documents_accuse_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(split, "HASH_BYTES", 1)  # 8-bit hashes collide
-    sides = [write_side(tmp_path / name, random_documents(40, seed)) for seed, name in enumerate(("train", "val"))]
+    sides = [
+        write_side(tmp_path / name, random_documents(40, seed)) for seed, name in enumerate(("train", "val"))
+    ]
     hits = duplicates.common(*(duplicates.in_order(side.hashes) for side in sides))
     assert len(hits) > 0
     assert duplicates.confirmed(tmp_path / "train", tmp_path / "val", BOS, hits) is None
@@ -110,5 +123,7 @@ def test_d8_equal_hashes_of_different_documents_accuse_nobody(tmp_path: Path, mo
 def test_common_equals_the_intersection_of_sets() -> None:
     random = np.random.default_rng(0)
     for train_size, val_size in [(0, 5), (5, 0), (50, 50), (200, 3)]:
-        train, val = (np.sort(random.integers(0, 99, size=size).astype(np.uint64)) for size in (train_size, val_size))
+        train, val = (
+            np.sort(random.integers(0, 99, size=size).astype(np.uint64)) for size in (train_size, val_size)
+        )
         assert duplicates.common(train, val).tolist() == sorted(set(train.tolist()) & set(val.tolist()))

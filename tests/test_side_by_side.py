@@ -28,7 +28,9 @@ def dvc(folder: Path, *words: str, **environment: str) -> str:
     settings = {**os.environ, "DVC_SITE_CACHE_DIR": str(folder.parent / "site"), **environment}
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     command = [sys.executable, "-m", "dvc", *words]
-    result = subprocess.run(command, cwd=folder, env={**settings, "PATH": path}, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(
+        command, cwd=folder, env={**settings, "PATH": path}, capture_output=True, text=True, timeout=120
+    )
     assert result.returncode == 0, f"{words}\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}"
     return result.stdout
 
@@ -62,7 +64,9 @@ def two_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Commits a and b of a repository with this project's metrics and plots, without its stages' work."""
     ours = yaml.safe_load((ROOT / "dvc.yaml").read_text())
     for stage in ours["stages"].values():
-        stage.update(cmd="true", metrics=in_git(stage.get("metrics", [])), plots=in_git(stage.get("plots", [])))
+        stage.update(
+            cmd="true", metrics=in_git(stage.get("metrics", [])), plots=in_git(stage.get("plots", []))
+        )
         for key in ("deps", "params", "outs"):
             stage.pop(key, None)
     folder = repository(tmp_path_factory.mktemp("runs") / "repository", ours)
@@ -70,7 +74,10 @@ def two_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(ROOT / "docs/report/side_by_side.png", folder / "artifacts/submission/plots")
     for name, seed in (("a", 42), ("b", 7)):
         submission_fixture.make(folder, seed)
-        submission_fixture.write_json(folder / "artifacts/submission/metrics.json", {"val_bpb": 1.234567 + seed * 1e-7, "bytes_total": 500})
+        submission_fixture.write_json(
+            folder / "artifacts/submission/metrics.json",
+            {"val_bpb": 1.234567 + seed * 1e-7, "bytes_total": 500},
+        )
         commit(folder, name)
         call(folder, "git", "tag", name)
     return folder

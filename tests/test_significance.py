@@ -12,7 +12,15 @@ def runs(*nats: float, config: str = "a") -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("t", "freedom", "p"), [(6.965, 2, 0.01), (2.920, 2, 0.05), (4.541, 3, 0.01), (2.228, 10, 0.025), (0.0, 5, 0.5), (-2.920, 2, 0.95)]
+    ("t", "freedom", "p"),
+    [
+        (6.965, 2, 0.01),
+        (2.920, 2, 0.05),
+        (4.541, 3, 0.01),
+        (2.228, 10, 0.025),
+        (0.0, 5, 0.5),
+        (-2.920, 2, 0.95),
+    ],
 )
 def test_the_upper_tail_is_that_of_the_tables(t: float, freedom: int, p: float) -> None:
     assert significance.upper_tail(t, freedom) == pytest.approx(p, abs=2e-5)

@@ -58,7 +58,12 @@ def test_plan_equals_the_record_s_and_scores_each_target_once(targets, window, s
 def test_a_plan_in_pieces_is_the_plan(targets, data):
     cut = data.draw(st.integers(0, targets))
     whole = {t: w.start for w in plan(0, targets, 16, 4) for t in range(w.first, w.end)}
-    pieces = {t: w.start for part in (plan(0, cut, 16, 4), plan(cut, targets, 16, 4)) for w in part for t in range(w.first, w.end)}
+    pieces = {
+        t: w.start
+        for part in (plan(0, cut, 16, 4), plan(cut, targets, 16, 4))
+        for w in part
+        for t in range(w.first, w.end)
+    }
     assert pieces == whole
 
 
@@ -79,7 +84,9 @@ def test_scores_equal_one_forward_pass_for_each_target():
         for target in range(74):
             start = record_plan(74, 16, 4)[target]
             context = torch.from_numpy(tokens[start : target + 1].astype(np.int64))[None]
-            expected.append(-float(torch.log_softmax(model.logits(context)[0, -1].double(), -1)[int(tokens[target + 1])]))
+            expected.append(
+                -float(torch.log_softmax(model.logits(context)[0, -1].double(), -1)[int(tokens[target + 1])])
+            )
     nll = scorer().score_stream(tokens)
     assert nll.dtype == np.float32
     np.testing.assert_allclose(nll, expected, atol=2e-5)
@@ -108,7 +115,9 @@ def test_a_fork_is_independent():
     s.score_stream(tokens[:30])
     twin = s.fork()
     twin.score_stream(tokens_of(20, seed=9))
-    np.testing.assert_array_equal(s.score_stream(tokens[30:]), scorer_after(tokens[:30]).score_stream(tokens[30:]))
+    np.testing.assert_array_equal(
+        s.score_stream(tokens[30:]), scorer_after(tokens[:30]).score_stream(tokens[30:])
+    )
 
 
 def scorer_after(tokens: np.ndarray) -> SlidingScorer:
@@ -133,7 +142,12 @@ def test_batching_does_not_change_the_scores():
 
 
 def table() -> ByteTable:
-    return ByteTable((b"ab",) * TINY.vocab_size, np.zeros(TINY.vocab_size, dtype=bool), np.zeros(TINY.vocab_size, dtype=bool), bos=1)
+    return ByteTable(
+        (b"ab",) * TINY.vocab_size,
+        np.zeros(TINY.vocab_size, dtype=bool),
+        np.zeros(TINY.vocab_size, dtype=bool),
+        bos=1,
+    )
 
 
 def test_results_are_written_and_agree(tmp_path):
@@ -141,7 +155,9 @@ def test_results_are_written_and_agree(tmp_path):
     stream = Stream(tokens, np.full(99, 2, dtype=np.int64), table())
     nll = score(scorer(), stream)
     written = {}
-    bpb = write_results(tmp_path, "sliding", nll, stream, 32, lambda name, value: written.update({name: value}))
+    bpb = write_results(
+        tmp_path, "sliding", nll, stream, 32, lambda name, value: written.update({name: value})
+    )
     assert written["metrics.json"]["sliding_bpb"] == bpb
     assert written["metrics.json"]["sliding_targets"] == 99
     assert bpb == pytest.approx(float(nll.sum(dtype=np.float64)) / np.log(2) / 198, rel=1e-12)
@@ -166,7 +182,8 @@ class Holes(Short):
 
 
 @pytest.mark.parametrize(
-    ("bad", "message"), [(Short, "every target is scored exactly once"), (Holes, "every target needs one finite loss")]
+    ("bad", "message"),
+    [(Short, "every target is scored exactly once"), (Holes, "every target needs one finite loss")],
 )
 def test_a_dropped_tail_or_a_hole_is_an_error(bad, message):
     """D9, D11."""

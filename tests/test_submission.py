@@ -34,7 +34,11 @@ def summary_of(folder: Path) -> dict[str, Any]:
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def test_every_field_is_there_and_every_size_is_that_of_a_file(tree: Path) -> None:
@@ -43,19 +47,25 @@ def test_every_field_is_there_and_every_size_is_that_of_a_file(tree: Path) -> No
     challenge = "author github_id name date track val_bpb val_loss bytes_total bytes_code bytes_model seeds seed_results hardware blurb"
     ours = "parameters source_sha256 sha256 data coverage val_bpb_note audit attention_backend measured"
     assert {*challenge.split(), *ours.split()} <= summary.keys()
-    on_disk = [(tree / "artifacts" / name).stat().st_size for name in ("bundle/train_gpt.py", "pack/model.bin")]
+    on_disk = [
+        (tree / "artifacts" / name).stat().st_size for name in ("bundle/train_gpt.py", "pack/model.bin")
+    ]
     assert [summary["bytes_code"], summary["bytes_model"]] == on_disk
     assert summary["bytes_total"] == sum(on_disk) == summary["seed_results"]["42"]["bytes_total"]
     assert (folder / "train_gpt.py").read_bytes() == CODE
     assert summary["measured"]["training_seconds"] == 20.0
-    assert json.loads((folder / "metrics.json").read_text()) == {key: summary[key] for key in ("val_bpb", "val_loss", "bytes_total")}
+    assert json.loads((folder / "metrics.json").read_text()) == {
+        key: summary[key] for key in ("val_bpb", "val_loss", "bytes_total")
+    }
     assert summary["parameters"] == json.loads(json.dumps(asdict(PARAMS)))
 
 
 @pytest.mark.parametrize(("scorer", "metric"), [("sliding_eval", "sliding_bpb"), ("ttt_eval", "ttt_bpb")])
 def test_val_bpb_is_that_of_the_named_scorer_and_no_minimum(tree: Path, scorer: Any, metric: str) -> None:
     summary = summary_of(run(tree, replace(PARAMS, submission=replace(CLAIM, scorer=scorer))))
-    assert summary["val_bpb"] == json.loads((tree / "artifacts" / scorer / "metrics.json").read_text())[metric]
+    assert (
+        summary["val_bpb"] == json.loads((tree / "artifacts" / scorer / "metrics.json").read_text())[metric]
+    )
     assert summary["val_bpb_note"].startswith(scorer)
     assert summary["scores"]["ttt_eval"]["bpb"] < summary["scores"]["sliding_eval"]["bpb"]
     assert summary["coverage"]["documents"] == len(TEXT)
@@ -65,19 +75,29 @@ def test_val_bpb_is_that_of_the_named_scorer_and_no_minimum(tree: Path, scorer: 
 def test_only_what_is_declared_changes_with_time_and_machine(tree: Path) -> None:
     first = run(tree, output="first")
     for stage in ("train", "calibrate", "ttt_eval"):
-        write_json(tree / "artifacts" / stage / "timing.json", TIMING | {"date": "2031-01-01T00:00:00Z", "training_seconds": 11.5})
+        write_json(
+            tree / "artifacts" / stage / "timing.json",
+            TIMING | {"date": "2031-01-01T00:00:00Z", "training_seconds": 11.5},
+        )
     second = run(tree, output="second")
     before, after = summary_of(first), summary_of(second)
     changed = {key for key in before if before[key] != after[key]}
     assert changed == {"measured", "date"}
     assert changed <= set(before["not_reproducible"])
     kept, again = files_of(first), files_of(second)
-    assert {name for name in kept if kept[name] != again[name]} <= {"submission.json", "log.txt", "timing.json"}
+    assert {name for name in kept if kept[name] != again[name]} <= {
+        "submission.json",
+        "log.txt",
+        "timing.json",
+    }
 
 
 def test_readme_log_and_requirements(tree: Path) -> None:
     folder = run(tree)
-    readme, log = (folder / "README.md").read_text(encoding="utf-8"), (folder / "train.log").read_text(encoding="utf-8")
+    readme, log = (
+        (folder / "README.md").read_text(encoding="utf-8"),
+        (folder / "train.log").read_text(encoding="utf-8"),
+    )
     assert f"{summary_of(folder)['val_bpb']:.8f}" in readme
     assert "SEED=42 python train_gpt.py" in readme
     assert "seen \\| it" in readme
@@ -86,7 +106,9 @@ def test_readme_log_and_requirements(tree: Path) -> None:
         assert f"](plots/{name})" in readme
     head, *stages = log.split("=== ")[1:]
     assert yaml.safe_load(head.removeprefix("parameters\n")) == json.loads(json.dumps(asdict(PARAMS)))
-    assert [part.split("\n")[0] for part in stages] == [name for name in STAGE.reads if name != "requirements"]
+    assert [part.split("\n")[0] for part in stages] == [
+        name for name in STAGE.reads if name != "requirements"
+    ]
     assert "what calibrate said" in log
     assert (folder / "requirements.txt").read_bytes() == (tree / "requirements.lock").read_bytes()
 
@@ -120,7 +142,10 @@ def _short_ledger(folder: Path) -> None:
 
 
 def _no_clock(folder: Path) -> None:
-    write_json(folder / "calibrate/timing.json", {key: value for key, value in TIMING.items() if key != "training_seconds"})
+    write_json(
+        folder / "calibrate/timing.json",
+        {key: value for key, value in TIMING.items() if key != "training_seconds"},
+    )
 
 
 @pytest.mark.parametrize(
@@ -153,7 +178,9 @@ def test_over_the_byte_budget_is_an_error(tree: Path, capsys: pytest.CaptureFixt
     assert "artifact over the byte budget" in capsys.readouterr().err
 
 
-def test_plots_are_pictures_of_the_same_bytes_whatever_the_users_settings(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plots_are_pictures_of_the_same_bytes_whatever_the_users_settings(
+    tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = files_of(run(tree, output="first") / "plots")
     monkeypatch.setitem(mpl.rcParams, "font.size", 20.0)
     monkeypatch.setitem(mpl.rcParams, "axes.facecolor", "red")
@@ -166,7 +193,14 @@ def test_plots_are_pictures_of_the_same_bytes_whatever_the_users_settings(tree: 
 
 
 def test_bytes_by_part_add_up() -> None:
-    names = ["embedding.weight", "blocks.0.attention.query.weight", "blocks.1.mlp.down.weight", "blocks.0.mix", "skip_gate", "container"]
+    names = [
+        "embedding.weight",
+        "blocks.0.attention.query.weight",
+        "blocks.1.mlp.down.weight",
+        "blocks.0.mix",
+        "skip_gate",
+        "container",
+    ]
     sizes = plots.part_sizes([{"name": name, "bytes": str(10 + i)} for i, name in enumerate(names)], 7)
     assert sizes == {
         "embedding (tied head)": 10,

@@ -36,7 +36,24 @@ DEFAULTS: dict[str, Any] = {
     "threads": 2,
     "shard_tokens": 100_000,
 }
-WORDS = ["space", "token", "shard", "of", "a", "the", "model", "byte", "line", "word", "piece", "import", "torch", "return", "12", "907"]
+WORDS = [
+    "space",
+    "token",
+    "shard",
+    "of",
+    "a",
+    "the",
+    "model",
+    "byte",
+    "line",
+    "word",
+    "piece",
+    "import",
+    "torch",
+    "return",
+    "12",
+    "907",
+]
 
 
 class Workspace:
@@ -61,7 +78,10 @@ class Workspace:
         """What the shards of a side decode to."""
         processor = bpb.load_tokenizer(self.output / "tokenizer.model")
         stream = shards.stream(self.output / side)
-        return [processor.decode(document[1:].tolist()) for document in shards.documents(stream, processor.bos_id())]
+        return [
+            processor.decode(document[1:].tolist())
+            for document in shards.documents(stream, processor.bos_id())
+        ]
 
     def write_jsonl(self, name: str, texts: list[str]) -> Path:
         path = self.root / "text" / name
@@ -88,7 +108,11 @@ def some_texts(count: int, seed: int = 0) -> list[str]:
 
 def folder_bytes(folder: Path) -> dict[str, bytes]:
     measured = ("log.txt", "timing.json")
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name not in measured}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name not in measured
+    }
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +135,9 @@ def test_files_end_to_end(workspace: Workspace) -> None:
     assert sorted(train + val) == sorted(texts)
     assert 30 < len(val) < 90  # 0.2 of 300
     assert manifest["train"]["bytes"] == sum(len(text.encode()) for text in train)
-    assert manifest["val"]["source_bytes"] == manifest["val"]["bytes"] == sum(len(text.encode()) for text in val)
+    assert (
+        manifest["val"]["source_bytes"] == manifest["val"]["bytes"] == sum(len(text.encode()) for text in val)
+    )
     assert manifest["train"]["changed_documents"] == 0
 
 
@@ -120,7 +146,11 @@ def test_every_kind_of_file_gives_the_same_documents(workspace: Workspace) -> No
     content = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts).encode()
     folder = workspace.root / "text"
     expected = None
-    for name, data in [("a.jsonl", content), ("b.jsonl.gz", gzip.compress(content)), ("c.jsonl.xz", lzma.compress(content))]:
+    for name, data in [
+        ("a.jsonl", content),
+        ("b.jsonl.gz", gzip.compress(content)),
+        ("c.jsonl.xz", lzma.compress(content)),
+    ]:
         (folder / name).write_bytes(data)
         workspace.run(train_glob=name)
         produced = folder_bytes(workspace.output)
@@ -128,7 +158,11 @@ def test_every_kind_of_file_gives_the_same_documents(workspace: Workspace) -> No
         assert produced == expected
     for i, text in enumerate(texts):
         data = text.encode()
-        name, packed = [("t{:03d}.txt", data), ("t{:03d}.txt.gz", gzip.compress(data)), ("t{:03d}.txt.xz", lzma.compress(data))][i % 3]
+        name, packed = [
+            ("t{:03d}.txt", data),
+            ("t{:03d}.txt.gz", gzip.compress(data)),
+            ("t{:03d}.txt.xz", lzma.compress(data)),
+        ][i % 3]
         (folder / name.format(i)).write_bytes(packed)
     workspace.run(train_glob="t*.txt*")
     produced = folder_bytes(workspace.output)
@@ -155,7 +189,9 @@ def test_the_tokenizer_sees_train_alone(workspace: Workspace) -> None:
     workspace.write_jsonl("train.jsonl", some_texts(50))
     models = []
     for seed in (1, 2):
-        workspace.write_jsonl("val.jsonl", [text.replace("token", "zymurgy") for text in some_texts(20, seed)])
+        workspace.write_jsonl(
+            "val.jsonl", [text.replace("token", "zymurgy") for text in some_texts(20, seed)]
+        )
         workspace.run(train_glob="train.jsonl", val_glob="val.jsonl")
         models.append((workspace.output / "tokenizer.model").read_bytes())
     assert models[0] == models[1]
@@ -193,9 +229,13 @@ def test_adopted_shards_are_the_files_themselves(workspace: Workspace, tmp_path:
     assert len(first["shards"]) > 3
     for path in workspace.output.glob("*/*.bin"):
         (workspace.root / "shards" / path.name).write_bytes(path.read_bytes())
-    (workspace.root / "tokenizer" / "own.model").write_bytes((workspace.output / "tokenizer.model").read_bytes())
+    (workspace.root / "tokenizer" / "own.model").write_bytes(
+        (workspace.output / "tokenizer.model").read_bytes()
+    )
     before = folder_bytes(workspace.output)
-    second = workspace.run(source="shards", train_glob="train_*.bin", val_glob="val_*.bin", tokenizer="own.model")
+    second = workspace.run(
+        source="shards", train_glob="train_*.bin", val_glob="val_*.bin", tokenizer="own.model"
+    )
     after = folder_bytes(workspace.output)
     assert before.keys() == after.keys()
     assert all(after[name] == content for name, content in before.items() if name != "manifest.json")
@@ -205,7 +245,9 @@ def test_adopted_shards_are_the_files_themselves(workspace: Workspace, tmp_path:
         assert all(second[side][key] == first[side][key] for key in ("tokens", "documents", "bytes"))
 
 
-def test_adopted_documents_may_go_on_in_the_next_shard(workspace: Workspace, lossless: tokenizer.Tokenizer) -> None:
+def test_adopted_documents_may_go_on_in_the_next_shard(
+    workspace: Workspace, lossless: tokenizer.Tokenizer
+) -> None:
     (workspace.root / "tokenizer" / "own.model").write_bytes(lossless.model)
     tokens = {}
     for seed, side in enumerate(("train", "val")):
@@ -213,7 +255,9 @@ def test_adopted_documents_may_go_on_in_the_next_shard(workspace: Workspace, los
         tokens[side] = np.concatenate([one.tokens for one in encoded])
         for i, part in enumerate(np.split(tokens[side], [len(tokens[side]) // 3, len(tokens[side]) // 2])):
             shards.write(workspace.root / "shards" / f"fineweb_{side}_{i:06d}.bin", part)
-    manifest = workspace.run(source="shards", train_glob="*_train_*", val_glob="*_val_*", tokenizer="own.model")
+    manifest = workspace.run(
+        source="shards", train_glob="*_train_*", val_glob="*_val_*", tokenizer="own.model"
+    )
     for seed, side in enumerate(("train", "val")):
         assert workspace.texts(side) == some_texts(20, seed)
         assert manifest[side]["documents"] == 20
@@ -246,7 +290,13 @@ def j(): """{long}\\ud800 no text"""
 '''
     texts = docstrings.docstrings(source.encode())
     assert texts is not None
-    assert [text.removeprefix(long) for text in texts] == ["module", "class", "nested\n\nindented", "handler", "case"]
+    assert [text.removeprefix(long) for text in texts] == [
+        "module",
+        "class",
+        "nested\n\nindented",
+        "handler",
+        "case",
+    ]
     assert docstrings.docstrings(b'def f[T]():\n  """x"""') is None  # 3.12's syntax, on every Python
     assert docstrings.docstrings(b'"""\x00') is None
 
@@ -257,13 +307,25 @@ def make_package(folder: Path, modules: dict[str, str]) -> None:
         (folder / name).write_text(text)
 
 
-def test_pydocs_splits_whole_modules(workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pydocs_splits_whole_modules(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     texts = [" ".join(text.split()) for text in some_texts(200)]
-    modules = {f"caddietoy/m{i:03d}.py": f'"""{texts[2 * i]}"""\ndef f():\n    """{texts[2 * i + 1]}"""\n' for i in range(100)}
+    modules = {
+        f"caddietoy/m{i:03d}.py": f'"""{texts[2 * i]}"""\ndef f():\n    """{texts[2 * i + 1]}"""\n'
+        for i in range(100)
+    }
     same = texts[0].upper()
-    modules |= {f"caddietoy/n{i:03d}.py": f'"""{same}"""\ndef f():\n    """{texts[1]}"""\n' for i in range(20)}
-    make_package(tmp_path / "lib", {"caddietoy/__init__.py": "raise ImportError('must not be imported')", **modules})
-    make_package(tmp_path / "lib", {"caddietoy-1.2.dist-info/METADATA": "Metadata-Version: 2.1\nName: caddietoy\nVersion: 1.2+cpu\n"})
+    modules |= {
+        f"caddietoy/n{i:03d}.py": f'"""{same}"""\ndef f():\n    """{texts[1]}"""\n' for i in range(20)
+    }
+    make_package(
+        tmp_path / "lib", {"caddietoy/__init__.py": "raise ImportError('must not be imported')", **modules}
+    )
+    make_package(
+        tmp_path / "lib",
+        {"caddietoy-1.2.dist-info/METADATA": "Metadata-Version: 2.1\nName: caddietoy\nVersion: 1.2+cpu\n"},
+    )
     monkeypatch.syspath_prepend(str(tmp_path / "lib"))
     monkeypatch.setattr(docstrings, "PACKAGES", ("caddietoy",))
     monkeypatch.setattr(docstrings, "MIN_CHARACTERS", 50)
@@ -273,7 +335,12 @@ def test_pydocs_splits_whole_modules(workspace: Workspace, tmp_path: Path, monke
     assert val
     for i in range(100):
         assert len({texts[2 * i], texts[2 * i + 1]} & val) in (0, 2)
-    sides = {split.normalised(text): side for side in (train, val) for text in side if split.normalised(text) == split.normalised(same)}
+    sides = {
+        split.normalised(text): side
+        for side in (train, val)
+        for text in side
+        if split.normalised(text) == split.normalised(same)
+    }
     assert len(sides) == 1
     assert manifest["corpus"]["packages"] == {"caddietoy": "1.2"}
     assert manifest["corpus"]["docstrings_repeated"] + manifest["corpus"]["docstrings_on_both_sides"] == 39
@@ -319,14 +386,22 @@ def test_the_marker_itself_is_a_changed_document(workspace: Workspace) -> None:
     manifest = workspace.run(train_glob="train.jsonl", val_glob="val.jsonl")
     assert manifest["train"]["changed_documents"] == 1
     assert manifest["train"]["source_bytes"] - manifest["train"]["document_bytes"] == 4
-    assert manifest["train"]["document_bytes"] - manifest["train"]["bytes"] == manifest["train"]["uncounted_leading_spaces"] == 1
+    assert (
+        manifest["train"]["document_bytes"] - manifest["train"]["bytes"]
+        == manifest["train"]["uncounted_leading_spaces"]
+        == 1
+    )
     assert manifest["val"]["uncounted_leading_spaces"] == 1
     assert manifest["val"]["empty_documents"] == 1
     assert workspace.texts("train")[-2:] == ["a b and  ", " leading"]
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.text(alphabet=st.characters(exclude_categories=["Cs"], exclude_characters="\u2581")), max_size=5))
+@given(
+    st.lists(
+        st.text(alphabet=st.characters(exclude_categories=["Cs"], exclude_characters="\u2581")), max_size=5
+    )
+)
 def test_any_text_survives(texts: list[str]) -> None:
     processor = _PROCESSOR
     model = tokenizer.Tokenizer(b"", processor, bpb.byte_table(processor))
@@ -357,7 +432,9 @@ Prepare = Callable[[Workspace], dict[str, Any]]
 
 def jsonl(*lines: str) -> Prepare:
     def prepare(workspace: Workspace) -> dict[str, Any]:
-        (workspace.root / "text" / "a.jsonl").write_text("\n".join([json.dumps({"text": "a good line"}), *lines]) + "\n")
+        (workspace.root / "text" / "a.jsonl").write_text(
+            "\n".join([json.dumps({"text": "a good line"}), *lines]) + "\n"
+        )
         return {}
 
     return prepare
@@ -442,7 +519,9 @@ def given_model_of_its_size(**options: Any) -> Prepare:
         random = np.random.default_rng(0)
         words = ["".join(random.choice(list("abcdefghij"), size=5)) for _ in range(500)]
         changes = given_model(**{"sentence_iterator": iter(words)} | options)(workspace)
-        return changes | {"vocab_size": bpb.load_tokenizer(workspace.root / "tokenizer" / "given.model").vocab_size()}
+        return changes | {
+            "vocab_size": bpb.load_tokenizer(workspace.root / "tokenizer" / "given.model").vocab_size()
+        }
 
     return prepare
 
@@ -478,67 +557,120 @@ def lock(content: str) -> Prepare:
 
 GOOD_LINE = json.dumps({"text": "a good line"}).encode() + b"\n"
 BAD_INPUT: dict[str, tuple[Prepare, str]] = {
-    "missing source": (with_texts(train_glob="other*.jsonl"), r"tokenize.train_glob: no file in .*text matches 'other\*.jsonl'"),
+    "missing source": (
+        with_texts(train_glob="other*.jsonl"),
+        r"tokenize.train_glob: no file in .*text matches 'other\*.jsonl'",
+    ),
     "missing val": (with_texts(val_glob="val*.jsonl"), "tokenize.val_glob: no file"),
     "empty file": (raw_file("a.jsonl", b""), "a.jsonl is empty"),
     "file without documents": (raw_file("a.jsonl", b"\n \n"), "a.jsonl holds no documents"),
     "unknown suffix": (raw_file("a.csv", b"x"), "a.csv: unknown kind of file"),
-    "truncated gz": (raw_file("a.jsonl.gz", gzip.compress(GOOD_LINE * 99)[:-9]), r"a.jsonl.gz, after document \d+: truncated or damaged"),
+    "truncated gz": (
+        raw_file("a.jsonl.gz", gzip.compress(GOOD_LINE * 99)[:-9]),
+        r"a.jsonl.gz, after document \d+: truncated or damaged",
+    ),
     "damaged gz": (raw_file("a.jsonl.gz", b"not gzip"), "a.jsonl.gz, after document 0: truncated or damaged"),
-    "truncated xz": (raw_file("a.txt.xz", lzma.compress(b"x" * 999)[:-9]), "a.txt.xz, after document 0: truncated or damaged"),
-    "damaged xz": (raw_file("a.jsonl.xz", b"not xz at all"), "a.jsonl.xz, after document 0: truncated or damaged"),
+    "truncated xz": (
+        raw_file("a.txt.xz", lzma.compress(b"x" * 999)[:-9]),
+        "a.txt.xz, after document 0: truncated or damaged",
+    ),
+    "damaged xz": (
+        raw_file("a.jsonl.xz", b"not xz at all"),
+        "a.jsonl.xz, after document 0: truncated or damaged",
+    ),
     "not UTF-8": (raw_file("a.jsonl", GOOD_LINE + b'{"text": "\xff"}\n'), "a.jsonl, line 2: not UTF-8"),
     "text not UTF-8": (raw_file("a.txt", b"abc\xff"), "a.txt: not UTF-8: invalid start byte at byte 3"),
     "not JSON": (jsonl("{"), "a.jsonl, line 2: not JSON"),
     "deeply nested JSON": (jsonl("[" * 100_000), "a.jsonl, line 2: not JSON"),
     "not an object": (jsonl('["text"]'), "a.jsonl, line 2: saw a JSON list"),
-    "no text key": (jsonl('{"body": "x"}'), "a.jsonl, line 2: no key 'text' .tokenize.text_key.; it has 'body'"),
+    "no text key": (
+        jsonl('{"body": "x"}'),
+        "a.jsonl, line 2: no key 'text' .tokenize.text_key.; it has 'body'",
+    ),
     "text not a string": (jsonl('{"text": 7}'), "a.jsonl, line 2: key 'text' holds int"),
-    "unpaired surrogate": (jsonl('{"text": "ab\\ud800"}'), r"a.jsonl, line 2: unpaired surrogate \\ud800 at character 2"),
+    "unpaired surrogate": (
+        jsonl('{"text": "ab\\ud800"}'),
+        r"a.jsonl, line 2: unpaired surrogate \\ud800 at character 2",
+    ),
     "long document": (
         jsonl(json.dumps({"text": "x" * 100_001})),
         "a.jsonl, line 2: 100001 bytes, a document above tokenize.max_document_bytes",
     ),
-    "endless line": (jsonl(json.dumps({"text": "x" * 3_000_000})), "a.jsonl, line 2: .* a document above tokenize.max_document_bytes"),
-    "long text file": (raw_file("a.txt", b"x" * 100_001), "a.txt: document above tokenize.max_document_bytes"),
-    "document larger than a shard": (with_texts(shard_tokens=20), "line 1: .* tokens do not fit a shard of tokenize.shard_tokens"),
+    "endless line": (
+        jsonl(json.dumps({"text": "x" * 3_000_000})),
+        "a.jsonl, line 2: .* a document above tokenize.max_document_bytes",
+    ),
+    "long text file": (
+        raw_file("a.txt", b"x" * 100_001),
+        "a.txt: document above tokenize.max_document_bytes",
+    ),
+    "document larger than a shard": (
+        with_texts(shard_tokens=20),
+        "line 1: .* tokens do not fit a shard of tokenize.shard_tokens",
+    ),
     "empty val": (with_texts(val_fraction=1.0e-9), "no document is on the side of val"),
     "empty train": (with_texts(val_fraction=0.999999999), "no train documents to train the tokenizer on"),
-    "vocabulary too large": (with_texts(vocab_size=50_000), "tokenize.vocab_size: SentencePiece cannot make 50000 pieces"),
-    "val document in train": (val_in_train, "train.jsonl, line 18: this train document is a val document .*val.jsonl, line 6"),
+    "vocabulary too large": (
+        with_texts(vocab_size=50_000),
+        "tokenize.vocab_size: SentencePiece cannot make 50000 pieces",
+    ),
+    "val document in train": (
+        val_in_train,
+        "train.jsonl, line 18: this train document is a val document .*val.jsonl, line 6",
+    ),
     "same file on both sides": (with_texts(val_glob="a.jsonl"), "a.jsonl matches both"),
     "shard with wrong magic": (shard_set(set_word(0, 7)), "train_0.bin: magic number 7"),
     "shard with wrong version": (shard_set(set_word(1, 7)), "train_0.bin: shard version 7"),
     "shard with wrong length": (shard_set(set_word(2, 7)), "train_0.bin: .* bytes, expected"),
-    "shard with an unknown id": (shard_set(set_token(9, 400)), "train_0.bin: token id 400 at position 9, but the vocabulary has 400"),
+    "shard with an unknown id": (
+        shard_set(set_token(9, 400)),
+        "train_0.bin: token id 400 at position 9, but the vocabulary has 400",
+    ),
     "shard without BOS": (shard_set(set_token(0, 300)), "train_0.bin: the first token is 300, expected BOS"),
-    "val document in train shards": (shard_set(append_val), "a val document is in train: the one at token .* of train/train_000000.bin"),
+    "val document in train shards": (
+        shard_set(append_val),
+        "a val document is in train: the one at token .* of train/train_000000.bin",
+    ),
     "tokenizer missing": (with_texts(tokenizer="none.model"), "none.model does not exist"),
     "tokenizer damaged": (corrupt_model, "given.model is not a SentencePiece model"),
     "tokenizer without byte fallback": (
         given_model_of_its_size(byte_fallback=False),
         "given.model: the tokenizer has 0 byte-fallback pieces",
     ),
-    "tokenizer without the space piece": (given_model_of_its_size(), "given.model: the tokenizer has no piece for a lone space"),
+    "tokenizer without the space piece": (
+        given_model_of_its_size(),
+        "given.model: the tokenizer has no piece for a lone space",
+    ),
     "tokenizer without BOS": (given_model(bos_id=-1), "given.model: the tokenizer has no BOS"),
-    "tokenizer of another size": (given_model(vocab_size=390), "given.model has 390 ids, but tokenize.vocab_size is 400"),
+    "tokenizer of another size": (
+        given_model(vocab_size=390),
+        "given.model has 390 ids, but tokenize.vocab_size is 400",
+    ),
     "tokenizer that the rule miscounts": (
         given_model(allow_whitespace_only_pieces=True),
         r"a.jsonl, line \d+: \d+ bytes counted for .* first at piece",
     ),
     "package not pinned": (lock("numpy==1\n"), "requirements.lock does not pin torch"),
-    "package of another version": (lock("torch==1.0\nnumpy==1\n"), "torch .* is installed, but .*requirements.lock pins 1.0"),
+    "package of another version": (
+        lock("torch==1.0\nnumpy==1\n"),
+        "torch .* is installed, but .*requirements.lock pins 1.0",
+    ),
     "no lock file": (lambda _: {"source": "pydocs"}, "requirements.lock does not exist"),
     "negative size": (with_texts(shard_tokens=-1), "tokenize.shard_tokens: -1 is not above zero"),
     "unknown source": (with_texts(source="web"), "tokenize.source: saw 'web'"),
-    "glob that leaves the folder": (with_texts(train_glob="../*"), "tokenize.train_glob: .* leaves the folder"),
+    "glob that leaves the folder": (
+        with_texts(train_glob="../*"),
+        "tokenize.train_glob: .* leaves the folder",
+    ),
     "number as a string": (with_texts(val_fraction="1e-4"), "tokenize.val_fraction: saw the string '1e-4'"),
     "unknown key": (with_texts(colour=1), "tokenize.colour: unknown key"),
 }
 
 
 @pytest.mark.parametrize("case", BAD_INPUT)
-def test_bad_input_is_one_line_and_nothing_written(case: str, workspace: Workspace, capfd: pytest.CaptureFixture[str]) -> None:
+def test_bad_input_is_one_line_and_nothing_written(
+    case: str, workspace: Workspace, capfd: pytest.CaptureFixture[str]
+) -> None:
     prepare, message = BAD_INPUT[case]
     changes = prepare(workspace)
     with pytest.raises(SystemExit) as stopped:

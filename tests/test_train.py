@@ -48,13 +48,17 @@ def test_schedule_of_the_record():
     assert settings(3000, 0.5, record).momentum == 0.99
     assert settings(999, 0.999, replace(record, min_lr=0.1)).lr_multiplier == 0.1
     rising = replace(record, warmup_steps=10)
-    assert [settings(step, step / 1000, rising).lr_multiplier for step in (0, 4, 9, 10)] == pytest.approx([0.1, 0.5, 1.0, 1.0])
+    assert [settings(step, step / 1000, rising).lr_multiplier for step in (0, 4, 9, 10)] == pytest.approx(
+        [0.1, 0.5, 1.0, 1.0]
+    )
     assert settings(0, 0.64, rising).lr_multiplier == pytest.approx(0.05)
 
 
 def test_a_budget_of_seconds_ends_with_the_first_step_after_it():
     clock = iter([0.0, 20.0, 40.0, 59.0])
-    fraction = pacing(replace(TRAIN, budget="seconds", seconds=60.0, reserve_seconds=2.0), None, lambda: next(clock))
+    fraction = pacing(
+        replace(TRAIN, budget="seconds", seconds=60.0, reserve_seconds=2.0), None, lambda: next(clock)
+    )
     assert [fraction(step) for step in range(4)] == [0.0, 20 / 58, 40 / 58, None]
 
 
@@ -159,7 +163,16 @@ def run_train(tmp_path, name, *options, environment=None, launcher=()):
     file = tmp_path / "small.yaml"
     file.write_text(yaml.safe_dump(asdict(run)))
     output = tmp_path / name
-    command = [sys.executable, *launcher, "-m", "stages.train", "--params", str(file), "--train", str(tmp_path / "train")]
+    command = [
+        sys.executable,
+        *launcher,
+        "-m",
+        "stages.train",
+        "--params",
+        str(file),
+        "--train",
+        str(tmp_path / "train"),
+    ]
     command += ["--output", str(output), "--scratch", str(tmp_path / "scratch"), *options]
     return command, output, {**os.environ, **(environment or {})}
 
@@ -186,7 +199,9 @@ def test_training_learns_and_repeats_bit_for_bit(tmp_path):
 
 def test_the_scale_of_the_logits_is_that_of_the_finished_weights_and_of_nothing_before(tmp_path):
     folder = write_shards(tmp_path)
-    whole, half = (train(params(logit_scale=scale), folder, world(), QUIET, Interval()) for scale in (1.0, 0.5))
+    whole, half = (
+        train(params(logit_scale=scale), folder, world(), QUIET, Interval()) for scale in (1.0, 0.5)
+    )
     assert whole.losses == half.losses
     assert torch.equal(half.state["embedding.weight"], 0.5 * whole.state["embedding.weight"])
     assert torch.equal(half.state["smear.gate"], 2 * whole.state["smear.gate"])
@@ -213,14 +228,20 @@ def a_loop(model_params=TINY, steps=0):
 
 
 def go_on(loop, looped):
-    tokens = torch.randint(TINY.vocab_size, (2, 4, TINY.context), generator=torch.Generator().manual_seed(loop.steps_done))
+    tokens = torch.randint(
+        TINY.vocab_size, (2, 4, TINY.context), generator=torch.Generator().manual_seed(loop.steps_done)
+    )
     now = settings(loop.steps_done, 0.0, loop.params.train)
     loop.step(now._replace(looped=looped), *tokens.unbind())
 
 
 def everything(loop):
     """Weights, averages and momenta, and what else the model holds."""
-    return [tensor.clone() for tensors in (*loop.optimizers.state(), loop.model.state_dict().values()) for tensor in tensors]
+    return [
+        tensor.clone()
+        for tensors in (*loop.optimizers.state(), loop.model.state_dict().values())
+        for tensor in tensors
+    ]
 
 
 def test_warm_up_takes_back_all_that_it_changed():
@@ -271,7 +292,9 @@ def test_killed_then_resumed_ends_with_the_same_bytes(tmp_path):
     launch_here(command)
     assert not any((tmp_path / "scratch").iterdir())
     command, killed, environment = run_train(tmp_path, "killed", *options)
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     deadline = time.monotonic() + 60
     while not list((tmp_path / "scratch").glob("*/resume-from")):
         assert process.poll() is None, process.communicate()[1]
@@ -299,12 +322,16 @@ def test_a_checkpoint_of_another_seed_is_not_continued(tmp_path):
     }
     assert len(names) == 3
     write_shards(tmp_path / "train", seed=5)
-    names.add(open_checkpoints(params(seed=1, checkpoint_every=2), folder, tmp_path / "scratch", world()).folder)
+    names.add(
+        open_checkpoints(params(seed=1, checkpoint_every=2), folder, tmp_path / "scratch", world()).folder
+    )
     assert len(names) == 4
 
 
 def test_resuming_a_budget_of_seconds_is_refused(tmp_path, capsys):
-    command, _, _ = run_train(tmp_path, "out", "--set", "train.budget=seconds", "--set", "train.checkpoint_every=5")
+    command, _, _ = run_train(
+        tmp_path, "out", "--set", "train.budget=seconds", "--set", "train.checkpoint_every=5"
+    )
     with pytest.raises(SystemExit) as stopped:
         launch_here(command)
     assert stopped.value.code == 2
@@ -313,9 +340,13 @@ def test_resuming_a_budget_of_seconds_is_refused(tmp_path, capsys):
 
 
 def test_a_stage_ends_when_its_parent_dies(tmp_path):
-    command, _, environment = run_train(tmp_path, "out", "--set", "train.steps=100000", "--set", "train.checkpoint_every=5")
+    command, _, environment = run_train(
+        tmp_path, "out", "--set", "train.steps=100000", "--set", "train.checkpoint_every=5"
+    )
     script = "import subprocess, sys, time; p = subprocess.Popen(sys.argv[1:]); print(p.pid, flush=True); time.sleep(600)"
-    parent = subprocess.Popen([sys.executable, "-c", script, *command], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", script, *command], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
+    )
     assert parent.stdout is not None
     child = int(parent.stdout.readline())
     deadline = time.monotonic() + 60
@@ -324,7 +355,10 @@ def test_a_stage_ends_when_its_parent_dies(tmp_path):
         time.sleep(0.05)
     parent.kill()
     parent.communicate()
-    while Path(f"/proc/{child}").exists() and "Z" not in Path(f"/proc/{child}/stat").read_text().rpartition(")")[2][:3]:
+    while (
+        Path(f"/proc/{child}").exists()
+        and "Z" not in Path(f"/proc/{child}/stat").read_text().rpartition(")")[2][:3]
+    ):
         assert time.monotonic() < deadline, "the training outlived its parent"
         time.sleep(0.05)
 

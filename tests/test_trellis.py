@@ -35,7 +35,9 @@ def free_distance(states: int) -> int:
         for branch in (0, 1):
             for other in (0, 1):
                 step = squared_distance((first & 1) + 2 * branch, (second & 1) + 2 * other)
-                heapq.heappush(waiting, (distance + step, *sorted((following[first][branch], following[second][other]))))
+                heapq.heappush(
+                    waiting, (distance + step, *sorted((following[first][branch], following[second][other])))
+                )
     raise AssertionError("no two paths meet")
 
 
@@ -68,7 +70,10 @@ def test_the_parity_check_holds_along_random_walks(states: int, seed: int) -> No
     z0, z1 = [level % 2 for level in levels], [level // 2 % 2 for level in levels]
     h0, h1 = UNGERBOECK[states]
     for time in range(len(levels)):
-        terms = [(h0 >> i & 1) * z0[time - i] + (h1 >> i & 1) * z1[time - i] for i in range(min(states.bit_length(), time + 1))]
+        terms = [
+            (h0 >> i & 1) * z0[time - i] + (h1 >> i & 1) * z1[time - i]
+            for i in range(min(states.bit_length(), time + 1))
+        ]
         assert sum(terms) % 2 == 0
 
 

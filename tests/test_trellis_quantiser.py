@@ -56,13 +56,23 @@ def correlated(columns: int) -> np.ndarray:
     return upper_CC / upper_CC.diagonal().mean()
 
 
-def problem(rows: int, columns: int, states: int, rate_weight: float, seed: int, feedback: bool = True, step: float = 0.3) -> Problem:
+def problem(
+    rows: int,
+    columns: int,
+    states: int,
+    rate_weight: float,
+    seed: int,
+    feedback: bool = True,
+    step: float = 0.3,
+) -> Problem:
     """Normal weights with scales of their own for each row and column, and U of strongly correlated inputs or the identity."""
     generator = np.random.default_rng(seed)
     upper_CC = correlated(columns) if feedback else np.eye(columns)
     rows_R, columns_C = (generator.integers(-12, 13, size).astype(np.int8) for size in (rows, columns))
     factors_RC = np.outer(2.0 ** (rows_R / 8), 2.0 ** (columns_C / 8))
-    weight_RC = generator.standard_normal((rows, columns)) * factors_RC * 2.0 ** generator.uniform(-1, 1, (rows, 1))
+    weight_RC = (
+        generator.standard_normal((rows, columns)) * factors_RC * 2.0 ** generator.uniform(-1, 1, (rows, 1))
+    )
     importance_R = 2.0 ** generator.uniform(-2, 2, rows)
     return Problem(
         weight_RC.astype(np.float32),
@@ -80,16 +90,23 @@ def choose(of: Problem) -> Chosen:
     """What the module makes of it."""
     columns = trellis_quantiser.columns_of(of.upper_CC, of.columns_C)
     return trellis_quantiser.choose(
-        trellis_quantiser.axes_of(of.weight_RC, of.importance_R, of.rows_R, columns), of.step, of.states, of.rate_weight
+        trellis_quantiser.axes_of(of.weight_RC, of.importance_R, of.rows_R, columns),
+        of.step,
+        of.states,
+        of.rate_weight,
     )
 
 
-def plain(weight_RC: np.ndarray, step: float, states: int, rate_weight: float, upper_CC: np.ndarray | None = None) -> Chosen:
+def plain(
+    weight_RC: np.ndarray, step: float, states: int, rate_weight: float, upper_CC: np.ndarray | None = None
+) -> Chosen:
     """The same of weights whose rows and columns all count alike, without feedback if no U is given."""
     rows, columns = weight_RC.shape
     upper_CC = np.eye(columns, dtype=np.float32) if upper_CC is None else upper_CC
     zeros_R, zeros_C = np.zeros(rows, np.int8), np.zeros(columns, np.int8)
-    return choose(Problem(weight_RC, upper_CC, np.ones(rows, np.float32), zeros_R, zeros_C, step, states, rate_weight))
+    return choose(
+        Problem(weight_RC, upper_CC, np.ones(rows, np.float32), zeros_R, zeros_C, step, states, rate_weight)
+    )
 
 
 def slow(of: Problem) -> Slow:
@@ -111,10 +128,16 @@ def slow(of: Problem) -> Slow:
     return Slow(y_RC, unit_CC, price_RC, rate_weight * trellis(states).stride ** 2 * table[class_RC], states)
 
 
-def slow_paths(of: Slow, row: int, levels_PC: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def slow_paths(
+    of: Slow, row: int, levels_PC: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Costs, levels and entered values of the given paths of levels, or of all: 2^C choices of branches, each with its nearest levels."""
     columns, code = of.y_RC.shape[1], trellis(of.states)
-    branches_PC = np.array(list(itertools.product((0, 1), repeat=columns))) if levels_PC is None else np.zeros(levels_PC.shape, int)
+    branches_PC = (
+        np.array(list(itertools.product((0, 1), repeat=columns)))
+        if levels_PC is None
+        else np.zeros(levels_PC.shape, int)
+    )
     paths = len(branches_PC)
     y_PC, chosen_PC = np.tile(of.y_RC[row], (paths, 1)), np.zeros((paths, columns))
     cost_P, state_P = np.zeros(paths), np.zeros(paths, int)
@@ -122,7 +145,9 @@ def slow_paths(of: Slow, row: int, levels_PC: np.ndarray | None = None) -> tuple
         if levels_PC is None:
             branch_P = branches_PC[:, column]
             offset_P = code.stride * branch_P + (state_P % 2 if of.states > 1 else 0)
-            chosen_PC[:, column] = np.rint((y_PC[:, column] - offset_P) / (2 * code.stride)) * 2 * code.stride + offset_P
+            chosen_PC[:, column] = (
+                np.rint((y_PC[:, column] - offset_P) / (2 * code.stride)) * 2 * code.stride + offset_P
+            )
             state_P = code.next_S2[state_P, branch_P]
         else:
             chosen_PC[:, column] = levels_PC[:, column]
@@ -146,7 +171,11 @@ def slow_viterbi(of: Slow) -> np.ndarray:
             level_R = np.rint((of.y_RC[:, column] - offset) / (2 * code.stride)) * 2 * code.stride + offset
             magnitude_R = np.minimum(abs(level_R).astype(int), of.bits_RCL.shape[2] - 1)
             error_R = of.y_RC[:, column] - level_R
-            total_R = cost_RS[:, state] + error_R**2 * of.price_RC[:, column] + of.bits_RCL[every_row, column, magnitude_R]
+            total_R = (
+                cost_RS[:, state]
+                + error_R**2 * of.price_RC[:, column]
+                + of.bits_RCL[every_row, column, magnitude_R]
+            )
             following = code.next_S2[state, branch]
             new_RS[:, following] = np.minimum(new_RS[:, following], total_R)
         cost_RS = new_RS
@@ -155,7 +184,9 @@ def slow_viterbi(of: Slow) -> np.ndarray:
 
 def costs_of(of: Slow, chosen: Chosen) -> np.ndarray:
     """What the levels that were found cost (R), by the slow recursion."""
-    return np.array([slow_paths(of, row, chosen.lattice.levels_RC[row : row + 1])[0][0] for row in range(len(of.y_RC))])
+    return np.array(
+        [slow_paths(of, row, chosen.lattice.levels_RC[row : row + 1])[0][0] for row in range(len(of.y_RC))]
+    )
 
 
 def is_on_the_trellis(levels_RC: np.ndarray, states: int) -> bool:
@@ -169,7 +200,10 @@ def is_on_the_trellis(levels_RC: np.ndarray, states: int) -> bool:
     return True
 
 
-@given(arrays(np.int32, st.tuples(st.integers(1, 6), st.integers(1, 20)), elements=st.integers(-4000, 4000)), st.integers(-8, 8))
+@given(
+    arrays(np.int32, st.tuples(st.integers(1, 6), st.integers(1, 20)), elements=st.integers(-4000, 4000)),
+    st.integers(-8, 8),
+)
 @settings(max_examples=50, deadline=None)
 def test_one_state_without_rate_or_feedback_rounds_to_nearest(quarters_RC: np.ndarray, octaves: int) -> None:
     step = 2.0**octaves
@@ -189,7 +223,9 @@ def test_one_state_without_rate_is_gptq_column_by_column(columns: int) -> None:
     expected_RC = np.zeros(left_RC.shape)
     for column in range(columns):
         expected_RC[:, column] = np.rint(left_RC[:, column] / steps_RC[:, column])
-        error_R = (left_RC[:, column] - expected_RC[:, column] * steps_RC[:, column]) / upper_CC[column, column]
+        error_R = (left_RC[:, column] - expected_RC[:, column] * steps_RC[:, column]) / upper_CC[
+            column, column
+        ]
         left_RC[:, column + 1 :] -= np.outer(error_R, upper_CC[column, column + 1 :])
     got = choose(case)
     # A value that lies within float32 rounding of a half may go either way, and its row then takes another path; hardly any does.
@@ -217,11 +253,15 @@ def test_with_feedback_the_survivors_are_close_to_the_best_path(states: int, rat
     of, got = slow(case), choose(case)
     best_R, found_R = np.array([slow_paths(of, row)[0].min() for row in range(200)]), costs_of(of, got)
     assert (best_R <= found_R * (1 + 1e-5) + 1e-6).all()
-    assert (found_R / best_R).mean() < 1.05  # of 4 states without rate it depends on the draw: from 1.01 to 1.11
+    assert (
+        found_R / best_R
+    ).mean() < 1.05  # of 4 states without rate it depends on the draw: from 1.01 to 1.11
 
 
 @pytest.mark.parametrize(("columns", "states"), [(6, 8), (300, 1), (300, 8), (300, 64), (300, 256)])
-def test_levels_are_on_the_trellis_and_entered_values_are_those_of_feedback(columns: int, states: int) -> None:
+def test_levels_are_on_the_trellis_and_entered_values_are_those_of_feedback(
+    columns: int, states: int
+) -> None:
     case = problem(10, columns, states, 0.1, seed=8)
     of, got = slow(case), choose(case)
     assert is_on_the_trellis(got.lattice.levels_RC, states)
@@ -238,7 +278,9 @@ def test_blocks_cost_nothing(states: int) -> None:
     best_R, found_R = slow_viterbi(of), costs_of(of, got)
     assert (best_R <= found_R * (1 + 1e-5)).all()
     assert (found_R <= 1.01 * best_R).all()
-    assert (found_R / best_R).mean() < 1.0005  # without any decision taken back it would be 1.0014 on 8 states
+    assert (
+        found_R / best_R
+    ).mean() < 1.0005  # without any decision taken back it would be 1.0014 on 8 states
 
 
 def test_same_input_same_levels_and_inputs_untouched() -> None:
@@ -254,7 +296,9 @@ def test_same_input_same_levels_and_inputs_untouched() -> None:
 def test_the_order_in_memory_does_not_matter() -> None:
     """A Cholesky factor is often the transposed view of the one that was computed."""
     case = problem(20, 150, 8, 0.1, seed=11)
-    transposed = case._replace(weight_RC=np.asfortranarray(case.weight_RC), upper_CC=np.asfortranarray(case.upper_CC))
+    transposed = case._replace(
+        weight_RC=np.asfortranarray(case.weight_RC), upper_CC=np.asfortranarray(case.upper_CC)
+    )
     got, expected = choose(transposed), choose(case)
     assert np.array_equal(got.lattice.levels_RC, expected.lattice.levels_RC)
     assert np.array_equal(got.entered_RC, expected.entered_RC)
@@ -277,9 +321,14 @@ def test_wider_columns_are_as_if_they_had_been_so_from_the_start() -> None:
     case = problem(20, 40, 8, 0.1, seed=15)
     eighths_C = np.arange(40) % 3
     axes = trellis_quantiser.axes_of(
-        case.weight_RC, case.importance_R, case.rows_R, trellis_quantiser.columns_of(case.upper_CC, case.columns_C)
+        case.weight_RC,
+        case.importance_R,
+        case.rows_R,
+        trellis_quantiser.columns_of(case.upper_CC, case.columns_C),
     )
-    got = trellis_quantiser.choose(trellis_quantiser.widened(axes, eighths_C), case.step, case.states, case.rate_weight)
+    got = trellis_quantiser.choose(
+        trellis_quantiser.widened(axes, eighths_C), case.step, case.states, case.rate_weight
+    )
     expected = choose(case._replace(columns_C=(case.columns_C + eighths_C).astype(np.int8)))
     assert np.array_equal(got.lattice.columns_C, expected.lattice.columns_C)
     differ_R = (got.lattice.levels_RC != expected.lattice.levels_RC).any(1)  # where last digits decided
@@ -300,7 +349,10 @@ def test_the_lattice_keeps_what_it_was_given() -> None:
     assert got.levels_RC.shape == (12, 40)
     assert np.array_equal(got.rows_R, case.rows_R)
     assert np.array_equal(got.columns_C, case.columns_C)
-    assert (got.step, got.states) == (float(np.float32(0.1)), 8)  # as float32, which is what an artifact keeps
+    assert (got.step, got.states) == (
+        float(np.float32(0.1)),
+        8,
+    )  # as float32, which is what an artifact keeps
 
 
 def test_weights_are_levels_times_steps() -> None:
@@ -308,7 +360,9 @@ def test_weights_are_levels_times_steps() -> None:
     levels_RC = generator.integers(-LARGEST, LARGEST + 1, (50, 60)).astype(np.int16)
     rows_R, columns_C = (generator.integers(-127, 128, size).astype(np.int8) for size in (50, 60))
     got = trellis_quantiser.weights(Lattice(levels_RC, rows_R, columns_C, float(np.float32(0.0123)), 8))
-    expected_RC = levels_RC * float(np.float32(0.0123)) * 2.0 ** ((rows_R[:, None].astype(float) + columns_C) / 8)
+    expected_RC = (
+        levels_RC * float(np.float32(0.0123)) * 2.0 ** ((rows_R[:, None].astype(float) + columns_C) / 8)
+    )
     assert got.dtype == np.float32
     np.testing.assert_allclose(got, expected_RC, rtol=1e-6)
 
@@ -351,7 +405,9 @@ def test_the_table_of_bits_is_of_probabilities(states: int) -> None:
 
 @pytest.mark.parametrize("bad", [16384.0, -1e9, float("inf"), float("nan")])
 def test_a_weight_too_many_steps_from_zero_is_refused(bad: float) -> None:
-    case = problem(6, 10, 8, 0.1, seed=17, feedback=False)._replace(rows_R=np.zeros(6, np.int8), columns_C=np.zeros(10, np.int8), step=1.0)
+    case = problem(6, 10, 8, 0.1, seed=17, feedback=False)._replace(
+        rows_R=np.zeros(6, np.int8), columns_C=np.zeros(10, np.int8), step=1.0
+    )
     case.weight_RC[2, 3] = 16383.0
     assert abs(choose(case).lattice.levels_RC[2, 3] - 16383) <= 2
     case.weight_RC[2, 3] = bad
@@ -368,7 +424,9 @@ def test_a_level_that_feedback_drives_beyond_16_bits_is_refused() -> None:
 
 BROKEN = {
     "importances of zero": lambda case: case._replace(importance_R=np.zeros_like(case.importance_R)),
-    "an importance that is not a number": lambda case: case._replace(importance_R=case.importance_R + np.float32("nan")),
+    "an importance that is not a number": lambda case: case._replace(
+        importance_R=case.importance_R + np.float32("nan")
+    ),
     "U that is not a number": lambda case: case._replace(upper_CC=case.upper_CC + np.float32("nan")),
     "U of zeros": lambda case: case._replace(upper_CC=np.zeros_like(case.upper_CC)),
 }
@@ -393,8 +451,12 @@ def test_costs_that_are_not_numbers_are_refused(name: str) -> None:
     assert code == 0, f"ended with {code}: 1 is no error, -11 a segmentation fault"
 
 
-@pytest.mark.parametrize(("states", "step", "least", "most"), [(8, 0.25, 0.0, 0.10), (4, 0.25, 0.0, 0.115), (1, 0.42, 0.24, 0.28)])
-def test_the_rate_is_as_near_to_the_bound_as_the_trellis_allows(states: int, step: float, least: float, most: float) -> None:
+@pytest.mark.parametrize(
+    ("states", "step", "least", "most"), [(8, 0.25, 0.0, 0.10), (4, 0.25, 0.0, 0.115), (1, 0.42, 0.24, 0.28)]
+)
+def test_the_rate_is_as_near_to_the_bound_as_the_trellis_allows(
+    states: int, step: float, least: float, most: float
+) -> None:
     """Normal values need log2(deviation / root of distortion) bits; the uniform grid's 0.25 above that is what trellises win back."""
     weight_RC = np.random.default_rng(19).standard_normal((256, 512)).astype(np.float32)
     chosen = plain(weight_RC, step, states, 0.1).lattice

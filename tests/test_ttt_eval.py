@@ -9,7 +9,15 @@ from stages.sliding_eval.params import SlidingEvalParams
 from stages.sliding_eval.scorer import SlidingScorer
 from stages.ttt_eval.params import Params, TttEvalParams
 from stages.ttt_eval.sgd.scorer import TTTScorer, chunk_lr
-from tests.factories import PARALLEL, TINY, TTT, assert_forks_are_independent, assert_pieces_and_predictions_agree, random_model, world
+from tests.factories import (
+    PARALLEL,
+    TINY,
+    TTT,
+    assert_forks_are_independent,
+    assert_pieces_and_predictions_agree,
+    random_model,
+    world,
+)
 
 SLIDING = SlidingEvalParams(window=16, stride=4, batch_windows=3, chunk=32)
 
@@ -22,7 +30,9 @@ def stream(count: int = 150) -> np.ndarray:
 
 
 def scorer(tokens: np.ndarray, **changes: float) -> TTTScorer:
-    return TTTScorer(random_model(6), SLIDING, TttEvalParams(**{**TTT.__dict__, **changes}), world(), len(tokens) - 1)
+    return TTTScorer(
+        random_model(6), SLIDING, TttEvalParams(**{**TTT.__dict__, **changes}), world(), len(tokens) - 1
+    )
 
 
 def slow_ttt(tokens: np.ndarray) -> np.ndarray:
@@ -65,8 +75,12 @@ def test_what_is_not_trained_stays_as_it_is(trained):
     s = scorer(tokens, trained=trained)
     before = copy.deepcopy(s.scorer.model.state_dict())
     s.score_stream(tokens)
-    moved = {name for name, tensor in s.scorer.model.state_dict().items() if not torch.equal(before[name], tensor)}
-    matrices = {name for name, tensor in before.items() if name.startswith("blocks.") and name.endswith(".weight")}
+    moved = {
+        name for name, tensor in s.scorer.model.state_dict().items() if not torch.equal(before[name], tensor)
+    }
+    matrices = {
+        name for name, tensor in before.items() if name.startswith("blocks.") and name.endswith(".weight")
+    }
     tables = {"embedding.weight", "value_tables.0.weight", "value_tables.1.weight"}
     assert moved == (matrices if trained == "matrices" else set(before) - matrices - tables)
 
@@ -121,7 +135,9 @@ def test_pieces_predictions_and_the_whole_stream_agree():
 
 def test_the_model_given_and_the_forks_are_independent():
     tokens = stream()
-    assert_forks_are_independent(lambda model: TTTScorer(model, SLIDING, TTT, world(), len(tokens) - 1), tokens)
+    assert_forks_are_independent(
+        lambda model: TTTScorer(model, SLIDING, TTT, world(), len(tokens) - 1), tokens
+    )
 
 
 def test_a_fork_that_trains_first_does_not_move_the_original():

@@ -18,11 +18,15 @@ def test_a_cheat_is_convicted_by_the_test_that_names_it(cheat: Cheat, tmp_path: 
 
 
 @pytest.mark.parametrize("scorer", lawful.LAWFUL)
-def test_a_lawful_scorer_passes_everything_whatever_is_drawn(scorer: type[lawful.Bigram], tmp_path: Path) -> None:
+def test_a_lawful_scorer_passes_everything_whatever_is_drawn(
+    scorer: type[lawful.Bigram], tmp_path: Path
+) -> None:
     """A sample; benchmarks/audit_matrix.py has more than 200 such runs."""
     for seed in (1, 2):
         verdicts = harness.audit(scorer, tmp_path, key=bytes([seed]), tokens=lawful.stream(1500, seed))
-        assert {verdict.outcome for verdict in verdicts} == {"pass"}, [reason(verdict) for verdict in convicted(verdicts)]
+        assert {verdict.outcome for verdict in verdicts} == {"pass"}, [
+            reason(verdict) for verdict in convicted(verdicts)
+        ]
 
 
 def test_each_way_to_cheat_with_time_is_told_from_the_others(tmp_path: Path) -> None:
@@ -36,7 +40,9 @@ def test_each_way_to_cheat_with_time_is_told_from_the_others(tmp_path: Path) -> 
 
 
 def test_only_the_text_shows_documents_that_were_tokenized_otherwise(tmp_path: Path) -> None:
-    assert harness.failed(paper.overlap(tmp_path, harness.KEY, spelt=True)) == {"B15 passages shared by train and val"}
+    assert harness.failed(paper.overlap(tmp_path, harness.KEY, spelt=True)) == {
+        "B15 passages shared by train and val"
+    }
 
 
 def test_lawful_bytes_pass(tmp_path: Path) -> None:

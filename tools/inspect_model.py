@@ -11,7 +11,9 @@ from stages.pack.stats import layers_tsv
 
 def main(argv: list[str] | None = None) -> None:
     """Print the model's parameters and a table of the tensors; exits 2, with one line, on a file that is not lawful."""
-    parser = argparse.ArgumentParser(prog="python -m tools.inspect_model", description="Say what a model.bin holds.")
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.inspect_model", description="Say what a model.bin holds."
+    )
     parser.add_argument("file", type=Path, help="a model.bin")
     path: Path = parser.parse_args(argv).file
     with refusing("inspect_model"):

@@ -14,7 +14,9 @@ from stages.audit.params import AuditParams
 from stages.common import clock, config, shards
 from stages.common.cli_errors import refusing
 
-OFFICIAL_TARGETS = 40_540_160  # of the challenge's validation set with SP8192, as the records count them (#1493)
+OFFICIAL_TARGETS = (
+    40_540_160  # of the challenge's validation set with SP8192, as the records count them (#1493)
+)
 NEEDED = ("startup_seconds", "warm_up_targets", "targets_per_second", "ranks")
 
 
@@ -31,9 +33,15 @@ def measured(path: Path) -> dict[str, Any]:
         timing = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
-    missing = [key for key in NEEDED if not isinstance(timing.get(key), (int, float))] if isinstance(timing, dict) else list(NEEDED)
+    missing = (
+        [key for key in NEEDED if not isinstance(timing.get(key), (int, float))]
+        if isinstance(timing, dict)
+        else list(NEEDED)
+    )
     if missing:
-        raise ValueError(f"{path} has no {', '.join(missing)}: expected the timing.json of sliding_eval or ttt_eval")
+        raise ValueError(
+            f"{path} has no {', '.join(missing)}: expected the timing.json of sliding_eval or ttt_eval"
+        )
     return {key: timing[key] for key in NEEDED}
 
 
@@ -42,7 +50,9 @@ def plan(path: Path, targets: int, processes: int, budget_seconds: float) -> tup
     timing = measured(path)
     seconds = clock.projected_seconds(timing, targets, processes)
     if seconds is None:
-        raise ValueError(f"{path} holds no rate: the whole stream was warm-up; measure on more than {timing['warm_up_targets']:,} targets")
+        raise ValueError(
+            f"{path} holds no rate: the whole stream was warm-up; measure on more than {timing['warm_up_targets']:,} targets"
+        )
     rate = timing["targets_per_second"] / timing["ranks"]
     holds = seconds <= budget_seconds
     sentence = (
@@ -62,14 +72,30 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("timing", nargs="+", type=Path, metavar="TIMING", help="timing.json of an evaluation")
     parser.add_argument("--targets", type=int, default=OFFICIAL_TARGETS, metavar="N", help="targets to score")
     parser.add_argument("--val", type=Path, metavar="DIR", help="shards to score, instead of --targets")
-    parser.add_argument("--processes", type=int, default=clock.OFFICIAL_PROCESSES, metavar="N", help="devices of the measured kind")
-    parser.add_argument("--params", type=Path, default=Path("params.yaml"), metavar="FILE", help="has audit.evaluation_budget_seconds")
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=clock.OFFICIAL_PROCESSES,
+        metavar="N",
+        help="devices of the measured kind",
+    )
+    parser.add_argument(
+        "--params",
+        type=Path,
+        default=Path("params.yaml"),
+        metavar="FILE",
+        help="has audit.evaluation_budget_seconds",
+    )
     arguments = parser.parse_args(argv)
     with refusing("plan"):
         budget = config.load(arguments.params, Params, []).audit.evaluation_budget_seconds
-        targets = sum(map(shards.count, shards.find(arguments.val))) - 1 if arguments.val else arguments.targets
+        targets = (
+            sum(map(shards.count, shards.find(arguments.val))) - 1 if arguments.val else arguments.targets
+        )
         if targets < 1 or arguments.processes < 1:
-            raise ValueError(f"{targets} targets on {arguments.processes} devices: expected at least one of each")
+            raise ValueError(
+                f"{targets} targets on {arguments.processes} devices: expected at least one of each"
+            )
         plans = [plan(path, targets, arguments.processes, budget) for path in arguments.timing]
     print("\n".join(sentence for sentence, _ in plans))
     raise SystemExit(0 if all(holds for _, holds in plans) else 1)

@@ -69,7 +69,9 @@ def values(text: str, name: str) -> dict[str, Value]:
         if dotted in found:
             raise ValueError(f"{dotted}: set twice in {name}")
         if "\n" in text[start:end] or start == end:
-            raise ValueError(f"{dotted}: {name} must give its value on the key's own line, a list in brackets")
+            raise ValueError(
+                f"{dotted}: {name} must give its value on the key's own line, a list in brackets"
+            )
         found[dotted] = Value(text[start:end], start, end)
     return found
 
@@ -107,7 +109,9 @@ def available(folder: Path) -> list[str]:
 def lay(preset: Path, base: Path, output: Path) -> list[str]:
     """Write `base` with `preset` laid over it to `output`, once it is known to be valid; returns the changes as lines."""
     if not preset.is_file():
-        raise ValueError(f"{preset} does not exist; the presets are {', '.join(available(preset.parent)) or 'none'}")
+        raise ValueError(
+            f"{preset} does not exist; the presets are {', '.join(available(preset.parent)) or 'none'}"
+        )
     config.read(base)
     before = base.read_text(encoding="utf-8")
     after = overlay(before, preset.read_text(encoding="utf-8"), str(base), str(preset))
@@ -136,14 +140,24 @@ def check(base: Path, folder: Path) -> list[str]:
 
 def main(argv: list[str] | None = None) -> None:
     """The command; a user's error is one line and exit code 2."""
-    parser = argparse.ArgumentParser(prog="python -m tools.preset", description="Lay a preset over the parameter file, in place.")
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.preset", description="Lay a preset over the parameter file, in place."
+    )
     choice = parser.add_mutually_exclusive_group(required=True)
     choice.add_argument("name", nargs="?", metavar="NAME", help=f"a file of {FOLDER}/ without its ending")
-    choice.add_argument("--check", action="store_true", help="validate the parameter file and every preset, change nothing")
-    parser.add_argument(
-        "--params", type=Path, default=Path("params.yaml"), metavar="FILE", help="the parameter file (default: %(default)s)"
+    choice.add_argument(
+        "--check", action="store_true", help="validate the parameter file and every preset, change nothing"
     )
-    parser.add_argument("--output", type=Path, metavar="FILE", help="where the result goes (default: the parameter file)")
+    parser.add_argument(
+        "--params",
+        type=Path,
+        default=Path("params.yaml"),
+        metavar="FILE",
+        help="the parameter file (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="where the result goes (default: the parameter file)"
+    )
     arguments = parser.parse_args(argv)
     with refusing("preset", yaml.YAMLError):
         if arguments.check:
@@ -151,7 +165,9 @@ def main(argv: list[str] | None = None) -> None:
         else:
             output = arguments.output or arguments.params
             lines = lay(FOLDER / f"{arguments.name}.yaml", arguments.params, output)
-            lines.append(f"{output}: {len(lines)} values changed" if lines else f"{output}: already {arguments.name}")
+            lines.append(
+                f"{output}: {len(lines)} values changed" if lines else f"{output}: already {arguments.name}"
+            )
     print("\n".join(lines))
 
 

@@ -89,10 +89,14 @@ def main(run: command.Run[Params]) -> None:
     run.write_json(f"{folder}/{names[0]}", report.as_json(verdicts, declared))
     run.write_text(f"{folder}/{names[1]}", report.as_markdown(verdicts, declared))
     for verdict in verdicts:
-        run.report.log(f"audit: {verdict.outcome}: {verdict.subject} {verdict.check} {verdict.name}: {verdict.evidence}")
+        run.report.log(
+            f"audit: {verdict.outcome}: {verdict.subject} {verdict.check} {verdict.name}: {verdict.evidence}"
+        )
     if guilty:
         if run.is_main:
-            sys.stderr.write(f"error: audit: {reason(guilty[0])}; {len(guilty)} failed, see {run.output.parent / FAILED[1]}\n")
+            sys.stderr.write(
+                f"error: audit: {reason(guilty[0])}; {len(guilty)} failed, see {run.output.parent / FAILED[1]}\n"
+            )
         raise SystemExit(1)
     run.write_json("metrics.json", report.summary(verdicts))
 
@@ -103,22 +107,34 @@ def read_stream(val: Path, tokenizer: SentencePieceProcessor, table: bpb.ByteTab
         shards.check_ids(path, table.vocab_size)
     tokens = shards.stream(val)
     by_decoding = coverage.count_documents(tokens, tokenizer)
-    return Stream(tokens, table.bos, bpb.target_bytes(tokens, table), by_decoding, Speller(tokenizer).bytes_of)
+    return Stream(
+        tokens, table.bos, bpb.target_bytes(tokens, table), by_decoding, Speller(tokenizer).bytes_of
+    )
 
 
-def audit_files(run: command.Run[Params], paths: Mapping[str, Path], stream: Stream, tokenizer: SentencePieceProcessor) -> list[Verdict]:
+def audit_files(
+    run: command.Run[Params], paths: Mapping[str, Path], stream: Stream, tokenizer: SentencePieceProcessor
+) -> list[Verdict]:
     """Bytes, clocks, denominator, data, seeds."""
     params, manifest = run.params, read_json(paths["manifest"])
     documents = np.frombuffer(paths["documents"].read_bytes(), dtype="<u8")
-    training = [budgets.seconds_of(read_json(paths[name]), "training_seconds") for name in ("train_timing", "calibrate_timing")]
+    training = [
+        budgets.seconds_of(read_json(paths[name]), "training_seconds")
+        for name in ("train_timing", "calibrate_timing")
+    ]
     whole = None if None in training else sum(seconds for seconds in training if seconds is not None)
     verdicts = [
-        budgets.check_sizes({paths[name].name: paths[name].stat().st_size for name in ("model", "code")}, params.pack.budget_bytes),
+        budgets.check_sizes(
+            {paths[name].name: paths[name].stat().st_size for name in ("model", "code")},
+            params.pack.budget_bytes,
+        ),
         budgets.check_clock("training", "files", whole, params.train.seconds),
     ]
     for subject, option in BUDGETED.items():
         seconds = budgets.seconds_of(read_json(paths[option] / "timing.json"), "process_seconds")
-        verdicts.append(budgets.check_clock("evaluation", subject, seconds, params.audit.evaluation_budget_seconds))
+        verdicts.append(
+            budgets.check_clock("evaluation", subject, seconds, params.audit.evaluation_budget_seconds)
+        )
     recorded, counts = budgets.manifest_entries(manifest)
     found = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in shards.find(paths["val"])}
     verdicts += [
@@ -130,13 +146,20 @@ def audit_files(run: command.Run[Params], paths: Mapping[str, Path], stream: Str
     ]
     if params.audit.shingle_rate:
         verdicts.append(
-            contamination.check_passages(contamination.find(paths["train"], paths["val"], tokenizer, params.audit.shingle_rate))
+            contamination.check_passages(
+                contamination.find(paths["train"], paths["val"], tokenizer, params.audit.shingle_rate)
+            )
         )
     return verdicts
 
 
 def audit_scorers(
-    run: command.Run[Params], paths: Mapping[str, Path], stream: Stream, table: bpb.ByteTable, key: bytes, here: World
+    run: command.Run[Params],
+    paths: Mapping[str, Path],
+    stream: Stream,
+    table: bpb.ByteTable,
+    key: bytes,
+    here: World,
 ) -> list[Verdict]:
     """Both scorers of the pipeline, each against its own ledger."""
     params, verdicts = run.params, []
@@ -144,9 +167,13 @@ def audit_scorers(
     tolerances = (params.audit.loss_tolerance, params.audit.mean_tolerance)
     if activation_dtype(params.parallel, here.device) != here.dtype:
         tolerances = (params.audit.bfloat16_loss_tolerance, params.audit.bfloat16_mean_tolerance)
-    for name, one in pipeline_scorers.scorers(model, params.sliding_eval, params.ttt_eval, here, table, len(stream.tokens) - 1).items():
+    for name, one in pipeline_scorers.scorers(
+        model, params.sliding_eval, params.ttt_eval, here, table, len(stream.tokens) - 1
+    ).items():
         claim = read_claim(paths[BUDGETED[name]], f"{BUDGETED[name]}_bpb", tolerances)
-        verdicts += audit_scorer(name, one.factory, stream, claim, one.edges, key, params.audit, run.report, one.variants)
+        verdicts += audit_scorer(
+            name, one.factory, stream, claim, one.edges, key, params.audit, run.report, one.variants
+        )
         if params.audit.decoded_targets:
             verdicts.append(_decoded(name, one.factory, params, paths, stream, claim))
     return verdicts
@@ -161,16 +188,27 @@ def visit_room(params: Params, paths: Mapping[str, Path], here: World) -> list[V
         metric = f"{option}_bpb"
         claimed = float(read_json(paths[option] / "metrics.json").get(metric, math.nan))
         command_words = ("train_gpt.py", "eval", "--scorer", name)
-        seen = clean_room.visit(clean_room.Artifact(artifact, data, command_words), covered=[paths["train"].absolute(), Path.cwd()])
+        seen = clean_room.visit(
+            clean_room.Artifact(artifact, data, command_words),
+            covered=[paths["train"].absolute(), Path.cwd()],
+        )
         exact = here.device.type == "cpu"
-        claim = clean_room.Claim(metric, claimed, params.audit.evaluation_budget_seconds, 0.0 if exact else ROOM_TOLERANCE)
-        verdicts += [dataclasses.replace(verdict, subject=name) for verdict in clean_room.check_clean_room(seen, claim)]
+        claim = clean_room.Claim(
+            metric, claimed, params.audit.evaluation_budget_seconds, 0.0 if exact else ROOM_TOLERANCE
+        )
+        verdicts += [
+            dataclasses.replace(verdict, subject=name) for verdict in clean_room.check_clean_room(seen, claim)
+        ]
     return verdicts
 
 
-def _decoded(name: str, factory: Factory, params: Params, paths: Mapping[str, Path], stream: Stream, claim: Claim) -> Verdict:
+def _decoded(
+    name: str, factory: Factory, params: Params, paths: Mapping[str, Path], stream: Stream, claim: Claim
+) -> Verdict:
     """B12: the stream's first targets, by a process of its own that computes as this one does."""
-    parallel = dataclasses.replace(params.parallel, dtype="float32", deterministic=True, compile=False, nproc=1)
+    parallel = dataclasses.replace(
+        params.parallel, dtype="float32", deterministic=True, compile=False, nproc=1
+    )
     sections = {
         "parallel": dataclasses.asdict(parallel),
         "sliding_eval": dataclasses.asdict(params.sliding_eval),
@@ -179,7 +217,9 @@ def _decoded(name: str, factory: Factory, params: Params, paths: Mapping[str, Pa
     words = (name, str(paths["model"].absolute()), str(paths["tokenizer"].absolute()), json.dumps(sections))
     ledger = claim.ledger if claim.ledger.shape == (len(stream.tokens) - 1,) else None
     recipe = scorer_recipe.Recipe(scorer_recipe.OWN, words)
-    return round_trip.check_round_trip(name, factory, recipe, stream.tokens, 1, params.audit.decoded_targets, ledger, claim.tolerances[0])
+    return round_trip.check_round_trip(
+        name, factory, recipe, stream.tokens, 1, params.audit.decoded_targets, ledger, claim.tolerances[0]
+    )
 
 
 def read_claim(folder: Path, metric: str, tolerances: tuple[float, float]) -> Claim:
@@ -188,7 +228,12 @@ def read_claim(folder: Path, metric: str, tolerances: tuple[float, float]) -> Cl
         nll = np.load(folder / "nll.npy", allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise ValueError(f"{folder / 'nll.npy'} is not a ledger: {error}") from error
-    return Claim(nll, (folder / "chunks.tsv").read_text(encoding="utf-8"), read_json(folder / "metrics.json").get(metric), tolerances)
+    return Claim(
+        nll,
+        (folder / "chunks.tsv").read_text(encoding="utf-8"),
+        read_json(folder / "metrics.json").get(metric),
+        tolerances,
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:

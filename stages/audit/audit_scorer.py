@@ -48,7 +48,9 @@ class Claim:
     ledger: np.ndarray  # as read: whether it is whole is a finding, not an assumption
     chunks: str | None  # chunks.tsv, where there is one
     reported_bpb: Any  # from metrics.json
-    tolerances: tuple[float, float]  # nats, for one loss and for the mean: how closely the auditor's arithmetic can repeat the evaluation's
+    tolerances: tuple[
+        float, float
+    ]  # nats, for one loss and for the mean: how closely the auditor's arithmetic can repeat the evaluation's
 
 
 class Check(NamedTuple):
@@ -95,25 +97,33 @@ def audit_scorer(
     if claim.chunks is not None:
         on_files.append(coverage.check_chunks(name, claim.chunks, ledger, stream.target_bytes))
     try:
-        return on_files + _walked(Case(name, factory, stream, edges, key, params, variants), ledger, claim.tolerances, report)
+        return on_files + _walked(
+            Case(name, factory, stream, edges, key, params, variants), ledger, claim.tolerances, report
+        )
     except probe_runner.BrokenProtocol as error:
         return [*on_files, _broken(name, error)]
 
 
-def _walked(case: Case, ledger: np.ndarray | None, tolerances: tuple[float, float], report: Report) -> list[Verdict]:
+def _walked(
+    case: Case, ledger: np.ndarray | None, tolerances: tuple[float, float], report: Report
+) -> list[Verdict]:
     tokens, params = case.tokens, case.params
     targets = len(case.stream.tokens) - 1
     scorer = case.factory(targets)
     segment = min(params.segment_targets, len(tokens) - 1)
     predicts = bool(getattr(scorer, "predicts", True))
-    groups = sampling.perturbation_groups(case.key, tokens, case.stream.bos, case.edges, params.perturbations, segment)
+    groups = sampling.perturbation_groups(
+        case.key, tokens, case.stream.bos, case.edges, params.perturbations, segment
+    )
     futures = Check(
         causality.probes(case.key, groups, tokens, scorer.vocab_size, case.stream.bos),
         lambda seen: [causality.judge_perturbation(case.name, groups, seen)],
     )
     checks = [
         futures,
-        _distributions(case, ledger, tolerances[0], scorer.vocab_size) if predicts else _totals(case, scorer.vocab_size),
+        _distributions(case, ledger, tolerances[0], scorer.vocab_size)
+        if predicts
+        else _totals(case, scorer.vocab_size),
         _documents(case, scorer),
         _handings(case, segment, predicts),
         *_canaries(case, scorer.vocab_size, predicts),
@@ -154,14 +164,18 @@ def _totals(case: Case, vocab_size: int) -> Check:
     places = sampling.distribution_positions(case.key, len(case.tokens), params.distributions)
     return Check(
         normalisation_blackbox.probes(case.key, places, case.tokens, vocab_size, params.substitutions),
-        lambda seen: [normalisation_blackbox.judge(case.name, seen, params.loss_tolerance, params.canary_bits)],
+        lambda seen: [
+            normalisation_blackbox.judge(case.name, seen, params.loss_tolerance, params.canary_bits)
+        ],
     )
 
 
 def _documents(case: Case, scorer: Scorer) -> Check:
     """B1c."""
     start = sampling.spread(case.key, "graph", len(case.tokens), 1)[0]
-    probe = document_order.probe(case.key, start, case.tokens, scorer.vocab_size, case.stream.bos, case.params.graph_documents)
+    probe = document_order.probe(
+        case.key, start, case.tokens, scorer.vocab_size, case.stream.bos, case.params.graph_documents
+    )
     scope = getattr(scorer, "scope", "stream")
     return Check([probe], lambda seen: [document_order.judge(case.name, probe, seen[0], scope)])
 

@@ -28,8 +28,12 @@ OF_SCORERS = {
     "B7": Entry("uniform canary", ("C1", "C2"), "a scorer that could be run"),
     "B8": Entry("self-sampled canary", ("C1", "C2"), "predict(), observe() and fork()"),
     "B9": Entry("known-entropy canaries", ("C1", "C2"), "a scorer that could be run"),
-    "B10": Entry("metamorphic variants", ("C2",), "a factory that takes `permutation`, `buckets` or `memory_weight`"),
-    "B12": Entry("decoder round trip", ("C1", "C2", "C3", "C4"), "predict(), observe() and fork(), and a fresh process"),
+    "B10": Entry(
+        "metamorphic variants", ("C2",), "a factory that takes `permutation`, `buckets` or `memory_weight`"
+    ),
+    "B12": Entry(
+        "decoder round trip", ("C1", "C2", "C3", "C4"), "predict(), observe() and fork(), and a fresh process"
+    ),
     "B13": Entry("whole or in pieces", ("C1", "C3", "C4"), "a scorer that could be run"),
 }
 OF_FILES = {
@@ -41,13 +45,21 @@ OF_FILES = {
 }
 
 
-def complete(verdicts: Sequence[Verdict], scorers: Sequence[str], reasons: Mapping[str, str] | None = None) -> list[Verdict]:
+def complete(
+    verdicts: Sequence[Verdict], scorers: Sequence[str], reasons: Mapping[str, str] | None = None
+) -> list[Verdict]:
     """The verdicts, and one "cannot tell" for each test that is missing among them; `reasons` says why, by test."""
     found = {(verdict.subject, verdict.check) for verdict in verdicts}
     wanted = [(subject, check, entry) for subject in scorers for check, entry in OF_SCORERS.items()]
-    absent = [not_run(subject, check, entry, reasons or {}) for subject, check, entry in wanted if (subject, check) not in found]
+    absent = [
+        not_run(subject, check, entry, reasons or {})
+        for subject, check, entry in wanted
+        if (subject, check) not in found
+    ]
     run = {verdict.check for verdict in verdicts}
-    absent += [not_run("files", check, entry, reasons or {}) for check, entry in OF_FILES.items() if check not in run]
+    absent += [
+        not_run("files", check, entry, reasons or {}) for check, entry in OF_FILES.items() if check not in run
+    ]
     return [*verdicts, *absent]
 
 

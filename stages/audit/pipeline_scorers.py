@@ -32,10 +32,20 @@ class Own(NamedTuple):
 Make = Callable[[Model, ByteTable, int], Scorer]
 
 
-def scorers(model: Model, sliding: SlidingEvalParams, ttt: TttEvalParams, here: World, table: ByteTable, n_targets: int) -> dict[str, Own]:
+def scorers(
+    model: Model,
+    sliding: SlidingEvalParams,
+    ttt: TttEvalParams,
+    here: World,
+    table: ByteTable,
+    n_targets: int,
+) -> dict[str, Own]:
     """All of them, by the name of their stage."""
     made: dict[str, tuple[Make, Edges]] = {
-        "sliding_eval": (lambda model, _, __: SlidingScorer(model, sliding, here), Edges(window=sliding.stride, chunk=None)),
+        "sliding_eval": (
+            lambda model, _, __: SlidingScorer(model, sliding, here),
+            Edges(window=sliding.stride, chunk=None),
+        ),
         "ttt_eval": (
             lambda model, table, targets: scorer_for(model, sliding, ttt, here, table, targets),
             Edges(window=sliding.stride, chunk=ttt.chunk if ttt.kind == "sgd" else None),
@@ -48,7 +58,9 @@ def _own(make: Make, edges: Edges, model: Model, table: ByteTable, n_targets: in
     return Own(
         factory=lambda targets: make(model, table, targets),
         edges=edges,
-        variants=Variants(relabelled=lambda names: make(relabelled(model, names), respelled(table, names), n_targets)),
+        variants=Variants(
+            relabelled=lambda names: make(relabelled(model, names), respelled(table, names), n_targets)
+        ),
     )
 
 

@@ -97,7 +97,11 @@ def distribution(scorer: Scorer) -> np.ndarray:
 
 def _held_to(what: str, returned: Any, dtype: np.dtype[Any], shape: tuple[int, ...]) -> np.ndarray:
     if not isinstance(returned, np.ndarray) or returned.dtype != dtype or returned.shape != shape:
-        saw = f"{returned.dtype} {returned.shape}" if isinstance(returned, np.ndarray) else type(returned).__name__
+        saw = (
+            f"{returned.dtype} {returned.shape}"
+            if isinstance(returned, np.ndarray)
+            else type(returned).__name__
+        )
         raise BrokenProtocol(f"{what} returned {saw}, expected {dtype} {shape}")
     return returned
 

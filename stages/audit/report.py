@@ -40,16 +40,28 @@ def of_conditions(verdicts: list[Verdict]) -> dict[str, dict[str, Outcome]]:
     table: dict[str, dict[str, Outcome]] = {key: {} for key in CONDITIONS}
     for key, row in table.items():
         for subject in dict.fromkeys(verdict.subject for verdict in verdicts if key in verdict.conditions):
-            held = [verdict for verdict in verdicts if verdict.subject == subject and key in verdict.conditions]
+            held = [
+                verdict for verdict in verdicts if verdict.subject == subject and key in verdict.conditions
+            ]
             outcomes = {verdict.outcome for verdict in held}
-            missing = any(verdict.outcome == "cannot tell" and verdict.check in ESSENTIAL[key] for verdict in held)
-            row[subject] = "fail" if "fail" in outcomes else "cannot tell" if missing or "pass" not in outcomes else "pass"
+            missing = any(
+                verdict.outcome == "cannot tell" and verdict.check in ESSENTIAL[key] for verdict in held
+            )
+            row[subject] = (
+                "fail"
+                if "fail" in outcomes
+                else "cannot tell"
+                if missing or "pass" not in outcomes
+                else "pass"
+            )
     return table
 
 
 def summary(verdicts: list[Verdict]) -> dict[str, Any]:
     """metrics.json: whether the audit passed, and how many verdicts there are of each kind."""
-    counts = {name: sum(verdict.outcome == name for verdict in verdicts) for name in ("pass", "fail", "cannot tell")}
+    counts = {
+        name: sum(verdict.outcome == name for verdict in verdicts) for name in ("pass", "fail", "cannot tell")
+    }
     return {
         "audit_passed": int(counts["fail"] == 0),
         "audit_pass": counts["pass"],
@@ -78,7 +90,11 @@ def as_markdown(verdicts: list[Verdict], declared: Mapping[str, Any]) -> str:
         lines += ["", f"## {_title(key, name)}", "", *_table(HEAD, _rows(key, verdicts))]
     lines += ["", "## What each check can and cannot see", ""]
     lines += _table(["check", "name", "sees", "cannot see"], _sight_rows(verdicts))
-    lines += ["", "A verdict speaks of the run that was audited and of the positions drawn, and of nothing else.", ""]
+    lines += [
+        "",
+        "A verdict speaks of the run that was audited and of the positions drawn, and of nothing else.",
+        "",
+    ]
     return "\n".join(lines)
 
 
@@ -92,7 +108,10 @@ def _title(key: str, name: str) -> str:
 def _overview(verdicts: list[Verdict]) -> list[str]:
     subjects = list(dict.fromkeys(verdict.subject for verdict in verdicts))
     table = of_conditions(verdicts)
-    rows = [[_title(key, name), *(_cell(key, subject, table[key], verdicts) for subject in subjects)] for key, name in CONDITIONS.items()]
+    rows = [
+        [_title(key, name), *(_cell(key, subject, table[key], verdicts) for subject in subjects)]
+        for key, name in CONDITIONS.items()
+    ]
     return _table(["condition", *subjects], rows)
 
 
@@ -106,13 +125,27 @@ def _rows(key: str, verdicts: list[Verdict]) -> list[list[str]]:
     """The verdicts on one condition, the worst first; a condition that nothing looked at says so."""
     held = [verdict for verdict in verdicts if key in verdict.conditions]
     held.sort(key=lambda verdict: WORST_FIRST.index(verdict.outcome))
-    return [_row(verdict) for verdict in held] or [["-", "-", "cannot tell", "-", "-", "-", "no check looked at it", "-"]]
+    return [_row(verdict) for verdict in held] or [
+        ["-", "-", "cannot tell", "-", "-", "-", "no check looked at it", "-"]
+    ]
 
 
 def _row(verdict: Verdict) -> list[str]:
-    places = ", ".join(map(str, verdict.positions[:SHOWN])) + (", ..." if len(verdict.positions) > SHOWN else "")
-    numbers = [f"{number:.9g}" if isinstance(number, float) else str(number) for number in (verdict.saw, verdict.expected, verdict.bound)]
-    return [verdict.subject, f"{verdict.check} {verdict.name}", _marked(verdict.outcome), *numbers, verdict.evidence, places or "-"]
+    places = ", ".join(map(str, verdict.positions[:SHOWN])) + (
+        ", ..." if len(verdict.positions) > SHOWN else ""
+    )
+    numbers = [
+        f"{number:.9g}" if isinstance(number, float) else str(number)
+        for number in (verdict.saw, verdict.expected, verdict.bound)
+    ]
+    return [
+        verdict.subject,
+        f"{verdict.check} {verdict.name}",
+        _marked(verdict.outcome),
+        *numbers,
+        verdict.evidence,
+        places or "-",
+    ]
 
 
 def _marked(result: str) -> str:
@@ -125,7 +158,11 @@ def _counted(verdicts: list[Verdict]) -> str:
 
 
 def _sight_rows(verdicts: list[Verdict]) -> list[list[str]]:
-    rows = [[verdict.check, verdict.name, verdict.sees, verdict.blind] for verdict in verdicts if verdict.outcome != "cannot tell"]
+    rows = [
+        [verdict.check, verdict.name, verdict.sees, verdict.blind]
+        for verdict in verdicts
+        if verdict.outcome != "cannot tell"
+    ]
     return [list(row) for row in dict.fromkeys(map(tuple, rows))]
 
 

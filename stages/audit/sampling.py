@@ -67,7 +67,9 @@ def key_of(paths: Iterable[Path]) -> bytes:
     return together.digest()
 
 
-def perturbation_groups(key: bytes, tokens: np.ndarray, bos: int, edges: Edges, count: int, segment: int) -> list[Group]:
+def perturbation_groups(
+    key: bytes, tokens: np.ndarray, bos: int, edges: Edges, count: int, segment: int
+) -> list[Group]:
     """About `count` positions in segments spread over the stream, around edges of every kind and anywhere."""
     draw = Draw(key, "perturbation")
     length = min(segment, len(tokens) - 1)
@@ -79,7 +81,15 @@ def perturbation_groups(key: bytes, tokens: np.ndarray, bos: int, edges: Edges, 
         low = 3 + (len(tokens) - 6) * stratum // len(kinds)
         anchor = draw.one(low, max(low + 1, 3 + (len(tokens) - 6) * (stratum + 1) // len(kinds)))
         edge = _nearest_edge(kind, anchor, tokens, bos, edges)
-        groups.append(_group(draw, kind if edge is not None else "random", anchor if edge is None else edge, len(tokens), length))
+        groups.append(
+            _group(
+                draw,
+                kind if edge is not None else "random",
+                anchor if edge is None else edge,
+                len(tokens),
+                length,
+            )
+        )
     return groups
 
 
@@ -135,4 +145,7 @@ def _nearest_edge(kind: str, anchor: int, tokens: np.ndarray, bos: int, edges: E
 
 def _stratified(draw: Draw, low: int, high: int, count: int) -> list[int]:
     span = high - low
-    return [draw.one(low + span * i // count, max(low + span * i // count + 1, low + span * (i + 1) // count)) for i in range(count)]
+    return [
+        draw.one(low + span * i // count, max(low + span * i // count + 1, low + span * (i + 1) // count))
+        for i in range(count)
+    ]

@@ -26,7 +26,9 @@ class Verdict:
     saw: Number  # the two numbers that should agree ...
     expected: Number
     bound: Number  # ... and how far apart they may be; 0 means the same bits
-    positions: tuple[int, ...]  # token positions in the stream that the evidence is about; of a failure, where it failed first
+    positions: tuple[
+        int, ...
+    ]  # token positions in the stream that the evidence is about; of a failure, where it failed first
     sees: str  # what a check like this detects
     blind: str  # and what it cannot
 

@@ -23,12 +23,18 @@ def main(run: command.Run[Params]) -> None:
     """Strip, compress, write; the source is only read."""
     source = run.path("source").absolute()
     if source.name != PACKAGE:
-        raise ValueError(f"--source {source} is not a folder called {PACKAGE}: the modules are carried under that name")
+        raise ValueError(
+            f"--source {source} is not a folder called {PACKAGE}: the modules are carried under that name"
+        )
     if run.output.resolve().is_relative_to(source.resolve()):
-        raise ValueError(f"--output {run.arguments.output} lies in the source that is packed; name a folder outside {source}")
+        raise ValueError(
+            f"--output {run.arguments.output} lies in the source that is packed; name a folder outside {source}"
+        )
     carried = importer_template.sources(source.parent)
     file = importer_template.render(carried, embedded(run.params), run.params.bundle.brotli_quality)
-    run.report.log(f"bundle: {len(carried)} modules, {sum(map(len, carried.values())):,} characters stripped, {len(file):,} bytes packed")
+    run.report.log(
+        f"bundle: {len(carried)} modules, {sum(map(len, carried.values())):,} characters stripped, {len(file):,} bytes packed"
+    )
     require_room(len(file), run.params.pack.code_reserve_bytes)
     run.write_bytes("train_gpt.py", file)
     run.write_json("metrics.json", {"bytes_code": len(file), "modules": len(carried)})

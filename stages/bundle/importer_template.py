@@ -77,12 +77,17 @@ def sources(root: Path) -> dict[str, str]:
 
     An empty one becomes an empty line: inspect takes an empty text for a missing one.
     """
-    return {path.as_posix(): strip(closure.read(root / path)) or "\n" for path in sorted(closure.closure(root, ENTRY))}
+    return {
+        path.as_posix(): strip(closure.read(root / path)) or "\n"
+        for path in sorted(closure.closure(root, ENTRY))
+    }
 
 
 def render(carried: Mapping[str, str], parameters: Mapping[str, Any], quality: int) -> bytes:
     """The bundle of these modules and parameters; the same arguments give the same bytes."""
-    packed = brotli.compress(plain(carried, parameters), mode=brotli.MODE_TEXT, quality=quality, lgwin=LARGEST_WINDOW)
+    packed = brotli.compress(
+        plain(carried, parameters), mode=brotli.MODE_TEXT, quality=quality, lgwin=LARGEST_WINDOW
+    )
     return wrap(packed)
 
 

@@ -43,7 +43,9 @@ def pieces(source: str) -> Iterator[Piece]:
     """The tokens of `source`; an f-string is one piece, as it is one token up to Python 3.11."""
     lines = source.split("\n")
     opened: list[tuple[int, int]] = []
-    for token in tokenize.generate_tokens(io.StringIO(source + "\n").readline):  # whose last line may want its end
+    for token in tokenize.generate_tokens(
+        io.StringIO(source + "\n").readline
+    ):  # whose last line may want its end
         kind = tokenize.tok_name[token.type]
         if kind == "FSTRING_START":
             opened.append(token.start)
@@ -58,7 +60,12 @@ def pieces(source: str) -> Iterator[Piece]:
 def _gap(before: Piece, piece: Piece) -> str:
     """A space where two pieces of a statement would otherwise be read as one: word after word, or an attribute of a number."""
     joins = WORD.match(piece.text[0]) or piece.text[0] == "."
-    return " " if joins and (before.type == tokenize.NUMBER or (WORD.match(before.text[-1]) and piece.text[0] != ".")) else ""
+    return (
+        " "
+        if joins
+        and (before.type == tokenize.NUMBER or (WORD.match(before.text[-1]) and piece.text[0] != "."))
+        else ""
+    )
 
 
 def _between(lines: list[str], start: tuple[int, int], end: tuple[int, int]) -> str:

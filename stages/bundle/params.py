@@ -27,7 +27,9 @@ class BundleParams:
 class SubmissionParams:
     """The section `submission`: what the challenge asks of the author, and which score is claimed."""
 
-    scorer: Literal["sliding_eval", "ttt_eval"]  # whose ledger is val_bpb, named before the run and never chosen after it
+    scorer: Literal[
+        "sliding_eval", "ttt_eval"
+    ]  # whose ledger is val_bpb, named before the run and never chosen after it
     author: str  # as it shall appear on the leaderboard
     github_id: str  # account that opens the pull request
     name: str  # of the submission, one line

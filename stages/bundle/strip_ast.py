@@ -43,7 +43,9 @@ def module(tree: ast.Module) -> ast.Module:
         for name in ("body", "orelse", "finalbody"):
             block = getattr(node, name, None)
             if isinstance(block, list):
-                setattr(node, name, [kept for statement in block for kept in _kept(statement, assigned, unused)])
+                setattr(
+                    node, name, [kept for statement in block for kept in _kept(statement, assigned, unused)]
+                )
     return tree
 
 
@@ -68,7 +70,11 @@ def annotated(tree: ast.AST) -> Iterator[ast.arg | Function | ast.AnnAssign]:
     """What has an annotation that nothing reads: arguments, functions (their result) and assignments."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, Function) and not node.decorator_list:
-            yield from (argument for argument in ast.walk(node.args) if isinstance(argument, ast.arg) and argument.annotation)
+            yield from (
+                argument
+                for argument in ast.walk(node.args)
+                if isinstance(argument, ast.arg) and argument.annotation
+            )
             if node.returns:
                 yield node
         if isinstance(node, ast.AnnAssign) and node.value and not isinstance(tree, ast.ClassDef):
@@ -124,19 +130,27 @@ class _Text:
     def span(self, node: ast.stmt | ast.expr | ast.arg) -> tuple[int, int]:
         assert node.end_lineno is not None
         assert node.end_col_offset is not None
-        return self.lines[node.lineno - 1] + node.col_offset, self.lines[node.end_lineno - 1] + node.end_col_offset
+        return self.lines[node.lineno - 1] + node.col_offset, self.lines[
+            node.end_lineno - 1
+        ] + node.end_col_offset
 
     def _docstrings(self) -> Iterator[Cut]:
         for node in ast.walk(self.tree):
             if is_documented(node):
-                yield self._statement(node.body[0], alone=len(node.body) == 1 and not isinstance(node, ast.Module))
+                yield self._statement(
+                    node.body[0], alone=len(node.body) == 1 and not isinstance(node, ast.Module)
+                )
 
     def _imports(self) -> Iterator[Cut]:
         unused = orphans(self.tree)
         for node in self.tree.body:
             if not isinstance(node, ast.ImportFrom) or unused.isdisjoint(node.names):
                 continue
-            names = [alias.name + (f" as {alias.asname}" if alias.asname else "") for alias in node.names if alias not in unused]
+            names = [
+                alias.name + (f" as {alias.asname}" if alias.asname else "")
+                for alias in node.names
+                if alias not in unused
+            ]
             kept = f"from {'.' * node.level}{node.module or ''} import {', '.join(names)}"
             yield Cut(*self.span(node), kept.encode("utf-8")) if names else self._statement(node, alone=False)
 
@@ -150,7 +164,9 @@ class _Text:
         if isinstance(node, Function):
             begin = self.raw.rindex(b"->", 0, first)
         else:
-            begin = self.raw.rindex(b":", self.span(node.target if isinstance(node, ast.AnnAssign) else node)[0], first)
+            begin = self.raw.rindex(
+                b":", self.span(node.target if isinstance(node, ast.AnnAssign) else node)[0], first
+            )
         for _ in range(self.raw.count(b"(", begin, first)):
             last = self.raw.index(b")", last) + 1
         return Cut(len(self.raw[:begin].rstrip(b" ")), last)

@@ -30,8 +30,14 @@ def main(run: command.Run[Params]) -> None:
         hessians = collect(load_file(model_file), run.params, shard_folder, here, run.report, clock)
         if here.is_main:
             save_file(hessians, run.output / "hessians.safetensors")
-            run.write_json("metrics.json", {"calibration_tokens": run.params.calibrate.tokens, "hessians": len(hessians)})
-        run.timing |= {"training_seconds": clock.seconds, "hardware": hardware(here.device), "ranks": here.size}
+            run.write_json(
+                "metrics.json", {"calibration_tokens": run.params.calibrate.tokens, "hessians": len(hessians)}
+            )
+        run.timing |= {
+            "training_seconds": clock.seconds,
+            "hardware": hardware(here.device),
+            "ranks": here.size,
+        }
         run.report.log(
             f"calibrate: {len(hessians)} Hessians from {run.params.calibrate.tokens:,} tokens, data read for {clock.seconds:.1f} s"
         )

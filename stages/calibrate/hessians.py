@@ -48,13 +48,22 @@ def accumulate_(hessian_CC: Tensor, inputs: Tensor, weight: float = 1.0) -> None
 
 
 def collect(
-    state: dict[str, Tensor], params: Params, shard_folder: Path, world: World, report: Report, clock: Interval
+    state: dict[str, Tensor],
+    params: Params,
+    shard_folder: Path,
+    world: World,
+    report: Report,
+    clock: Interval,
 ) -> dict[str, Tensor]:
     """Hessians and importances by name, float32 on the CPU; the clock runs from the first read of training data to the last."""
     model = model_for(params.model, world)
     model.load_state_dict(state)
     sums = observe_(model, params.calibrate.revisit_weight)
-    squares = {name: torch.zeros(len(weight), device=world.device) for name, weight in model.named_parameters() if is_quantised(name)}
+    squares = {
+        name: torch.zeros(len(weight), device=world.device)
+        for name, weight in model.named_parameters()
+        if is_quantised(name)
+    }
     local = local_windows(params, world)
     differentiated = max(1, params.calibrate.importance_tokens // params.model.context // world.size)
     micro = micro_batch_size(local, params.calibrate.micro_batch_tokens // params.model.context)
@@ -73,7 +82,11 @@ def collect(
     passes = -(-min(differentiated, local) // micro)  # whole ones: the last may go beyond
     for hessian in sums.values():
         world.sum_(hessian).div_(params.calibrate.tokens)
-    sums |= {name: torch.eye(weight.shape[1]) for name, weight in state.items() if is_table(name) and name != EMBEDDING}
+    sums |= {
+        name: torch.eye(weight.shape[1])
+        for name, weight in state.items()
+        if is_table(name) and name != EMBEDDING
+    }
     for square in squares.values():
         world.sum_(square).div_(passes * micro * params.model.context * world.size)
     found = sums | {importance_name(name): square for name, square in squares.items()}
@@ -95,7 +108,9 @@ def observe_(model: Model, revisit_weight: float = 1.0) -> dict[str, Tensor]:
     """
     device = model.embedding.weight.device
     plan = visit_plan(model.params, looped=True)
-    visits = {f"blocks.{index}": (plan.encoder + plan.decoder).count(index) for index in range(model.params.layers)}
+    visits = {
+        f"blocks.{index}": (plan.encoder + plan.decoder).count(index) for index in range(model.params.layers)
+    }
     for mlp in (module for module in model.modules() if isinstance(module, MLP)):
         mlp.operations = mlp.operations._replace(mlp=None)
     sums: dict[str, Tensor] = {}
@@ -104,7 +119,9 @@ def observe_(model: Model, revisit_weight: float = 1.0) -> dict[str, Tensor]:
         if is_matrix(weight) and hasattr(module, "weight") and hessian_name(weight) == weight:
             columns = module.weight.shape[1]
             sums[weight] = torch.zeros(columns, columns, device=device)
-            seen_by = model.get_submodule(name.removesuffix(".query"))  # query, key and value are one product of the attention's input
+            seen_by = model.get_submodule(
+                name.removesuffix(".query")
+            )  # query, key and value are one product of the attention's input
             of_block = visits[".".join(name.split(".")[:2])]
             seen_by.register_forward_pre_hook(_observer(sums[weight], of_block, revisit_weight))
     sums[EMBEDDING] = torch.zeros(model.params.width, model.params.width, device=device)
@@ -112,17 +129,23 @@ def observe_(model: Model, revisit_weight: float = 1.0) -> dict[str, Tensor]:
     return sums
 
 
-def differentiate_(model: Model, inputs: Tensor, targets: Tensor, first: int, squares: dict[str, Tensor]) -> None:
+def differentiate_(
+    model: Model, inputs: Tensor, targets: Tensor, first: int, squares: dict[str, Tensor]
+) -> None:
     """Add the squared gradients of the windows, summed over tokens and over each row; `first` seeds the signs."""
     losses = model(inputs, targets, looped=True)
-    signs = torch.randint(0, 2, losses.shape, generator=torch.Generator().manual_seed(first)).to(losses) * 2 - 1
+    signs = (
+        torch.randint(0, 2, losses.shape, generator=torch.Generator().manual_seed(first)).to(losses) * 2 - 1
+    )
     named = {name: weight for name, weight in model.named_parameters() if name in squares}
     gradients = torch.autograd.grad((losses * signs).sum(), list(named.values()))
     for name, gradient in zip(named, gradients, strict=True):
         squares[name] += gradient.float().square().sum(1)
 
 
-def _observer(hessian: Tensor, visits: int, revisit_weight: float) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+def _observer(
+    hessian: Tensor, visits: int, revisit_weight: float
+) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
     """An observer of a module that one forward pass visits so often."""
     visit = itertools.cycle(range(visits))
 

@@ -12,7 +12,9 @@ class CalibrateParams:
     """The section `calibrate`."""
 
     tokens: int  # training tokens whose activations are measured, over all ranks; the first ones of the training order
-    importance_tokens: int  # of these, tokens whose gradients say how much each row matters; rounded up to whole passes
+    importance_tokens: (
+        int  # of these, tokens whose gradients say how much each row matters; rounded up to whole passes
+    )
     micro_batch_tokens: int  # most tokens of one forward pass
     revisit_weight: float  # of the second and later visits of a looped block in the Hessians of its matrices; 1 counts every visit alike
 
@@ -35,4 +37,7 @@ class Params:
 
     def __post_init__(self) -> None:
         if self.calibrate.tokens % self.model.context:
-            reject("calibrate.tokens", f"{self.calibrate.tokens} is not a multiple of model.context ({self.model.context})")
+            reject(
+                "calibrate.tokens",
+                f"{self.calibrate.tokens} is not a multiple of model.context ({self.model.context})",
+            )

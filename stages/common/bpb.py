@@ -45,12 +45,18 @@ class ByteTable:
         """(V,) uint64: a number for what each id says, to be hashed where an id's own number must not matter."""
         kinds = self.boundary + 2 * self.leading_space.astype(np.int64)
         said = (bytes([kind]) + text for kind, text in zip(kinds.tolist(), self.texts, strict=True))
-        return np.array([int.from_bytes(hashlib.blake2b(one, digest_size=8).digest(), "little") for one in said], dtype=np.uint64)
+        return np.array(
+            [int.from_bytes(hashlib.blake2b(one, digest_size=8).digest(), "little") for one in said],
+            dtype=np.uint64,
+        )
 
     def emissions(self, after_boundary: bool) -> list[bytes]:
         """What each id adds to the text, behind a token without text or behind one with."""
         space = b"" if after_boundary else b" "
-        return [space * leading + text for leading, text in zip(self.leading_space.tolist(), self.texts, strict=True)]
+        return [
+            space * leading + text
+            for leading, text in zip(self.leading_space.tolist(), self.texts, strict=True)
+        ]
 
 
 def load_tokenizer(path: Path) -> sentencepiece.SentencePieceProcessor:
@@ -68,9 +74,13 @@ def byte_table(tokenizer: sentencepiece.SentencePieceProcessor) -> ByteTable:
     vocab = tokenizer.vocab_size()
     byte_ids = [i for i in range(vocab) if tokenizer.is_byte(i)]
     if len(byte_ids) != 256:
-        raise ValueError(f"the tokenizer has {len(byte_ids)} byte-fallback pieces, expected 256; train it with byte_fallback")
+        raise ValueError(
+            f"the tokenizer has {len(byte_ids)} byte-fallback pieces, expected 256; train it with byte_fallback"
+        )
     if tokenizer.is_unknown(tokenizer.piece_to_id(SPACE_MARKER)):
-        raise ValueError("the tokenizer has no piece for a lone space (U+2581), so leading spaces could not be counted")
+        raise ValueError(
+            "the tokenizer has no piece for a lone space (U+2581), so leading spaces could not be counted"
+        )
     if tokenizer.bos_id() < 0:
         raise ValueError("the tokenizer has no BOS id; every document starts with BOS")
     texts = [b""] * vocab
@@ -97,7 +107,9 @@ def target_bytes(tokens: np.ndarray, table: ByteTable) -> np.ndarray:
 def bits_per_byte(nll: np.ndarray, counted_bytes: np.ndarray) -> float:
     """Total nats of `nll` in bits over total bytes, summed in float64; both (N-1,)."""
     if nll.shape != counted_bytes.shape:
-        raise ValueError(f"{len(nll)} losses against {len(counted_bytes)} targets: the ledger belongs to another stream")
+        raise ValueError(
+            f"{len(nll)} losses against {len(counted_bytes)} targets: the ledger belongs to another stream"
+        )
     total_bytes = int(counted_bytes.sum(dtype=np.int64))
     if total_bytes == 0:
         raise ValueError("the targets hold no bytes, so bits per byte is undefined")

@@ -12,7 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-OFFICIAL_BYTES, OFFICIAL_PROCESSES = 151_078_222, 8  # of the challenge: its validation text (logs of #1493), one process for each GPU
+OFFICIAL_BYTES, OFFICIAL_PROCESSES = (
+    151_078_222,
+    8,
+)  # of the challenge: its validation text (logs of #1493), one process for each GPU
 
 
 @dataclass
@@ -65,7 +68,9 @@ class Pace:
             "ranks": processes,
         }
         official = round(targets * OFFICIAL_BYTES / max(1, counted_bytes))
-        return measured | {"projected_seconds_8gpu": projected_seconds(measured, official, OFFICIAL_PROCESSES)}
+        return measured | {
+            "projected_seconds_8gpu": projected_seconds(measured, official, OFFICIAL_PROCESSES)
+        }
 
 
 def projected_seconds(measured: Mapping[str, Any], targets: int, processes: int) -> float | None:
@@ -78,7 +83,9 @@ def projected_seconds(measured: Mapping[str, Any], targets: int, processes: int)
     (20.0, 11.25)
     """
     rate = measured["targets_per_second"] / measured["ranks"] * processes
-    return measured["startup_seconds"] + max(0, targets - measured["warm_up_targets"]) / rate if rate else None
+    return (
+        measured["startup_seconds"] + max(0, targets - measured["warm_up_targets"]) / rate if rate else None
+    )
 
 
 def process_seconds() -> float:

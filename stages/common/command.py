@@ -65,7 +65,11 @@ class Run(Generic[P]):
         path: Path = getattr(self.arguments, name)
         if not path.exists():
             maker = path.parts[1] if path.parts[0] == "artifacts" and len(path.parts) > 1 else None
-            hint = f"run `dvc repro {maker}` first, or name another with --{name.replace('_', '-')}" if maker else "check the path"
+            hint = (
+                f"run `dvc repro {maker}` first, or name another with --{name.replace('_', '-')}"
+                if maker
+                else "check the path"
+            )
             raise ValueError(f"{path} does not exist: {hint}")
         return path
 
@@ -132,13 +136,17 @@ def _run(stage: Stage[P], main: Callable[[Run[P]], None], params: P, arguments: 
         main(Run(stage, params, arguments, staging, Report(is_main=False)))
         return
     shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True, exist_ok=True)  # NFS keeps a removed file, and its folder, while the process that runs torchrun has it open
+    staging.mkdir(
+        parents=True, exist_ok=True
+    )  # NFS keeps a removed file, and its folder, while the process that runs torchrun has it open
     try:
         with (staging / "log.txt").open("w", encoding="utf-8") as log_file:
             run = Run(stage, params, arguments, staging, Report(log_file=log_file))
             main(run)
             run.report.log(f"{stage.name}: done")
-        run.write_json("timing.json", {"process_seconds": clock.process_seconds()} | environment.facts() | run.timing)
+        run.write_json(
+            "timing.json", {"process_seconds": clock.process_seconds()} | environment.facts() | run.timing
+        )
         _publish(staging, final, stage.writes + MEASURED_OUTPUTS)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -167,10 +175,20 @@ def _parser(stage: Stage[Any], with_params: bool, output: Path) -> argparse.Argu
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     if with_params:
-        parser.add_argument("--params", type=Path, default=PARAMETER_FILE, metavar="FILE", help="parameter file")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="override one parameter; may be given again")
+        parser.add_argument(
+            "--params", type=Path, default=PARAMETER_FILE, metavar="FILE", help="parameter file"
+        )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY.PATH=VALUE",
+        help="override one parameter; may be given again",
+    )
     for name, path in stage.reads.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=Path, default=path, metavar="PATH", help="input")
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=Path, default=path, metavar="PATH", help="input"
+        )
     parser.add_argument("--output", type=Path, default=output, metavar="DIR", help="where the outputs go")
     if stage.add_options is not None:
         stage.add_options(parser)

@@ -123,11 +123,15 @@ def _build(raw: Any, schema: type[P], prefix: str) -> P:
     hints = get_type_hints(schema)
     for key in raw:
         if key not in hints:
-            raise ValueError(f"{prefix}{key}: unknown key; known are {', '.join(prefix + name for name in hints)}")
+            raise ValueError(
+                f"{prefix}{key}: unknown key; known are {', '.join(prefix + name for name in hints)}"
+            )
     values = {}
     for key, hint in hints.items():
         if key not in raw:
-            raise ValueError(f"{prefix}{key}: missing key; add it to the parameter file (see params.yaml for its meaning)")
+            raise ValueError(
+                f"{prefix}{key}: missing key; add it to the parameter file (see params.yaml for its meaning)"
+            )
         values[key] = _value(raw[key], hint, prefix + key)
     try:
         return schema(**values)
@@ -147,9 +151,15 @@ def _value(raw: Any, hint: Any, key: str) -> Any:
         return None if raw is None else _value(raw, next(a for a in arguments if a is not type(None)), key)
     if origin is tuple:
         if not isinstance(raw, (list, tuple)) or (arguments[-1] is not ... and len(raw) != len(arguments)):
-            raise ValueError(f"{key}: saw {raw!r}, expected a list" + ("" if arguments[-1] is ... else f" of {len(arguments)} values"))
+            raise ValueError(
+                f"{key}: saw {raw!r}, expected a list"
+                + ("" if arguments[-1] is ... else f" of {len(arguments)} values")
+            )
         element_hints = [arguments[0]] * len(raw) if arguments[-1] is ... else arguments
-        return tuple(_value(item, element, f"{key}[{i}]") for i, (item, element) in enumerate(zip(raw, element_hints, strict=True)))
+        return tuple(
+            _value(item, element, f"{key}[{i}]")
+            for i, (item, element) in enumerate(zip(raw, element_hints, strict=True))
+        )
     return _scalar(raw, hint, key)
 
 
@@ -157,7 +167,9 @@ def _scalar(raw: Any, hint: type, key: str) -> Any:
     if hint is float and type(raw) is int:
         return float(raw)
     if hint is float and isinstance(raw, str) and _is_number(raw):
-        raise ValueError(f"{key}: saw the string {raw!r}, expected a number; YAML 1.1 wants a dot in it, as in 1.0e-4")
+        raise ValueError(
+            f"{key}: saw the string {raw!r}, expected a number; YAML 1.1 wants a dot in it, as in 1.0e-4"
+        )
     if type(raw) is not hint:
         raise ValueError(f"{key}: saw {raw!r} ({type(raw).__name__}), expected {hint.__name__}")
     if isinstance(raw, float) and not math.isfinite(raw):

@@ -35,14 +35,18 @@ _libraries: list[torch.library.Library] = []  # kernels are registered for as lo
 
 def require_avx2() -> None:
     """Raise ValueError unless torch runs its AVX2 kernels: on another instruction set every last digit would differ."""
-    if not torch.cpu._is_avx2_supported():  # asks the CPU; the capability below is what ATEN_CPU_CAPABILITY says, true or not
+    if (
+        not torch.cpu._is_avx2_supported()
+    ):  # asks the CPU; the capability below is what ATEN_CPU_CAPABILITY says, true or not
         raise ValueError(
             f"this CPU ({processor()}) has no AVX2 with FMA, and every result depends on them;"
             " expected an x86-64 CPU of 2015 or later (Intel Haswell, AMD Excavator)"
         )
     capability = torch.backends.cpu.get_cpu_capability()
     if capability != "AVX2":
-        raise ValueError(f"torch runs its {capability} kernels, expected AVX2: it was imported before `stages`; import `stages` first")
+        raise ValueError(
+            f"torch runs its {capability} kernels, expected AVX2: it was imported before `stages`; import `stages` first"
+        )
 
 
 def processor() -> str:
@@ -61,7 +65,9 @@ def install() -> None:
         return
     library = torch.library.Library("aten", "IMPL")
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Warning only once for all operators")  # that a kernel is replaced
+        warnings.filterwarnings(
+            "ignore", message="Warning only once for all operators"
+        )  # that a kernel is replaced
         for name, kernel in _kernels().items():
             library.impl(name, kernel, "CPU")
     _libraries.append(library)

@@ -27,7 +27,9 @@ ONE_JOB_BELOW = 1 << 15  # multiplications; waking a thread takes longer
 
 # A job is a row of these int64: the arguments of cblas_?gemm that differ between jobs.
 JOB_FIELDS = ("transpose_a", "transpose_b", "m", "n", "k", "a", "lda", "b", "ldb", "c", "ldc")
-A, B, C = (JOB_FIELDS.index(name) for name in "abc")  # the addresses; each is followed by its leading dimension
+A, B, C = (
+    JOB_FIELDS.index(name) for name in "abc"
+)  # the addresses; each is followed by its leading dimension
 HEADER = 4  # int64 before the first job: number of jobs, 1 for float64, then alpha and beta as float64
 ROW_MAJOR, AS_IT_IS, TRANSPOSED = 101, 111, 112  # CBLAS's constants
 
@@ -64,7 +66,10 @@ def multiply_into(out: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0, beta: f
     threads = torch.get_num_threads() if out.numel() * a.shape[-1] >= ONE_JOB_BELOW else 1
     layout = _layout(tuple(a.shape), a.stride(), tuple(b.shape), b.stride(), out.element_size(), threads)
     if layout.copy_a or layout.copy_b:
-        a, b = (x.clone(memory_format=torch.contiguous_format) if copy else x for x, copy in ((a, layout.copy_a), (b, layout.copy_b)))
+        a, b = (
+            x.clone(memory_format=torch.contiguous_format) if copy else x
+            for x, copy in ((a, layout.copy_a), (b, layout.copy_b))
+        )
         layout = _layout(tuple(a.shape), a.stride(), tuple(b.shape), b.stride(), out.element_size(), threads)
     library = _library()
     if library is None:
@@ -83,17 +88,31 @@ def multiply_into(out: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0, beta: f
 def _require_fit(out: Tensor, a: Tensor, b: Tensor) -> None:
     """Raise RuntimeError, as torch's own kernels do, unless the factors fit each other: BLAS would read outside of them."""
     if a.dtype != b.dtype or out.dtype != a.dtype:
-        raise RuntimeError(f"expected factors of one dtype, got {a.dtype} and {b.dtype} for a result of {out.dtype}")
-    fits = a.ndim == b.ndim == out.ndim and a.ndim in (2, 3) and a.shape[-1] == b.shape[-2] and a.shape[:-2] == b.shape[:-2]
+        raise RuntimeError(
+            f"expected factors of one dtype, got {a.dtype} and {b.dtype} for a result of {out.dtype}"
+        )
+    fits = (
+        a.ndim == b.ndim == out.ndim
+        and a.ndim in (2, 3)
+        and a.shape[-1] == b.shape[-2]
+        and a.shape[:-2] == b.shape[:-2]
+    )
     if not fits:
-        raise RuntimeError(f"cannot multiply {tuple(a.shape)} and {tuple(b.shape)}: expected (M, K) and (K, N), or equal batches of them")
+        raise RuntimeError(
+            f"cannot multiply {tuple(a.shape)} and {tuple(b.shape)}: expected (M, K) and (K, N), or equal batches of them"
+        )
     assert out.is_contiguous()
     assert out.shape == (*a.shape[:-1], b.shape[-1])
 
 
 @functools.lru_cache(maxsize=512)
 def _layout(
-    shape_a: tuple[int, ...], stride_a: tuple[int, ...], shape_b: tuple[int, ...], stride_b: tuple[int, ...], size: int, threads: int
+    shape_a: tuple[int, ...],
+    stride_a: tuple[int, ...],
+    shape_b: tuple[int, ...],
+    stride_b: tuple[int, ...],
+    size: int,
+    threads: int,
 ) -> Layout:
     """One job for each part of the product: whole matrices of a large batch, else equal parts of each matrix. `size` is bytes a number."""
     batch = shape_a[0] if len(shape_a) == 3 else 1
@@ -113,8 +132,12 @@ def _layout(
     jobs = np.empty((batch * parts, len(JOB_FIELDS)), np.int64)
     jobs[:, 0], jobs[:, 1] = transpose_a, transpose_b
     jobs[:, 2], jobs[:, 3], jobs[:, 4] = (length, columns, depth) if by_rows else (rows, length, depth)
-    jobs[:, A] = size * (matrix * (stride_a[0] if len(shape_a) == 3 else 0) + (first * stride_a[-2] if by_rows else 0))
-    jobs[:, B] = size * (matrix * (stride_b[0] if len(shape_b) == 3 else 0) + (0 if by_rows else first * stride_b[-1]))
+    jobs[:, A] = size * (
+        matrix * (stride_a[0] if len(shape_a) == 3 else 0) + (first * stride_a[-2] if by_rows else 0)
+    )
+    jobs[:, B] = size * (
+        matrix * (stride_b[0] if len(shape_b) == 3 else 0) + (0 if by_rows else first * stride_b[-1])
+    )
     jobs[:, C] = size * (matrix * rows * columns + first * (columns if by_rows else 1))
     jobs[:, A + 1], jobs[:, B + 1], jobs[:, C + 1] = leading_a, leading_b, columns
     jobs = jobs[length > 0]
@@ -146,14 +169,20 @@ def _multiply_by_numpy(out: Tensor, a: Tensor, b: Tensor, alpha: float, beta: fl
         by_rows = rows >= columns
         part = out_np[..., first:last, :] if by_rows else out_np[..., first:last]
         with np.errstate(all="ignore"):
-            product = np.matmul(a_np[..., first:last, :], b_np) if by_rows else np.matmul(a_np, b_np[..., first:last])
+            product = (
+                np.matmul(a_np[..., first:last, :], b_np)
+                if by_rows
+                else np.matmul(a_np, b_np[..., first:last])
+            )
         part[...] = alpha * product + (beta * part if beta else 0)
 
 
 @functools.cache
 def _library() -> Library | None:
     """The compiled function and GOMP_parallel; None where numpy or torch do not bring what it needs."""
-    blas = _load(Path(np.__file__).parent.with_name("numpy.libs"), "libscipy_openblas64_*.so", "scipy_cblas_sgemm64_")
+    blas = _load(
+        Path(np.__file__).parent.with_name("numpy.libs"), "libscipy_openblas64_*.so", "scipy_cblas_sgemm64_"
+    )
     openmp = _load(Path(torch.__file__).parent / "lib", "libgomp*.so*", "GOMP_parallel")
     if blas is None or openmp is None:
         return None
@@ -189,11 +218,33 @@ def _compile(blas: ctypes.CDLL, openmp: ctypes.CDLL) -> int:
         for job in range(thread_number(), count, thread_count()):
             at = HEADER + width * job
             trans_a, trans_b, m, n, k = work[at], work[at + 1], work[at + 2], work[at + 3], work[at + 4]
-            a, lda, b, ldb, c, ldc = work[at + 5], work[at + 6], work[at + 7], work[at + 8], work[at + 9], work[at + 10]
+            a, lda, b, ldb, c, ldc = (
+                work[at + 5],
+                work[at + 6],
+                work[at + 7],
+                work[at + 8],
+                work[at + 9],
+                work[at + 10],
+            )
             if work[1]:
                 double(ROW_MAJOR, trans_a, trans_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc)
             else:
-                single(ROW_MAJOR, trans_a, trans_b, m, n, k, np.float32(alpha), a, lda, b, ldb, np.float32(beta), c, ldc)
+                single(
+                    ROW_MAJOR,
+                    trans_a,
+                    trans_b,
+                    m,
+                    n,
+                    k,
+                    np.float32(alpha),
+                    a,
+                    lda,
+                    b,
+                    ldb,
+                    np.float32(beta),
+                    c,
+                    ldc,
+                )
 
     compiled: Any = cfunc("void(voidptr)")(run_jobs)
     _compiled.append(compiled)
@@ -207,5 +258,20 @@ _compiled: list[Any] = []  # kept, or its code would be freed
 def _gemm(function: Any, real: type) -> Any:
     """cblas_?gemm with 64-bit integers; addresses are integers too."""
     function.restype = None
-    function.argtypes = (INT, INT, INT, INT64, INT64, INT64, real, SIZE, INT64, SIZE, INT64, real, SIZE, INT64)
+    function.argtypes = (
+        INT,
+        INT,
+        INT,
+        INT64,
+        INT64,
+        INT64,
+        real,
+        SIZE,
+        INT64,
+        SIZE,
+        INT64,
+        real,
+        SIZE,
+        INT64,
+    )
     return function

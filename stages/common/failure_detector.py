@@ -49,7 +49,13 @@ class Lifeline:
     news, and then the context is left by SystemExit if an error of the main thread follows from that end. Else the process is ended.
     """
 
-    def __init__(self, rank: int, lines: dict[int, socket.socket], stay: Callable[[int], float], speak: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        rank: int,
+        lines: dict[int, socket.socket],
+        stay: Callable[[int], float],
+        speak: Callable[[str], None],
+    ) -> None:
         self.rank, self.lines, self.stay, self.speak = rank, lines, stay, speak
         self._heard, self._spoken, self._leaving = threading.Event(), threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._listen, name="lifeline", daemon=True)
@@ -58,7 +64,9 @@ class Lifeline:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         # Errors of collectives, of NCCL and of the GPU are RuntimeErrors; any other is this rank's own.
         may_follow = error is None or isinstance(error, RuntimeError)
         if may_follow and self._heard.wait(0 if error is None else HEARSAY_SECONDS):
@@ -93,7 +101,10 @@ class Lifeline:
                     if self._leaving.is_set():
                         return
                     if word != WELL:
-                        self._mourn(word or f"{key.data} is gone without a word; the output on its machine may say why")
+                        self._mourn(
+                            word
+                            or f"{key.data} is gone without a word; the output on its machine may say why"
+                        )
                         return
                     ends.unregister(key.fileobj)
 
@@ -124,7 +135,9 @@ def connect(rank: int, size: int, address: str, board: Board, patience: float) -
         return _accept(size, board, patience) if rank == 0 else {0: _call(rank, address, board, patience)}
     except OSError as error:
         where = f"rank {rank}: no connection with rank 0 at {address}"
-        raise ConnectionError(f"{where} ({error}); the machines must reach each other on every port") from None
+        raise ConnectionError(
+            f"{where} ({error}); the machines must reach each other on every port"
+        ) from None
 
 
 def _call(rank: int, address: str, board: Board, patience: float) -> socket.socket:
@@ -138,7 +151,9 @@ def _accept(size: int, board: Board, patience: float) -> dict[int, socket.socket
     lines: dict[int, socket.socket] = {}
     token = secrets.token_hex(8)  # so that a stranger who finds the port is not taken for a rank
     both = socket.has_dualstack_ipv6()
-    with socket.create_server(("", 0), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both) as door:
+    with socket.create_server(
+        ("", 0), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both
+    ) as door:
         door.settimeout(patience)
         board.set(MEETING_KEY, f"{door.getsockname()[1]} {token}")
         while len(lines) < size - 1:

@@ -11,7 +11,13 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072b2", "#d55e00", "#009e73", "#7b4ea3", "#8a8f98"  # the first three: Okabe and Ito
+BLUE, ORANGE, GREEN, PURPLE, GREY = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#7b4ea3",
+    "#8a8f98",
+)  # the first three: Okabe and Ito
 INK, FAINT = "#22262c", "#e4e7eb"
 STYLE = {
     "font.size": 10,

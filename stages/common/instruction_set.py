@@ -32,7 +32,13 @@ VARIABLES = {
 
 
 # What would change the number of threads or block sizes, or contradict a variable above.
-REMOVED = ("NPY_ENABLE_CPU_FEATURES", "OMP_THREAD_LIMIT", "OMP_MAX_ACTIVE_LEVELS", "OPENBLAS_BLOCK_FACTOR", "OPENBLAS_L2_SIZE")
+REMOVED = (
+    "NPY_ENABLE_CPU_FEATURES",
+    "OMP_THREAD_LIMIT",
+    "OMP_MAX_ACTIVE_LEVELS",
+    "OPENBLAS_BLOCK_FACTOR",
+    "OPENBLAS_L2_SIZE",
+)
 
 
 def pin() -> None:

@@ -26,7 +26,9 @@ def read(path: Path, targets: int) -> np.ndarray:
     except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"{path} is not a ledger: {error}") from error
     if nll.dtype != np.float32 or nll.shape != (targets,):
-        raise ValueError(f"{path} holds {nll.dtype} {nll.shape}, expected float32 ({targets},): it belongs to another stream")
+        raise ValueError(
+            f"{path} holds {nll.dtype} {nll.shape}, expected float32 ({targets},): it belongs to another stream"
+        )
     check(nll)
     return nll
 
@@ -35,7 +37,9 @@ def check(nll: np.ndarray) -> None:
     """Raise ValueError unless every target has a loss: finite, not negative."""
     bad = np.flatnonzero(~(np.isfinite(nll) & (nll >= 0)))
     if len(bad):
-        raise ValueError(f"target {bad[0]} has loss {nll[bad[0]]} ({len(bad)} such): every target needs one finite loss")
+        raise ValueError(
+            f"target {bad[0]} has loss {nll[bad[0]]} ({len(bad)} such): every target needs one finite loss"
+        )
 
 
 def write_chunks(path: Path, nll: np.ndarray, counted_bytes: np.ndarray, chunk: int) -> None:

@@ -51,13 +51,22 @@ class Speller:
             if not piece or not spelled.startswith(piece, position):
                 break
             position += len(piece)
-            if spelled[position : position + 1].hex()[:1] not in ("8", "9", "a", "b"):  # not inside a character
+            if spelled[position : position + 1].hex()[:1] not in (
+                "8",
+                "9",
+                "a",
+                "b",
+            ):  # not inside a character
                 kept, reached = count, position
         return ids[:kept], len(spelled[:reached].decode("utf-8"))
 
     def _bytes(self, i: int) -> bytes:
         piece: str = self.tokenizer.id_to_piece(i)
-        return bytes([int(piece[3:5], 16)]) if self.tokenizer.is_byte(i) else piece.replace(SPACE_MARKER, " ").encode("utf-8")
+        return (
+            bytes([int(piece[3:5], 16)])
+            if self.tokenizer.is_byte(i)
+            else piece.replace(SPACE_MARKER, " ").encode("utf-8")
+        )
 
 
 def cut(text: str, pieces: int, shortest: int) -> list[str]:

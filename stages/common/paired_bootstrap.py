@@ -20,14 +20,21 @@ def document_of_target(tokens: np.ndarray, bos: int) -> np.ndarray:
 
 
 def paired_difference(
-    a: np.ndarray, b: np.ndarray, counted_bytes: np.ndarray, documents: np.ndarray, resamples: int = 2000, seed: int = 0
+    a: np.ndarray,
+    b: np.ndarray,
+    counted_bytes: np.ndarray,
+    documents: np.ndarray,
+    resamples: int = 2000,
+    seed: int = 0,
 ) -> Difference:
     """bpb(b) - bpb(a) and its interval from resampling documents: both ledgers see the same resample.
 
     The statistic is a ratio of sums (bits over bytes), so each resample draws documents with replacement and sums both parts.
     """
     count = int(documents.max()) + 1
-    bits = np.bincount(documents, (b.astype(np.float64) - a.astype(np.float64)) / math.log(2), minlength=count)
+    bits = np.bincount(
+        documents, (b.astype(np.float64) - a.astype(np.float64)) / math.log(2), minlength=count
+    )
     size = np.bincount(documents, counted_bytes, minlength=count)
     generator = np.random.Generator(np.random.PCG64(seed))
     drawn = np.empty(resamples)

@@ -41,7 +41,9 @@ DEVICE_PATIENCE, HOST_PATIENCE = timedelta(minutes=10), timedelta(minutes=30)
 SILENCE_SECONDS = 4.0
 USER_ERROR = 2  # the exit code of a stage that stops for what a user can mend
 # torch 2.13 renamed both, and warns when it is called by the names that 2.11 has.
-_reduce_scatter = dist.reduce_scatter_single if hasattr(dist, "reduce_scatter_single") else dist.reduce_scatter_tensor
+_reduce_scatter = (
+    dist.reduce_scatter_single if hasattr(dist, "reduce_scatter_single") else dist.reduce_scatter_tensor
+)
 _all_gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
 
 
@@ -86,7 +88,9 @@ class World:
     device: torch.device
     dtype: torch.dtype
     compile: bool
-    host_group: dist.ProcessGroup | None  # gloo: for host values, so that agreeing on them does not wait for the GPU
+    host_group: (
+        dist.ProcessGroup | None
+    )  # gloo: for host values, so that agreeing on them does not wait for the GPU
     kernels: bool = False  # fused kernels instead of plain operations
 
     @property
@@ -148,7 +152,11 @@ def relaunch_under_torchrun(params: ParallelParams, program: str, arguments: lis
     os.environ.setdefault("OMP_NUM_THREADS", str(params.threads))  # torchrun warns when it chooses
     module = [] if program.endswith(".py") else ["-m"]
     try:
-        torchrun.run(torchrun.parse_args(["--standalone", f"--nproc-per-node={params.nproc}", *module, program, *arguments]))
+        torchrun.run(
+            torchrun.parse_args(
+                ["--standalone", f"--nproc-per-node={params.nproc}", *module, program, *arguments]
+            )
+        )
     except ChildFailedError as failed:
         raise _reason(failed) from None
     except SignalException as stopped:
@@ -180,7 +188,9 @@ def set_determinism(params: ParallelParams, device: torch.device, compiles: bool
     torch.backends.cudnn.allow_tf32 = not params.deterministic
     deterministic = params.deterministic or device.type == "cpu"
     if deterministic and device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when the first handle is made
+        os.environ.setdefault(
+            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+        )  # cuBLAS reads it when the first handle is made
     if compiles:
         torch.use_deterministic_algorithms(deterministic)
     else:  # the same for what is not compiled, without importing the compiler: two seconds of each stage
@@ -219,7 +229,14 @@ def _company(rank: int, size: int, device: torch.device) -> Iterator[dist.Proces
         raise ConnectionError(_unreachable(error)) from None
     with Lifeline(rank, lines, _stay, _speak):
         gpu = device if device.type == "cuda" else None
-        dist.init_process_group("nccl" if gpu else "gloo", store=store, rank=rank, world_size=size, timeout=DEVICE_PATIENCE, device_id=gpu)
+        dist.init_process_group(
+            "nccl" if gpu else "gloo",
+            store=store,
+            rank=rank,
+            world_size=size,
+            timeout=DEVICE_PATIENCE,
+            device_id=gpu,
+        )
         yield dist.new_group(backend="gloo", timeout=HOST_PATIENCE)
         dist.destroy_process_group()  # not after an error: NCCL would wait for the others; the process ends and its groups with it
 
@@ -234,7 +251,9 @@ def _meet(rank: int, size: int) -> Store:
     except dist.DistStoreError:
         absent = [other for other, key in enumerate(keys) if not store.check([key])]
         waited = f"{MEETING.total_seconds():.0f} s"
-        raise ConnectionError(f"ranks {absent} of {size} did not come within {waited}; the output on their machine may say why") from None
+        raise ConnectionError(
+            f"ranks {absent} of {size} did not come within {waited}; the output on their machine may say why"
+        ) from None
     for other, key in enumerate(keys):
         if word := store.get(key).decode():
             time.sleep(_stay(other))
@@ -245,9 +264,13 @@ def _meet(rank: int, size: int) -> Store:
 
 def _store() -> Store:
     """What rank 0's machine keeps for all ranks."""
-    if _torchrun_holds_the_store():  # then it is there by now, and torch's own client would knock for long, and loudly
+    if (
+        _torchrun_holds_the_store()
+    ):  # then it is there by now, and torch's own client would knock for long, and loudly
         try:
-            socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), ANSWER_SECONDS).close()
+            socket.create_connection(
+                (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), ANSWER_SECONDS
+            ).close()
         except OSError as error:
             raise ConnectionError(_unreachable(error)) from None
     store, _, _ = next(rendezvous("env://", timeout=MEETING))
@@ -287,7 +310,9 @@ def _reason(failed: ChildFailedError) -> BaseException:
         return SystemExit(USER_ERROR) if said else ValueError(f"rank {rank} failed: {record['message']}")
     if first.exitcode < 0:
         return ChildProcessError(f"rank {rank} (process {first.pid}) was killed by {first.signal_name()}")
-    return ChildProcessError(f"rank {rank} (process {first.pid}) ended with exit code {first.exitcode}; the lines above say why")
+    return ChildProcessError(
+        f"rank {rank} (process {first.pid}) ended with exit code {first.exitcode}; the lines above say why"
+    )
 
 
 def _copy(output: torch.Tensor, input: torch.Tensor) -> Handle:
@@ -302,7 +327,9 @@ def _device(params: ParallelParams, local_rank: int) -> torch.device:
     if not torch.cuda.is_available():
         raise ValueError("parallel.device: cuda was asked for and torch sees no CUDA device; use cpu or auto")
     if local_rank >= torch.cuda.device_count():
-        raise ValueError(f"parallel.nproc: process {local_rank} has no GPU of its own, {torch.cuda.device_count()} are visible")
+        raise ValueError(
+            f"parallel.nproc: process {local_rank} has no GPU of its own, {torch.cuda.device_count()} are visible"
+        )
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device

@@ -62,7 +62,9 @@ class Progress:
         figures = f"{self.done:,.0f}/{self.total:,.0f} {100 * share:.0f}% {rate:,.1f}/s, {left:.0f} s left {note}".rstrip()
         if self.bar:
             filled = int(self.BAR_WIDTH * share)
-            sys.stderr.write(f"\r\x1b[K{self.what} [{'#' * filled}{'.' * (self.BAR_WIDTH - filled)}] {figures}")
+            sys.stderr.write(
+                f"\r\x1b[K{self.what} [{'#' * filled}{'.' * (self.BAR_WIDTH - filled)}] {figures}"
+            )
             sys.stderr.flush()
         else:
             self.report.log(f"{self.what}: {figures}")

@@ -89,7 +89,9 @@ class Decoder:
     def __init__(self, payload: bytes) -> None:
         self.payload, self.position = payload, 8
         self.range = INTERVAL
-        self.offset = int.from_bytes(payload[:8].ljust(8, b"\0"), "big")  # of the coded number in the interval
+        self.offset = int.from_bytes(
+            payload[:8].ljust(8, b"\0"), "big"
+        )  # of the coded number in the interval
 
     def code(self, starts: np.ndarray, symbol: int | None = None) -> int:
         """The next symbol under its distribution; `symbol`, which an encoder is told, must be None."""

@@ -30,7 +30,9 @@ def count(path: Path) -> int:
     with path.open("rb") as file:
         header = np.frombuffer(file.read(HEADER_BYTES), dtype="<i4")
     if header.size != HEADER_WORDS:
-        raise ValueError(f"{path}: {path.stat().st_size} bytes, too short for the {HEADER_BYTES} bytes of a shard's header")
+        raise ValueError(
+            f"{path}: {path.stat().st_size} bytes, too short for the {HEADER_BYTES} bytes of a shard's header"
+        )
     magic, version, tokens = (int(word) for word in header[:3])
     if magic != MAGIC:
         raise ValueError(f"{path}: magic number {magic}, expected {MAGIC}; this is not a token shard")
@@ -38,7 +40,9 @@ def count(path: Path) -> int:
         raise ValueError(f"{path}: shard version {version}, expected {VERSION}")
     expected = HEADER_BYTES + TOKEN_BYTES * tokens
     if tokens < 0 or path.stat().st_size != expected:
-        raise ValueError(f"{path}: {path.stat().st_size} bytes, expected {expected} for the {tokens} tokens of its header")
+        raise ValueError(
+            f"{path}: {path.stat().st_size} bytes, expected {expected} for the {tokens} tokens of its header"
+        )
     return tokens
 
 
@@ -63,7 +67,9 @@ def check_ids(path: Path, vocab_size: int, block: int = 1 << 22) -> None:
         largest = int(piece.max())
         if largest >= vocab_size:
             position = start + int(piece.argmax())
-            raise ValueError(f"{path}: token id {largest} at position {position}, but the vocabulary has {vocab_size} ids")
+            raise ValueError(
+                f"{path}: token id {largest} at position {position}, but the vocabulary has {vocab_size} ids"
+            )
 
 
 def write(path: Path, tokens: np.ndarray) -> None:

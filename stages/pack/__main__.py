@@ -2,7 +2,9 @@
 
 from stages.pack.file.encode_process import Encoder
 
-ENCODER = Encoder() if __name__ == "__main__" else None  # at work while what follows is imported: torch takes seconds
+ENCODER = (
+    Encoder() if __name__ == "__main__" else None
+)  # at work while what follows is imported: torch takes seconds
 
 import contextlib
 import dataclasses
@@ -28,7 +30,10 @@ STAGE = command.Stage(
     name="pack",
     summary="Quantise the weights with GPTQ and encode them within the byte budget.",
     params=Params,
-    reads={"model": Path("artifacts/train/model.safetensors"), "hessians": Path("artifacts/calibrate/hessians.safetensors")},
+    reads={
+        "model": Path("artifacts/train/model.safetensors"),
+        "hessians": Path("artifacts/calibrate/hessians.safetensors"),
+    },
     writes=("model.bin", "layers.tsv", "metrics.json"),
 )
 
@@ -60,7 +65,11 @@ def main(run: command.Run[Params]) -> None:
 def parallel_for(params: Params) -> ParallelParams:
     """Always one process: the tensors are few and the file is one, so that nproc is no business of this stage. A GPU only if it works."""
     alone = dataclasses.replace(params.parallel, nproc=1)
-    return dataclasses.replace(alone, device="cpu", dtype="float32") if QUANTISERS[params.pack.quantiser].on_cpu else alone
+    return (
+        dataclasses.replace(alone, device="cpu", dtype="float32")
+        if QUANTISERS[params.pack.quantiser].on_cpu
+        else alone
+    )
 
 
 if __name__ == "__main__":

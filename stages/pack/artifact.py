@@ -72,20 +72,28 @@ def pack(
     if make.on_cpu:
         beside(trellis_quantiser.compile_ahead)
         state, hessians = ({name: tensor.cpu() for name, tensor in of.items()} for of in (state, hessians))
-    matrices = {name: tensor.detach() for name, tensor in sorted(state.items()) if tensor_kinds.kind_of(name) != "rest"}
+    matrices = {
+        name: tensor.detach()
+        for name, tensor in sorted(state.items())
+        if tensor_kinds.kind_of(name) != "rest"
+    }
     rest = {name: half(tensor, name) for name, tensor in sorted(state.items()) if name not in matrices}
     with exact_operations():
         quantiser = make(matrices, hessians, pack_params, report)
 
         def attempt(scale: float) -> Attempt:
-            results, encoded = _quantise(matrices, quantiser, scale, None if pack_params.lqer_rank else encode, report)
+            results, encoded = _quantise(
+                matrices, quantiser, scale, None if pack_params.lqer_rank else encode, report
+            )
             if pack_params.lqer_rank:
                 results |= lqer.corrected(results, matrices, hessians, quantiser.known, pack_params)
             coded: dict[str, np.ndarray | Result] = {**rest, **results}
             encoded |= _encode({name: of for name, of in coded.items() if name not in encoded}, encode)
             entries = tuple(entry for _, entry in sorted(encoded.items()))
             blob = container.write(Contents(dataclasses.asdict(model_params), entries))
-            report.log(f"pack: {len(blob):,} bytes at scale {scale:g}, {pack_params.model_budget_bytes:,} allowed")
+            report.log(
+                f"pack: {len(blob):,} bytes at scale {scale:g}, {pack_params.model_budget_bytes:,} allowed"
+            )
             return Attempt(blob, entries, results)
 
         allowed, weights = pack_params.model_budget_bytes, sum(tensor.numel() for tensor in matrices.values())
@@ -100,7 +108,9 @@ def unpack(blob: bytes) -> tuple[ModelParams, dict[str, Tensor]]:
     contents = container.read(blob)
     params = model_params(contents.model, contents.shapes)
     state = in_threads(tensors.decode, contents.entries, lambda entry: entry.payload_bytes, usable_cores())
-    return params, {entry.name: torch.from_numpy(weights) for entry, weights in zip(contents.entries, state, strict=True)}
+    return params, {
+        entry.name: torch.from_numpy(weights) for entry, weights in zip(contents.entries, state, strict=True)
+    }
 
 
 def half(tensor: Tensor, name: str) -> np.ndarray:
@@ -133,7 +143,11 @@ def exact_operations() -> Iterator[None]:
 
 
 def _quantise(
-    matrices: Mapping[str, Tensor], quantiser: Quantiser, scale: float, encode: Callable[..., tuple[Stream, ...]] | None, report: Report
+    matrices: Mapping[str, Tensor],
+    quantiser: Quantiser,
+    scale: float,
+    encode: Callable[..., tuple[Stream, ...]] | None,
+    report: Report,
 ) -> tuple[dict[str, Result], dict[str, Entry]]:
     """Every matrix quantised; and encoded by the thread that did it, unless that serves a GPU or `encode` is not given."""
     with report.progress("GPTQ", sum(tensor.numel() for tensor in matrices.values())) as progress:
@@ -143,31 +157,49 @@ def _quantise(
 
         def together(names: Sequence[str]) -> tuple[dict[str, Result], dict[str, Entry]]:
             made = dict(zip(names, quantiser.quantise(names, scale), strict=True))
-            encoded = {name: _entry(name, result, encode) for name, result in made.items()} if encode and quantiser.on_cpu else {}
+            encoded = (
+                {name: _entry(name, result, encode) for name, result in made.items()}
+                if encode and quantiser.on_cpu
+                else {}
+            )
             progress.advance(size(names), names[0])
             return made, encoded
 
         batches = in_threads(together, quantiser.batches, size, threads_for(matrices.values()))
-    results, entries = ({name: of for batch in every for name, of in batch.items()} for every in zip(*batches, strict=True))
+    results, entries = (
+        {name: of for batch in every for name, of in batch.items()} for every in zip(*batches, strict=True)
+    )
     return results, entries
 
 
-def _encode(coded: Mapping[str, np.ndarray | Result], encode: Callable[..., tuple[Stream, ...]]) -> dict[str, Entry]:
+def _encode(
+    coded: Mapping[str, np.ndarray | Result], encode: Callable[..., tuple[Stream, ...]]
+) -> dict[str, Entry]:
     """The entries of float16 tensors and of quantised matrices."""
 
     def size(name: str) -> int:
         of = coded[name]
         return of.size if isinstance(of, np.ndarray) else of.entered_RC.size
 
-    return dict(zip(coded, in_threads(lambda name: _entry(name, coded[name], encode), list(coded), size, usable_cores()), strict=True))
+    return dict(
+        zip(
+            coded,
+            in_threads(lambda name: _entry(name, coded[name], encode), list(coded), size, usable_cores()),
+            strict=True,
+        )
+    )
 
 
 def _entry(name: str, of: np.ndarray | Result, encode: Callable[..., tuple[Stream, ...]]) -> Entry:
-    form, shape, coded = (FLOAT16, of.shape, of) if isinstance(of, np.ndarray) else (of.form, of.entered_RC.shape, of.coded)
+    form, shape, coded = (
+        (FLOAT16, of.shape, of) if isinstance(of, np.ndarray) else (of.form, of.entered_RC.shape, of.coded)
+    )
     return Entry(name, shape, form, encode(form, shape, tensors.raw_streams(coded)))
 
 
-def _measure(best: Attempt, state: Mapping[str, Tensor], hessians: Mapping[str, Tensor]) -> list[tensor_stats.Row]:
+def _measure(
+    best: Attempt, state: Mapping[str, Tensor], hessians: Mapping[str, Tensor]
+) -> list[tensor_stats.Row]:
     """The figures of every tensor of the file."""
 
     def one(entry: Entry) -> tensor_stats.Row:
@@ -177,7 +209,9 @@ def _measure(best: Attempt, state: Mapping[str, Tensor], hessians: Mapping[str, 
         result = best.results[entry.name]
         decoded = torch.from_numpy(tensors.decoded(result.coded)).to(weight.device)
         hessian = hessian_of(entry.name, weight, hessians).to(weight.device)
-        measured = tensor_stats.with_errors(row, weight, decoded, hessian, hessians.get(importance_name(entry.name)))
+        measured = tensor_stats.with_errors(
+            row, weight, decoded, hessian, hessians.get(importance_name(entry.name))
+        )
         return tensor_stats.with_bounds(measured, result.entered_RC, result.rounded_RC, result.scale_C)
 
     return in_threads(one, best.entries, lambda entry: state[entry.name].numel(), threads_for(state.values()))

@@ -14,11 +14,17 @@ from stages.train.params import ModelParams
 class PackParams:
     """The section `pack`."""
 
-    quantiser: Literal["rate", "sdclip"]  # rate: steps by sensitivity, levels on a trellis (quantise/); sdclip: #1493's fixed widths
-    codec: Literal["adaptive", "brotli"]  # of the integers: our arithmetic coder (entropy/level_coder.py), or brotli as in #1493
+    quantiser: Literal[
+        "rate", "sdclip"
+    ]  # rate: steps by sensitivity, levels on a trellis (quantise/); sdclip: #1493's fixed widths
+    codec: Literal[
+        "adaptive", "brotli"
+    ]  # of the integers: our arithmetic coder (entropy/level_coder.py), or brotli as in #1493
     states: int  # rate: of the trellis; 1 is a uniform grid; more are better and slower
     rate_weight: float  # rate: of bits against error; 0 takes the nearest levels, and more draws them to zero
-    row_weight: float  # rate: exponent of the rows' measured importance; 0 lets all rows of a matrix weigh the same
+    row_weight: (
+        float  # rate: exponent of the rows' measured importance; 0 lets all rows of a matrix weigh the same
+    )
     matrix_bits: int  # sdclip: of a value of a block matrix, 2 to 8 (#1493: 6)
     embedding_bits: int  # sdclip: of a value of the embedding, 2 to 8 (#1493: 8)
     attention_clip: float  # sdclip: attention's values are clipped so many standard deviations of their row from zero (SDClip, #1394)
@@ -44,11 +50,22 @@ class PackParams:
                 reject(key, f"{getattr(self, key)} is negative")
         if not 0 <= self.lqer_rank <= MAX_RANK:
             reject("lqer_rank", f"{self.lqer_rank} is not between 0 and {MAX_RANK}")
-        require_positive(self, "lqer_tensors", "attention_clip", "mlp_clip", "embedding_clip", "block_columns", "budget_bytes")
+        require_positive(
+            self,
+            "lqer_tensors",
+            "attention_clip",
+            "mlp_clip",
+            "embedding_clip",
+            "block_columns",
+            "budget_bytes",
+        )
         if not 0 <= self.brotli_quality <= 11:
             reject("brotli_quality", f"{self.brotli_quality} is not between 0 and 11")
         if not 0 <= self.code_reserve_bytes < self.budget_bytes:
-            reject("code_reserve_bytes", f"{self.code_reserve_bytes} is not between 0 and the {self.budget_bytes} bytes of the budget")
+            reject(
+                "code_reserve_bytes",
+                f"{self.code_reserve_bytes} is not between 0 and the {self.budget_bytes} bytes of the budget",
+            )
 
     @property
     def model_budget_bytes(self) -> int:

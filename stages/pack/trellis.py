@@ -18,7 +18,15 @@ from typing import NamedTuple
 import numpy as np
 
 # Parity checks (h0, h1) over GF(2), constant term lowest: sum of h0_i z0(t-i) + h1_i z1(t-i) = 0, where z0 and z1 are a coset's two bits.
-UNGERBOECK = {4: (0o5, 0o2), 8: (0o13, 0o4), 16: (0o23, 0o4), 32: (0o45, 0o10), 64: (0o103, 0o24), 128: (0o235, 0o126), 256: (0o515, 0o362)}
+UNGERBOECK = {
+    4: (0o5, 0o2),
+    8: (0o13, 0o4),
+    16: (0o23, 0o4),
+    32: (0o45, 0o10),
+    64: (0o103, 0o24),
+    128: (0o235, 0o126),
+    256: (0o515, 0o362),
+}
 STATES = (1, *UNGERBOECK)
 
 
@@ -44,7 +52,12 @@ def trellis(states: int) -> Trellis:
         return Trellis(np.zeros((1, 2), np.int64), np.array([[0, 1]]), 1)
     h0, h1 = UNGERBOECK[states]
     # The parity check as a shift register: bit 0 of the state is the coming z0; both bits of a coset feed back where their polynomial says.
-    following = [[(state >> 1) ^ (h0 >> 1) * (state & 1) ^ (h1 >> 1) * branch for branch in (0, 1)] for state in range(states)]
+    following = [
+        [(state >> 1) ^ (h0 >> 1) * (state & 1) ^ (h1 >> 1) * branch for branch in (0, 1)]
+        for state in range(states)
+    ]
     next_S2 = np.array(following, np.int64)
-    into_S2 = np.argsort(next_S2, axis=None, kind="stable").reshape(states, 2)  # every state is the end of two steps
+    into_S2 = np.argsort(next_S2, axis=None, kind="stable").reshape(
+        states, 2
+    )  # every state is the end of two steps
     return Trellis(next_S2, into_S2, 2)

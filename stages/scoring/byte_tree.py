@@ -20,7 +20,9 @@ AFTER_TEXT, AFTER_BOUNDARY = 0, 1  # numbers of the two trees
 END = 0  # in the place of a bit prefix, which begins with a one
 UNIT = float(1 << 61)  # of a mass: sums of integers are exact in any order
 Step = tuple[int, ...]  # a decision: low, middle, high, the side taken, depth, prefix
-Node = tuple[int, int, int, list[Step]]  # the interval of ids below a node, its depth, and the decisions that lead there
+Node = tuple[
+    int, int, int, list[Step]
+]  # the interval of ids below a node, its depth, and the decisions that lead there
 
 
 class Trees(NamedTuple):
@@ -64,7 +66,9 @@ def of_table(table: ByteTable) -> Trees:
         starts.append(len(letters) + np.cumsum([0, *map(len, texts)]))
         rows.append(np.array([step for path in paths for step in path], np.int64).reshape(-1, 6))
         letters += b"".join(texts)
-    low_E, middle_E, high_E, right_E, depth_E, prefix_E = (np.ascontiguousarray(column) for column in np.concatenate(rows).T)
+    low_E, middle_E, high_E, right_E, depth_E, prefix_E = (
+        np.ascontiguousarray(column) for column in np.concatenate(rows).T
+    )
     return Trees(
         order_TV=np.stack(orders),
         place_TV=np.argsort(orders, axis=1),

@@ -47,8 +47,12 @@ class Forest:
 
         steps_D = torch.arange(self.longest, device=logits_NV.device)
         is_there_ND = steps_D < self.count_TV[trees_N, targets_N, None]
-        edges_3ND = self.edges_3E[:, torch.where(is_there_ND, self.first_TV[trees_N, targets_N, None] + steps_D, 0)]
-        before_3ND = torch.stack([sums_NV.gather(1, (edges_ND - 1).clamp(min=0)) * (edges_ND > 0) for edges_ND in edges_3ND])
+        edges_3ND = self.edges_3E[
+            :, torch.where(is_there_ND, self.first_TV[trees_N, targets_N, None] + steps_D, 0)
+        ]
+        before_3ND = torch.stack(
+            [sums_NV.gather(1, (edges_ND - 1).clamp(min=0)) * (edges_ND > 0) for edges_ND in edges_3ND]
+        )
         left_ND, right_ND = before_3ND.diff(dim=0).double().log()
         path_ND = torch.where(is_there_ND, right_ND - left_ND, 0.0)
         return torch.cat((hint_logit_N[None], path_ND.T)).float()

@@ -68,9 +68,13 @@ def read_stream(val_folder: Path, tokenizer_file: Path, vocab_size: int, window:
     """The stream as a model of this vocabulary scores it with windows of this length; a ValueError when it cannot."""
     stream = open_stream(val_folder, tokenizer_file)
     if stream.table.vocab_size != vocab_size:
-        raise ValueError(f"{tokenizer_file} has {stream.table.vocab_size} ids, but the model was trained on {vocab_size}")
+        raise ValueError(
+            f"{tokenizer_file} has {stream.table.vocab_size} ids, but the model was trained on {vocab_size}"
+        )
     if stream.targets < window:
-        raise ValueError(f"{val_folder}: {stream.targets} targets are fewer than one window of {window}; give more validation text")
+        raise ValueError(
+            f"{val_folder}: {stream.targets} targets are fewer than one window of {window}; give more validation text"
+        )
     return stream
 
 
@@ -100,12 +104,21 @@ def score(scorer: Scorer, stream: Stream, pace: Pace | None = None) -> np.ndarra
         nll = np.concatenate([nll, scorer.score_stream(stream.tokens[warm_up + 1 :])])
         pace.steady.mark()
     if nll.shape != (stream.targets,):
-        raise ValueError(f"the scorer returned {nll.shape} losses for {stream.targets} targets: every target is scored exactly once")
+        raise ValueError(
+            f"the scorer returned {nll.shape} losses for {stream.targets} targets: every target is scored exactly once"
+        )
     ledger.check(nll)
     return nll
 
 
-def write_results(output: Path, prefix: str, nll: np.ndarray, stream: Stream, chunk: int, write_json: Callable[[str, Any], None]) -> float:
+def write_results(
+    output: Path,
+    prefix: str,
+    nll: np.ndarray,
+    stream: Stream,
+    chunk: int,
+    write_json: Callable[[str, Any], None],
+) -> float:
     """Write nll.npy, chunks.tsv and metrics.json with `<prefix>_bpb`; returns the bpb."""
     ledger.write(output / "nll.npy", nll)
     ledger.write_chunks(output / "chunks.tsv", nll, stream.counted_bytes, chunk)

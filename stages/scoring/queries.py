@@ -26,7 +26,9 @@ from stages.train.reference import softcapped
 class Asked(NamedTuple):
     """The questions about N targets."""
 
-    about_2N: np.ndarray  # int64: an id whose probability is asked for, or NO_HINT; the number of the tree that the target is in
+    about_2N: (
+        np.ndarray
+    )  # int64: an id whose probability is asked for, or NO_HINT; the number of the tree that the target is in
     forest: Forest | None = None  # without it no path is asked for
 
     def part(self, first: int, end: int) -> "Asked":
@@ -55,8 +57,12 @@ def scores_of(model: Model, z_NV: Tensor, targets_N: Tensor, questions: Question
     if questions is None:
         return nll_N[None]
     hints_N, trees_N = questions.about_2N
-    at_target, at_hint = (softcapped(z_NV.gather(1, ids[:, None])[:, 0], softcap) for ids in (targets_N, hints_N.clamp(min=0)))
+    at_target, at_hint = (
+        softcapped(z_NV.gather(1, ids[:, None])[:, 0], softcap) for ids in (targets_N, hints_N.clamp(min=0))
+    )
     hinted = torch.stack((nll_N, at_hint - at_target - nll_N))
     if questions.forest is None:
         return hinted
-    return torch.cat((hinted, questions.forest.read(softcapped(z_NV.detach(), softcap), targets_N, hints_N, trees_N)))
+    return torch.cat(
+        (hinted, questions.forest.read(softcapped(z_NV.detach(), softcap), targets_N, hints_N, trees_N))
+    )

@@ -2,7 +2,9 @@
 
 from stages.pack.file.decode_process import Decoder
 
-DECODER = Decoder() if __name__ == "__main__" else None  # at work while what follows is imported: torch takes seconds
+DECODER = (
+    Decoder() if __name__ == "__main__" else None
+)  # at work while what follows is imported: torch takes seconds
 
 import sys
 from pathlib import Path
@@ -36,12 +38,16 @@ def main(run: command.Run[Params]) -> None:
     unpacking = Unpacking(files["model"], DECODER)
     with world(run.params.parallel) as here:
         stream = read_stream(files["val"], files["tokenizer"], unpacking.params.vocab_size, params.window)
-        scorer = scorer_of(unpacking, here, lambda model, report: SlidingScorer(model, params, here, report), run.report)
+        scorer = scorer_of(
+            unpacking, here, lambda model, report: SlidingScorer(model, params, here, report), run.report
+        )
         pace = clock.Pace(scorer.warm_up_targets)
         nll = score(scorer, stream, pace)
         if here.is_main:
             bpb = write_results(run.output, "sliding", nll, stream, params.chunk, run.write_json)
-            run.report.log(f"sliding_eval: {bpb:.6f} bpb over {stream.targets:,} targets, {int(stream.counted_bytes.sum()):,} bytes")
+            run.report.log(
+                f"sliding_eval: {bpb:.6f} bpb over {stream.targets:,} targets, {int(stream.counted_bytes.sum()):,} bytes"
+            )
         run.timing |= pace.timing(stream.targets, int(stream.counted_bytes.sum()), here.size) | {
             "hardware": environment.hardware(here.device)
         }

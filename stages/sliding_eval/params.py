@@ -18,7 +18,10 @@ class SlidingEvalParams:
     def __post_init__(self) -> None:
         require_positive(self, "window", "stride", "batch_windows", "chunk")
         if self.stride > self.window:
-            reject("stride", f"{self.stride} is above the window {self.window}: targets between windows would not be scored")
+            reject(
+                "stride",
+                f"{self.stride} is above the window {self.window}: targets between windows would not be scored",
+            )
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,9 @@ from stages.train.model import Model
 class SlidingScorer:
     """A lawful scorer (stages/common/scorer.py) over a fixed model; all ranks call it alike and all get every score."""
 
-    def __init__(self, model: Model, params: SlidingEvalParams, world: World, report: Report | None = None) -> None:
+    def __init__(
+        self, model: Model, params: SlidingEvalParams, world: World, report: Report | None = None
+    ) -> None:
         self.params = params
         self.world = world
         self.report = report or Report(is_main=False)
@@ -92,7 +94,9 @@ class SlidingScorer:
         rest = windows[len(alone) :]
         return alone + [rest[i : i + size] for i in range(0, len(rest), size)]
 
-    def _score_batch(self, batch: list[Window], first: int, scores: torch.Tensor, asked: Asked | None) -> None:
+    def _score_batch(
+        self, batch: list[Window], first: int, scores: torch.Tensor, asked: Asked | None
+    ) -> None:
         offset = self.observed - len(self.kept)
         inputs = self._rows(batch, self.kept, offset)
         targets = self._rows(batch, self.kept, offset - 1)
@@ -102,10 +106,14 @@ class SlidingScorer:
         if asked is not None:
             about = [self._rows(batch, row, first)[:, scored_from:].flatten() for row in asked.about_2N]
             questions = Questions(torch.stack(about), asked.forest)
-        answers = scores_of(self.model, z_NV, targets[:, scored_from:].flatten(), questions).unflatten(1, (len(batch), -1))
+        answers = scores_of(self.model, z_NV, targets[:, scored_from:].flatten(), questions).unflatten(
+            1, (len(batch), -1)
+        )
         for row, window in enumerate(batch):
             begin = window.first - window.start - scored_from
-            scores[:, window.first - first : window.end - first] = answers[:, row, begin : begin + window.end - window.first]
+            scores[:, window.first - first : window.end - first] = answers[
+                :, row, begin : begin + window.end - window.first
+            ]
 
     def _rows(self, batch: Sequence[Window], source: np.ndarray, offset: int) -> torch.Tensor:
         """For each window's positions what `source` holds, which begins at position `offset`; zeros elsewhere: (rows, window)."""

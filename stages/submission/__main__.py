@@ -16,14 +16,25 @@ STAGE = command.Stage(
     name="submission",
     summary="Assemble code, figures, logs and plots into the folder to hand in.",
     params=Params,
-    reads={stage: Path("artifacts") / stage for stage in STAGES} | {"requirements": Path("requirements.lock")},
-    writes=("train_gpt.py", "submission.json", "README.md", "train.log", "requirements.txt", "plots", "metrics.json"),
+    reads={stage: Path("artifacts") / stage for stage in STAGES}
+    | {"requirements": Path("requirements.lock")},
+    writes=(
+        "train_gpt.py",
+        "submission.json",
+        "README.md",
+        "train.log",
+        "requirements.txt",
+        "plots",
+        "metrics.json",
+    ),
 )
 
 
 def main(run: command.Run[Params]) -> None:
     """Read everything, compute the summary, write the folder."""
-    made = load({stage: run.path(stage) for stage in STAGES}, run.path("requirements"), run.params.submission.scorer)
+    made = load(
+        {stage: run.path(stage) for stage in STAGES}, run.path("requirements"), run.params.submission.scorer
+    )
     summary = submission(run.params, made)
     run.write_bytes("train_gpt.py", made.code)
     run.write_json("submission.json", summary)
@@ -34,14 +45,18 @@ def main(run: command.Run[Params]) -> None:
     for name, picture in pictures(run.params, made).items():
         run.write_bytes(name, picture)
     run.write_json("metrics.json", {key: summary[key] for key in ("val_bpb", "val_loss", "bytes_total")})
-    run.report.log(f"submission: val_bpb {summary['val_bpb']:.6f} ({summary['scorer']}), {summary['bytes_total']:,} bytes")
+    run.report.log(
+        f"submission: val_bpb {summary['val_bpb']:.6f} ({summary['scorer']}), {summary['bytes_total']:,} bytes"
+    )
 
 
 def pictures(params: Params, made: Artifacts) -> dict[str, bytes]:
     """The plots by path."""
     drawn = {
         "plots/loss.png": plots.loss(made.losses),
-        "plots/bpb_by_chunk.png": plots.chunks(made.scores["sliding_eval"].chunks, made.scores["ttt_eval"].chunks),
+        "plots/bpb_by_chunk.png": plots.chunks(
+            made.scores["sliding_eval"].chunks, made.scores["ttt_eval"].chunks
+        ),
         "plots/bytes_by_part.png": plots.parts(made.layers, len(made.code), params.pack.budget_bytes),
     }
     assert drawn.keys() == PLOTS.keys()

@@ -85,8 +85,12 @@ def load(folders: Mapping[str, Path], requirements: Path, claimed: str) -> Artif
     tokens, counted_bytes = _stream(folders["tokenize"], tokenizer)
     documents = paired_bootstrap.document_of_target(tokens, tokenizer.bos_id())
     metrics = {stage: _json(file(folders, stage, "metrics.json")) for stage in STAGES if stage != "tokenize"}
-    ledgers = {scorer: ledger.read(file(folders, scorer, "nll.npy"), len(counted_bytes)) for scorer in SCORERS}
-    code, model = (file(folders, *name).read_bytes() for name in (("bundle", "train_gpt.py"), ("pack", "model.bin")))
+    ledgers = {
+        scorer: ledger.read(file(folders, scorer, "nll.npy"), len(counted_bytes)) for scorer in SCORERS
+    }
+    code, model = (
+        file(folders, *name).read_bytes() for name in (("bundle", "train_gpt.py"), ("pack", "model.bin"))
+    )
     _same("bundle", "bytes_code", metrics, len(code))
     _same("pack", "bytes_model", metrics, len(model))
     scores: dict[str, Score] = {}
@@ -94,7 +98,9 @@ def load(folders: Mapping[str, Path], requirements: Path, claimed: str) -> Artif
         nll = ledgers[scorer]
         bpb = bits_per_byte(nll, counted_bytes)
         _same(scorer, metric, metrics, bpb)
-        scores[scorer] = Score(bpb, float(nll.mean(dtype=np.float64)), table(file(folders, scorer, "chunks.tsv")))
+        scores[scorer] = Score(
+            bpb, float(nll.mean(dtype=np.float64)), table(file(folders, scorer, "chunks.tsv"))
+        )
     manifest = file(folders, "tokenize", "manifest.json")
     return Artifacts(
         code=code,
@@ -117,7 +123,9 @@ def load(folders: Mapping[str, Path], requirements: Path, claimed: str) -> Artif
         coverage=Coverage(len(counted_bytes), int(counted_bytes.sum()), int(documents.max()) + 1),
         reference=brotli_reference(tokens, tokenizer),
         scores=scores,
-        gain=paired_bootstrap.paired_difference(ledgers["sliding_eval"], ledgers["ttt_eval"], counted_bytes, documents),
+        gain=paired_bootstrap.paired_difference(
+            ledgers["sliding_eval"], ledgers["ttt_eval"], counted_bytes, documents
+        ),
     )
 
 
@@ -125,7 +133,9 @@ def file(folders: Mapping[str, Path], stage: str, name: str) -> Path:
     """A file of a stage's folder; a ValueError that says how to make it when it is not there."""
     path = folders[stage] / name
     if not path.exists():
-        raise ValueError(f"{path} does not exist: run `dvc repro {stage}` first, or name another folder with --{stage.replace('_', '-')}")
+        raise ValueError(
+            f"{path} does not exist: run `dvc repro {stage}` first, or name another folder with --{stage.replace('_', '-')}"
+        )
     return path
 
 
@@ -195,5 +205,7 @@ def _verdicts(path: Path, claimed: str) -> list[dict[str, Any]]:
                 f"the audit failed, so there is nothing to hand in: {verdict['subject']}, {verdict['name']}: {verdict['evidence']}"
             )
     if not any(verdict["subject"] == claimed for verdict in verdicts):
-        raise ValueError(f"{path} has no verdict on {claimed}, the scorer of the claim (submission.scorer); run `dvc repro audit`")
+        raise ValueError(
+            f"{path} has no verdict on {claimed}, the scorer of the claim (submission.scorer); run `dvc repro audit`"
+        )
     return verdicts

@@ -33,13 +33,22 @@ def loss(rows: Sequence[Row]) -> bytes:
         figure, axes = canvas(8, 4.2)
         axes.plot(steps, losses, color=BLUE, alpha=0.3, linewidth=1)
         axes.plot(steps, smooth, color=BLUE, linewidth=2)
-        axes.set(title="Training loss", xlabel="optimizer step", ylabel="loss of the step's batch (nats per token)")
+        axes.set(
+            title="Training loss", xlabel="optimizer step", ylabel="loss of the step's batch (nats per token)"
+        )
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         _label_end(axes, steps[-1], smooth[-1], f"{smooth[-1]:.3f} smoothed", BLUE)
         looped = column(rows, "looped") > 0
         if looped.any() and not looped[0]:
             axes.axvline(steps[looped.argmax()], color=GREY, linewidth=1, linestyle=(0, (4, 3)))
-            axes.text(steps[looped.argmax()], 1.0, " looping begins", transform=axes.get_xaxis_transform(), va="top", color=GREY)
+            axes.text(
+                steps[looped.argmax()],
+                1.0,
+                " looping begins",
+                transform=axes.get_xaxis_transform(),
+                va="top",
+                color=GREY,
+            )
         axes.set_xlim(steps[0], steps[-1] + max(1.0, 0.02 * len(steps)))
         return png(figure)
 
@@ -54,15 +63,23 @@ def chunks(sliding: Sequence[Row], ttt: Sequence[Row]) -> bytes:
             edges = np.append(first, first[-1] + targets[-1]) / 1000
             above.stairs(column(rows, "bpb"), edges, baseline=None, color=color, linewidth=1.6, label=name)
             so_far = column(rows, "cumulative_bpb")
-            below.plot(edges[1:], so_far, color=color, linewidth=2, marker="o", markersize=3 if len(rows) < 60 else 0)
+            below.plot(
+                edges[1:], so_far, color=color, linewidth=2, marker="o", markersize=3 if len(rows) < 60 else 0
+            )
         ends = [column(rows, "cumulative_bpb")[-1] for _, rows, _ in lines]
         bottom, top = below.get_ylim()
         for (name, rows, color), end, shift in zip(lines, ends, _apart(ends, top - bottom), strict=True):
             last = (column(rows, "first_target")[-1] + column(rows, "targets")[-1]) / 1000
             _label_end(below, last, end, f"{name}\n{end:.4f}", color, shift)
-        above.legend(frameon=False, loc="upper right", ncols=2, labelcolor="linecolor", bbox_to_anchor=(1, 1.14))
+        above.legend(
+            frameon=False, loc="upper right", ncols=2, labelcolor="linecolor", bbox_to_anchor=(1, 1.14)
+        )
         above.set(title="Bits per byte by chunk of the validation stream", ylabel="bpb of the chunk")
-        below.set(title="and of everything so far", ylabel="cumulative bpb", xlabel="targets scored (thousands of tokens)")
+        below.set(
+            title="and of everything so far",
+            ylabel="cumulative bpb",
+            xlabel="targets scored (thousands of tokens)",
+        )
         return png(figure)
 
 
@@ -74,7 +91,12 @@ def parts(layers: Sequence[Row], bytes_code: int, budget_bytes: int) -> bytes:
     names = list(sizes)[::-1]
     with styled():
         figure, axes = canvas(8, 0.9 + 0.42 * len(names))
-        bars = axes.barh(names, [sizes[name] for name in names], color=[colors.get(name, GREY) for name in names], height=0.72)
+        bars = axes.barh(
+            names,
+            [sizes[name] for name in names],
+            color=[colors.get(name, GREY) for name in names],
+            height=0.72,
+        )
         axes.bar_label(bars, [f" {sizes[name]:,} B   {sizes[name] / total:.1%}" for name in names], padding=2)
         axes.set_title(f"{total:,} bytes counted, {budget_bytes:,} allowed", pad=10)
         axes.set_xlabel("bytes")
@@ -90,7 +112,10 @@ def part_sizes(layers: Sequence[Row], bytes_code: int) -> dict[str, int]:
     sizes = dict.fromkeys((*PARTS, OTHER, "container", CODE), 0)
     for row in layers:
         name = row["name"]
-        part = next((part for part, (fragment, _) in PARTS.items() if fragment in name), "container" if name == "container" else OTHER)
+        part = next(
+            (part for part, (fragment, _) in PARTS.items() if fragment in name),
+            "container" if name == "container" else OTHER,
+        )
         sizes[part] += int(row["bytes"])
     sizes[CODE] = bytes_code
     return {part: size for part, size in sizes.items() if size}
@@ -115,12 +140,23 @@ def column(rows: Sequence[Row], name: str) -> np.ndarray:
     try:
         return np.array([float(row[name]) for row in rows])
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"a table has no column {name} of numbers ({error}); it has {', '.join(map(str, rows[0]))}") from error
+        raise ValueError(
+            f"a table has no column {name} of numbers ({error}); it has {', '.join(map(str, rows[0]))}"
+        ) from error
 
 
 def _label_end(axes: Axes, x: float, y: float, text: str, color: str, shift: float = 0) -> None:
     """A label to the right of a line's last point, moved up by `shift` points."""
-    axes.annotate(text, (x, y), (6, shift), textcoords="offset points", va="center", color=color, fontweight="bold", annotation_clip=False)
+    axes.annotate(
+        text,
+        (x, y),
+        (6, shift),
+        textcoords="offset points",
+        va="center",
+        color=color,
+        fontweight="bold",
+        annotation_clip=False,
+    )
 
 
 def _apart(ends: Sequence[float], height: float) -> tuple[float, float]:

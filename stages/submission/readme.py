@@ -39,9 +39,15 @@ def _figures(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
             (f"{name} bpb{' (claimed)' if name == summary['scorer'] else ''}", f"{score['bpb']:.8f}")
             for name, score in summary["scores"].items()
         ),
-        ("TTT minus sliding, bpb", f"{gain['bpb']:+.6f} (95 % interval {gain['low']:+.6f} to {gain['high']:+.6f}, paired over documents)"),
+        (
+            "TTT minus sliding, bpb",
+            f"{gain['bpb']:+.6f} (95 % interval {gain['low']:+.6f} to {gain['high']:+.6f}, paired over documents)",
+        ),
         ("brotli 11 on the same text, bpb, for scale", f"{summary['reference']['brotli_bpb']:.4f}"),
-        ("targets, bytes, documents scored", f"{covered['targets']:,}, {covered['bytes']:,}, {covered['documents']:,}"),
+        (
+            "targets, bytes, documents scored",
+            f"{covered['targets']:,}, {covered['bytes']:,}, {covered['documents']:,}",
+        ),
         ("bytes_code (train_gpt.py)", f"{summary['bytes_code']:,}"),
         ("bytes_model (model.bin)", f"{summary['bytes_model']:,}"),
         ("bytes_total", f"{summary['bytes_total']:,} of {summary['parameters']['pack']['budget_bytes']:,}"),
@@ -69,12 +75,17 @@ def _reproduce(summary: Mapping[str, Any]) -> str:
 def _compliance(verdicts: Sequence[Mapping[str, Any]]) -> str:
     passed = sum(verdict["outcome"] == "pass" for verdict in verdicts)
     rows = [(f"{v['check']} {v['name']}", v["subject"], v["outcome"], v["evidence"]) for v in verdicts]
-    return f"## Compliance\n\nThe audit passed: {passed} of {len(verdicts)} verdicts pass, none fails.\n\n" + table(
-        ("check", "subject", "verdict", "evidence"), rows
+    return (
+        f"## Compliance\n\nThe audit passed: {passed} of {len(verdicts)} verdicts pass, none fails.\n\n"
+        + table(("check", "subject", "verdict", "evidence"), rows)
     )
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown."""
-    lines = [header, ["---"] * len(header), *([str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows)]
+    lines = [
+        header,
+        ["---"] * len(header),
+        *([str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows),
+    ]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -27,7 +27,9 @@ def submission(params: Params, made: Artifacts) -> dict[str, Any]:
         "bytes_model": len(made.model),
     }
     if made.bytes_total > params.pack.budget_bytes:
-        raise ValueError(f"artifact over the byte budget: {made.bytes_total} bytes, {params.pack.budget_bytes} allowed (pack.budget_bytes)")
+        raise ValueError(
+            f"artifact over the byte budget: {made.bytes_total} bytes, {params.pack.budget_bytes} allowed (pack.budget_bytes)"
+        )
     measured = measurements(made, claim.scorer)
     return {
         "author": claim.author,
@@ -41,7 +43,10 @@ def submission(params: Params, made: Artifacts) -> dict[str, Any]:
         "seeds": [params.seed],
         "seed_results": {str(params.seed): result | beside(made)},
         "scorer": claim.scorer,
-        "scores": {name: {"bpb": score.bpb, "nats_per_token": score.nats_per_token} for name, score in made.scores.items()},
+        "scores": {
+            name: {"bpb": score.bpb, "nats_per_token": score.nats_per_token}
+            for name, score in made.scores.items()
+        },
         "ttt_minus_sliding_bpb": made.gain._asdict(),
         "coverage": asdict(made.coverage),
         "reference": asdict(made.reference),
@@ -59,7 +64,9 @@ def submission(params: Params, made: Artifacts) -> dict[str, Any]:
 
 def beside(made: Artifacts) -> dict[str, Any]:
     """What is told of a seed beside its result: every scorer's bpb, the steps of training."""
-    return {f"{name}_bpb": score.bpb for name, score in made.scores.items()} | {"steps": made.metrics["train"]["train_steps"]}
+    return {f"{name}_bpb": score.bpb for name, score in made.scores.items()} | {
+        "steps": made.metrics["train"]["train_steps"]
+    }
 
 
 def note(scorer: str, made: Artifacts) -> str:
@@ -78,7 +85,9 @@ def measurements(made: Artifacts, scorer: str) -> dict[str, Any]:
     """The field `measured`; training seconds are train's interval plus calibrate's, which are two processes here."""
     parts = {stage: made.timing[stage].get("training_seconds") for stage in ("train", "calibrate")}
     if not all(isinstance(seconds, (int, float)) for seconds in parts.values()):
-        raise ValueError(f"timing.json of train and calibrate must both hold training_seconds, saw {parts}; run `dvc repro calibrate`")
+        raise ValueError(
+            f"timing.json of train and calibrate must both hold training_seconds, saw {parts}; run `dvc repro calibrate`"
+        )
     return {
         "date": made.timing["train"]["date"],
         "hardware": made.timing["train"]["hardware"],

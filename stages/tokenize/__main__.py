@@ -38,7 +38,9 @@ def main(run: command.Run[Params]) -> None:
         built = build.from_shards(train, val, model, params, run.output, run.report)
     else:
         source = _pydocs(run) if params.source == "pydocs" else _files(run)
-        model, about_model = _trained_tokenizer(run, source) if params.tokenizer == TRAIN_TOKENIZER else _given_tokenizer(run)
+        model, about_model = (
+            _trained_tokenizer(run, source) if params.tokenizer == TRAIN_TOKENIZER else _given_tokenizer(run)
+        )
         started = time.monotonic()
         built = build.from_documents(source, model, params, run.output, run.report)
         _log_rate(run, built, time.monotonic() - started)
@@ -54,22 +56,31 @@ def _pydocs(run: command.Run[Params]) -> Source:
     versions = docstrings.check_versions(lock.read_text(encoding="utf-8"), str(lock))
     params = run.params.tokenize
     corpus = docstrings.corpus(params.val_fraction, params.max_document_bytes, params.threads, run.report)
-    run.report.log(f"tokenize: {len(corpus.documents):,} docstrings of {corpus.facts['source_files']:,} files")
+    run.report.log(
+        f"tokenize: {len(corpus.documents):,} docstrings of {corpus.facts['source_files']:,} files"
+    )
 
     def documents(advance: Callable[[float], None]) -> Iterator[Document]:
         for document in corpus.documents:
             yield document
             advance(1)
 
-    return Source(documents, documents, len(corpus.documents), "documents", corpus.facts | {"packages": versions})
+    return Source(
+        documents, documents, len(corpus.documents), "documents", corpus.facts | {"packages": versions}
+    )
 
 
 def _files(run: command.Run[Params]) -> Source:
     params: TokenizeParams = run.params.tokenize
     found = files.open_files(
-        run.path("text"), params.train_glob, params.val_glob, files.Reading(params.text_key, params.max_document_bytes)
+        run.path("text"),
+        params.train_glob,
+        params.val_glob,
+        files.Reading(params.text_key, params.max_document_bytes),
     )
-    run.report.log(f"tokenize: {len(found.train)} train files, {len(found.val)} val files, {found.total_bytes:,} bytes as stored")
+    run.report.log(
+        f"tokenize: {len(found.train)} train files, {len(found.val)} val files, {found.total_bytes:,} bytes as stored"
+    )
     facts = {"train_files": len(found.train), "val_files": len(found.val)}
     return Source(found.documents, found.train_documents, found.total_bytes, "bytes", facts)
 
@@ -78,14 +89,18 @@ def _trained_tokenizer(run: command.Run[Params], source: Source) -> tuple[Tokeni
     params = run.params.tokenize
     with run.report.progress("sample", source.total) as progress:
         documents = source.for_tokenizer(lambda units: progress.advance(units, source.unit))
-        sample = tokenizer.sample(documents, params.val_fraction if not params.val_glob else 0.0, params.tokenizer_sample_bytes)
+        sample = tokenizer.sample(
+            documents, params.val_fraction if not params.val_glob else 0.0, params.tokenizer_sample_bytes
+        )
     started = time.monotonic()
     path = run.output / "tokenizer.model"
     path.write_bytes(tokenizer.train(sample.texts, params.vocab_size, params.threads))
     model = tokenizer.load(path, params.vocab_size)
     assert not tokenizer.uncountable(model), "a piece of the trained tokenizer would be miscounted"
     run.timing["tokenizer_training_seconds"] = time.monotonic() - started
-    run.report.log(f"tokenize: tokenizer of {params.vocab_size} ids trained on {len(sample.texts):,} documents, {sample.size:,} bytes")
+    run.report.log(
+        f"tokenize: tokenizer of {params.vocab_size} ids trained on {len(sample.texts):,} documents, {sample.size:,} bytes"
+    )
     return model, {"trained": True, "sample_documents": len(sample.texts), "sample_bytes": sample.size}
 
 
@@ -100,7 +115,9 @@ def _log_rate(run: command.Run[Params], built: Built, seconds: float) -> None:
     run.timing |= {"encoding_seconds": seconds, "tokens_per_second": rate}
     for side, totals in (("train", train), ("val", val)):
         documents, tokens, counted = totals["documents"], totals["tokens"], totals["bytes"]
-        run.report.log(f"tokenize: {side} {documents:,} documents, {tokens:,} tokens, {counted:,} bytes ({counted / tokens:.3f} a token)")
+        run.report.log(
+            f"tokenize: {side} {documents:,} documents, {tokens:,} tokens, {counted:,} bytes ({counted / tokens:.3f} a token)"
+        )
     run.report.log(f"tokenize: {rate:,.0f} tokens/s")
 
 

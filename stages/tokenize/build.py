@@ -22,7 +22,9 @@ class Source(NamedTuple):
     """Where documents come from; both functions begin anew at each call and take what to call with the units done."""
 
     documents: Callable[[Callable[[float], None]], Iterator[Document]]  # of both sides
-    for_tokenizer: Callable[[Callable[[float], None]], Iterator[Document]]  # may still hold val documents of an undecided split
+    for_tokenizer: Callable[
+        [Callable[[float], None]], Iterator[Document]
+    ]  # may still hold val documents of an undecided split
     total: float  # units of progress of one pass
     unit: str
     facts: dict[str, Any]  # for the manifest
@@ -36,18 +38,27 @@ class Built(NamedTuple):
     manifest: dict[str, Any]
 
 
-def from_documents(source: Source, tokenizer: Tokenizer, params: TokenizeParams, output: Path, report: Report) -> Built:
+def from_documents(
+    source: Source, tokenizer: Tokenizer, params: TokenizeParams, output: Path, report: Report
+) -> Built:
     """Encode every document into the shards of its side."""
-    train, val = SideWriter(output / "train", params.shard_tokens), SideWriter(output / "val", params.shard_tokens)
+    train, val = (
+        SideWriter(output / "train", params.shard_tokens),
+        SideWriter(output / "val", params.shard_tokens),
+    )
     sides = {"train": train, "val": val}
     with train, val, report.progress("tokenize", source.total) as progress:
-        for encoded in encode(source.documents(lambda units: progress.advance(units, source.unit)), tokenizer, params.threads):
+        for encoded in encode(
+            source.documents(lambda units: progress.advance(units, source.unit)), tokenizer, params.threads
+        ):
             # The normalised document, not its source: texts that the tokenizer makes equal are then on one side by construction.
             side = encoded.source.side or split.side_of(split.content_hash(encoded.text), params.val_fraction)
             sides[side].add(encoded)
     for name, side_writer in sides.items():
         if not side_writer.totals.documents:
-            raise ValueError(f"no document is on the side of {name}; give more text, or change tokenize.val_fraction or the globs")
+            raise ValueError(
+                f"no document is on the side of {name}; give more text, or change tokenize.val_fraction or the globs"
+            )
     manifest = {
         "corpus": source.facts,
         "train": asdict(train.totals),
@@ -57,7 +68,14 @@ def from_documents(source: Source, tokenizer: Tokenizer, params: TokenizeParams,
     return Built(duplicates.in_order(train.hashes), duplicates.in_order(val.hashes), manifest)
 
 
-def from_shards(train: list[Path], val: list[Path], tokenizer: Tokenizer, params: TokenizeParams, output: Path, report: Report) -> Built:
+def from_shards(
+    train: list[Path],
+    val: list[Path],
+    tokenizer: Tokenizer,
+    params: TokenizeParams,
+    output: Path,
+    report: Report,
+) -> Built:
     """Check and copy ready shards."""
     total = sum(shards.count(path) for path in [*train, *val])
     with report.progress("adopt", total) as progress:
@@ -74,15 +92,22 @@ def from_shards(train: list[Path], val: list[Path], tokenizer: Tokenizer, params
 
 def require_disjoint(built: Built, output: Path, bos: int) -> None:
     """Raise ValueError when a val document is in train, token for token."""
-    shared = duplicates.confirmed(output / "train", output / "val", bos, duplicates.common(built.train_hashes, built.val_hashes))
+    shared = duplicates.confirmed(
+        output / "train", output / "val", bos, duplicates.common(built.train_hashes, built.val_hashes)
+    )
     if shared is not None:
         train = f"token {shared.train.position} of {shared.train.path.relative_to(output)}"
         val = f"token {shared.val.position} of {shared.val.path.relative_to(output)}"
-        raise ValueError(f"a val document is in train: the one at {train} equals the one at {val} ({len(shared.val.tokens)} tokens)")
+        raise ValueError(
+            f"a val document is in train: the one at {train} equals the one at {val} ({len(shared.val.tokens)} tokens)"
+        )
 
 
 def _totals(adopted: Adopted) -> dict[str, int]:
-    totals = {key: sum(getattr(shard, key) for shard in adopted.facts.values()) for key in ("documents", "tokens", "bytes")}
+    totals = {
+        key: sum(getattr(shard, key) for shard in adopted.facts.values())
+        for key in ("documents", "tokens", "bytes")
+    }
     if not totals["documents"]:
         raise ValueError("the shards hold no document")
     if adopted.uncounted_leading_spaces is not None:

@@ -51,20 +51,31 @@ def check_versions(lock: str, lock_name: str) -> dict[str, str]:
     versions = {}
     for package in PACKAGES:
         if package not in pins:
-            raise ValueError(f"{lock_name} does not pin {package}, of which the built-in corpus is made; add `{package}==VERSION`")
+            raise ValueError(
+                f"{lock_name} does not pin {package}, of which the built-in corpus is made; add `{package}==VERSION`"
+            )
         versions[package] = pins[package].partition("+")[0]
         try:
             installed = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            raise ValueError(f"{package} is not installed, but {lock_name} pins {pins[package]}; install the lock file") from None
+            raise ValueError(
+                f"{package} is not installed, but {lock_name} pins {pins[package]}; install the lock file"
+            ) from None
         if installed.partition("+")[0] != versions[package]:
-            raise ValueError(f"{package} {installed} is installed, but {lock_name} pins {pins[package]}; install the lock file")
+            raise ValueError(
+                f"{package} {installed} is installed, but {lock_name} pins {pins[package]}; install the lock file"
+            )
     return versions
 
 
 def corpus(val_fraction: float, max_bytes: int, processes: int, report: Report) -> Corpus:
     """The corpus of the installed packages."""
-    files = [(package, root, path) for package in PACKAGES for root in [_folder(package)] for path in sorted(root.rglob("*.py"))]
+    files = [
+        (package, root, path)
+        for package in PACKAGES
+        for root in [_folder(package)]
+        for path in sorted(root.rglob("*.py"))
+    ]
     names = [f"{package}/{path.relative_to(root).as_posix()}" for package, root, path in files]
     unreadable = []
     seen: set[str] = set()
@@ -78,7 +89,9 @@ def corpus(val_fraction: float, max_bytes: int, processes: int, report: Report) 
         side = split.side_of(split.name_hash(name), val_fraction)
         for number, text in enumerate(texts):
             if len(text.encode("utf-8")) > max_bytes:
-                raise ValueError(f"{name}, docstring {number}: a document above tokenize.max_document_bytes ({max_bytes})")
+                raise ValueError(
+                    f"{name}, docstring {number}: a document above tokenize.max_document_bytes ({max_bytes})"
+                )
             if text in seen:
                 repeated += 1
             elif sides.setdefault(split.content_hash(text), side) != side:
@@ -111,7 +124,9 @@ def docstrings(source: bytes) -> list[str] | None:
     return [text for text in texts if text is not None and len(text) >= MIN_CHARACTERS and _is_text(text)]
 
 
-def _definitions(node: ast.AST) -> Iterator[ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
+def _definitions(
+    node: ast.AST,
+) -> Iterator[ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
     """Module, classes and functions; only statements can hold one, so expressions (most of the tree) are not visited."""
     if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
         yield node
@@ -123,7 +138,9 @@ def _definitions(node: ast.AST) -> Iterator[ast.Module | ast.ClassDef | ast.Func
 
 
 def _is_text(text: str) -> bool:
-    return not any("\ud800" <= character <= "\udfff" for character in text)  # an escape in the source can make an unpaired surrogate
+    return not any(
+        "\ud800" <= character <= "\udfff" for character in text
+    )  # an escape in the source can make an unpaired surrogate
 
 
 def _folder(package: str) -> Path:
@@ -134,8 +151,13 @@ def _folder(package: str) -> Path:
 
 
 def _read_all(paths: list[Path], processes: int, report: Report) -> Iterator[list[str] | None]:
-    context = multiprocessing.get_context("fork")  # spawned workers would import torch first, which takes longer than their work
-    with ProcessPoolExecutor(processes, context, initializer=_start_worker) as pool, report.progress("docstrings", len(paths)) as progress:
+    context = multiprocessing.get_context(
+        "fork"
+    )  # spawned workers would import torch first, which takes longer than their work
+    with (
+        ProcessPoolExecutor(processes, context, initializer=_start_worker) as pool,
+        report.progress("docstrings", len(paths)) as progress,
+    ):
         for texts in pool.map(_read, paths, chunksize=FILES_PER_TASK):
             progress.advance(1, "files")
             yield texts

@@ -110,7 +110,9 @@ def documents(paths: list[Path], bos: int) -> Iterator[Located]:
             block = np.array(tokens[block_start : block_start + BLOCK_TOKENS])
             starts = np.flatnonzero(block == bos).tolist()
             if not parts and starts[:1] != [0]:
-                raise ValueError(f"{shard}: the first token is {block[0]}, expected BOS ({bos}); every document begins with it")
+                raise ValueError(
+                    f"{shard}: the first token is {block[0]}, expected BOS ({bos}); every document begins with it"
+                )
             parts.append(block[: starts[0] if starts else len(block)])
             for start, end in pairwise([*starts, len(block)]):
                 if any(len(part) for part in parts):

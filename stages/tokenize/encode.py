@@ -37,10 +37,14 @@ class Encoded(NamedTuple):
 def encode(documents: Iterable[Document], tokenizer: Tokenizer, threads: int) -> Iterator[Encoded]:
     """Each document encoded, in order; one without a token (empty, or emptied by the normalisation) has BOS alone."""
     for batch in _batches(documents):
-        ids = tokenizer.processor.encode([document.text for document in batch], out_type=int, num_threads=threads)
+        ids = tokenizer.processor.encode(
+            [document.text for document in batch], out_type=int, num_threads=threads
+        )
         texts = tokenizer.processor.decode(ids, num_threads=threads)
         arrays = [np.array([tokenizer.table.bos, *of_one], dtype=np.uint16) for of_one in ids]
-        for document, text, tokens, counted in zip(batch, texts, arrays, _counted(arrays, tokenizer.table), strict=True):
+        for document, text, tokens, counted in zip(
+            batch, texts, arrays, _counted(arrays, tokenizer.table), strict=True
+        ):
             check_bytes(document.name, text, tokens, counted, tokenizer)
             yield Encoded(document, text, tokens, counted)
 
@@ -76,8 +80,12 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def _first_miscounted(tokens: np.ndarray, processor: sentencepiece.SentencePieceProcessor, table: ByteTable) -> str:
-    for counted, token, before in zip(bpb.target_bytes(tokens, table), tokens[1:].tolist(), tokens[:-1].tolist(), strict=True):
+def _first_miscounted(
+    tokens: np.ndarray, processor: sentencepiece.SentencePieceProcessor, table: ByteTable
+) -> str:
+    for counted, token, before in zip(
+        bpb.target_bytes(tokens, table), tokens[1:].tolist(), tokens[:-1].tolist(), strict=True
+    ):
         if processor.is_byte(token):
             continue
         surface = "" if table.boundary[token] else processor.id_to_piece(token).replace(bpb.SPACE_MARKER, " ")

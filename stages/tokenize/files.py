@@ -89,7 +89,9 @@ def find(folder: Path, pattern: str, key: str) -> list[Path]:
     found = sorted(glob.glob(pattern, root_dir=folder, recursive=True))  # noqa: PTH207 (pathlib's ** does not follow links)
     paths = [folder / name for name in found if not (folder / name).is_dir()]
     if not paths:
-        raise ValueError(f"{key}: no file in {folder} matches {pattern!r}; put the text there or link it, or change the pattern")
+        raise ValueError(
+            f"{key}: no file in {folder} matches {pattern!r}; put the text there or link it, or change the pattern"
+        )
     return paths
 
 
@@ -99,7 +101,9 @@ def open_files(folder: Path, train_glob: str, val_glob: str, reading: Reading) -
     val = find(folder, val_glob, "tokenize.val_glob") if val_glob else []
     both = sorted(set(train) & set(val))
     if both:
-        raise ValueError(f"{both[0]} matches both tokenize.train_glob and tokenize.val_glob; a val document must not be in train")
+        raise ValueError(
+            f"{both[0]} matches both tokenize.train_glob and tokenize.val_glob; a val document must not be in train"
+        )
     return Files(train, val, reading)
 
 
@@ -120,7 +124,9 @@ def read(path: Path, reading: Reading, advance: Advance) -> Iterator[Document]:
                 advance(raw.tell() - told)
                 told = raw.tell()
         except COMPRESSED as error:
-            raise ValueError(f"{path}, after document {documents}: truncated or damaged compressed file: {error}") from error
+            raise ValueError(
+                f"{path}, after document {documents}: truncated or damaged compressed file: {error}"
+            ) from error
     if documents == 0:
         raise ValueError(f"{path} holds no documents")
 
@@ -162,7 +168,9 @@ def _lines(path: Path, raw: IO[bytes], reading: Reading) -> Iterator[Document]:
         text = _text(_decode(line, name), name, reading.text_key)
         size = _encoded_size(text, name)
         if size > reading.max_bytes:
-            raise ValueError(f"{name}: {size} bytes, a document above tokenize.max_document_bytes ({reading.max_bytes})")
+            raise ValueError(
+                f"{name}: {size} bytes, a document above tokenize.max_document_bytes ({reading.max_bytes})"
+            )
         yield Document(text, name)
 
 
@@ -179,9 +187,13 @@ def _text(line: str, name: str, key: str) -> str:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{name}: not JSON: {error}") from error
     if not isinstance(record, dict):
-        raise ValueError(f"{name}: saw a JSON {type(record).__name__}, expected an object with the key {key!r} (tokenize.text_key)")
+        raise ValueError(
+            f"{name}: saw a JSON {type(record).__name__}, expected an object with the key {key!r} (tokenize.text_key)"
+        )
     if key not in record:
-        raise ValueError(f"{name}: no key {key!r} (tokenize.text_key); it has {', '.join(map(repr, list(record)[:8])) or 'none'}")
+        raise ValueError(
+            f"{name}: no key {key!r} (tokenize.text_key); it has {', '.join(map(repr, list(record)[:8])) or 'none'}"
+        )
     text = record[key]
     if not isinstance(text, str):
         raise ValueError(f"{name}: key {key!r} holds {type(text).__name__}, expected a string")
@@ -193,4 +205,6 @@ def _encoded_size(text: str, name: str) -> int:
         return len(text.encode("utf-8"))
     except UnicodeEncodeError as error:
         code = ord(text[error.start])
-        raise ValueError(f"{name}: unpaired surrogate \\u{code:04x} at character {error.start}, which is not text") from error
+        raise ValueError(
+            f"{name}: unpaired surrogate \\u{code:04x} at character {error.start}, which is not text"
+        ) from error

@@ -32,7 +32,9 @@ class Adopted:
     uncounted_leading_spaces: int | None = None  # known for val alone
 
 
-def adopt(paths: list[Path], folder: Path, side: Side, tokenizer: Tokenizer, threads: int, progress: Progress) -> Adopted:
+def adopt(
+    paths: list[Path], folder: Path, side: Side, tokenizer: Tokenizer, threads: int, progress: Progress
+) -> Adopted:
     """Check the shards `paths`, copy them into `folder` in this order, and hash their documents."""
     refused = uncountable(tokenizer)
     folder.mkdir()
@@ -60,7 +62,9 @@ def adopt(paths: list[Path], folder: Path, side: Side, tokenizer: Tokenizer, thr
     return result
 
 
-def _measure(path: Path, before: int, tokenizer: Tokenizer, refused: dict[int, str]) -> tuple[ShardFacts, int]:
+def _measure(
+    path: Path, before: int, tokenizer: Tokenizer, refused: dict[int, str]
+) -> tuple[ShardFacts, int]:
     """Tokens, documents and bytes of a shard that follows the token `before`; and its last token."""
     table = tokenizer.table
     is_refused = np.zeros(table.vocab_size, dtype=bool)
@@ -84,7 +88,9 @@ def _measure(path: Path, before: int, tokenizer: Tokenizer, refused: dict[int, s
 
 def _check_decoded(documents: list[duplicates.Located], tokenizer: Tokenizer, threads: int) -> int:
     """Compare counted bytes with the decoded text; returns how many documents begin with a space, which is not counted."""
-    texts = tokenizer.processor.decode([document.tokens[1:].tolist() for document in documents], num_threads=threads)
+    texts = tokenizer.processor.decode(
+        [document.tokens[1:].tolist() for document in documents], num_threads=threads
+    )
     for document, text in zip(documents, texts, strict=True):
         counted = int(bpb.target_bytes(document.tokens, tokenizer.table).sum())
         encode.check_bytes(str(document), text, document.tokens, counted, tokenizer)

@@ -60,7 +60,9 @@ def sample(documents: Iterable[Document], val_fraction: float, max_bytes: int) -
 def train(texts: list[str], vocab_size: int, threads: int) -> bytes:
     """A model of `vocab_size` ids trained on `texts`; the same bytes for the same texts and threads."""
     if not texts:
-        raise ValueError("there are no train documents to train the tokenizer on; lower tokenize.val_fraction or give more text")
+        raise ValueError(
+            "there are no train documents to train the tokenizer on; lower tokenize.val_fraction or give more text"
+        )
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -84,7 +86,9 @@ def train(texts: list[str], vocab_size: int, threads: int) -> bytes:
             minloglevel=QUIET,
         )
     except RuntimeError as error:
-        raise ValueError(f"tokenize.vocab_size: SentencePiece cannot make {vocab_size} pieces of the train documents: {error}") from error
+        raise ValueError(
+            f"tokenize.vocab_size: SentencePiece cannot make {vocab_size} pieces of the train documents: {error}"
+        ) from error
     return model.getvalue()
 
 
@@ -92,7 +96,9 @@ def load(path: Path, vocab_size: int) -> Tokenizer:
     """The model at `path`, checked: of `vocab_size` ids, with byte fallback, BOS and the lone space piece."""
     processor = bpb.load_tokenizer(path)
     if processor.vocab_size() != vocab_size:
-        raise ValueError(f"{path} has {processor.vocab_size()} ids, but tokenize.vocab_size is {vocab_size}; set it to the model's")
+        raise ValueError(
+            f"{path} has {processor.vocab_size()} ids, but tokenize.vocab_size is {vocab_size}; set it to the model's"
+        )
     try:
         table = bpb.byte_table(processor)
     except ValueError as error:
@@ -113,7 +119,9 @@ def uncountable(tokenizer: Tokenizer) -> dict[int, str]:
         if tokenizer.table.boundary[i] or tokenizer.processor.is_byte(i):
             continue
         if bpb.SPACE_MARKER in piece[1:]:
-            reasons[i] = "has U+2581 behind its first character, which would count as three bytes for one space"
+            reasons[i] = (
+                "has U+2581 behind its first character, which would count as three bytes for one space"
+            )
         elif any(ord(character) in PRIVATE_USE for character in piece):
             reasons[i] = "is a private-use mark (CaseOps), which is no byte of the original text"
     return reasons

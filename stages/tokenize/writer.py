@@ -56,7 +56,9 @@ class SideWriter:
         self.folder.mkdir()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._close()
 
     def add(self, encoded: Encoded) -> None:
@@ -85,7 +87,9 @@ class SideWriter:
 
     def _write(self, tokens: np.ndarray, name: str) -> None:
         if len(tokens) > self.shard_tokens:
-            raise ValueError(f"{name}: {len(tokens)} tokens do not fit a shard of tokenize.shard_tokens ({self.shard_tokens}); raise it")
+            raise ValueError(
+                f"{name}: {len(tokens)} tokens do not fit a shard of tokenize.shard_tokens ({self.shard_tokens}); raise it"
+            )
         if self._file is None or self._open_facts.tokens + len(tokens) > self.shard_tokens:
             self._close()
             path = self.folder / f"{self.folder.name}_{len(self.facts):06d}.bin"

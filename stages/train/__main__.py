@@ -17,8 +17,19 @@ from stages.train.schedule import read_fractions
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options that only train has."""
-    parser.add_argument("--replay", type=Path, metavar="FILE", help="a schedule.json to repeat step for step, whatever the budget")
-    parser.add_argument("--scratch", type=Path, default=Path(".scratch"), metavar="DIR", help="where checkpoints for resuming live")
+    parser.add_argument(
+        "--replay",
+        type=Path,
+        metavar="FILE",
+        help="a schedule.json to repeat step for step, whatever the budget",
+    )
+    parser.add_argument(
+        "--scratch",
+        type=Path,
+        default=Path(".scratch"),
+        metavar="DIR",
+        help="where checkpoints for resuming live",
+    )
 
 
 STAGE = command.Stage(

@@ -79,7 +79,9 @@ class Checkpoints:
                 f"--scratch: the run has a checkpoint of step {steps_done}, but not {self._path(steps_done)} of rank {self.world.rank};"
                 " give machines that may change places a folder that they share, or remove it on each to begin anew"
             )
-        state: dict[str, Any] = torch.load(self._path(steps_done), map_location=self.world.device, weights_only=True)
+        state: dict[str, Any] = torch.load(
+            self._path(steps_done), map_location=self.world.device, weights_only=True
+        )
         return state
 
     def remove(self) -> None:

@@ -20,7 +20,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-KEPT_FLOATS = 1 << 22  # weights of one call that are kept for the backward pass (16 MB); more are computed again
+KEPT_FLOATS = (
+    1 << 22
+)  # weights of one call that are kept for the backward pass (16 MB); more are computed again
 BLOCK_QUERIES = 128  # a block's scores, G N T floats a key-value head, fit the L2 cache at T = 256; larger blocks skip fewer keys
 
 
@@ -48,7 +50,9 @@ class _Attention(torch.autograd.Function):
         keep = q.shape[0] * q.shape[1] * q.shape[2] ** 2 <= KEPT_FLOATS
         kept = []
         for block in _blocks(q, k, v, visible):
-            out_BHTC[:, :, block.first : block.last] = _ungrouped(torch.bmm(block.weights_AXM, block.value_AMC), q, block)
+            out_BHTC[:, :, block.first : block.last] = _ungrouped(
+                torch.bmm(block.weights_AXM, block.value_AMC), q, block
+            )
             if keep:
                 kept.append(block)
         context.kept_blocks = kept
@@ -62,15 +66,23 @@ class _Attention(torch.autograd.Function):
         grad_out_BHTC = gradients[0]
         scale = 1 / math.sqrt(q.shape[-1])
         grad_q = torch.empty_like(q, memory_format=torch.contiguous_format)
-        grad_k_ATC, grad_v_ATC = (torch.zeros_like(x, memory_format=torch.contiguous_format).flatten(0, 1) for x in (k, v))
+        grad_k_ATC, grad_v_ATC = (
+            torch.zeros_like(x, memory_format=torch.contiguous_format).flatten(0, 1) for x in (k, v)
+        )
 
         for block in context.kept_blocks or _blocks(q, k, v, visible):
             seen, queries = block.key_AMC.shape[1], slice(block.first, block.last)
             grad_out_AXC = _grouped(grad_out_BHTC[:, :, queries], k.shape[1])
-            row_sums_AX1 = (grad_out_AXC * _grouped(out_BHTC[:, :, queries], k.shape[1])).sum(-1, keepdim=True)
+            row_sums_AX1 = (grad_out_AXC * _grouped(out_BHTC[:, :, queries], k.shape[1])).sum(
+                -1, keepdim=True
+            )
 
-            grad_scores_AXM = torch.baddbmm(-row_sums_AX1, grad_out_AXC, block.value_AMC.mT).mul_(block.weights_AXM)
-            grad_q[:, :, queries] = _ungrouped(_scaled_product(grad_scores_AXM, block.key_AMC, scale), q, block)
+            grad_scores_AXM = torch.baddbmm(-row_sums_AX1, grad_out_AXC, block.value_AMC.mT).mul_(
+                block.weights_AXM
+            )
+            grad_q[:, :, queries] = _ungrouped(
+                _scaled_product(grad_scores_AXM, block.key_AMC, scale), q, block
+            )
             grad_k_ATC[:, :seen] += _scaled_product(grad_scores_AXM.mT, block.query_AXC, scale)
             grad_v_ATC[:, :seen] += torch.bmm(block.weights_AXM.mT, grad_out_AXC)
 
@@ -88,8 +100,12 @@ def _blocks(q: Tensor, k: Tensor, v: Tensor, visible_BTT: Tensor | None) -> Iter
         key_AMC, value_AMC = key_ATC[:, :last], value_ATC[:, :last]
 
         # The mask is what the product is added to: minus infinity for a hidden key.
-        hidden_BNM = _later(first, last, q.device) if visible_BTT is None else ~visible_BTT[:, first:last, :last]
-        mask_BNM = torch.zeros(hidden_BNM.shape, dtype=q.dtype, device=q.device).masked_fill_(hidden_BNM, -math.inf)
+        hidden_BNM = (
+            _later(first, last, q.device) if visible_BTT is None else ~visible_BTT[:, first:last, :last]
+        )
+        mask_BNM = torch.zeros(hidden_BNM.shape, dtype=q.dtype, device=q.device).masked_fill_(
+            hidden_BNM, -math.inf
+        )
         mask_BXM = mask_BNM.repeat(1, heads // kv_heads, 1)
         mask_AXM = mask_BXM if visible_BTT is None else mask_BXM.repeat_interleave(kv_heads, dim=0)
         scores_AXM = torch.baddbmm(mask_AXM, query_AXC, key_AMC.mT, alpha=1 / math.sqrt(width))

@@ -73,7 +73,9 @@ class Prefetched:
     `first` gives the number of a step's first window. Used as a context, whose end stops the thread.
     """
 
-    def __init__(self, windows: Windows, first: Callable[[int], int], count: int, step: int, device: torch.device) -> None:
+    def __init__(
+        self, windows: Windows, first: Callable[[int], int], count: int, step: int, device: torch.device
+    ) -> None:
         self._windows, self._first, self._count, self._device = windows, first, count, device
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
         self._next = step
@@ -114,4 +116,6 @@ def to_device(rows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
 
 def micro_batch_size(local_sequences: int, most: int) -> int:
     """The largest divisor of a rank's sequences that is at most `most`: all forward passes of a run have one shape."""
-    return max(size for size in range(1, min(local_sequences, max(1, most)) + 1) if local_sequences % size == 0)
+    return max(
+        size for size in range(1, min(local_sequences, max(1, most)) + 1) if local_sequences % size == 0
+    )

@@ -63,7 +63,13 @@ def train(
     next_fraction = pacing(params.train, replay, lambda: world.max_of(clock.elapsed()))
     with (
         report.progress("train: % of the budget", 100) as progress,
-        Prefetched(windows, lambda step: (step * world.size + world.rank) * local, local, loop.steps_done, world.device) as batches,
+        Prefetched(
+            windows,
+            lambda step: (step * world.size + world.rank) * local,
+            local,
+            loop.steps_done,
+            world.device,
+        ) as batches,
         _nothing_compiles(world),
     ):
         while (fraction := next_fraction(loop.steps_done)) is not None:
@@ -75,15 +81,25 @@ def train(
     clock.mark()
     checkpoints.remove()
     average = loop.optimizers.average()
-    state = with_scaled_logits({name: average[name] for name, _ in model.named_parameters()}, params.train.logit_scale)
-    return Trained(state, losses, loop.schedule, loop.steps_done * params.train.batch_tokens, loop.measured(clock))
+    state = with_scaled_logits(
+        {name: average[name] for name, _ in model.named_parameters()}, params.train.logit_scale
+    )
+    return Trained(
+        state, losses, loop.schedule, loop.steps_done * params.train.batch_tokens, loop.measured(clock)
+    )
 
 
-Pass = Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor | None]]]  # inputs and targets to the mean loss and its gradients
+Pass = Callable[
+    [Tensor, Tensor], tuple[Tensor, dict[str, Tensor | None]]
+]  # inputs and targets to the mean loss and its gradients
 
 
 def gradients_of(
-    named: dict[str, nn.Parameter], loss_of: Callable[..., Tensor], looped: bool, inputs: Tensor, targets: Tensor
+    named: dict[str, nn.Parameter],
+    loss_of: Callable[..., Tensor],
+    looped: bool,
+    inputs: Tensor,
+    targets: Tensor,
 ) -> tuple[Tensor, dict[str, Tensor | None]]:
     """The mean loss of a batch and its gradients by name; None where the loss does not depend on a parameter."""
     loss = loss_of(inputs, targets, looped).mean()
@@ -114,11 +130,21 @@ class Recorded:
 class _Loop:
     """The state that one step hands to the next."""
 
-    def __init__(self, params: Params, model: Model, world: World, checkpoints: Checkpoints, micro: int) -> None:
-        self.params, self.model, self.world, self.checkpoints, self.micro = params, model, world, checkpoints, micro
+    def __init__(
+        self, params: Params, model: Model, world: World, checkpoints: Checkpoints, micro: int
+    ) -> None:
+        self.params, self.model, self.world, self.checkpoints, self.micro = (
+            params,
+            model,
+            world,
+            checkpoints,
+            micro,
+        )
         named = dict(model.named_parameters())
         loss_of = compiled(model, world)
-        self.passes: dict[bool, Pass] = {looped: partial(gradients_of, named, loss_of, looped) for looped in (False, True)}
+        self.passes: dict[bool, Pass] = {
+            looped: partial(gradients_of, named, loss_of, looped) for looped in (False, True)
+        }
         self.optimizers = Optimizers(model, params.train, world)
         self.schedule: list[StepSchedule] = []
         self.local_losses: list[Tensor] = []
@@ -171,7 +197,9 @@ class _Loop:
             return
         self.optimizers.load(state["optimizers"])
         self.local_losses = list(state["losses"].unbind())
-        self.schedule = [settings(step, fraction, self.params.train) for step, fraction in enumerate(state["fractions"])]
+        self.schedule = [
+            settings(step, fraction, self.params.train) for step, fraction in enumerate(state["fractions"])
+        ]
         report.log(f"train: resumed after step {self.steps_done}")
 
     def all_losses(self) -> list[float]:
@@ -247,6 +275,8 @@ def _batch_shape(params: Params, world: World) -> tuple[int, int]:
     """Windows of a rank's part of a step, and of one of its forward passes."""
     sequences = params.train.batch_tokens // params.model.context
     if sequences % world.size:
-        raise ValueError(f"train.batch_tokens: {sequences} windows a step do not divide over {world.size} ranks")
+        raise ValueError(
+            f"train.batch_tokens: {sequences} windows a step do not divide over {world.size} ranks"
+        )
     local = sequences // world.size
     return local, micro_batch_size(local, params.train.micro_batch_tokens // params.model.context)

@@ -72,7 +72,9 @@ def visit_plan(params: ModelParams, looped: bool) -> VisitPlan:
     """
     segment = tuple(range(params.loop_first, params.loop_last + 1))
     passes = 1 + params.loops if looped else 1
-    order = tuple(range(params.loop_first)) + segment * passes + tuple(range(params.loop_last + 1, params.layers))
+    order = (
+        tuple(range(params.loop_first)) + segment * passes + tuple(range(params.loop_last + 1, params.layers))
+    )
     return VisitPlan(order[: len(order) // 2], order[len(order) // 2 :])
 
 
@@ -142,12 +144,18 @@ class Attention(nn.Module):
         weight_ED = torch.cat((self.query.weight, self.key.weight, self.value.weight)).to(x_BTD.dtype)
         starts = places.documents.starts_BT if places.documents else None
         joint = self._adapted(F.linear(x_BTD, weight_ED), x_BTD, adapters)
-        q, k, v = self.operations.split_heads(joint, self.gain, places.cos_TR, places.sin_TR, starts, self.params.kv_heads)
+        q, k, v = self.operations.split_heads(
+            joint, self.gain, places.cos_TR, places.sin_TR, starts, self.params.kv_heads
+        )
         if self.table is not None and self.table_share is not None:
-            v = torch.addcmul(v, places.values[self.table].view(v.shape), self.table_share.to(v.dtype)[:, None])
+            v = torch.addcmul(
+                v, places.values[self.table].view(v.shape), self.table_share.to(v.dtype)[:, None]
+            )
         y = self.operations.attend(q, k, v, places.documents)
         if self.gate is not None:
-            y = y * (2 * torch.sigmoid(F.linear(x_BTD[..., : self.gate.shape[1]], self.gate.to(x_BTD.dtype)))).unsqueeze(-1)
+            y = y * (
+                2 * torch.sigmoid(F.linear(x_BTD[..., : self.gate.shape[1]], self.gate.to(x_BTD.dtype)))
+            ).unsqueeze(-1)
         return adapted(self.output(y.flatten(2)), x_BTD, adapters.output)
 
     def _adapted(self, joint_BTE: Tensor, x_BTD: Tensor, adapters: VisitAdapters) -> Tensor:
@@ -156,7 +164,9 @@ class Attention(nn.Module):
             return joint_BTE
         kv_width = self.params.kv_heads * self.params.head_dim
         parts = joint_BTE.split((self.params.heads * self.params.head_dim, kv_width, kv_width), dim=-1)
-        return torch.cat([adapted(part, x_BTD, adapter) for part, adapter in zip(parts, each, strict=True)], dim=-1)
+        return torch.cat(
+            [adapted(part, x_BTD, adapter) for part, adapter in zip(parts, each, strict=True)], dim=-1
+        )
 
 
 class MLP(nn.Module):
@@ -190,9 +200,13 @@ class Block(nn.Module):
         self.input_scale = 1 / math.sqrt(index + 1)
         self.parallel = index >= params.parallel_from
 
-    def forward(self, stream: Stream, x0: Tensor, places: Places, adapters: VisitAdapters = UNADAPTED) -> Stream:
+    def forward(
+        self, stream: Stream, x0: Tensor, places: Places, adapters: VisitAdapters = UNADAPTED
+    ) -> Stream:
         """The stream (B, T, D) and x0 to the next stream; neither is summed before it is read."""
-        u, h = self.operations.combine_norm([*weighed(stream, self.mix[0]), Term(x0, self.mix[1])], self.input_scale)
+        u, h = self.operations.combine_norm(
+            [*weighed(stream, self.mix[0]), Term(x0, self.mix[1])], self.input_scale
+        )
         attended = Term(self.attention(h, places, adapters), self.attention_scale)
         if self.parallel:
             return [Term(u), attended, Term(adapted(self.mlp(h), h, adapters.mlp), self.mlp_scale)]
@@ -223,7 +237,11 @@ class Smear(nn.Module):
 
     def forward(self, rows_BTD: Tensor, tokens_BT: Tensor) -> Tensor:
         """Embeddings (B, T, D) to the same."""
-        gate_BT = self.share * torch.sigmoid(rows_BTD[..., : len(self.gate)] @ self.gate) * (tokens_BT != self.bos_id)
+        gate_BT = (
+            self.share
+            * torch.sigmoid(rows_BTD[..., : len(self.gate)] @ self.gate)
+            * (tokens_BT != self.bos_id)
+        )
         before = F.pad(rows_BTD[:, :-1], (0, 0, 1, 0))
         return torch.addcmul(rows_BTD, gate_BT.unsqueeze(-1), before)
 
@@ -239,14 +257,18 @@ class Head(nn.Module):
 class Model(nn.Module):
     """The whole network; `dtype` is that of the activations."""
 
-    def __init__(self, params: ModelParams, dtype: torch.dtype = torch.float32, operations: Operations = PLAIN) -> None:
+    def __init__(
+        self, params: ModelParams, dtype: torch.dtype = torch.float32, operations: Operations = PLAIN
+    ) -> None:
         super().__init__()
         self.params = params
         self.dtype = dtype
         self.operations = operations
         self.embedding = Table(params.vocab_size, params.width)
         self.smear = Smear(params) if params.smear_width else None
-        self.value_tables = nn.ModuleList(Table(params.vocab_size, params.kv_heads * params.head_dim) for _ in range(params.value_tables))
+        self.value_tables = nn.ModuleList(
+            Table(params.vocab_size, params.kv_heads * params.head_dim) for _ in range(params.value_tables)
+        )
         self.blocks = nn.ModuleList(Block(params, index, operations) for index in range(params.layers))
         skips = skip_count(params)
         self.skip_weight = nn.Parameter(torch.ones(skips, params.width))
@@ -259,7 +281,9 @@ class Model(nn.Module):
         cos_TR, sin_TR = rotary(tokens_BT.shape[1], self.params, tokens_BT.device)
         within = self.params.attention == "documents"
         values = tuple(table(tokens_BT).to(self.dtype) for table in self.value_tables)
-        places = Places(cos_TR, sin_TR, documents_of(tokens_BT, self.params.bos_id) if within else None, values)
+        places = Places(
+            cos_TR, sin_TR, documents_of(tokens_BT, self.params.bos_id) if within else None, values
+        )
         rows = self.embedding(tokens_BT)
         x0 = rms_norm((rows if self.smear is None else self.smear(rows, tokens_BT)).to(self.dtype))
         plan = self.plans[looped]
@@ -278,17 +302,27 @@ class Model(nn.Module):
 
     def logits(self, tokens_BT: Tensor, looped: bool = True, scored_from: int = 0) -> Tensor:
         """Softcapped logits of the positions from `scored_from` on, (B, T - scored_from, V) float32."""
-        return softcapped(self.uncapped(tokens_BT, looped, slice(scored_from, None)), self.params.logit_softcap)
+        return softcapped(
+            self.uncapped(tokens_BT, looped, slice(scored_from, None)), self.params.logit_softcap
+        )
 
-    def forward(self, tokens_BT: Tensor, targets_BT: Tensor, looped: bool = True, scored_from: int = 0) -> Tensor:
+    def forward(
+        self, tokens_BT: Tensor, targets_BT: Tensor, looped: bool = True, scored_from: int = 0
+    ) -> Tensor:
         """Negative log-likelihood in nats of the targets from `scored_from` on, (B, T - scored_from) float32."""
         z_NV = self.uncapped(tokens_BT, looped, slice(scored_from, None)).flatten(0, 1)
         targets = targets_BT[:, scored_from:]
-        return self.operations.cross_entropy(z_NV, targets.flatten(), self.params.logit_softcap).view(targets.shape)
+        return self.operations.cross_entropy(z_NV, targets.flatten(), self.params.logit_softcap).view(
+            targets.shape
+        )
 
-    def uncapped(self, tokens_BT: Tensor, looped: bool, places: slice, adapters: Adapters = NO_ADAPTERS) -> Tensor:
+    def uncapped(
+        self, tokens_BT: Tensor, looped: bool, places: slice, adapters: Adapters = NO_ADAPTERS
+    ) -> Tensor:
         """Logits before the softcap of the positions `places`, (B, positions, V) in the model's dtype."""
-        return self.head(self.features(tokens_BT, looped, adapters.visits)[:, places], self.embedding.weight, adapters.head)
+        return self.head(
+            self.features(tokens_BT, looped, adapters.visits)[:, places], self.embedding.weight, adapters.head
+        )
 
     def _with_skip(self, step: int, stream: Stream, skipped: Tensor) -> Stream:
         """(1 - g) w s + g x, with g the sigmoid of the slot's gate."""

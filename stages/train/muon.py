@@ -53,7 +53,11 @@ def orthogonalise(update_NRC: Tensor, triples: tuple[Coefficients, ...], dtype: 
 
 
 def muon_update(
-    gradient_NRC: Tensor, momentum_NRC: Tensor, beta: float | Tensor, triples: tuple[Coefficients, ...], dtype: torch.dtype
+    gradient_NRC: Tensor,
+    momentum_NRC: Tensor,
+    beta: float | Tensor,
+    triples: tuple[Coefficients, ...],
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """One Nesterov-momentum update for a stack of matrices; returns (update, new momentum).
 

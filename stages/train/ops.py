@@ -29,7 +29,12 @@ class Operations(NamedTuple):
 
 LARGEST_SOFTCAP = 40.0  # e^(-80) is above the smallest normal float32 (kernels/cross_entropy.py sums without a running maximum)
 PLAIN = Operations(
-    reference.combine, reference.combine_norm, reference.split_heads, reference.attend, None, reference.softcapped_cross_entropy
+    reference.combine,
+    reference.combine_norm,
+    reference.split_heads,
+    reference.attend,
+    None,
+    reference.softcapped_cross_entropy,
 )
 
 
@@ -39,11 +44,17 @@ def operations(kernels: bool, model: ModelParams) -> Operations:
         return PLAIN
     instead = "; parallel.kernels: false runs it with plain operations"
     if model.head_dim < 16 or model.head_dim & (model.head_dim - 1):
-        raise ValueError(f"model.heads: the fused kernels need a head dimension of 16, 32, 64 ..., this is {model.head_dim}{instead}")
+        raise ValueError(
+            f"model.heads: the fused kernels need a head dimension of 16, 32, 64 ..., this is {model.head_dim}{instead}"
+        )
     if model.hidden % 8:
-        raise ValueError(f"model.hidden: the fused kernels need a multiple of 8, this is {model.hidden}{instead}")
+        raise ValueError(
+            f"model.hidden: the fused kernels need a multiple of 8, this is {model.hidden}{instead}"
+        )
     if model.logit_softcap > LARGEST_SOFTCAP:
-        raise ValueError(f"model.logit_softcap: the fused loss needs {LARGEST_SOFTCAP} at most, this is {model.logit_softcap}{instead}")
+        raise ValueError(
+            f"model.logit_softcap: the fused loss needs {LARGEST_SOFTCAP} at most, this is {model.logit_softcap}{instead}"
+        )
     from stages.train.kernels import FUSED  # Triton is not installed where there is no GPU
 
     return FUSED
@@ -53,7 +64,11 @@ def attention_backend(world: World) -> str:
     """Whose attention a model runs."""
     if world.kernels:
         return "stages/train/kernels/attention.py (Triton)"
-    return "stages/train/cpu_attention.py" if world.device.type == "cpu" else "torch.nn.functional.scaled_dot_product_attention"
+    return (
+        "stages/train/cpu_attention.py"
+        if world.device.type == "cpu"
+        else "torch.nn.functional.scaled_dot_product_attention"
+    )
 
 
 def compiled(work: Callable[..., Any], world: World) -> Callable[..., Any]:

@@ -73,7 +73,14 @@ def adamw_step_(
 class Bank:
     """All parameters of one rule and one unit, the states of this rank's part, and the part's moving average."""
 
-    def __init__(self, named: Sequence[tuple[str, Tensor]], unit: torch.Size, rule: Callable[..., None], states: int, world: World) -> None:
+    def __init__(
+        self,
+        named: Sequence[tuple[str, Tensor]],
+        unit: torch.Size,
+        rule: Callable[..., None],
+        states: int,
+        world: World,
+    ) -> None:
         self.names = [name for name, _ in named]
         self.parameters = [parameter for _, parameter in named]
         self.rule = rule
@@ -113,7 +120,9 @@ class Bank:
             yield name, place.clone()
 
     def _views(self, bank: Tensor) -> list[Tensor]:
-        pieces = bank.flatten()[: sum(parameter.numel() for parameter in self.parameters)].split([p.numel() for p in self.parameters])
+        pieces = bank.flatten()[: sum(parameter.numel() for parameter in self.parameters)].split(
+            [p.numel() for p in self.parameters]
+        )
         return [piece.view(parameter.shape) for piece, parameter in zip(pieces, self.parameters, strict=True)]
 
 
@@ -183,7 +192,13 @@ class Optimizers:
         squares = torch.stack([torch.linalg.vector_norm(bank.gradient) for bank in self.banks]).square().sum()
         norm = self.world.sum_(squares).sqrt() / self.passes
         scale = (self.params.clip_norm / (norm + CLIP_FLOOR)).clamp_max(1.0) / self.passes
-        return {"scale": scale, "lr_multiplier": multiplier, "momentum": momentum, "adam_bias1": bias1, "adam_bias2": bias2}
+        return {
+            "scale": scale,
+            "lr_multiplier": multiplier,
+            "momentum": momentum,
+            "adam_bias1": bias1,
+            "adam_bias2": bias2,
+        }
 
     def _muon_banks(self, model: Model) -> list[Bank]:
         rule = self._rule(
@@ -201,7 +216,11 @@ class Optimizers:
 
     def _adam_banks(self, model: Model) -> list[Bank]:
         tables = [(name, parameter) for name, parameter in model.named_parameters() if is_table(name)]
-        vectors = [(n, parameter) for n, parameter in model.named_parameters() if not is_matrix(n) and not is_table(n)]
+        vectors = [
+            (n, parameter)
+            for n, parameter in model.named_parameters()
+            if not is_matrix(n) and not is_table(n)
+        ]
         banks = []
         for named, lr, weight_decay in (
             (tables, self.params.embedding_lr, self.params.embedding_weight_decay),

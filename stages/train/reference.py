@@ -33,7 +33,9 @@ class Term(NamedTuple):
 
 def documents_of(tokens_BT: Tensor, bos: int) -> Documents:
     """The documents of windows of tokens; what stands before a window's first BOS is a document too."""
-    positions = torch.arange(tokens_BT.shape[1], device=tokens_BT.device, dtype=torch.int32).expand(tokens_BT.shape)
+    positions = torch.arange(tokens_BT.shape[1], device=tokens_BT.device, dtype=torch.int32).expand(
+        tokens_BT.shape
+    )
     first = (tokens_BT == bos).index_fill(1, positions.new_zeros(1, dtype=torch.int64), True)
     starts = torch.where(first, positions, 0).cummax(1).values
     last = F.pad(first[:, 1:], (0, 1), value=True)

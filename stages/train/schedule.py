@@ -46,7 +46,9 @@ def read_fractions(path: Path) -> list[float]:
     return list(fractions)
 
 
-def pacing(params: TrainParams, replay: list[float] | None, elapsed: Callable[[], float]) -> Callable[[int], float | None]:
+def pacing(
+    params: TrainParams, replay: list[float] | None, elapsed: Callable[[], float]
+) -> Callable[[int], float | None]:
     """A function from the 0-based step to its fraction, or None when the run is over.
 
     `elapsed` gives the training seconds so far, agreed between ranks; it is only asked under a budget of seconds, where the last step

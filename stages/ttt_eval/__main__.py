@@ -2,7 +2,9 @@
 
 from stages.pack.file.decode_process import Decoder
 
-DECODER = Decoder() if __name__ == "__main__" else None  # at work while what follows is imported: torch takes seconds
+DECODER = (
+    Decoder() if __name__ == "__main__" else None
+)  # at work while what follows is imported: torch takes seconds
 
 import sys
 from pathlib import Path
@@ -38,10 +40,14 @@ def main(run: command.Run[Params]) -> None:
     relaunch_under_torchrun(params.parallel, "stages.ttt_eval", sys.argv[1:])
     unpacking = Unpacking(files["model"], DECODER)
     with world(params.parallel) as here:
-        stream = read_stream(files["val"], files["tokenizer"], unpacking.params.vocab_size, params.sliding_eval.window)
+        stream = read_stream(
+            files["val"], files["tokenizer"], unpacking.params.vocab_size, params.sliding_eval.window
+        )
 
         def make(model: Model, report: Report) -> TimedScorer:
-            return scorer_for(model, params.sliding_eval, params.ttt_eval, here, stream.table, stream.targets, report)
+            return scorer_for(
+                model, params.sliding_eval, params.ttt_eval, here, stream.table, stream.targets, report
+            )
 
         scorer = scorer_of(unpacking, here, make, run.report)
         pace = clock.Pace(scorer.warm_up_targets)
@@ -53,7 +59,9 @@ def main(run: command.Run[Params]) -> None:
         if here.is_main:
             bpb = write_results(run.output, "ttt", nll, stream, params.ttt_eval.chunk, run.write_json)
             documents = paired_bootstrap.document_of_target(stream.tokens, stream.table.bos)
-            gain = paired_bootstrap.paired_difference(ledger.read(files["sliding"], stream.targets), nll, stream.counted_bytes, documents)
+            gain = paired_bootstrap.paired_difference(
+                ledger.read(files["sliding"], stream.targets), nll, stream.counted_bytes, documents
+            )
             run.report.log(
                 f"ttt_eval: {bpb:.6f} bpb over {stream.targets:,} targets; against sliding {gain.bpb:+.6f}"
                 f" (95 % interval {gain.low:+.6f} to {gain.high:+.6f}, paired over documents)"

@@ -14,7 +14,9 @@ class LoraParams:
 
     chunk: int  # targets of a document that are scored with one set of adapters, then trained on
     documents: int  # side by side; changes speed and last digits
-    adapters: tuple[Literal["query", "key", "value", "output", "mlp", "head"], ...]  # the products that have one
+    adapters: tuple[
+        Literal["query", "key", "value", "output", "mlp", "head"], ...
+    ]  # the products that have one
     rank: int
     alpha: float  # an adapter adds alpha / rank B A x
     lr: float  # of AdamW, one step a chunk
@@ -38,9 +40,13 @@ class LoraParams:
 class TttEvalParams:
     """The section `ttt_eval`; window and stride are sliding_eval's."""
 
-    kind: Literal["sgd", "lora"]  # sgd: all of the model, on the stream's chunks; lora: adapters, on each document by itself
+    kind: Literal[
+        "sgd", "lora"
+    ]  # sgd: all of the model, on the stream's chunks; lora: adapters, on each document by itself
     confidence: bool  # losses that are trained on are weighed by themselves (loss_weighting.py)
-    trained: Literal["all", "matrices", "vectors"]  # sgd: which parameters; matrices are the blocks', vectors all but these and the tables
+    trained: Literal[
+        "all", "matrices", "vectors"
+    ]  # sgd: which parameters; matrices are the blocks', vectors all but these and the tables
     chunk: int  # sgd: targets that are scored with one set of weights, then trained on; also of one row of chunks.tsv
     epochs: int  # passes over a chunk
     batch_tokens: int  # tokens of one SGD step over all ranks
@@ -70,9 +76,17 @@ class Params:
     def __post_init__(self) -> None:
         window = self.sliding_eval.window
         if self.ttt_eval.kind == "lora" and self.ttt_eval.lora.chunk > window:
-            reject("ttt_eval.lora.chunk", f"{self.ttt_eval.lora.chunk} is above sliding_eval.window ({window})")
+            reject(
+                "ttt_eval.lora.chunk", f"{self.ttt_eval.lora.chunk} is above sliding_eval.window ({window})"
+            )
         for key in ("chunk", "batch_tokens"):
             if getattr(self.ttt_eval, key) % window:
-                reject(f"ttt_eval.{key}", f"{getattr(self.ttt_eval, key)} is not a multiple of sliding_eval.window ({window})")
+                reject(
+                    f"ttt_eval.{key}",
+                    f"{getattr(self.ttt_eval, key)} is not a multiple of sliding_eval.window ({window})",
+                )
         if (self.ttt_eval.chunk - window) % self.sliding_eval.stride:
-            reject("ttt_eval.chunk", f"a boundary at {self.ttt_eval.chunk} would cut a window of stride {self.sliding_eval.stride} in two")
+            reject(
+                "ttt_eval.chunk",
+                f"a boundary at {self.ttt_eval.chunk} would cut a window of stride {self.sliding_eval.stride} in two",
+            )

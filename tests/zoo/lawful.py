@@ -158,14 +158,24 @@ class Trie:
     """The pieces as a tree of bytes: node 0 is the root, an edge leads to each other node."""
 
     def __init__(self, pieces: list[bytes]) -> None:
-        nodes = sorted({piece[:size] for piece in pieces for size in range(len(piece) + 1)}, key=lambda node: (len(node), node))
+        nodes = sorted(
+            {piece[:size] for piece in pieces for size in range(len(piece) + 1)},
+            key=lambda node: (len(node), node),
+        )
         number = {node: i for i, node in enumerate(nodes)}
         self.node_of = np.array([number[piece] for piece in pieces])
-        self.below = np.array([[piece.startswith(node) for piece in pieces] for node in nodes], dtype=np.float64)
+        self.below = np.array(
+            [[piece.startswith(node) for piece in pieces] for node in nodes], dtype=np.float64
+        )
         self.parent = np.array([0, *(number[node[:-1]] for node in nodes[1:])])
         self.letter = np.array([0, *(LETTERS.index(node[-1:]) for node in nodes[1:])])
-        self.before = np.array([4, *(LETTERS.index(node[-2:-1]) if len(node) > 1 else 4 for node in nodes[1:])])  # 4: what was before
-        self.path = np.array([[len(node) > 0 and piece.startswith(node) for node in nodes] for piece in pieces], dtype=np.float64)
+        self.before = np.array(
+            [4, *(LETTERS.index(node[-2:-1]) if len(node) > 1 else 4 for node in nodes[1:])]
+        )  # 4: what was before
+        self.path = np.array(
+            [[len(node) > 0 and piece.startswith(node) for node in nodes] for piece in pieces],
+            dtype=np.float64,
+        )
         self.ends = np.zeros((len(nodes), len(pieces)))
         self.ends[self.node_of, np.arange(len(pieces))] = 1
 
@@ -194,7 +204,9 @@ class Spelling(Bigram):
         mass, ending, a = TRIE.below @ p, TRIE.ends @ p, self.letter_law()
         siblings = np.bincount(TRIE.parent[1:], a[1:], minlength=len(a))
         going_on = 1 - ending / mass
-        step = (1 - self.WEIGHT) * mass / mass[TRIE.parent] + self.WEIGHT * going_on[TRIE.parent] * a / siblings[TRIE.parent]
+        step = (1 - self.WEIGHT) * mass / mass[TRIE.parent] + self.WEIGHT * going_on[
+            TRIE.parent
+        ] * a / siblings[TRIE.parent]
         return TRIE.path[:, 1:] @ np.log(step[1:]) + np.log(p / mass[TRIE.node_of])
 
     def learn(self, last: int, token: int) -> None:
@@ -214,5 +226,7 @@ def stream(length: int = 3000, seed: int = 3) -> np.ndarray:
     follows = 2 + generator.integers(0, VOCAB - 2, (VOCAB, 3))
     tokens = [BOS]
     while len(tokens) < length:
-        tokens.append(BOS if generator.random() < 0.02 else int(follows[tokens[-1], generator.integers(0, 3)]))
+        tokens.append(
+            BOS if generator.random() < 0.02 else int(follows[tokens[-1], generator.integers(0, 3)])
+        )
     return np.array(tokens, dtype=np.uint16)

@@ -15,13 +15,18 @@ from stages.tokenize import tokenizer
 from tests import test_clean_room
 from tools.audit_scorer import claims
 
-TEXTS = [f"Document {i} says that {i * i} is the square of {i}; caf\u00e9 {chr(0x2603 + i)}.\n" * 2 for i in range(30)]
+TEXTS = [
+    f"Document {i} says that {i * i} is the square of {i}; caf\u00e9 {chr(0x2603 + i)}.\n" * 2
+    for i in range(30)
+]
 SizeOf = Callable[[np.ndarray, bpb.ByteTable], np.ndarray]
 
 
 def made(folder: Path) -> tuple[sentencepiece.SentencePieceProcessor, np.ndarray]:
     """A tokenizer with byte fallback, and the documents as it encodes them."""
-    (folder / "tokenizer.model").write_bytes(tokenizer.train([text.replace("\u2603", "") for text in TEXTS[:5]], 300, 1))
+    (folder / "tokenizer.model").write_bytes(
+        tokenizer.train([text.replace("\u2603", "") for text in TEXTS[:5]], 300, 1)
+    )
     processor = bpb.load_tokenizer(folder / "tokenizer.model")
     tokens = np.concatenate([[processor.bos_id(), *processor.encode(text)] for text in TEXTS])
     return processor, tokens.astype(np.uint16)
@@ -32,8 +37,12 @@ def sizes(size_of: SizeOf, folder: Path) -> list[Verdict]:
     processor, tokens = made(folder)
     decoded = coverage.count_documents(tokens, processor)
     return [
-        coverage.check_denominator(tokens, processor.bos_id(), size_of(tokens, bpb.byte_table(processor)), decoded),
-        coverage.check_table(processor, coverage.FUZZ, lambda tokens, processor: size_of(tokens, bpb.byte_table(processor))),
+        coverage.check_denominator(
+            tokens, processor.bos_id(), size_of(tokens, bpb.byte_table(processor)), decoded
+        ),
+        coverage.check_table(
+            processor, coverage.FUZZ, lambda tokens, processor: size_of(tokens, bpb.byte_table(processor))
+        ),
     ]
 
 
@@ -43,13 +52,17 @@ def lawful_bytes(folder: Path, key: bytes) -> list[Verdict]:
 
 def doubled_space(folder: Path, key: bytes) -> list[Verdict]:
     """The leading space is in the table, and added once more (#1698, #1727, #1734)."""
-    return sizes(lambda tokens, table: bpb.target_bytes(tokens, table) + table.leading_space[tokens[1:]], folder)
+    return sizes(
+        lambda tokens, table: bpb.target_bytes(tokens, table) + table.leading_space[tokens[1:]], folder
+    )
 
 
 def three_byte_fallback(folder: Path, key: bytes) -> list[Verdict]:
     """A byte-fallback piece counts as the bytes of a replacement character (Scylla: #1143, #1184, #1289)."""
     fallback = np.array([i for i in range(300) if made(folder)[0].is_byte(i)])
-    return sizes(lambda tokens, table: bpb.target_bytes(tokens, table) + 2 * np.isin(tokens[1:], fallback), folder)
+    return sizes(
+        lambda tokens, table: bpb.target_bytes(tokens, table) + 2 * np.isin(tokens[1:], fallback), folder
+    )
 
 
 def wrong_denominator(folder: Path, key: bytes) -> list[Verdict]:
@@ -76,8 +89,14 @@ def overlap(folder: Path, key: bytes, spelt: bool = False) -> list[Verdict]:
     copied = val[5:10]
     if spelt:
         byte_of = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in range(256)]
-        copied = [np.array([bos, *(byte_of[byte] for byte in text.encode())], dtype=np.uint16) for text in TEXTS[5:10]]
-    unlike = [np.array([bos, *processor.encode(f"Nothing of this stands elsewhere, number {i}.")], dtype=np.uint16) for i in range(20)]
+        copied = [
+            np.array([bos, *(byte_of[byte] for byte in text.encode())], dtype=np.uint16)
+            for text in TEXTS[5:10]
+        ]
+    unlike = [
+        np.array([bos, *processor.encode(f"Nothing of this stands elsewhere, number {i}.")], dtype=np.uint16)
+        for i in range(20)
+    ]
     train = np.concatenate([*unlike, *copied])
     for side, held in (("train", train), ("val", tokens)):
         (folder / side).mkdir(exist_ok=True)
@@ -92,9 +111,14 @@ def overlap(folder: Path, key: bytes, spelt: bool = False) -> list[Verdict]:
 
 def chosen_seeds(folder: Path, key: bytes) -> list[Verdict]:
     """The best three of five seeds, one of them with other parameters, and a gain within the noise (#1769, #2118, #2124)."""
-    runs = [{"seed": seed, "nats": nats, "config": "a"} for seed, nats in ((1, 2.4990), (2, 2.4972), (3, 2.4994))]
+    runs = [
+        {"seed": seed, "nats": nats, "config": "a"} for seed, nats in ((1, 2.4990), (2, 2.4972), (3, 2.4994))
+    ]
     runs[2]["config"] = "b"
-    return [significance.check_seeds(runs, [2.5]), significance.check_seeds([run | {"config": "a"} for run in runs], [2.5])]
+    return [
+        significance.check_seeds(runs, [2.5]),
+        significance.check_seeds([run | {"config": "a"} for run in runs], [2.5]),
+    ]
 
 
 def in_the_room(line: str) -> Callable[[Path, bytes], list[Verdict]]:
@@ -105,6 +129,10 @@ def in_the_room(line: str) -> Callable[[Path, bytes], list[Verdict]]:
         for name in ("features.npz", "val_0.bin", "helper.py"):
             (folder / "outside" / name).write_bytes(b"x = 1\n")
         artifact = test_clean_room.made(folder, line.replace("OUTSIDE", str(folder / "outside")))
-        return check_clean_room(visit(artifact, means=test_clean_room.MEANS), Claim("toy_bpb", 1.25, budget_seconds=60.0), late_seconds=1.2)
+        return check_clean_room(
+            visit(artifact, means=test_clean_room.MEANS),
+            Claim("toy_bpb", 1.25, budget_seconds=60.0),
+            late_seconds=1.2,
+        )
 
     return run

@@ -79,7 +79,9 @@ class Replaying:
         scored = np.asarray(self.make().score_stream(self.shown), dtype=np.float32)
         wanted = min(len(tokens), len(self.shown) - 1)
         if scored.shape != (len(self.shown) - 1,):
-            raise BrokenProtocol(f"score_stream of {len(self.shown)} tokens returned {scored.shape}, expected ({len(self.shown) - 1},)")
+            raise BrokenProtocol(
+                f"score_stream of {len(self.shown)} tokens returned {scored.shape}, expected ({len(self.shown) - 1},)"
+            )
         return scored[len(scored) - wanted :]
 
 
@@ -89,9 +91,13 @@ def adapt(make: Callable[[], Any], vocab_size: int) -> Stepping | Replaying:
     missing = [name for name in STEPS if not callable(getattr(inner, name, None))]
     declared = getattr(inner, "vocab_size", vocab_size)
     if declared != vocab_size:
-        raise ValueError(f"the scorer has vocab_size {declared}, the tokenizer {vocab_size} ids: they do not belong together")
+        raise ValueError(
+            f"the scorer has vocab_size {declared}, the tokenizer {vocab_size} ids: they do not belong together"
+        )
     if not missing:
         return Stepping(inner, vocab_size)
     if callable(getattr(inner, "score_stream", None)):
         return Replaying(make, vocab_size)
-    raise ValueError(f"the scorer lacks {', '.join(missing)}, and it has no score_stream either; see docs/audit.md for what it needs")
+    raise ValueError(
+        f"the scorer lacks {', '.join(missing)}, and it has no score_stream either; see docs/audit.md for what it needs"
+    )

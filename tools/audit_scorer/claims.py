@@ -15,7 +15,17 @@ from stages.audit.catalogue import Entry, not_run
 from stages.audit.checks import budgets, coverage, significance
 from stages.audit.verdict import Verdict, outcome
 
-FIELDS = {"bpb", "targets", "bytes", "ledger", "training_seconds", "evaluation_seconds", "budget_seconds", "seeds", "baseline_nats"}
+FIELDS = {
+    "bpb",
+    "targets",
+    "bytes",
+    "ledger",
+    "training_seconds",
+    "evaluation_seconds",
+    "budget_seconds",
+    "seeds",
+    "baseline_nats",
+}
 BUDGET_SECONDS = 600.0  # of training and of evaluation (challenge)
 REPORTED = Entry("reported bits per byte", ("metric",), "`bpb` and `ledger` in a claim (--claim)")
 
@@ -52,13 +62,18 @@ def check(
         verdicts.append(coverage.check_reported(subject, ledger, claim["bpb"], stream.document_bytes))
     else:
         verdicts.append(not_run(subject, "B6", REPORTED, {}))
-    for name, counted in (("targets", len(stream.tokens) - 1), ("bytes", int(stream.document_bytes.counted.sum()))):
+    for name, counted in (
+        ("targets", len(stream.tokens) - 1),
+        ("bytes", int(stream.document_bytes.counted.sum())),
+    ):
         if name in claim:
             verdicts.append(_count(subject, name, claim[name], counted))
     budget = float(claim.get("budget_seconds", BUDGET_SECONDS))
     for what in ("training", "evaluation"):
         if f"{what}_seconds" in claim:
-            verdicts.append(budgets.check_clock(what, "files", budgets.seconds_of(claim, f"{what}_seconds"), budget))
+            verdicts.append(
+                budgets.check_clock(what, "files", budgets.seconds_of(claim, f"{what}_seconds"), budget)
+            )
     if "seeds" in claim:
         verdicts.append(significance.check_seeds(claim["seeds"], claim.get("baseline_nats", [])))
     return verdicts, ledger

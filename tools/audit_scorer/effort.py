@@ -53,8 +53,14 @@ FULL = dataclasses.replace(
     distributions=48,
     substitutions=64,
 )
-EXHAUSTIVE = dataclasses.replace(FULL, perturbations=525, recomputed_share=1.0, distributions=96, substitutions=1 << 16)
-LEVELS = {"quick": Level(QUICK, 200_000, 128), "full": Level(FULL, 5_000_000, 2048), "exhaustive": Level(EXHAUSTIVE, None, 16_384)}
+EXHAUSTIVE = dataclasses.replace(
+    FULL, perturbations=525, recomputed_share=1.0, distributions=96, substitutions=1 << 16
+)
+LEVELS = {
+    "quick": Level(QUICK, 200_000, 128),
+    "full": Level(FULL, 5_000_000, 2048),
+    "exhaustive": Level(EXHAUSTIVE, None, 16_384),
+}
 
 
 def probed(params: AuditParams, vocab_size: int) -> int:
@@ -81,23 +87,33 @@ def affordable(level: Level, targets: int | None, length: int, vocab_size: int) 
         params = thinned(params)
     left = (limit - probed(params, vocab_size)) // 2
     if left < 16:
-        raise ValueError(f"--targets {limit} is too few: this level's checks alone ask for {probed(params, vocab_size)}; allow more")
+        raise ValueError(
+            f"--targets {limit} is too few: this level's checks alone ask for {probed(params, vocab_size)}; allow more"
+        )
     return params, min(length, left)
 
 
-def affordable_calls(level: Level, targets: int | None, length: int, vocab_size: int, window: int) -> tuple[AuditParams, int]:
+def affordable_calls(
+    level: Level, targets: int | None, length: int, vocab_size: int, window: int
+) -> tuple[AuditParams, int]:
     """The same for a scorer that has only score_stream, where a fork costs its whole prefix: at most four windows of it."""
     limit = level.targets if targets is None else targets
     shown = min(length, WINDOWS * window)
-    params = dataclasses.replace(level.params, segment_targets=max(8, min(level.params.segment_targets, shown // 4)))
-    params = dataclasses.replace(params, canary_targets=min(params.canary_targets, 2 * shown), sampled_targets=1)
+    params = dataclasses.replace(
+        level.params, segment_targets=max(8, min(level.params.segment_targets, shown // 4))
+    )
+    params = dataclasses.replace(
+        params, canary_targets=min(params.canary_targets, 2 * shown), sampled_targets=1
+    )
     if limit is None:
         return params, shown
     while _calls(params, vocab_size) * 2 * shown > limit and params.distributions > 1:
         params = thinned(params)
     if _calls(params, vocab_size) * 2 * shown > limit:
         needed = _calls(params, vocab_size) * 2 * shown
-        raise ValueError(f"--targets {limit} is too few for {shown} tokens in one call: allow {needed}, or a shorter --window")
+        raise ValueError(
+            f"--targets {limit} is too few for {shown} tokens in one call: allow {needed}, or a shorter --window"
+        )
     return params, shown
 
 
@@ -114,4 +130,10 @@ def thinned(params: AuditParams) -> AuditParams:
 
 def _calls(params: AuditParams, vocab_size: int) -> int:
     substitutions = vocab_size if vocab_size <= EXACT else min(params.substitutions, vocab_size)
-    return params.distributions * substitutions + 2 * params.perturbations + 6 * params.handed_stretches + params.graph_documents + 32
+    return (
+        params.distributions * substitutions
+        + 2 * params.perturbations
+        + 6 * params.handed_stretches
+        + params.graph_documents
+        + 32
+    )

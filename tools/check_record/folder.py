@@ -23,11 +23,25 @@ LARGEST_SOURCE = 10_000_000  # bytes: what a wrapper may unpack to
 # Names under which a seed's results say one thing.
 NAMES = {
     "val_bpb": ("val_bpb", "bpb", "ttt_bpb", "post_ttt_bpb"),
-    "bytes_total": ("bytes_total", "artifact_bytes", "total_bytes", "submission_bytes", "artifact_size", "total_submission_bytes"),
+    "bytes_total": (
+        "bytes_total",
+        "artifact_bytes",
+        "total_bytes",
+        "submission_bytes",
+        "artifact_size",
+        "total_submission_bytes",
+    ),
     "bytes_model": ("bytes_model", "model_bytes"),
     "bytes_code": ("bytes_code", "code_bytes", "wrapped_code_bytes"),
     "steps": ("steps", "step_stop", "train_steps", "stop_step", "num_steps"),
-    "train_seconds": ("train_seconds", "train_time_s", "train_wallclock_seconds", "wallclock_seconds", "training_seconds", "train_time"),
+    "train_seconds": (
+        "train_seconds",
+        "train_time_s",
+        "train_wallclock_seconds",
+        "wallclock_seconds",
+        "training_seconds",
+        "train_time",
+    ),
     "eval_seconds": ("eval_seconds", "eval_time_s", "ttt_eval_seconds", "evaluation_seconds", "eval_time"),
 }
 
@@ -58,11 +72,18 @@ class Folder:
     @property
     def seed_results(self) -> dict[int, dict[str, Any]]:
         """Per-seed results by seed, in our names (NAMES); what else they hold is kept under its own."""
-        raw = self.summary.get("seed_results") or self.summary.get("per_seed") or self.summary.get("results") or {}
+        raw = (
+            self.summary.get("seed_results")
+            or self.summary.get("per_seed")
+            or self.summary.get("results")
+            or {}
+        )
         rows: Iterable[tuple[Any, Any]] = raw.items() if isinstance(raw, Mapping) else ()
         if isinstance(raw, list):
             rows = [(row.get("seed"), row) for row in raw if isinstance(row, Mapping)]
-        return {int(seed): renamed(row) for seed, row in rows if str(seed).isdigit() and isinstance(row, Mapping)}
+        return {
+            int(seed): renamed(row) for seed, row in rows if str(seed).isdigit() and isinstance(row, Mapping)
+        }
 
     @property
     def claimed_seeds(self) -> list[int]:
@@ -82,9 +103,15 @@ def read(path: Path) -> Folder:
     """Read a folder; a ValueError only when there is none, or nothing in it to check."""
     if not path.is_dir():
         raise ValueError(f"{path} is not a folder")
-    files = {file.relative_to(path).as_posix(): file.stat().st_size for file in sorted(path.rglob("*")) if file.is_file()}
+    files = {
+        file.relative_to(path).as_posix(): file.stat().st_size
+        for file in sorted(path.rglob("*"))
+        if file.is_file()
+    }
     if not {SUMMARY, README, CODE} & files.keys():
-        raise ValueError(f"{path} has neither {SUMMARY} nor {README} nor {CODE}: name the folder of one record")
+        raise ValueError(
+            f"{path} has neither {SUMMARY} nor {README} nor {CODE}: name the folder of one record"
+        )
     summary, broken = _summary(path / SUMMARY)
     code = (path / CODE).read_bytes() if CODE in files else None
     return Folder(
@@ -158,7 +185,11 @@ def _summary(path: Path) -> tuple[dict[str, Any], str | None]:
         value = json.loads(path.read_text(encoding="utf-8", errors="replace"))
     except json.JSONDecodeError as error:
         return {}, f"is not JSON: {error}"
-    return (value, None) if isinstance(value, dict) else ({}, f"holds {type(value).__name__}, expected a mapping")
+    return (
+        (value, None)
+        if isinstance(value, dict)
+        else ({}, f"holds {type(value).__name__}, expected a mapping")
+    )
 
 
 def _logs(path: Path, files: Mapping[str, int]) -> Iterator[Log]:

@@ -16,9 +16,19 @@ FLAGS = re.IGNORECASE | re.MULTILINE
 
 INTEGERS = {
     "seed": (rf"^\s*seed:?\s*{NUMBER}\b", rf"\bSEED={NUMBER}"),
-    "bytes_code": (rf"code size[^:\n]*:\s*{NUMBER}", rf"\+ {NUMBER} \(train_gpt\.py\)", rf"modules, .* {NUMBER} bytes packed"),
-    "bytes_model": (rf"serialized model [^:\n]*(?:\+|int\d|quant)[^:\n]*:\s*{NUMBER}", rf"{NUMBER} \(model\.bin\) \+"),
-    "bytes_total": (rf"total submission size [^:\n]*(?:\+|int\d|quant)[^:\n]*:\s*{NUMBER}", rf"\(train_gpt\.py\) = {NUMBER} bytes"),
+    "bytes_code": (
+        rf"code size[^:\n]*:\s*{NUMBER}",
+        rf"\+ {NUMBER} \(train_gpt\.py\)",
+        rf"modules, .* {NUMBER} bytes packed",
+    ),
+    "bytes_model": (
+        rf"serialized model [^:\n]*(?:\+|int\d|quant)[^:\n]*:\s*{NUMBER}",
+        rf"{NUMBER} \(model\.bin\) \+",
+    ),
+    "bytes_total": (
+        rf"total submission size [^:\n]*(?:\+|int\d|quant)[^:\n]*:\s*{NUMBER}",
+        rf"\(train_gpt\.py\) = {NUMBER} bytes",
+    ),
     "steps": (rf"stopping_early:.*\bstep:\s*{NUMBER}/", rf"\btrain: {NUMBER} steps in "),
     "tokens": (
         rf"\bval_tokens:\s*{NUMBER}",
@@ -26,16 +36,26 @@ INTEGERS = {
         rf"\btarget_tokens\W+{NUMBER}",
         rf" bpb over {NUMBER} targets",
     ),
-    "bytes": (rf"\btarget_bytes\W+{NUMBER}", rf"\bval_bytes:\s*{NUMBER}", rf" bpb over [\d,]+ targets, {NUMBER} bytes"),
+    "bytes": (
+        rf"\btarget_bytes\W+{NUMBER}",
+        rf"\bval_bytes:\s*{NUMBER}",
+        rf" bpb over [\d,]+ targets, {NUMBER} bytes",
+    ),
     "shards": (rf"\btrain_shards:\s*{NUMBER}",),
     "epochs": (rf"\bttt_epochs:\s*{NUMBER}",),
     "documents": (rf"\b(?:num_docs|val_docs|docs):\s*{NUMBER}",),
 }
 # Seconds, and the factor of the unit that is printed.
 SECONDS = {
-    "train_seconds": ((rf"stopping_early:.*train_time:\s*{DECIMAL}ms", 1e-3), (rf"\btrain: [\d,]+ steps in {DECIMAL} s", 1.0)),
+    "train_seconds": (
+        (rf"stopping_early:.*train_time:\s*{DECIMAL}ms", 1e-3),
+        (rf"\btrain: [\d,]+ steps in {DECIMAL} s", 1.0),
+    ),
     "hessian_seconds": ((rf"hessians? .*\bin {DECIMAL}\s*s", 1.0), (rf"data read for {DECIMAL} s", 1.0)),
-    "eval_seconds": ((rf"total_eval_time:\s*{DECIMAL}\s*s", 1.0), (rf"\bval_bpb:.*eval_time:\s*{DECIMAL}ms", 1e-3)),
+    "eval_seconds": (
+        (rf"total_eval_time:\s*{DECIMAL}\s*s", 1.0),
+        (rf"\bval_bpb:.*eval_time:\s*{DECIMAL}ms", 1e-3),
+    ),
 }
 SCORE = re.compile(rf"^(.*?)\bval_loss:\s*{DECIMAL}\s+val_bpb:\s*{DECIMAL}", FLAGS)
 OURS = re.compile(rf"\b(sliding_eval|ttt_eval): {DECIMAL} bpb over ", FLAGS)
@@ -91,7 +111,10 @@ class Log:
 def parse(name: str, text: str) -> Log | None:
     """The facts of a log; None when the text is none: it has neither a score nor the end of a training."""
     facts: dict[str, int | None] = {key: _integer(text, patterns) for key, patterns in INTEGERS.items()}
-    scores = tuple(Score(m[1].strip(), float(m[2]), float(m[3]), bool(DIAGNOSTIC.search(m[1]))) for m in SCORE.finditer(text))
+    scores = tuple(
+        Score(m[1].strip(), float(m[2]), float(m[3]), bool(DIAGNOSTIC.search(m[1])))
+        for m in SCORE.finditer(text)
+    )
     scores += tuple(Score(m[1], None, float(m[2]), False) for m in OURS.finditer(text))
     if not scores and facts["steps"] is None:
         return None
@@ -99,7 +122,9 @@ def parse(name: str, text: str) -> Log | None:
     if named:
         facts["seed"] = int(named[1])
     seconds = {key: _seconds(text, patterns) for key, patterns in SECONDS.items()}
-    return Log(name, text, **facts, **seconds, scores=scores, off=frozenset(m[1] for m in SWITCH.finditer(text)))  # type: ignore[arg-type]
+    return Log(
+        name, text, **facts, **seconds, scores=scores, off=frozenset(m[1] for m in SWITCH.finditer(text))
+    )  # type: ignore[arg-type]
 
 
 def whole(text: str) -> int:

@@ -15,11 +15,15 @@ from tools.check_record.logs import Log
 TOKENS = {40_540_160: "SP8192", 47_851_520: "CaseOps", 47_853_343: "CaseOps with the tail"}
 BYTES_TOLERANCE = 5e-4  # counts of the same text differ by 4e-5
 WRONG_TOKENS = {9_662_464: "the first 10,000 documents", 36_562_944: "a partition that lost shards"}
-WRONG_BYTES = {164_594_398: "CaseOps' transformed text, the sidecar off", 157_319_833: "byte-fallback pieces counted as three bytes"}
+WRONG_BYTES = {
+    164_594_398: "CaseOps' transformed text, the sidecar off",
+    157_319_833: "byte-fallback pieces counted as three bytes",
+}
 SUBSET_TOKENS = (3_000_000, 5_000_000, 8_000_000)
 TRAIN_SHARDS = (80, 128)  # of SP8192, as the logs of accepted records show them
 SUBSET = re.compile(
-    r"\bsubset\b|\bfirst [\d,.]+ ?[kM]? (?:val )?(?:tokens|docs|documents|targets)|\bprefix of [\d,.]+|\bppm_mix\b", re.IGNORECASE
+    r"\bsubset\b|\bfirst [\d,.]+ ?[kM]? (?:val )?(?:tokens|docs|documents|targets)|\bprefix of [\d,.]+|\bppm_mix\b",
+    re.IGNORECASE,
 )
 LEAST_SEEDS = 3
 
@@ -62,7 +66,11 @@ def _seeds(folder: Folder) -> Iterator[Finding]:
         if folder.log_of(seed) is None:
             yield Finding(SUMMARY, f"seed {seed} is claimed, and no log is of it", "#2124, #1902")
     for seed in sorted(seed for seed in logged if seed is not None and claimed and seed not in claimed):
-        yield Finding(SUMMARY, f"a log of seed {seed} lies here, and the record leaves it out", "#1769: the best five of seven")
+        yield Finding(
+            SUMMARY,
+            f"a log of seed {seed} lies here, and the record leaves it out",
+            "#1769: the best five of seven",
+        )
     if folder.is_record and 0 < len(claimed) < LEAST_SEEDS:
         yield Finding(SUMMARY, f"{len(claimed)} seeds; a record needs {LEAST_SEEDS}", "#1902, #2124")
     if not folder.logs:
@@ -74,12 +82,18 @@ def _seed_scores(folder: Folder) -> Iterator[Finding]:
         log = folder.log_of(seed)
         if "val_bpb" not in row or log is None or not log.scores:
             continue
-        if not any(agrees(row["val_bpb"], score.bpb) or agrees(score.bpb, row["val_bpb"]) for score in log.final):
+        if not any(
+            agrees(row["val_bpb"], score.bpb) or agrees(score.bpb, row["val_bpb"]) for score in log.final
+        ):
             seen = ", ".join(str(score.bpb) for score in log.final) or "only diagnostics"
-            yield Finding(SUMMARY, f"seed {seed}: val_bpb {row['val_bpb']} is not in its log, which has {seen}", "#2118")
+            yield Finding(
+                SUMMARY, f"seed {seed}: val_bpb {row['val_bpb']} is not in its log, which has {seen}", "#2118"
+            )
         steps = row.get("steps", renamed(folder.summary).get("steps"))
         if isinstance(steps, int) and log.steps is not None and steps != log.steps:
-            yield Finding(SUMMARY, f"seed {seed}: {shown(steps)} steps, its log says {shown(log.steps)}", "#1858")
+            yield Finding(
+                SUMMARY, f"seed {seed}: {shown(steps)} steps, its log says {shown(log.steps)}", "#1858"
+            )
 
 
 def _means(folder: Folder) -> Iterator[Finding]:
@@ -91,11 +105,17 @@ def _means(folder: Folder) -> Iterator[Finding]:
         return
     slack = 0.51 * max((_last_digit(repr(score)) for score in scores), default=1.0)
     if scores and not agrees(mean, statistics.fmean(scores)) and abs(mean - statistics.fmean(scores)) > slack:
-        yield Finding(SUMMARY, f"val_bpb {mean} is not the mean of its seeds, {statistics.fmean(scores):.8f}", "#2118")
+        yield Finding(
+            SUMMARY, f"val_bpb {mean} is not the mean of its seeds, {statistics.fmean(scores):.8f}", "#2118"
+        )
     if isinstance(deviation, (int, float)) and len(scores) > 1:
         found = statistics.stdev(scores)
         if not agrees(deviation, found) and abs(deviation - found) > 2 * slack:
-            yield Finding(SUMMARY, f"val_bpb_std {deviation} is not the sample deviation of its seeds, {found:.8f}", "#2118")
+            yield Finding(
+                SUMMARY,
+                f"val_bpb_std {deviation} is not the sample deviation of its seeds, {found:.8f}",
+                "#2118",
+            )
     single = [log for log in folder.logs if log.final]
     if not scores and len(single) == 1 and not any(agrees(mean, score.bpb) for score in single[0].final):
         yield Finding(SUMMARY, f"val_bpb {mean} is not in {single[0].name}", "#2118")
@@ -109,18 +129,26 @@ def _counts(folder: Folder, log: Log) -> Iterator[Finding]:
     if isinstance(declared, dict) and not folder.is_record:
         for key, said in (("targets", log.tokens), ("bytes", log.bytes)):
             if said is not None and declared.get(key) != said:
-                yield Finding(log.name, f"scored {shown(said)} {key}, {SUMMARY} declares {shown(declared.get(key))}", "#1923")
+                yield Finding(
+                    log.name,
+                    f"scored {shown(said)} {key}, {SUMMARY} declares {shown(declared.get(key))}",
+                    "#1923",
+                )
         return
     yield from _tokens(log)
     seen = log.scored_bytes
     if seen is None or _is_official(seen):
         return
-    known = next((words for size, words in WRONG_BYTES.items() if abs(seen / size - 1) < BYTES_TOLERANCE), None)
-    what = "its val_bytes" if log.bytes is not None else "its loss and bpb"
-    reason = known or ("leading spaces counted twice" if 1.15 < seen / OFFICIAL_BYTES < 1.18 else "another text, or another count of it")
-    message = (
-        f"{what} mean {seen:,.0f} bytes, the challenge's text has {shown(OFFICIAL_BYTES)} ({seen / OFFICIAL_BYTES - 1:+.2%}): {reason}"
+    known = next(
+        (words for size, words in WRONG_BYTES.items() if abs(seen / size - 1) < BYTES_TOLERANCE), None
     )
+    what = "its val_bytes" if log.bytes is not None else "its loss and bpb"
+    reason = known or (
+        "leading spaces counted twice"
+        if 1.15 < seen / OFFICIAL_BYTES < 1.18
+        else "another text, or another count of it"
+    )
+    message = f"{what} mean {seen:,.0f} bytes, the challenge's text has {shown(OFFICIAL_BYTES)} ({seen / OFFICIAL_BYTES - 1:+.2%}): {reason}"
     yield Finding(log.name, message, "#1698, #1184, #2138")
 
 
@@ -132,7 +160,9 @@ def _tokens(log: Log) -> Iterator[Finding]:
     if log.tokens is None:
         yield Finding(log.name, "does not say how many tokens were scored", "#1785, #1835, #1858")
     elif log.tokens in WRONG_TOKENS:
-        yield Finding(log.name, f"scored {shown(log.tokens)} tokens: {WRONG_TOKENS[log.tokens]}", "#1854, #1923, #2109")
+        yield Finding(
+            log.name, f"scored {shown(log.tokens)} tokens: {WRONG_TOKENS[log.tokens]}", "#1854, #1923, #2109"
+        )
     elif log.tokens in SUBSET_TOKENS:
         yield Finding(log.name, f"scored {shown(log.tokens)} tokens, a subset", "#1785, #1835, #1858")
     elif log.tokens not in TOKENS and not (log.scored_bytes and _is_official(log.scored_bytes)):
@@ -147,7 +177,9 @@ def _tokens(log: Log) -> Iterator[Finding]:
             "#2018, #2130",
         )
     elif log.shards is not None and log.shards < min(TRAIN_SHARDS):
-        yield Finding(log.name, f"{log.shards} train shards of {min(TRAIN_SHARDS)} or {max(TRAIN_SHARDS)}", "#1851")
+        yield Finding(
+            log.name, f"{log.shards} train shards of {min(TRAIN_SHARDS)} or {max(TRAIN_SHARDS)}", "#1851"
+        )
 
 
 def _clocks(folder: Folder, log: Log) -> Iterator[Finding]:
@@ -158,7 +190,9 @@ def _clocks(folder: Folder, log: Log) -> Iterator[Finding]:
         if log.train_seconds > BUDGET_SECONDS:
             yield Finding(log.name, f"trained for {log.train_seconds:.1f} s", "#1908, #1945")
         elif log.train_seconds + calibration > BUDGET_SECONDS:
-            total = f"{log.train_seconds:.1f} s of training and {calibration:.1f} s of Hessians on training data"
+            total = (
+                f"{log.train_seconds:.1f} s of training and {calibration:.1f} s of Hessians on training data"
+            )
             yield Finding(log.name, f"{total} are over {BUDGET_SECONDS:g} s", "#1851, #1855, #2135")
     if log.eval_seconds is not None and log.eval_seconds > BUDGET_SECONDS:
         yield Finding(log.name, f"evaluated for {log.eval_seconds:.1f} s", "#1129, #1933, #1972")
@@ -173,7 +207,9 @@ def _stated_clocks(folder: Folder, who: str, row: dict[str, Any]) -> Iterator[Fi
 
 def _subsets(folder: Folder) -> Iterator[Finding]:
     """Words that mark a score over a part of the text."""
-    texts = {SUMMARY: str(folder.summary), README: folder.readme} | {log.name: log.text for log in folder.logs}
+    texts = {SUMMARY: str(folder.summary), README: folder.readme} | {
+        log.name: log.text for log in folder.logs
+    }
     for where, text in texts.items():
         found = SUBSET.search(text)
         if found:

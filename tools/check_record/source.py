@@ -10,7 +10,9 @@ from tools.check_record.logs import Log
 
 PROGRAMS = ("lrzip", "gcc", "g++", "nvcc", "clang", "cc1plus")
 COUNTED = (".py", ".c", ".cc", ".cpp", ".cu", ".so", ".pyd", ".model")
-TOOLS = re.compile(r"prep|prepare|download|packager|package_|build_|run_all|plot", re.IGNORECASE)  # not needed to train or score
+TOOLS = re.compile(
+    r"prep|prepare|download|packager|package_|build_|run_all|plot", re.IGNORECASE
+)  # not needed to train or score
 # What the folder cannot show, said with every report.
 BLIND = (
     "whether the code that is here made the logs that are here",
@@ -40,32 +42,53 @@ def strings(source: str) -> set[str]:
         tree = ast.parse(source)
     except (SyntaxError, ValueError, RecursionError):
         return set(re.findall(r"[\w+]+", source))
-    return {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    return {
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
 
 
 def _programs(folder: Folder) -> Iterator[Finding]:
-    words = {word for text in strings(folder.source) if len(text) < 200 for word in re.findall(r"[\w+]+", text)}
+    words = {
+        word for text in strings(folder.source) if len(text) < 200 for word in re.findall(r"[\w+]+", text)
+    }
     used = sorted(words & set(PROGRAMS))
     if used and re.search(r"\bsubprocess\b|os\.system|shutil\.which|load_inline", folder.source):
-        yield Finding(CODE, f"needs {', '.join(used)} on the machine, which is not counted", "#1855, #1437, #2135")
+        yield Finding(
+            CODE, f"needs {', '.join(used)} on the machine, which is not counted", "#1855, #1437, #2135"
+        )
 
 
 def _fallback(folder: Folder) -> Iterator[Finding]:
-    if "lrzip" in folder.source and "brotli" in folder.source and re.search(r"which\(|FileNotFoundError", folder.source):
+    if (
+        "lrzip" in folder.source
+        and "brotli" in folder.source
+        and re.search(r"which\(|FileNotFoundError", folder.source)
+    ):
         yield Finding(CODE, "falls back to brotli where lrzip is missing, and would be over the cap", "#2135")
 
 
 def _itself(folder: Folder) -> Iterator[Finding]:
     """A script that writes the file that it reads to count itself packs the packed with the second seed."""
-    writes = re.search(r"open\(\s*(?:__file__|['\"]train_gpt\.py['\"])\s*,\s*['\"]w|__file__\)?\.write_(?:text|bytes)", folder.source)
+    writes = re.search(
+        r"open\(\s*(?:__file__|['\"]train_gpt\.py['\"])\s*,\s*['\"]w|__file__\)?\.write_(?:text|bytes)",
+        folder.source,
+    )
     if writes:
         yield Finding(CODE, "overwrites itself: the next seed runs and counts another file", "#1858")
 
 
 def _marker(folder: Folder) -> Iterator[Finding]:
     """SentencePiece's word marker, U+2581, which a wrong encoding makes a question mark."""
-    if re.search(r"startswith\(\s*['\"]\?['\"]\s*\)", folder.source) and "\u2581" not in folder.source and "\\u2581" not in folder.source:
-        yield Finding(CODE, "looks for '?' where SentencePiece marks words with U+2581: bytes are miscounted", "#144")
+    if (
+        re.search(r"startswith\(\s*['\"]\?['\"]\s*\)", folder.source)
+        and "\u2581" not in folder.source
+        and "\\u2581" not in folder.source
+    ):
+        yield Finding(
+            CODE, "looks for '?' where SentencePiece marks words with U+2581: bytes are miscounted", "#144"
+        )
 
 
 def _train_data_in_evaluation(folder: Folder) -> Iterator[Finding]:
@@ -75,7 +98,11 @@ def _train_data_in_evaluation(folder: Folder) -> Iterator[Finding]:
     except (SyntaxError, ValueError, RecursionError):
         return
     for node in ast.walk(tree):
-        if not isinstance(node, ast.FunctionDef) or not re.search(r"eval|score", node.name) or "train" in node.name:
+        if (
+            not isinstance(node, ast.FunctionDef)
+            or not re.search(r"eval|score", node.name)
+            or "train" in node.name
+        ):
             continue
         if re.search(r"train_files|fineweb_train|train_shards?\b", ast.unparse(node)):
             yield Finding(CODE, f"{node.name} opens training shards at evaluation", "#1924, #535, #569")
@@ -105,15 +132,25 @@ def _features(folder: Folder) -> Iterator[Finding]:
             if feature != setting and told and not re.search(denied, folder.readme, re.IGNORECASE):
                 yield Finding(README, f"tells of {told[0]}, and {log.name} has {setting} off", "#1855, #2130")
     if re.search(r"case ?fold", folder.readme, re.IGNORECASE):
-        yield Finding(README, "tells of casefolded text: what is scored does not give the original back", "#1578, #1604")
+        yield Finding(
+            README, "tells of casefolded text: what is scored does not give the original back", "#1578, #1604"
+        )
 
 
 def _course(log: Log) -> Iterator[Finding]:
     """The order of a log's lines: trained here, and training data not read once evaluation began."""
-    if log.final and log.steps is None and not re.search(r"^\s*(?:step[ :]*)?\d+/\d+ ", log.text, re.MULTILINE):
+    if (
+        log.final
+        and log.steps is None
+        and not re.search(r"^\s*(?:step[ :]*)?\d+/\d+ ", log.text, re.MULTILINE)
+    ):
         yield Finding(log.name, "has a score and no training: it evaluated a stored artifact", "#1787")
     began = re.search(r"^\s*quantized\w* val_loss", log.text, re.MULTILINE)
     after = log.text[began.end() :] if began else ""
-    late = re.search(r"^.*(?:calibrat|fitt?(?:ing|ed)?\b|hessian).*train.*$", after, re.MULTILINE | re.IGNORECASE)
+    late = re.search(
+        r"^.*(?:calibrat|fitt?(?:ing|ed)?\b|hessian).*train.*$", after, re.MULTILINE | re.IGNORECASE
+    )
     if late:
-        yield Finding(log.name, f"reads training data after evaluation began: {late[0].strip()[:80]!r}", "#1924, #1851")
+        yield Finding(
+            log.name, f"reads training data after evaluation began: {late[0].strip()[:80]!r}", "#1924, #1851"
+        )

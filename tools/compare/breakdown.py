@@ -52,12 +52,18 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
     return {
         "difference": comparison.whole._asdict(),
         "documents": comparison.documents,
-        "by_length": [part._asdict() | {"difference": part.difference._asdict()} for part in comparison.by_length],
-        "by_position": [part._asdict() | {"difference": part.difference._asdict()} for part in comparison.by_position],
+        "by_length": [
+            part._asdict() | {"difference": part.difference._asdict()} for part in comparison.by_length
+        ],
+        "by_position": [
+            part._asdict() | {"difference": part.difference._asdict()} for part in comparison.by_position
+        ],
     }
 
 
-def _parts(value: np.ndarray, a: np.ndarray, b: np.ndarray, counted_bytes: np.ndarray, documents: np.ndarray) -> list[Part]:
+def _parts(
+    value: np.ndarray, a: np.ndarray, b: np.ndarray, counted_bytes: np.ndarray, documents: np.ndarray
+) -> list[Part]:
     """The classes of targets by `value`, (N-1,); one without a byte of text is left out."""
     found = []
     total = int(counted_bytes.sum())
@@ -66,7 +72,9 @@ def _parts(value: np.ndarray, a: np.ndarray, b: np.ndarray, counted_bytes: np.nd
         size = int(counted_bytes[inside].sum())
         if not size:
             continue
-        present, number = np.unique(documents[inside], return_inverse=True)  # the bootstrap draws of those alone
+        present, number = np.unique(
+            documents[inside], return_inverse=True
+        )  # the bootstrap draws of those alone
         difference = paired_bootstrap.paired_difference(a[inside], b[inside], counted_bytes[inside], number)
         label = f"{low} to {high - 1}" if high <= EDGES[-1] else f"{low} or more"
         found.append(Part(label, len(present), size, difference, difference.bpb * size / total))

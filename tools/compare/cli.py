@@ -28,10 +28,21 @@ def table(comparison: Comparison, names: tuple[str, str], scores: tuple[float, f
     whole = comparison.whole
     sides = zip("AB", names, scores, strict=True)
     lines = [f"{side}  {score:.6f} bpb  {name}" for side, name, score in sides]
-    lines.append(f"B - A  {_interval(whole)}, 95 %, paired over {comparison.documents:,} documents: {_verdict(whole)}")
-    for title, parts in (("length of the document", comparison.by_length), ("position in the document", comparison.by_position)):
-        lines += ["", f"{title + ', tokens':<34}{'documents':>10}{'bytes':>13}   {'B - A there, bpb':<39}{'of the whole':>12}"]
-        lines += [f"{p.label:<34}{p.documents:>10,}{p.bytes:>13,}   {_interval(p.difference):<39}{p.contribution:>+12.6f}" for p in parts]
+    lines.append(
+        f"B - A  {_interval(whole)}, 95 %, paired over {comparison.documents:,} documents: {_verdict(whole)}"
+    )
+    for title, parts in (
+        ("length of the document", comparison.by_length),
+        ("position in the document", comparison.by_position),
+    ):
+        lines += [
+            "",
+            f"{title + ', tokens':<34}{'documents':>10}{'bytes':>13}   {'B - A there, bpb':<39}{'of the whole':>12}",
+        ]
+        lines += [
+            f"{p.label:<34}{p.documents:>10,}{p.bytes:>13,}   {_interval(p.difference):<39}{p.contribution:>+12.6f}"
+            for p in parts
+        ]
     return "\n".join(lines)
 
 
@@ -43,7 +54,9 @@ def picture(comparison: Comparison) -> bytes:
         shown = np.unique(np.linspace(0, targets - 1, PLOTTED_POINTS).astype(np.int64))
         course.plot((shown + 1) / 1000, comparison.course[shown], color=ORANGE, linewidth=1.8)
         course.set(
-            title=f"B - A  {_interval(comparison.whole)}", xlabel="targets scored (thousands)", ylabel="so far, bpb of the whole stream"
+            title=f"B - A  {_interval(comparison.whole)}",
+            xlabel="targets scored (thousands)",
+            ylabel="so far, bpb of the whole stream",
         )
         course.axhline(0, color=GREY, linewidth=1)
         _bars(by_length, comparison.by_length, "By the length of the document", "tokens of the document")
@@ -54,7 +67,12 @@ def picture(comparison: Comparison) -> bytes:
 def _bars(axes: Axes, parts: list[Part], title: str, label: str) -> None:
     """Each class's difference with its interval."""
     values = np.array([part.difference.bpb for part in parts])
-    reach = np.array([[part.difference.bpb - part.difference.low, part.difference.high - part.difference.bpb] for part in parts]).T
+    reach = np.array(
+        [
+            [part.difference.bpb - part.difference.low, part.difference.high - part.difference.bpb]
+            for part in parts
+        ]
+    ).T
     axes.bar(range(len(parts)), values, color=BLUE, alpha=0.35, width=0.7)
     axes.errorbar(range(len(parts)), values, np.maximum(reach, 0), fmt="o", color=BLUE, capsize=4)
     axes.axhline(0, color=GREY, linewidth=1)
@@ -84,9 +102,27 @@ def main(argv: list[str] | None = None) -> None:
     what = "ledger file, folder with nll.npy, or revision or experiment; of these, behind a colon, the scorer: sliding_eval or ttt_eval"
     parser.add_argument("a", metavar="A", help=what)
     parser.add_argument("b", metavar="B", help="the same")
-    parser.add_argument("--val", type=Path, default=Path("artifacts/tokenize/val"), metavar="DIR", help="the shards that were scored")
-    parser.add_argument("--tokenizer", type=Path, default=Path("artifacts/tokenize/tokenizer.model"), metavar="FILE", help="theirs")
-    parser.add_argument("--plot", type=Path, default=Path(".scratch/comparison.png"), metavar="FILE", help="the picture to write")
+    parser.add_argument(
+        "--val",
+        type=Path,
+        default=Path("artifacts/tokenize/val"),
+        metavar="DIR",
+        help="the shards that were scored",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        default=Path("artifacts/tokenize/tokenizer.model"),
+        metavar="FILE",
+        help="theirs",
+    )
+    parser.add_argument(
+        "--plot",
+        type=Path,
+        default=Path(".scratch/comparison.png"),
+        metavar="FILE",
+        help="the picture to write",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="where all figures go, at full precision")
     arguments = parser.parse_args(argv)
     with refusing("compare"):
@@ -102,7 +138,10 @@ def run(arguments: argparse.Namespace) -> None:
     arguments.plot.parent.mkdir(parents=True, exist_ok=True)
     arguments.plot.write_bytes(picture(comparison))
     if arguments.json is not None:
-        figures = {"a": {"name": arguments.a, "bpb": scores[0]}, "b": {"name": arguments.b, "bpb": scores[1]}} | as_json(comparison)
+        figures = {
+            "a": {"name": arguments.a, "bpb": scores[0]},
+            "b": {"name": arguments.b, "bpb": scores[1]},
+        } | as_json(comparison)
         arguments.json.write_text(json.dumps(figures, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     print(table(comparison, (arguments.a, arguments.b), scores))
     print(f"\n{arguments.plot}")

@@ -17,7 +17,10 @@ from stages.common import ledger
 FILE = "nll.npy"
 SCORERS = ("sliding_eval", "ttt_eval")
 LOCK = "dvc.lock"
-STREAM = ("artifacts/tokenize/val", "artifacts/tokenize/tokenizer.model")  # what a ledger's targets and bytes come from
+STREAM = (
+    "artifacts/tokenize/val",
+    "artifacts/tokenize/tokenizer.model",
+)  # what a ledger's targets and bytes come from
 EXPERIMENT_PARTS = 5  # of refs/exps/<2 digits>/<38 digits>/<name>
 
 
@@ -31,7 +34,9 @@ def read(name: str, targets: int) -> np.ndarray:
         return ledger.read(path / FILE if path.is_dir() else path, targets)
     revision, separator, scorer = name.partition(":")
     if separator and scorer not in SCORERS:
-        raise ValueError(f"{name}: {scorer!r} is no scorer; name one of {', '.join(SCORERS)} behind the colon")
+        raise ValueError(
+            f"{name}: {scorer!r} is no scorer; name one of {', '.join(SCORERS)} behind the colon"
+        )
     commit = resolve(revision)
     require_same_stream(name, commit)
     with tempfile.TemporaryDirectory() as folder:
@@ -51,7 +56,11 @@ def resolve(revision: str) -> str:
         return under_head
     listed = _run("git", "for-each-ref", "--format=%(objectname) %(refname)", "refs/exps").stdout.splitlines()
     pairs = [line.split(" ", 1) for line in listed]
-    commits = {commit for commit, ref in pairs if ref.count("/") == EXPERIMENT_PARTS - 1 and ref.endswith(f"/{revision}")}
+    commits = {
+        commit
+        for commit, ref in pairs
+        if ref.count("/") == EXPERIMENT_PARTS - 1 and ref.endswith(f"/{revision}")
+    }
     if not commits:
         raise ValueError(
             f"{revision} is neither a file or folder here, nor a revision or experiment of this repository;"
@@ -68,7 +77,9 @@ def require_same_stream(name: str, commit: str) -> None:
     """Raise ValueError unless the commit scored the validation stream and tokenizer that this working tree has."""
     shown = show(commit, LOCK)
     if shown is None or not Path(LOCK).exists():
-        raise ValueError(f"{name}: {LOCK} is missing {'here' if shown else 'there'}, so the stream it scored is not known")
+        raise ValueError(
+            f"{name}: {LOCK} is missing {'here' if shown else 'there'}, so the stream it scored is not known"
+        )
     there, here = _stream(shown), _stream(Path(LOCK).read_text(encoding="utf-8"))
     for path in STREAM:
         if there.get(path) != here.get(path):
@@ -92,9 +103,13 @@ def fetch(commit: str, path: str, to: Path) -> None:
     """Copy an output of a commit out of DVC's cache, or its remote."""
     got = _run(sys.executable, "-m", "dvc", "get", ".", path, "--rev", commit, "--out", str(to))
     if got.returncode != 0:
-        said = [line.removeprefix("ERROR: ") for line in got.stderr.splitlines() if line.startswith("ERROR: ")]
+        said = [
+            line.removeprefix("ERROR: ") for line in got.stderr.splitlines() if line.startswith("ERROR: ")
+        ]
         reason = said[0] if said else f"exit code {got.returncode}"
-        raise ValueError(f"dvc has no {path} of {commit[:10]} ({reason}); `dvc exp pull` or `dvc pull` fetches what others ran")
+        raise ValueError(
+            f"dvc has no {path} of {commit[:10]} ({reason}); `dvc exp pull` or `dvc pull` fetches what others ran"
+        )
 
 
 def _stream(lock: str) -> dict[str, str]:
@@ -115,4 +130,6 @@ def _run(*command: str) -> subprocess.CompletedProcess[str]:
     try:
         return subprocess.run(command, capture_output=True, text=True, check=False)
     except FileNotFoundError:
-        raise ValueError(f"{command[0]} is not installed, and names of revisions need it; name ledger files instead") from None
+        raise ValueError(
+            f"{command[0]} is not installed, and names of revisions need it; name ledger files instead"
+        ) from None

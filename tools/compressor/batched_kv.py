@@ -23,7 +23,9 @@ from stages.train.ops import PLAIN, Operations
 from stages.train.params import ModelParams
 from stages.train.reference import Documents
 
-TOKENS_AT_ONCE = 1 << 16  # of one forward pass: memory; streams beyond it are taken in turn where windows are computed anew
+TOKENS_AT_ONCE = (
+    1 << 16
+)  # of one forward pass: memory; streams beyond it are taken in turn where windows are computed anew
 
 
 class Cache:
@@ -49,12 +51,20 @@ class Cache:
         self.fresh, self.rows, self.visit = fresh, rows, 0
 
     def split_heads(
-        self, joint_BTE: Tensor, gain_H: Tensor, cos_TR: Tensor, sin_TR: Tensor, starts_BT: Tensor | None, kv_heads: int
+        self,
+        joint_BTE: Tensor,
+        gain_H: Tensor,
+        cos_TR: Tensor,
+        sin_TR: Tensor,
+        starts_BT: Tensor | None,
+        kv_heads: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The operation of that name at the tokens' places in the window; a stream is one document, so none begins inside a window."""
         end = self.at + self.fresh
         places = slice(end - joint_BTE.shape[1], end)
-        return reference.split_heads(joint_BTE, gain_H, self.cos_WR[places], self.sin_WR[places], None, kv_heads)
+        return reference.split_heads(
+            joint_BTE, gain_H, self.cos_WR[places], self.sin_WR[places], None, kv_heads
+        )
 
     def attend(self, q_BTHC: Tensor, k_BTKC: Tensor, v_BTKC: Tensor, documents: Documents | None) -> Tensor:
         """The operation of that name, zero for tokens that are not new; keys and values of earlier ones come from the cache."""
@@ -79,7 +89,14 @@ class Lanes:
     """So many streams, all of one length so far; each begins with a token that is given."""
 
     def __init__(
-        self, params: ModelParams, state: Mapping[str, Tensor], window: int, stride: int, firsts: np.ndarray, longest: int, here: World
+        self,
+        params: ModelParams,
+        state: Mapping[str, Tensor],
+        window: int,
+        stride: int,
+        firsts: np.ndarray,
+        longest: int,
+        here: World,
     ) -> None:
         self.window, self.stride = window, stride
         self.cache = Cache(params, window, len(firsts), here)
@@ -100,7 +117,10 @@ class Lanes:
         fresh = target + 1 - start - self.cache.at
         together = max(1, TOKENS_AT_ONCE // fresh)
         lanes = len(self.tokens_BN)
-        parts = [self._logits(fresh, slice(first, min(first + together, lanes))) for first in range(0, lanes, together)]
+        parts = [
+            self._logits(fresh, slice(first, min(first + together, lanes)))
+            for first in range(0, lanes, together)
+        ]
         self.cache.at += fresh
         return torch.log_softmax(torch.cat(parts).double(), dim=-1).cpu().numpy()
 

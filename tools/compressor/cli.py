@@ -52,7 +52,10 @@ class Codec:
     """A packed model, its tokenizer, and how they compute."""
 
     def __init__(self, model_file: Path, tokenizer_file: Path, here: World, report: Report) -> None:
-        model, tokenizer = model_file.read_bytes(), tokenizer_file.read_bytes() if tokenizer_file.is_file() else b""
+        model, tokenizer = (
+            model_file.read_bytes(),
+            tokenizer_file.read_bytes() if tokenizer_file.is_file() else b"",
+        )
         self.speller = Speller(bpb.load_tokenizer(tokenizer_file))
         self.params, self.state = unpack(model)
         if self.params.vocab_size != len(self.speller.bytes_of):
@@ -60,7 +63,9 @@ class Codec:
             raise ValueError(
                 f"{tokenizer_file} has {ids} ids, but the model was trained on {self.params.vocab_size}; name its own tokenizer"
             )
-        self.digest = hashlib.sha256(hashlib.sha256(model).digest() + hashlib.sha256(tokenizer).digest()).digest()[:CHECK_BYTES]
+        self.digest = hashlib.sha256(
+            hashlib.sha256(model).digest() + hashlib.sha256(tokenizer).digest()
+        ).digest()[:CHECK_BYTES]
         self.here, self.report = here, report
 
     def compress(self, texts: Sequence[str], window: int, stride: int, lanes: int) -> bytes:
@@ -80,7 +85,11 @@ class Codec:
         spelled = [self.speller.decode(stream[1:].tolist()) for stream in streams]
         if _check(spelled) != header.check:
             here = manner(self.here)
-            cause = "it is damaged" if here == header.manner else f"it is damaged, or what made it ({header.manner}) rounds unlike {here}"
+            cause = (
+                "it is damaged"
+                if here == header.manner
+                else f"it is damaged, or what made it ({header.manner}) rounds unlike {here}"
+            )
             raise ValueError(f"the file does not give the text whose hash it holds: {cause}")
         return [text.decode("utf-8") for text in spelled]
 
@@ -97,19 +106,28 @@ class Codec:
             for first in range(0, len(order), header.lanes):
                 group = [i for i in order[first : first + header.lanes] if header.lengths[i]]
                 told = [given[i] for i in group] if given else None
-                for i, stream in zip(group, self._group(header, group, coder, told, progress.advance), strict=True):
+                for i, stream in zip(
+                    group, self._group(header, group, coder, told, progress.advance), strict=True
+                ):
                     found[i] = stream
         return found
 
     def _group(
-        self, header: "Header", group: list[int], coder: Coder, given: list[np.ndarray] | None, advance: "Advance"
+        self,
+        header: "Header",
+        group: list[int],
+        coder: Coder,
+        given: list[np.ndarray] | None,
+        advance: "Advance",
     ) -> Iterator[np.ndarray]:
         """The streams of a group, which begin together."""
         if not group:
             return
         lengths = np.array([header.lengths[i] for i in group])
         held = np.full((len(group), lengths[0] + 1), self.speller.bos, dtype=np.int64)
-        lanes = Lanes(self.params, self.state, header.window, header.stride, held[:, 0], held.shape[1], self.here)
+        lanes = Lanes(
+            self.params, self.state, header.window, header.stride, held[:, 0], held.shape[1], self.here
+        )
         for at in range(1, held.shape[1]):
             alive = int((lengths >= at).sum())
             lanes.keep(alive)
@@ -141,16 +159,24 @@ class Header(NamedTuple):
     manner: str  # what computed the floats
 
     @staticmethod
-    def of(codec: Codec, texts: Sequence[str], lengths: list[int], window: int, stride: int, lanes: int) -> "Header":
+    def of(
+        codec: Codec, texts: Sequence[str], lengths: list[int], window: int, stride: int, lanes: int
+    ) -> "Header":
         """The header of a file that is to be written."""
         check = _check([text.encode("utf-8") for text in texts])
-        return Header(codec.digest, check, window, stride, min(lanes, MOST_LANES), lengths, manner(codec.here))
+        return Header(
+            codec.digest, check, window, stride, min(lanes, MOST_LANES), lengths, manner(codec.here)
+        )
 
     def write(self) -> bytes:
         """As bytes."""
         said = self.manner.encode("utf-8")[:255]
         numbers = (self.window, self.stride, self.lanes, len(self.lengths), len(said))
-        return HEAD.pack(MAGIC, VERSION, self.digest, self.check, *numbers) + said + b"".join(map(_short, self.lengths))
+        return (
+            HEAD.pack(MAGIC, VERSION, self.digest, self.check, *numbers)
+            + said
+            + b"".join(map(_short, self.lengths))
+        )
 
     @staticmethod
     def read(blob: bytes) -> tuple["Header", bytes]:
@@ -187,7 +213,9 @@ def read_text(path: Path) -> str:
     try:
         return path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}): this compressor is for text") from error
+        raise ValueError(
+            f"{path} is not UTF-8 ({error.reason} at byte {error.start}): this compressor is for text"
+        ) from error
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -203,10 +231,14 @@ def _run(arguments: argparse.Namespace, params: Params, codec: Codec) -> None:
     if arguments.verb == "compress":
         text = read_text(arguments.input)
         streams = cut(text, arguments.lanes, SHORTEST_STREAM)
-        made = codec.compress(streams, params.sliding_eval.window, params.sliding_eval.stride, arguments.lanes)
+        made = codec.compress(
+            streams, params.sliding_eval.window, params.sliding_eval.stride, arguments.lanes
+        )
         size = len(text.encode("utf-8"))
         rate = f", {8 * len(made) / size:.3f} bits a byte" if size else ""
-        codec.report.log(f"compressor: {size:,} bytes of text in {len(streams)} streams to {len(made):,}{rate}")
+        codec.report.log(
+            f"compressor: {size:,} bytes of text in {len(streams)} streams to {len(made):,}{rate}"
+        )
     else:
         made = "".join(codec.decompress(arguments.input.read_bytes())).encode("utf-8")
         codec.report.log(f"compressor: {arguments.input.stat().st_size:,} bytes to {len(made):,} of text")
@@ -223,12 +255,35 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("model", type=Path, metavar="MODEL", help="model.bin")
     parser.add_argument("input", type=Path, metavar="IN", help="what to read")
     parser.add_argument("output", type=Path, metavar="OUT", help="what to write")
-    parser.add_argument("--tokenizer", type=Path, default=Path("artifacts/tokenize/tokenizer.model"), metavar="FILE", help="the model's")
-    parser.add_argument("--lanes", type=int, choices=range(1, MOST_LANES + 1), default=64, metavar="N", help="streams side by side: speed")
     parser.add_argument(
-        "--params", type=Path, default=Path("params.yaml"), metavar="FILE", help="has the device, the window and its stride"
+        "--tokenizer",
+        type=Path,
+        default=Path("artifacts/tokenize/tokenizer.model"),
+        metavar="FILE",
+        help="the model's",
     )
-    parser.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="override one parameter; may be given again")
+    parser.add_argument(
+        "--lanes",
+        type=int,
+        choices=range(1, MOST_LANES + 1),
+        default=64,
+        metavar="N",
+        help="streams side by side: speed",
+    )
+    parser.add_argument(
+        "--params",
+        type=Path,
+        default=Path("params.yaml"),
+        metavar="FILE",
+        help="has the device, the window and its stride",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY.PATH=VALUE",
+        help="override one parameter; may be given again",
+    )
     return parser
 
 

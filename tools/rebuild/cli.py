@@ -46,7 +46,9 @@ def read(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not JSON: {error}") from error
     missing = [key for key in NEEDED if not isinstance(summary, dict) or key not in summary]
     if missing:
-        raise ValueError(f"{path} has no {', '.join(missing)}: only records that this project merged can be rebuilt")
+        raise ValueError(
+            f"{path} has no {', '.join(missing)}: only records that this project merged can be rebuilt"
+        )
     found: dict[str, Any] = summary
     return found
 
@@ -56,11 +58,16 @@ def rebuild(summary: Mapping[str, Any], folder: Path, seed: int, clone: Path) ->
     commits = summary["commits"][str(seed)]
     commit = available(commits)
     _git(clone, "checkout", "--quiet", "--force", "--detach", commit)
-    (clone / PARAMETERS).write_text(yaml.safe_dump({"seed": seed} | summary["parameters"], sort_keys=False), encoding="utf-8")
+    (clone / PARAMETERS).write_text(
+        yaml.safe_dump({"seed": seed} | summary["parameters"], sort_keys=False), encoding="utf-8"
+    )
     other = changed_inputs(clone, summary["provenance"]["inputs_md5"])
     if other:
         more = f" and {len(other) - SHOWN} more" if len(other) > SHOWN else ""
-        return Outcome(False, f"not run: at {commit[:10]} other bytes stand in {', '.join(other[:SHOWN])}{more} than in what ran")
+        return Outcome(
+            False,
+            f"not run: at {commit[:10]} other bytes stand in {', '.join(other[:SHOWN])}{more} than in what ran",
+        )
     (clone / revisions.LOCK).unlink(missing_ok=True)
     ran = subprocess.run([sys.executable, "-m", "dvc", "repro"], cwd=clone, check=False)
     if ran.returncode != 0:
@@ -72,7 +79,12 @@ def rebuild(summary: Mapping[str, Any], folder: Path, seed: int, clone: Path) ->
 def available(commits: Mapping[str, str]) -> str:
     """The commit of the run, or, where the experiment was not fetched, the one that it was started from."""
     for commit in (commits["run"], commits["base"]):
-        if subprocess.run(["git", "cat-file", "-e", f"{commit}^{{commit}}"], capture_output=True, check=False).returncode == 0:
+        if (
+            subprocess.run(
+                ["git", "cat-file", "-e", f"{commit}^{{commit}}"], capture_output=True, check=False
+            ).returncode
+            == 0
+        ):
             return commit
     raise ValueError(
         f"neither {commits['run'][:10]} nor {commits['base'][:10]} is in this repository: `git fetch`, or `dvc exp pull` the runs"
@@ -91,22 +103,33 @@ def changed_inputs(clone: Path, stated: Mapping[str, str]) -> list[str]:
     return found
 
 
-def compare(summary: Mapping[str, Any], folder: Path, seed: int, lock: Mapping[str, Any], clone: Path) -> Outcome:
+def compare(
+    summary: Mapping[str, Any], folder: Path, seed: int, lock: Mapping[str, Any], clone: Path
+) -> Outcome:
     """The rebuilt outputs against the stated hashes, in the order of the pipeline: the first difference is the cause."""
     stated = summary["provenance"]["outputs_md5"][str(seed)]
-    rebuilt = {out["path"]: (stage, out["md5"]) for stage, entry in lock.items() for out in entry.get("outs", [])}
+    rebuilt = {
+        out["path"]: (stage, out["md5"]) for stage, entry in lock.items() for out in entry.get("outs", [])
+    }
     for path in stated:
         if path not in rebuilt:
             return Outcome(False, f"{path} was not made again")
     for path, (stage, md5) in rebuilt.items():
         if path in stated and stated[path] != md5:
             where = _where(summary["commits"][str(seed)]["run"], path, clone / path)
-            return Outcome(False, f"first difference in stage {stage}: {path}{where}; {_score(summary, seed, clone)}")
+            return Outcome(
+                False, f"first difference in stage {stage}: {path}{where}; {_score(summary, seed, clone)}"
+            )
     for name in (CODE, "requirements.txt"):
         if sha256((clone / FOLDER / name).read_bytes()) != sha256((folder / name).read_bytes()):
             place = first_difference(folder / name, clone / FOLDER / name)
-            return Outcome(False, f"first difference in {folder / name} itself, {place}: it is not what its own hashes say")
-    return Outcome(True, f"equal: {len(stated)} outputs of {len(lock)} stages; {_score(summary, seed, clone)}")
+            return Outcome(
+                False,
+                f"first difference in {folder / name} itself, {place}: it is not what its own hashes say",
+            )
+    return Outcome(
+        True, f"equal: {len(stated)} outputs of {len(lock)} stages; {_score(summary, seed, clone)}"
+    )
 
 
 def _where(commit: str, path: str, rebuilt: Path) -> str:

@@ -9,7 +9,10 @@ def first_difference(a: Path, b: Path) -> str | None:
         return "one is a folder, the other a file"
     if not a.is_dir():
         return _in_file(a.read_bytes(), b.read_bytes())
-    names = [sorted(path.relative_to(side).as_posix() for path in side.rglob("*") if path.is_file()) for side in (a, b)]
+    names = [
+        sorted(path.relative_to(side).as_posix() for path in side.rglob("*") if path.is_file())
+        for side in (a, b)
+    ]
     for name in sorted({*names[0], *names[1]}):
         if name not in names[0] or name not in names[1]:
             return f"{name} is in one of them only"

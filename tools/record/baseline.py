@@ -55,7 +55,10 @@ def _against_record(summary: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     documents = paired_bootstrap.document_of_target(stream.tokens, stream.table.bos)
     gain = significance.paired(better, worse, stream.counted_bytes, documents)
     bytes_each = bytes_per_token(summary)
-    answers = [*significance.over_seeds(ours(summary), ours(theirs), bytes_each), *significance.over_documents(gain, bytes_each)]
+    answers = [
+        *significance.over_seeds(ours(summary), ours(theirs), bytes_each),
+        *significance.over_documents(gain, bytes_each),
+    ]
     found = {"name": folder.name, "source": folder.as_posix(), "status": "record"} | ours(theirs)._asdict()
     return {"against": found, "paired": gain._asdict()} | significance.as_json(answers)
 
@@ -65,7 +68,9 @@ def _stream(summary: Mapping[str, Any], theirs: Mapping[str, Any], folder: Path,
     for path in revisions.STREAM:
         here, there = (_output(side, path) for side in (summary, theirs))
         if here != there:
-            raise ValueError(f"{folder.name} scored another {path} ({there}) than this record ({here}): not comparable")
+            raise ValueError(
+                f"{folder.name} scored another {path} ({there}) than this record ({here}): not comparable"
+            )
     commit = next(iter(summary["commits"].values()))["run"]
     val, tokenizer = (scratch / Path(path).name for path in revisions.STREAM)
     for path, target in zip(revisions.STREAM, (val, tokenizer), strict=True):

@@ -64,11 +64,17 @@ def main(argv: list[str] | None = None) -> None:
         description="Merge runs that differ in nothing but the seed into a record: mean, sample deviation, the worst seed's bytes.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("names", nargs="+", metavar="NAME", help="experiments or revisions, one for each seed")
     parser.add_argument(
-        "--against", metavar="NAME", help="a pull request of data/leaderboard.yaml or a record: is this better by 0.005 nats?"
+        "names", nargs="+", metavar="NAME", help="experiments or revisions, one for each seed"
     )
-    parser.add_argument("--records", type=Path, default=RECORDS, metavar="DIR", help="where the record's folder goes")
+    parser.add_argument(
+        "--against",
+        metavar="NAME",
+        help="a pull request of data/leaderboard.yaml or a record: is this better by 0.005 nats?",
+    )
+    parser.add_argument(
+        "--records", type=Path, default=RECORDS, metavar="DIR", help="where the record's folder goes"
+    )
     arguments = parser.parse_args(argv)
     with refusing("record"):
         run(arguments)
@@ -84,7 +90,9 @@ def run(arguments: argparse.Namespace) -> None:
     folder = arguments.records / folder_name(summary)
     write(folder, files(runs, summary))
     seeds = ", ".join(map(str, summary["seeds"]))
-    print(f"{folder}: val_bpb {summary['val_bpb']:.6f}, sample deviation {summary['val_bpb_std']:.6f}, seeds {seeds}")
+    print(
+        f"{folder}: val_bpb {summary['val_bpb']:.6f}, sample deviation {summary['val_bpb_std']:.6f}, seeds {seeds}"
+    )
     print(f"{summary['bytes_total']:,} bytes with the worst seed")
     if "claim" in summary:
         print(f"Against {summary['claim']['against']['name']}: {summary['claim']['verdict']}")

@@ -30,7 +30,9 @@ def require_agreement(runs: Sequence[Run]) -> None:
     by_seed: dict[int, str] = {}
     for run in runs:
         if run.seed in by_seed:
-            raise ValueError(f"{by_seed[run.seed]} and {run.name} are both of seed {run.seed}: a repeated seed is no evidence")
+            raise ValueError(
+                f"{by_seed[run.seed]} and {run.name} are both of seed {run.seed}: a repeated seed is no evidence"
+            )
         by_seed[run.seed] = run.name
     found = [text for run in runs[1:] for text in differences(runs[0], run)]
     if found:
@@ -80,29 +82,47 @@ def require_sound(run: Run) -> None:
     verdicts = summary.get("audit") or []
     claimed = [verdict for verdict in verdicts if verdict["subject"] == summary["scorer"]]
     if not claimed:
-        raise ValueError(f"{run.name} was not audited: it holds no verdict on {summary['scorer']}; run `dvc repro audit submission` there")
+        raise ValueError(
+            f"{run.name} was not audited: it holds no verdict on {summary['scorer']}; run `dvc repro audit submission` there"
+        )
     for verdict in verdicts:
         if verdict["outcome"] == "fail":
-            raise ValueError(f"{run.name} failed its audit: {verdict['subject']}, {verdict['name']}: {verdict['evidence']}")
+            raise ValueError(
+                f"{run.name} failed its audit: {verdict['subject']}, {verdict['name']}: {verdict['evidence']}"
+            )
     measured = summary["measured"]
     limits = {
         "bytes_total": (summary["bytes_total"], parameters["pack"]["budget_bytes"], "bytes"),
         "training": (measured.get("training_seconds"), parameters["train"]["seconds"], "seconds"),
-        "evaluation": (measured.get("evaluation_seconds"), parameters["audit"]["evaluation_budget_seconds"], "seconds"),
+        "evaluation": (
+            measured.get("evaluation_seconds"),
+            parameters["audit"]["evaluation_budget_seconds"],
+            "seconds",
+        ),
     }
     for what, (saw, allowed, unit) in limits.items():
         if saw is None:
-            raise ValueError(f"{run.name} does not say how many {unit} its {what} took; run `dvc repro` there")
+            raise ValueError(
+                f"{run.name} does not say how many {unit} its {what} took; run `dvc repro` there"
+            )
         if saw > allowed:
-            raise ValueError(f"{run.name} is over budget: {what} {saw:,.10g} {unit}, {allowed:,.10g} are allowed")
+            raise ValueError(
+                f"{run.name} is over budget: {what} {saw:,.10g} {unit}, {allowed:,.10g} are allowed"
+            )
     if len(run.files["train_gpt.py"]) != summary["bytes_code"]:
-        raise ValueError(f"{run.name}: train_gpt.py has {len(run.files['train_gpt.py'])} bytes, bytes_code says {summary['bytes_code']}")
+        raise ValueError(
+            f"{run.name}: train_gpt.py has {len(run.files['train_gpt.py'])} bytes, bytes_code says {summary['bytes_code']}"
+        )
 
 
 def _unequal(a: Mapping[str, Any], b: Mapping[str, Any], words: str) -> list[tuple[str, str, str]]:
     """Each key whose values differ, in the words of its kind, and both values."""
     keys = [*a, *(key for key in b if key not in a)]
-    return [(words.format(key), _short(a.get(key)), _short(b.get(key))) for key in keys if a.get(key) != b.get(key)]
+    return [
+        (words.format(key), _short(a.get(key)), _short(b.get(key)))
+        for key in keys
+        if a.get(key) != b.get(key)
+    ]
 
 
 def _short(value: Any) -> str:

@@ -22,7 +22,9 @@ OPTIONAL: dict[str, dict[str, Any]] = {
     "own": {"number": None, "author": None, "when": ()},
 }
 
-Status = Literal["merged", "accepted", "open", "closed", "draft", "disputed", "removed", "excluded", "invalid"]
+Status = Literal[
+    "merged", "accepted", "open", "closed", "draft", "disputed", "removed", "excluded", "invalid"
+]
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,11 @@ def read(path: Path = FILE) -> Leaderboard:
 
 def _with(entries: Any, absent: Mapping[str, Any]) -> Any:
     """The entries with what may be left out filled in; anything else is left for the schema to refuse."""
-    return [{**absent, **entry} if isinstance(entry, dict) else entry for entry in entries] if isinstance(entries, list) else entries
+    return (
+        [{**absent, **entry} if isinstance(entry, dict) else entry for entry in entries]
+        if isinstance(entries, list)
+        else entries
+    )
 
 
 def _holds(condition: str, parameters: Mapping[str, Any]) -> bool:

@@ -12,7 +12,19 @@ from stages.submission.summary import MEASURED_FIELDS
 from tools.record.runs import Run
 from tools.record.significance import sample
 
-TAKEN = ("author", "github_id", "name", "blurb", "track", "scorer", "coverage", "reference", "source_sha256", "data", "attention_backend")
+TAKEN = (
+    "author",
+    "github_id",
+    "name",
+    "blurb",
+    "track",
+    "scorer",
+    "coverage",
+    "reference",
+    "source_sha256",
+    "data",
+    "attention_backend",
+)
 # Counts of the same text differ by tokenizer and by how a stream's tail is cut (151,074,309 to 151,080,891); other text differs by more.
 TOLERANCE = 1e-4
 PER_SEED = ("model.bin",)  # of the hashes in a submission.json, those that depend on the seed
@@ -22,7 +34,9 @@ def record(runs: Sequence[Run]) -> dict[str, Any]:
     """The mapping that is written as the record's submission.json, for runs that agree (compatibility.py), in the order of their seeds."""
     runs = sorted(runs, key=lambda run: run.seed)
     first = runs[0].summary
-    sizes = {key: max(run.summary[key] for run in runs) for key in ("bytes_total", "bytes_code", "bytes_model")}
+    sizes = {
+        key: max(run.summary[key] for run in runs) for key in ("bytes_total", "bytes_code", "bytes_model")
+    }
     means = {key: sample([run.summary[key] for run in runs]) for key in ("val_bpb", "val_loss")}
     scores = {name: sample([run.summary["scores"][name]["bpb"] for run in runs]) for name in first["scores"]}
     return {
@@ -41,7 +55,10 @@ def record(runs: Sequence[Run]) -> dict[str, Any]:
         "sha256": {name: value for name, value in first["sha256"].items() if name not in PER_SEED},
         "model_sha256": {str(run.seed): run.summary["sha256"]["model.bin"] for run in runs},
         "audit": {str(run.seed): run.summary["audit"] for run in runs},
-        "provenance": {"inputs_md5": runs[0].inputs(), "outputs_md5": {str(run.seed): run.produced() for run in runs}},
+        "provenance": {
+            "inputs_md5": runs[0].inputs(),
+            "outputs_md5": {str(run.seed): run.produced() for run in runs},
+        },
         "commits": {str(run.seed): {"run": run.commit, "base": run.base} for run in runs},
         "measured": {str(run.seed): run.summary["measured"] for run in runs},
         "not_reproducible": [*MEASURED_FIELDS, "commits"],

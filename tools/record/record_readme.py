@@ -36,8 +36,26 @@ def render(summary: Mapping[str, Any], board: Leaderboard) -> str:
 def _seeds(summary: Mapping[str, Any]) -> str:
     rows = [_row(seed, result, f"{result['steps']:,}") for seed, result in summary["seed_results"].items()]
     rows.append(_row("mean; worst bytes", summary, ""))
-    rows.append(("sample deviation", f"{summary['val_bpb_std']:.8f}", f"{summary['val_loss_std']:.8f}", "", "", "", ""))
-    header = ("seed", "val_bpb", "val_loss (nats per token)", "steps", "bytes_code", "bytes_model", "bytes_total")
+    rows.append(
+        (
+            "sample deviation",
+            f"{summary['val_bpb_std']:.8f}",
+            f"{summary['val_loss_std']:.8f}",
+            "",
+            "",
+            "",
+            "",
+        )
+    )
+    header = (
+        "seed",
+        "val_bpb",
+        "val_loss (nats per token)",
+        "steps",
+        "bytes_code",
+        "bytes_model",
+        "bytes_total",
+    )
     return f"## Seeds\n\nScored with {summary['scorer']}, named before the runs.\n\n" + table(header, rows)
 
 
@@ -48,20 +66,42 @@ def _row(name: str, result: Mapping[str, Any], steps: str) -> tuple[str, ...]:
 
 def _claim(claim: Mapping[str, Any]) -> str:
     against = claim["against"]
-    spread = "no deviation stated" if against["deviation"] is None else f"deviation {against['deviation']:.6f}, {against['seeds']} seeds"
+    spread = (
+        "no deviation stated"
+        if against["deviation"] is None
+        else f"deviation {against['deviation']:.6f}, {against['seeds']} seeds"
+    )
     rows = []
     for test in claim["tests"]:
         sizes = f"{test['margin_bpb']:.6f}", f"{test['gain_bpb']:+.6f}", f"{test['p']:.2g}"
         shown = "shown" if test["shown"] else "not shown"
-        rows.append((f"{claim['nats']} nats per {test['unit']}", test["chance"], *sizes, shown, str(test["seeds_needed"] or "-")))
-    header = ("better by", "over other", "margin, bpb", "gain, bpb", "p", f"at p < {claim['level']}", "seeds needed")
+        rows.append(
+            (
+                f"{claim['nats']} nats per {test['unit']}",
+                test["chance"],
+                *sizes,
+                shown,
+                str(test["seeds_needed"] or "-"),
+            )
+        )
+    header = (
+        "better by",
+        "over other",
+        "margin, bpb",
+        "gain, bpb",
+        "p",
+        f"at p < {claim['level']}",
+        "seeds needed",
+    )
     intro = f"Against {against['name']} ({against['source']}, {against['status']}): {against['mean']:.6f} bpb, {spread}."
     return f"## Claim\n\n{intro} {claim['verdict']}\n\n" + table(header, rows)
 
 
 def _new(summary: Mapping[str, Any], board: Leaderboard) -> str:
     own = [f"- {entry.what}" for entry in board.own if entry.applies(summary["parameters"])]
-    return "## What is new\n\n" + ("\n".join(own) if own else "Nothing: the parameters switch on only what the credits below name.")
+    return "## What is new\n\n" + (
+        "\n".join(own) if own else "Nothing: the parameters switch on only what the credits below name."
+    )
 
 
 def _credits(credited: Sequence[Credit]) -> str:
@@ -100,7 +140,9 @@ def _compliance(summary: Mapping[str, Any]) -> str:
     for condition, words in CONDITIONS.items():
         rows = _verdicts(audits, scorer, condition)
         if rows:
-            parts.append(f"{condition}, {words}:" if condition.startswith("C") else f"{words[0].upper()}{words[1:]}:")
+            parts.append(
+                f"{condition}, {words}:" if condition.startswith("C") else f"{words[0].upper()}{words[1:]}:"
+            )
             parts.append(table(("check", "on", *(f"seed {seed}" for seed in audits), "evidence"), rows))
     return "\n\n".join(parts)
 
@@ -109,29 +151,43 @@ def _passed(verdicts: Sequence[Mapping[str, Any]]) -> str:
     return f"{sum(verdict['outcome'] == 'pass' for verdict in verdicts)} of {len(verdicts)} pass"
 
 
-def _verdicts(audits: Mapping[str, Sequence[Mapping[str, Any]]], scorer: str, condition: str) -> list[tuple[str, ...]]:
+def _verdicts(
+    audits: Mapping[str, Sequence[Mapping[str, Any]]], scorer: str, condition: str
+) -> list[tuple[str, ...]]:
     """A row for each verdict on the claimed scorer and the files: its outcome in every run."""
-    outcomes = [{(v["check"], v["name"], v["subject"]): v["outcome"] for v in verdicts} for verdicts in audits.values()]
+    outcomes = [
+        {(v["check"], v["name"], v["subject"]): v["outcome"] for v in verdicts}
+        for verdicts in audits.values()
+    ]
     first = next(iter(audits.values()))
     rows = []
     for v in first:
         if condition in v["conditions"] and v["subject"] in (scorer, "files"):
             key = (v["check"], v["name"], v["subject"])
-            rows.append((f"{v['check']} {v['name']}", v["subject"], *(found.get(key, "absent") for found in outcomes), v["evidence"]))
+            rows.append(
+                (
+                    f"{v['check']} {v['name']}",
+                    v["subject"],
+                    *(found.get(key, "absent") for found in outcomes),
+                    v["evidence"],
+                )
+            )
     return rows
 
 
 def _experimental(summary: Mapping[str, Any]) -> str:
     rows = [
-        (name, f"{score['bpb']:.8f}", f"{score['bpb_std']:.8f}") for name, score in summary["scores"].items() if name != summary["scorer"]
+        (name, f"{score['bpb']:.8f}", f"{score['bpb_std']:.8f}")
+        for name, score in summary["scores"].items()
+        if name != summary["scorer"]
     ]
-    return "## Experimental\n\nScored beside the claim; never in val_bpb.\n\n" + table(("scorer", "bpb, mean", "sample deviation"), rows)
+    return "## Experimental\n\nScored beside the claim; never in val_bpb.\n\n" + table(
+        ("scorer", "bpb, mean", "sample deviation"), rows
+    )
 
 
 def _coverage(summary: Mapping[str, Any]) -> str:
     text = f"The challenge's logs count {OFFICIAL_BYTES:,} bytes of the same text."
     if not is_official(summary):
-        text = (
-            f"The challenge's validation text has {OFFICIAL_BYTES:,} bytes: this is other text, its score no figure for that leaderboard."
-        )
+        text = f"The challenge's validation text has {OFFICIAL_BYTES:,} bytes: this is other text, its score no figure for that leaderboard."
     return f"## Coverage\n\n{summary['val_bpb_note']}\n\n{text}"

@@ -19,7 +19,12 @@ from tools.compare import revisions
 FOLDER = "artifacts/submission"
 CODE, LOG, REQUIREMENTS, SUMMARY = "train_gpt.py", "train.log", "requirements.txt", "submission.json"
 PARAMETERS = "params.yaml"
-MEASURED = ("log.txt", "timing.json", "train.log", "submission.json")  # names of files that hold what was measured
+MEASURED = (
+    "log.txt",
+    "timing.json",
+    "train.log",
+    "submission.json",
+)  # names of files that hold what was measured
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,9 @@ class Run:
                 if any(_inside(dep["path"], path) for path in made):
                     continue
                 if found.setdefault(dep["path"], dep["md5"]) != dep["md5"]:
-                    raise ValueError(f"{self.name}: its stages ran with different states of {dep['path']}; run `dvc repro` there")
+                    raise ValueError(
+                        f"{self.name}: its stages ran with different states of {dep['path']}; run `dvc repro` there"
+                    )
         return found
 
 
@@ -75,7 +82,9 @@ def read(name: str, folder: Path) -> Run:
     lock, parameters = (_yaml(name, commit, path) for path in (revisions.LOCK, PARAMETERS))
     stages = lock.get("stages", {})
     if "submission" not in stages:
-        raise ValueError(f"{name} ({commit[:10]}) has not run the stage submission: its {revisions.LOCK} does not name it; run `dvc repro`")
+        raise ValueError(
+            f"{name} ({commit[:10]}) has not run the stage submission: its {revisions.LOCK} does not name it; run `dvc repro`"
+        )
     revisions.fetch(commit, FOLDER, folder)
     for out in stages["submission"].get("outs", []):
         path = Path(out["path"])
@@ -83,10 +92,14 @@ def read(name: str, folder: Path) -> Run:
             _require_hash(name, folder / path.name, out["md5"])
     summary = _summary(name, folder / SUMMARY)
     if summary["parameters"] != parameters:
-        raise ValueError(f"{name}: {PARAMETERS} there is not what its {SUMMARY} ran with; run `dvc repro` and commit, then merge again")
+        raise ValueError(
+            f"{name}: {PARAMETERS} there is not what its {SUMMARY} ran with; run `dvc repro` and commit, then merge again"
+        )
     files = {file: (folder / file).read_bytes() for file in (CODE, LOG, REQUIREMENTS)}
     if sha256(files[CODE]) != summary["source_sha256"]:
-        raise ValueError(f"{name}: {CODE} has another hash than its {SUMMARY} states; run `dvc repro submission`")
+        raise ValueError(
+            f"{name}: {CODE} has another hash than its {SUMMARY} states; run `dvc repro submission`"
+        )
     return Run(name, commit, revisions.parent(commit), summary, stages, files)
 
 
@@ -95,7 +108,9 @@ def _summary(name: str, path: Path) -> dict[str, Any]:
     found = json.loads(path.read_text(encoding="utf-8"))
     seeds = found.get("seeds")
     if not isinstance(seeds, list) or len(seeds) != 1 or found.get("parameters", {}).get("seed") != seeds[0]:
-        raise ValueError(f"{name}: its {SUMMARY} is not of one seed (seeds {seeds}); name runs of the pipeline, not records")
+        raise ValueError(
+            f"{name}: its {SUMMARY} is not of one seed (seeds {seeds}); name runs of the pipeline, not records"
+        )
     result: dict[str, Any] = found
     return result
 
@@ -111,7 +126,9 @@ def _yaml(name: str, commit: str, path: str) -> dict[str, Any]:
 def _require_hash(name: str, path: Path, md5: str) -> None:
     found = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
     if found != md5:
-        raise ValueError(f"{name}: {FOLDER}/{path.name} was changed after the run ({found}, {revisions.LOCK} says {md5}); run `dvc repro`")
+        raise ValueError(
+            f"{name}: {FOLDER}/{path.name} was changed after the run ({found}, {revisions.LOCK} says {md5}); run `dvc repro`"
+        )
 
 
 def _inside(path: str, folder: str) -> bool:

@@ -45,7 +45,9 @@ class Answer(NamedTuple):
     gain_bpb: float
     p: float
     shown: bool
-    seeds_needed: int | None  # of ours, at the observed mean and deviation; None: no number up to MOST_SEEDS, or not about seeds
+    seeds_needed: (
+        int | None
+    )  # of ours, at the observed mean and deviation; None: no number up to MOST_SEEDS, or not about seeds
 
 
 def margins(bytes_per_token: float) -> dict[str, float]:
@@ -84,7 +86,10 @@ def seeds_needed(ours: Sample, theirs: Sample, margin_bpb: float) -> int | None:
     """The fewest seeds of ours that would show it, if mean and deviation stay as observed."""
     if theirs.mean - ours.mean <= margin_bpb:
         return None
-    return next((n for n in range(2, MOST_SEEDS + 1) if welch(ours._replace(seeds=n), theirs, margin_bpb) < LEVEL), None)
+    return next(
+        (n for n in range(2, MOST_SEEDS + 1) if welch(ours._replace(seeds=n), theirs, margin_bpb) < LEVEL),
+        None,
+    )
 
 
 def over_seeds(ours: Sample, theirs: Sample, bytes_per_token: float) -> list[Answer]:
@@ -92,7 +97,17 @@ def over_seeds(ours: Sample, theirs: Sample, bytes_per_token: float) -> list[Ans
     answers = []
     for unit, margin in margins(bytes_per_token).items():
         p = welch(ours, theirs, margin)
-        answers.append(Answer(unit, "seeds", margin, theirs.mean - ours.mean, p, p < LEVEL, seeds_needed(ours, theirs, margin)))
+        answers.append(
+            Answer(
+                unit,
+                "seeds",
+                margin,
+                theirs.mean - ours.mean,
+                p,
+                p < LEVEL,
+                seeds_needed(ours, theirs, margin),
+            )
+        )
     return answers
 
 
@@ -106,7 +121,9 @@ def over_documents(gain: Documents, bytes_per_token: float) -> list[Answer]:
     return answers
 
 
-def paired(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray], counted_bytes: np.ndarray, documents: np.ndarray) -> Documents:
+def paired(
+    ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray], counted_bytes: np.ndarray, documents: np.ndarray
+) -> Documents:
     """The gain of our ledgers, (N-1,) each, over theirs, document by document, and its standard error.
 
     The gain is a ratio of sums over documents (bits over bytes), so its error is that of the residuals bits - gain * bytes.
@@ -130,7 +147,12 @@ def verdict(answers: Sequence[Answer]) -> str:
 
 def as_json(answers: Sequence[Answer]) -> dict[str, Any]:
     """The figures and the verdict."""
-    return {"nats": NATS, "level": LEVEL, "tests": [answer._asdict() for answer in answers], "verdict": verdict(answers)}
+    return {
+        "nats": NATS,
+        "level": LEVEL,
+        "tests": [answer._asdict() for answer in answers],
+        "verdict": verdict(answers),
+    }
 
 
 def _sentence(unit: str, answers: Sequence[Answer]) -> str:
@@ -141,4 +163,8 @@ def _sentence(unit: str, answers: Sequence[Answer]) -> str:
     need = next((answer.seeds_needed for answer in answers if answer.chance == "seeds"), None)
     if first.gain_bpb <= first.margin_bpb:
         return f"{said}; no number of seeds shows it, since the gain is not above that."
-    return f"{said}; at this mean and deviation it takes {need} seeds." if need else f"{said}; {MOST_SEEDS} seeds would not show it."
+    return (
+        f"{said}; at this mean and deviation it takes {need} seeds."
+        if need
+        else f"{said}; {MOST_SEEDS} seeds would not show it."
+    )

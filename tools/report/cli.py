@@ -31,7 +31,10 @@ def draw(runs: Sequence[Seen], stream: Stream) -> dict[str, tuple[str, bytes]]:
     found = {
         "side_by_side.png": ("Runs side by side, with intervals", figures.side_by_side(runs, stream)),
         "loss.png": ("Training loss by step and by second", figures.loss(runs)),
-        "classes.png": ("Bits per byte by length of the document and position in it", figures.classes(runs, stream)),
+        "classes.png": (
+            "Bits per byte by length of the document and position in it",
+            figures.classes(runs, stream),
+        ),
         "ttt_gain.png": ("Gain of test-time training over the stream", figures.gain(runs, stream)),
     }
     for i, run in enumerate(runs):
@@ -99,11 +102,14 @@ def write(names: Sequence[str], output: Path) -> Path:
 def main(argv: list[str] | None = None) -> None:
     """The command; a user's error is one line and exit code 2."""
     parser = argparse.ArgumentParser(
-        prog="python -m tools.report", description="One page, with pictures, about one run or several side by side."
+        prog="python -m tools.report",
+        description="One page, with pictures, about one run or several side by side.",
     )
     what = "folder that holds artifacts/, revision or experiment; none: the working tree"
     parser.add_argument("runs", nargs="*", default=["."], metavar="RUN", help=what)
-    parser.add_argument("--output", type=Path, default=Path(".scratch/report"), metavar="DIR", help="where page and PNGs go")
+    parser.add_argument(
+        "--output", type=Path, default=Path(".scratch/report"), metavar="DIR", help="where page and PNGs go"
+    )
     arguments = parser.parse_args(argv)
     with refusing("report"):
         print(write(arguments.runs, arguments.output))

@@ -33,7 +33,11 @@ def loss(runs: Sequence[Seen]) -> bytes:
                 axes.plot(x, smooth, color=color, linewidth=1.8, label=f"{run.name}: {smooth[-1]:.3f}")
         by_step.legend(frameon=False)
         by_step.set(title="Training loss by step", xlabel="optimizer step", ylabel="nats per token")
-        by_second.set(title="and by second", xlabel="training seconds, divided evenly over steps", ylabel="nats per token")
+        by_second.set(
+            title="and by second",
+            xlabel="training seconds, divided evenly over steps",
+            ylabel="nats per token",
+        )
         return png(figure)
 
 
@@ -45,7 +49,9 @@ def classes(runs: Sequence[Seen], stream: Stream) -> bytes:
     position = np.arange(1, len(stream.tokens)) - starts[documents]
     with styled():
         figure, both = canvas(8, 7, 2)
-        for axes, value, what in zip(both, (length, position), ("length of the document", "position in the document"), strict=True):
+        for axes, value, what in zip(
+            both, (length, position), ("length of the document", "position in the document"), strict=True
+        ):
             _grouped(axes, runs, stream.counted_bytes, np.digitize(value, EDGES) - 1)
             axes.set(title=f"Bits per byte by {what}", xlabel=f"{what}, tokens", ylabel="bpb")
         both[0].legend(frameon=False, ncols=min(3, len(runs)))
@@ -64,7 +70,11 @@ def gain(runs: Sequence[Seen], stream: Stream) -> bytes:
             axes.plot(shown + 1, bpb, color=color, linewidth=1.8, label=f"{run.name}: {bpb[-1]:+.5f}")
         axes.axhline(0, color=GREY, linewidth=1)
         axes.legend(frameon=False)
-        axes.set(title="Test-time training less sliding windows", xlabel="targets scored", ylabel="bpb of everything so far")
+        axes.set(
+            title="Test-time training less sliding windows",
+            xlabel="targets scored",
+            ylabel="bpb of everything so far",
+        )
         return png(figure)
 
 
@@ -76,10 +86,15 @@ def tensors(run: Seen) -> bytes:
         shown.append((sum(size for size, _ in rest), f"{len(rest)} others"))
     with styled():
         figure, axes = canvas(8, 1.2 + 0.22 * len(shown))
-        bars = axes.barh([name for _, name in shown][::-1], [size for size, _ in shown][::-1], color=BLUE, height=0.7)
+        bars = axes.barh(
+            [name for _, name in shown][::-1], [size for size, _ in shown][::-1], color=BLUE, height=0.7
+        )
         axes.bar_label(bars, [f"{size:,}" for size, _ in shown][::-1], padding=3, fontsize=8)
         axes.tick_params(axis="y", labelsize=8)
-        axes.set(title=f"Bytes by tensor, {run.name}: {sum(size for size, _ in sizes):,} in model.bin", xlabel="bytes")
+        axes.set(
+            title=f"Bytes by tensor, {run.name}: {sum(size for size, _ in sizes):,} in model.bin",
+            xlabel="bytes",
+        )
         axes.margins(x=0.12)
         return png(figure)
 
@@ -95,8 +110,20 @@ def errors(run: Seen) -> bytes:
         figure, axes = canvas(8, 4)
         for i, (kind, points) in enumerate(sorted(kinds.items())):
             layers, values = zip(*sorted(points), strict=True)
-            axes.plot(layers, values, color=COLORS[i % len(COLORS)], marker="o", markersize=4, linewidth=1.4, label=kind)
-        axes.set(title=f"Quantisation error by layer, {run.name}", xlabel="layer", ylabel="squared error of the square")
+            axes.plot(
+                layers,
+                values,
+                color=COLORS[i % len(COLORS)],
+                marker="o",
+                markersize=4,
+                linewidth=1.4,
+                label=kind,
+            )
+        axes.set(
+            title=f"Quantisation error by layer, {run.name}",
+            xlabel="layer",
+            ylabel="squared error of the square",
+        )
         if kinds:
             axes.set_yscale("log")
             axes.legend(frameon=False, ncols=3, fontsize=8)
@@ -116,7 +143,14 @@ def side_by_side(runs: Sequence[Seen], stream: Stream) -> bytes:
                 found = paired_bootstrap.paired_difference(base, run.claimed, stream.counted_bytes, documents)
                 reach = [[max(0.0, found.bpb - found.low)], [max(0.0, found.high - found.bpb)]]
                 axes.errorbar([found.bpb], [i], xerr=reach, fmt="o", color=color, capsize=4)
-                axes.annotate(f"{found.bpb:.5f}", (found.bpb, i), (0, 7), textcoords="offset points", ha="center", fontsize=8)
+                axes.annotate(
+                    f"{found.bpb:.5f}",
+                    (found.bpb, i),
+                    (0, 7),
+                    textcoords="offset points",
+                    ha="center",
+                    fontsize=8,
+                )
             axes.set_yticks(range(len(runs)), [f"{run.name} (seed {run.seed})" for run in runs])
             axes.set_ylim(len(runs) - 0.4, -0.6)
             axes.set(title=title, xlabel="bpb, 95 % interval over documents")
@@ -126,11 +160,20 @@ def side_by_side(runs: Sequence[Seen], stream: Stream) -> bytes:
 def _grouped(axes: Axes, runs: Sequence[Seen], counted_bytes: np.ndarray, group: np.ndarray) -> None:
     """Bars of bpb by class, the runs side by side; a class without a byte is left out."""
     present = [i for i in range(len(EDGES)) if counted_bytes[group == i].sum()]
-    labels = [f"{EDGES[i]} to\n{EDGES[i + 1] - 1}" if i + 1 < len(EDGES) else f"{EDGES[i]}\nor more" for i in present]
+    labels = [
+        f"{EDGES[i]} to\n{EDGES[i + 1] - 1}" if i + 1 < len(EDGES) else f"{EDGES[i]}\nor more"
+        for i in present
+    ]
     width = 0.8 / len(runs)
     for r, (run, color) in enumerate(zip(runs, _colors(runs), strict=True)):
         values = [bits_per_byte(run.claimed[group == i], counted_bytes[group == i]) for i in present]
-        axes.bar(np.arange(len(present)) + (r + 0.5) * width - 0.4, values, width * 0.92, color=color, label=run.name)
+        axes.bar(
+            np.arange(len(present)) + (r + 0.5) * width - 0.4,
+            values,
+            width * 0.92,
+            color=color,
+            label=run.name,
+        )
     axes.set_xticks(range(len(present)), labels)
     axes.grid(axis="x", visible=False)
 

@@ -79,7 +79,10 @@ def _seen(name: str, text: Callable[[Path], str | None], ledgers: dict[str, np.n
             raise ValueError(f"{name} has no {ARTIFACTS / path}: run `dvc repro` there")
         return found
 
-    losses, layers = (list(csv.DictReader(content(path).splitlines(), delimiter="\t")) for path in ("train/loss.tsv", "pack/layers.tsv"))
+    losses, layers = (
+        list(csv.DictReader(content(path).splitlines(), delimiter="\t"))
+        for path in ("train/loss.tsv", "pack/layers.tsv")
+    )
     return Seen(name, losses, layers, json.loads(content("submission/submission.json")), ledgers)
 
 
@@ -89,4 +92,6 @@ def _require_same_stream(folder: Path) -> None:
         files = sorted(path.iterdir()) if path.is_dir() else [path]
         for file in files:
             if not (folder / file).is_file() or (folder / file).read_bytes() != file.read_bytes():
-                raise ValueError(f"{folder / file} is not this working tree's {file}: it scored another stream, so it is not comparable")
+                raise ValueError(
+                    f"{folder / file} is not this working tree's {file}: it scored another stream, so it is not comparable"
+                )

@@ -59,11 +59,16 @@ def check_clock(what: str, subject: str, seconds: float | None, budget_seconds: 
 
 def document_hashes(tokens: np.ndarray, bos: int) -> np.ndarray:
     """The first eight bytes of sha256 over each document's token ids (BOS included, little-endian uint16), (D,) uint64, in stream order."""
-    prefixes = [hashlib.sha256(document.astype("<u2").tobytes()).digest()[:8] for document in shards.documents(tokens, bos)]
+    prefixes = [
+        hashlib.sha256(document.astype("<u2").tobytes()).digest()[:8]
+        for document in shards.documents(tokens, bos)
+    ]
     return np.frombuffer(b"".join(prefixes), dtype="<u8")
 
 
-def check_disjoint(val: np.ndarray, documents: np.ndarray, train_count: int | None, val_count: int | None) -> Verdict:
+def check_disjoint(
+    val: np.ndarray, documents: np.ndarray, train_count: int | None, val_count: int | None
+) -> Verdict:
     """B15: the val documents' own hashes are those that documents.u64 lists, and none is among train's."""
     result: Outcome = "cannot tell"
     evidence, shared = "the manifest does not say how many train and val documents documents.u64 lists", 0
@@ -71,13 +76,25 @@ def check_disjoint(val: np.ndarray, documents: np.ndarray, train_count: int | No
         train, listed = documents[:train_count], documents[train_count:]
         shared = int(np.isin(val, train).sum())
         if len(documents) != train_count + val_count:
-            result, evidence = "fail", f"documents.u64 holds {len(documents)} hashes, the manifest says {train_count} + {val_count}"
+            result, evidence = (
+                "fail",
+                f"documents.u64 holds {len(documents)} hashes, the manifest says {train_count} + {val_count}",
+            )
         elif not np.array_equal(np.sort(val), np.sort(listed)):
-            result, evidence = "fail", f"documents.u64 does not list the {len(val)} documents of the val shards: it belongs to other data"
+            result, evidence = (
+                "fail",
+                f"documents.u64 does not list the {len(val)} documents of the val shards: it belongs to other data",
+            )
         elif shared:
-            result, evidence = "fail", f"{shared} of {len(val)} val documents have the hash of a train document (by chance: 1e-10 or less)"
+            result, evidence = (
+                "fail",
+                f"{shared} of {len(val)} val documents have the hash of a train document (by chance: 1e-10 or less)",
+            )
         else:
-            result, evidence = "pass", f"none of {len(val)} val documents has the hash of one of {train_count} train documents"
+            result, evidence = (
+                "pass",
+                f"none of {len(val)} val documents has the hash of one of {train_count} train documents",
+            )
     return Verdict(
         check="B15",
         name="train and val disjoint",
@@ -125,12 +142,18 @@ def seconds_of(timing: Mapping[str, Any], key: str) -> float | None:
     return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
-def manifest_entries(manifest: Mapping[str, Any]) -> tuple[dict[str, str] | None, tuple[int | None, int | None]]:
+def manifest_entries(
+    manifest: Mapping[str, Any],
+) -> tuple[dict[str, str] | None, tuple[int | None, int | None]]:
     """Of the manifest: sha256 of each val shard by file name, and how many train and val documents; None where it does not say."""
     listed = manifest.get("shards")
     if not isinstance(listed, dict):
         return None, (None, None)
-    val = {name.removeprefix("val/"): str(entry.get("sha256")) for name, entry in listed.items() if name.startswith("val/")}
+    val = {
+        name.removeprefix("val/"): str(entry.get("sha256"))
+        for name, entry in listed.items()
+        if name.startswith("val/")
+    }
     return val, (_documents(listed, "train/"), _documents(listed, "val/"))
 
 

@@ -56,7 +56,9 @@ class Handing:
             looking.observe(token)
         probe_runner.score(scoring, few)
         after = probe_runner.distribution(plain)
-        return _apart(probe_runner.distribution(looking), after), _apart(probe_runner.distribution(scoring), after)
+        return _apart(probe_runner.distribution(looking), after), _apart(
+            probe_runner.distribution(scoring), after
+        )
 
 
 def probes(key: bytes, positions: list[int], length: int, segment: int, predicts: bool) -> list[Handing]:
@@ -75,7 +77,11 @@ def judge_pieces(subject: str, stretches: list[Handing], seen: list[Handed], tol
     apart = [np.nan_to_num(np.abs(one.whole.astype(np.float64) - one.pieces), nan=np.inf) for one in seen]
     worst = int(np.argmax([difference.max() for difference in apart]))
     at = int(apart[worst].argmax())
-    guilty = [stretch.start + int(d.argmax()) for stretch, d in zip(stretches, apart, strict=True) if not d.max() <= tolerance]
+    guilty = [
+        stretch.start + int(d.argmax())
+        for stretch, d in zip(stretches, apart, strict=True)
+        if not d.max() <= tolerance
+    ]
     count = sum(len(difference) for difference in apart)
     return Verdict(
         check="B13",
@@ -96,7 +102,11 @@ def judge_pieces(subject: str, stretches: list[Handing], seen: list[Handed], tol
 def judge_trace(subject: str, stretches: list[Handing], seen: list[Handed], tolerance: float) -> Verdict:
     """B5, without the scorer's help: neither a look nor a score is an update."""
     worst = max(max(one.looked, one.scored) for one in seen)
-    guilty = [stretch.start for stretch, one in zip(stretches, seen, strict=True) if not max(one.looked, one.scored) <= tolerance]
+    guilty = [
+        stretch.start
+        for stretch, one in zip(stretches, seen, strict=True)
+        if not max(one.looked, one.scored) <= tolerance
+    ]
     looked, scored = max(one.looked for one in seen), max(one.scored for one in seen)
     return Verdict(
         check="B5",
@@ -137,4 +147,6 @@ def judge_again(subject: str, first: np.ndarray, second: np.ndarray) -> Verdict:
 
 def _apart(one: np.ndarray, other: np.ndarray) -> float:
     with np.errstate(invalid="ignore"):
-        return float(np.nan_to_num(np.abs(one - other), nan=0.0 if np.array_equal(one, other) else np.inf).max())
+        return float(
+            np.nan_to_num(np.abs(one - other), nan=0.0 if np.array_equal(one, other) else np.inf).max()
+        )

@@ -63,7 +63,11 @@ class Canary:
 
     def run(self, scorer: Scorer, tokens: np.ndarray) -> Won:
         """Score it, from a fork."""
-        return Won(self.source, self.start, won(self.known.logp, probe_runner.score(scorer.fork(), self.known.tokens)))
+        return Won(
+            self.source,
+            self.start,
+            won(self.known.logp, probe_runner.score(scorer.fork(), self.known.tokens)),
+        )
 
 
 @dataclass(frozen=True)
@@ -81,8 +85,14 @@ class SelfSampled:
         for quantile in self.uniform.tolist():
             committed = probe_runner.distribution(speaker)
             cumulative = np.cumsum(np.exp(committed - committed.max()))
-            token = min(int(np.searchsorted(cumulative, quantile * cumulative[-1], side="right")), len(committed) - 1)
-            logp.append(float(np.log((cumulative[token] - (cumulative[token - 1] if token else 0.0)) / cumulative[-1])))
+            token = min(
+                int(np.searchsorted(cumulative, quantile * cumulative[-1], side="right")), len(committed) - 1
+            )
+            logp.append(
+                float(
+                    np.log((cumulative[token] - (cumulative[token - 1] if token else 0.0)) / cumulative[-1])
+                )
+            )
             drawn.append(token)
             speaker.observe(token)
         nll = probe_runner.score(scorer.fork(), np.array(drawn, dtype=np.uint16))
@@ -116,7 +126,9 @@ def draw(source: str, key: bytes, count: int, tokens: np.ndarray, vocab_size: in
     walked: list[int] = []
     chances: list[float] = []
     last = drawn.one(0, vocab_size)
-    for own_step, choice, other in zip((quantile < CHAIN).tolist(), chosen.tolist(), uniform.tolist(), strict=True):
+    for own_step, choice, other in zip(
+        (quantile < CHAIN).tolist(), chosen.tolist(), uniform.tolist(), strict=True
+    ):
         token = int(follows[last, choice]) if own_step else other
         chances.append(CHAIN * float((follows[last] == token).mean()) + (1 - CHAIN) / vocab_size)
         walked.append(token)
@@ -138,7 +150,12 @@ def spell(key: bytes, count: int, tokens: np.ndarray, pieces: Sequence[bytes]) -
     walked: list[int] = []
     p: list[float] = []
     while at < len(text) and len(walked) < count:
-        fitting = [token for size in range(1, longest + 1) for token in by_piece.get(text[at : at + size], []) if at + size <= len(text)]
+        fitting = [
+            token
+            for size in range(1, longest + 1)
+            for token in by_piece.get(text[at : at + size], [])
+            if at + size <= len(text)
+        ]
         token = fitting[drawn.one(0, len(fitting))]
         walked.append(token)
         p.append(1 / len(fitting))
@@ -146,12 +163,23 @@ def spell(key: bytes, count: int, tokens: np.ndarray, pieces: Sequence[bytes]) -
     return _known(np.array(walked, dtype=np.int64), np.array(p))
 
 
-def probes(key: bytes, starts: list[int], count: int, tokens: np.ndarray, vocab_size: int, pieces: Sequence[bytes] | None) -> list[Canary]:
+def probes(
+    key: bytes,
+    starts: list[int],
+    count: int,
+    tokens: np.ndarray,
+    vocab_size: int,
+    pieces: Sequence[bytes] | None,
+) -> list[Canary]:
     """One canary of each source, at the places given in turn; spellings where the bytes of the ids are known."""
     made = {source: draw(source, key, count, tokens, vocab_size) for source in SOURCES}
     if pieces is not None:
         made["spellings"] = spell(key, count, tokens, pieces)
-    return [Canary(starts[i % len(starts)], source, known) for i, (source, known) in enumerate(made.items()) if len(known.tokens)]
+    return [
+        Canary(starts[i % len(starts)], source, known)
+        for i, (source, known) in enumerate(made.items())
+        if len(known.tokens)
+    ]
 
 
 def self_sampled(key: bytes, start: int, count: int) -> SelfSampled:
@@ -165,7 +193,10 @@ def judge(subject: str, check: str, name: str, seen: list[Won], bits: float) -> 
     guilty = [(one, top) for one, top in zip(seen, highest, strict=True) if not top <= bits]
     worst = int(np.argmax(highest))
     count = sum(len(one.bits) for one in seen)
-    sums = ", ".join(f"{one.source} {one.bits[-1]:+.1f} (highest {top:+.1f})" for one, top in zip(seen, highest, strict=True))
+    sums = ", ".join(
+        f"{one.source} {one.bits[-1]:+.1f} (highest {top:+.1f})"
+        for one, top in zip(seen, highest, strict=True)
+    )
     return Verdict(
         check=check,
         name=name,
@@ -177,7 +208,9 @@ def judge(subject: str, check: str, name: str, seen: list[Won], bits: float) -> 
         saw=highest[worst],
         expected="<= bound",
         bound=bits,
-        positions=tuple(one.start for one, _ in guilty) if guilty else tuple(sorted({one.start for one in seen})),
+        positions=tuple(one.start for one, _ in guilty)
+        if guilty
+        else tuple(sorted({one.start for one in seen})),
         sees="probabilities that together exceed one, or that know the token, wherever that wins on this source",
         blind="cheats that lose on this source, as many do on noise: a pass says little, a failure is a proof",
     )

@@ -43,7 +43,9 @@ class Perturbation:
     """A probe: the segment of a group, once as it is and once for each position with another future."""
 
     group: Group
-    futures: tuple[tuple[str, np.ndarray], ...]  # for each position, the kind of future and its tokens up to the segment's end
+    futures: tuple[
+        tuple[str, np.ndarray], ...
+    ]  # for each position, the kind of future and its tokens up to the segment's end
 
     @property
     def start(self) -> int:
@@ -61,11 +63,15 @@ class Perturbation:
             different = np.flatnonzero(probe_runner.moved(nll[:kept], base[:kept]))
             first = int(different[0]) if len(different) else None
             before, after = (0.0, 0.0) if first is None else (float(base[first]), float(nll[first]))
-            moved.append(Moved(position, suffix, None if first is None else self.group.start + first, before, after))
+            moved.append(
+                Moved(position, suffix, None if first is None else self.group.start + first, before, after)
+            )
         return Segment(base, moved)
 
 
-def probes(key: bytes, groups: list[Group], tokens: np.ndarray, vocab_size: int, bos: int) -> list[Perturbation]:
+def probes(
+    key: bytes, groups: list[Group], tokens: np.ndarray, vocab_size: int, bos: int
+) -> list[Perturbation]:
     """One probe for each group; the futures are by turns random ids, text from elsewhere, another document, and documents of other lengths.
 
     The last (B1b) is the future itself with its boundaries moved: what sorts documents by length, or reads where they end, shows there.
@@ -78,7 +84,9 @@ def probes(key: bytes, groups: list[Group], tokens: np.ndarray, vocab_size: int,
         for position in group.positions:
             suffix = SUFFIXES[turn % len(SUFFIXES)]
             future = _future(draw, suffix, tokens[position + 1 : group.stop], tokens, vocab_size, bos)
-            if future[0] == tokens[position + 1]:  # the token next to t must change: most that looks ahead looks there
+            if (
+                future[0] == tokens[position + 1]
+            ):  # the token next to t must change: most that looks ahead looks there
                 future[0] = (int(future[0]) + draw.one(1, vocab_size)) % vocab_size
             futures.append((suffix, future))
             turn += 1
@@ -92,11 +100,18 @@ def judge_perturbation(subject: str, groups: list[Group], segments: list[Segment
     guilty = [moved for moved in found if moved.first is not None]
     positions = tuple(sorted(moved.position for moved in found))
     saw, expected = 0.0, 0.0
-    edges = ", ".join(f"{sum(group.kind == kind for group in groups)} at {kind}" for kind in sorted({group.kind for group in groups}))
+    edges = ", ".join(
+        f"{sum(group.kind == kind for group in groups)} at {kind}"
+        for kind in sorted({group.kind for group in groups})
+    )
     evidence = f"{len(found)} futures replaced in {len(groups)} segments ({edges}): no loss at or before the change moved"
     if guilty:
         worst = guilty[0]
-        positions, saw, expected = tuple(sorted({moved.position for moved in guilty})), worst.after, worst.before
+        positions, saw, expected = (
+            tuple(sorted({moved.position for moved in guilty})),
+            worst.after,
+            worst.before,
+        )
         evidence = (
             f"with {worst.suffix} behind position {worst.position}, the loss of target {worst.first} moved from {worst.before:.6g} "
             f"to {worst.after:.6g} nats ({len(guilty)} of {len(found)} replaced futures moved a score)"
@@ -141,7 +156,11 @@ def judge_recomputation(
         difference = ledger[held].astype(np.float64) - again[held].astype(np.float64)
         worst = int(np.nan_to_num(np.abs(difference), nan=np.inf).argmax())
         largest, offset = float(np.abs(difference).max()), float(difference.mean())
-        saw, expected, positions = float(ledger[held[worst]]), float(again[held[worst]]), (int(held[worst]) + 1,)
+        saw, expected, positions = (
+            float(ledger[held[worst]]),
+            float(again[held[worst]]),
+            (int(held[worst]) + 1,),
+        )
         result = outcome(largest <= each and abs(offset) <= mean)
         evidence = (
             f"{len(held)} of {len(losses)} targets ({share:.1%}) scored again without their future: largest difference {largest:.1e} nats "
@@ -163,10 +182,14 @@ def judge_recomputation(
     )
 
 
-def _future(draw: Draw, suffix: str, future: np.ndarray, tokens: np.ndarray, vocab_size: int, bos: int) -> np.ndarray:
+def _future(
+    draw: Draw, suffix: str, future: np.ndarray, tokens: np.ndarray, vocab_size: int, bos: int
+) -> np.ndarray:
     length = len(future)
     if suffix == "moved boundaries":
-        moved = np.where(future == bos, (bos + draw.one(1, vocab_size)) % vocab_size, future).astype(tokens.dtype)
+        moved = np.where(future == bos, (bos + draw.one(1, vocab_size)) % vocab_size, future).astype(
+            tokens.dtype
+        )
         moved[draw.below(length, BOUNDARIES)] = bos
         return moved
     if suffix == "random ids" or length >= len(tokens):

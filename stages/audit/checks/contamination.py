@@ -29,7 +29,9 @@ from stages.tokenize.duplicates import documents
 SHINGLE_BYTES = 50
 FEWEST = 20  # kept shingles of a document from which a share is taken; a shorter one is compared as a whole
 SHARED = 0.75  # of a document's shingles: what boilerplate may make up of it, unless a caller says otherwise
-BASE: Any = np.uint64(0x9E3779B97F4A7C15)  # of the polynomial modulo 2^64: odd, so that no byte's weight vanishes
+BASE: Any = np.uint64(
+    0x9E3779B97F4A7C15
+)  # of the polynomial modulo 2^64: odd, so that no byte's weight vanishes
 MIX: Any = (np.uint64(0xFF51AFD7ED558CCD), np.uint64(0xC4CEB9FE1A85EC53))  # MurmurHash3's finaliser (Appleby)
 SHIFT: Any = np.uint64(33)
 ABSENT: Any = np.uint64(0)  # marks an empty place of the table; a hash of 0 counts as 1
@@ -61,7 +63,9 @@ class Table:
         insert(hashes, self.keys)
 
 
-def texts(paths: list[Path], tokenizer: sentencepiece.SentencePieceProcessor) -> Iterator[tuple[int, np.ndarray]]:
+def texts(
+    paths: list[Path], tokenizer: sentencepiece.SentencePieceProcessor
+) -> Iterator[tuple[int, np.ndarray]]:
     """Each document of a stream of shards: its number of tokens, BOS included, and its text, (bytes,) uint8."""
     speller = Speller(tokenizer)
     ends = np.cumsum([0, *map(len, speller.bytes_of)])
@@ -72,7 +76,9 @@ def texts(paths: list[Path], tokenizer: sentencepiece.SentencePieceProcessor) ->
         yield len(ids), spell(ids, ends, letters, room)
 
 
-def overlap(train: Iterable[tuple[int, np.ndarray]], val: Iterable[tuple[int, np.ndarray]], rate: int = 1) -> Overlap:
+def overlap(
+    train: Iterable[tuple[int, np.ndarray]], val: Iterable[tuple[int, np.ndarray]], rate: int = 1
+) -> Overlap:
     """Hold train's documents against val's; both are what `texts` yields, train read once and val before it."""
     if rate < 1:
         raise ValueError(f"one in {rate} shingles is to be kept; expected 1 or more, 1 for all of them")
@@ -139,7 +145,11 @@ def missed(rate: int, passage_bytes: int) -> float:
 
 
 def _sampled(rate: int) -> str:
-    return "" if rate == 1 else f" (one in {rate} looked at: a passage of 500 bytes is missed with probability {missed(rate, 500):.1e})"
+    return (
+        ""
+        if rate == 1
+        else f" (one in {rate} looked at: a passage of 500 bytes is missed with probability {missed(rate, 500):.1e})"
+    )
 
 
 def kept_shingles(text: np.ndarray, limit: np.uint64) -> np.ndarray:

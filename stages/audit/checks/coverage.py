@@ -19,7 +19,18 @@ from stages.common.ledger import CHUNK_COLUMNS
 
 RELATIVE = 1.0e-12  # between two float64 sums of one set of numbers
 ROUNDING = 1.0e-6  # the chunk table has six decimals
-FUZZ = ("a", " a", "a  b", "\u00e9\u2603\U0001f600", "\t\r\n", "\u2581", "\ue000", "\x00", "na\u00efve 123", " ")
+FUZZ = (
+    "a",
+    " a",
+    "a  b",
+    "\u00e9\u2603\U0001f600",
+    "\t\r\n",
+    "\u2581",
+    "\ue000",
+    "\x00",
+    "na\u00efve 123",
+    " ",
+)
 
 
 SizeOf = Callable[[np.ndarray, sentencepiece.SentencePieceProcessor], np.ndarray]
@@ -34,7 +45,10 @@ class DocumentBytes(NamedTuple):
 
 def check_ledger(subject: str, ledger: np.ndarray, targets: int) -> Verdict:
     """B6: exactly N-1 losses, each a finite number that is not negative."""
-    evidence, positions = f"{len(ledger.reshape(-1))} losses for {targets} targets, all finite and not negative", ()
+    evidence, positions = (
+        f"{len(ledger.reshape(-1))} losses for {targets} targets, all finite and not negative",
+        (),
+    )
     if ledger.dtype != np.float32 or ledger.shape != (targets,):
         evidence = f"the ledger holds {ledger.dtype} {ledger.shape}, expected float32 ({targets},): targets are missing or counted twice"
         holds = False
@@ -60,7 +74,9 @@ def check_ledger(subject: str, ledger: np.ndarray, targets: int) -> Verdict:
     )
 
 
-def check_reported(subject: str, ledger: np.ndarray | None, reported: Any, document_bytes: DocumentBytes) -> Verdict:
+def check_reported(
+    subject: str, ledger: np.ndarray | None, reported: Any, document_bytes: DocumentBytes
+) -> Verdict:
     """B6 and B11: the reported bits per byte follow from the ledger and the decoded bytes."""
     total = int(document_bytes.counted.sum())
     recomputed = math.nan if ledger is None or not total else math.fsum(ledger.tolist()) / math.log(2) / total
@@ -89,9 +105,18 @@ def check_chunks(subject: str, table: str, ledger: np.ndarray | None, target_byt
     for number, row in enumerate(rows or []):
         part = slice(covered, covered + int(row["targets"]))
         size = int(target_bytes[part].sum())
-        if (row["chunk"], row["first_target"], row["bytes"]) != (number, covered, size) or row["targets"] <= 0:
-            fault, first_bad = f"chunk {number} is {row}, expected to begin at target {covered} with {size} bytes", covered
-        elif ledger is not None and size and abs(row["bpb"] - float(ledger[part].sum(dtype=np.float64)) / math.log(2) / size) > ROUNDING:
+        if (row["chunk"], row["first_target"], row["bytes"]) != (number, covered, size) or row[
+            "targets"
+        ] <= 0:
+            fault, first_bad = (
+                f"chunk {number} is {row}, expected to begin at target {covered} with {size} bytes",
+                covered,
+            )
+        elif (
+            ledger is not None
+            and size
+            and abs(row["bpb"] - float(ledger[part].sum(dtype=np.float64)) / math.log(2) / size) > ROUNDING
+        ):
             fault, first_bad = f"chunk {number} says {row['bpb']} bpb, its ledger does not", covered
         if fault:
             break
@@ -127,7 +152,9 @@ def count_documents(tokens: np.ndarray, tokenizer: sentencepiece.SentencePiecePr
     return DocumentBytes(np.array(counted, dtype=np.int64), np.array(replaced, dtype=bool))
 
 
-def check_denominator(tokens: np.ndarray, bos: int, target_bytes: np.ndarray, document_bytes: DocumentBytes) -> Verdict:
+def check_denominator(
+    tokens: np.ndarray, bos: int, target_bytes: np.ndarray, document_bytes: DocumentBytes
+) -> Verdict:
     """B11: for each document, the bytes that bits are divided by are those of its decoded text."""
     starts = shards.document_starts(tokens, bos)
     per_document = np.add.reduceat(np.concatenate([[0], target_bytes]), starts)
@@ -162,7 +189,9 @@ def _sizes(tokens: np.ndarray, tokenizer: sentencepiece.SentencePieceProcessor) 
     return target_bytes(tokens, byte_table(tokenizer))
 
 
-def check_table(tokenizer: sentencepiece.SentencePieceProcessor, texts: Sequence[str], size_of: SizeOf = _sizes) -> Verdict:
+def check_table(
+    tokenizer: sentencepiece.SentencePieceProcessor, texts: Sequence[str], size_of: SizeOf = _sizes
+) -> Verdict:
     """B11 on awkward texts: for each, the counted bytes of its ids behind BOS are those of its decoded text.
 
     `size_of` gives the bytes of each target of a stream, (N-1,): the project's own unless another is to be judged.
@@ -205,4 +234,6 @@ def _row(cells: Sequence[str]) -> dict[str, float]:
     try:
         return dict(zip(CHUNK_COLUMNS, map(float, cells), strict=True))
     except ValueError as error:
-        raise ValueError(f"the chunk table has the row {cells}, expected {len(CHUNK_COLUMNS)} numbers") from error
+        raise ValueError(
+            f"the chunk table has the row {cells}, expected {len(CHUNK_COLUMNS)} numbers"
+        ) from error

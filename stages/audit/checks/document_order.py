@@ -64,7 +64,9 @@ def probe(key: bytes, start: int, tokens: np.ndarray, vocab_size: int, bos: int,
     """Documents of different lengths, cut from anywhere in the stream, the longest neither first nor last."""
     draw = Draw(key, "graph")
     longest = min(LONGEST, len(tokens) - 1)
-    lengths = np.sort(draw.below(max(1, longest - SHORTEST), documents) + min(SHORTEST, longest) + np.arange(documents))
+    lengths = np.sort(
+        draw.below(max(1, longest - SHORTEST), documents) + min(SHORTEST, longest) + np.arange(documents)
+    )
     lengths = np.roll(lengths, 1 + documents // 2)
     at = 0
     made: list[np.ndarray] = []
@@ -72,9 +74,13 @@ def probe(key: bytes, start: int, tokens: np.ndarray, vocab_size: int, bos: int,
     substitutes: list[int] = []
     for length in np.minimum(lengths, len(tokens)).tolist():
         begin = draw.one(0, len(tokens) - length + 1)
-        document = np.where(tokens[begin : begin + length] == bos, (bos + 1) % vocab_size, tokens[begin : begin + length])
+        document = np.where(
+            tokens[begin : begin + length] == bos, (bos + 1) % vocab_size, tokens[begin : begin + length]
+        )
         document[0] = bos
-        place = (length - 1, 1, draw.one(1, length))[len(made) % 3]  # leaks are commonest where documents meet
+        place = (length - 1, 1, draw.one(1, length))[
+            len(made) % 3
+        ]  # leaks are commonest where documents meet
         substitute = (int(document[place]) + draw.one(1, vocab_size)) % vocab_size
         made.append(document.astype(tokens.dtype))
         places.append(at + place)
@@ -86,15 +92,23 @@ def probe(key: bytes, start: int, tokens: np.ndarray, vocab_size: int, bos: int,
 def judge(subject: str, graph: Graph, arrows: list[Arrow], scope: str) -> Verdict:
     """B1c: no arrow points backwards; and none leads to another document where the scorer declares that each stands alone."""
     guilty = [arrow for arrow in arrows if arrow.position < arrow.exchanged]
-    evidence = f"{len(graph.documents)} documents in one call: {len(arrows)} move a later one, none an earlier one"
+    evidence = (
+        f"{len(graph.documents)} documents in one call: {len(arrows)} move a later one, none an earlier one"
+    )
     if guilty:
-        order = "the arrows form a circle, so that no order could be decoded" if _is_circular(arrows) else "another order was used"
+        order = (
+            "the arrows form a circle, so that no order could be decoded"
+            if _is_circular(arrows)
+            else "another order was used"
+        )
         evidence = f"{len(guilty)} arrows point backwards, the first {_text(guilty[0])}; {order}"
     elif scope == "document" and arrows:
         guilty = arrows
         evidence = f"declared to score each document by itself, but {len(guilty)} move others, the first {_text(guilty[0])}"
     elif scope == "document":
-        evidence = f"{len(graph.documents)} documents in one call, declared to stand alone: none moves another"
+        evidence = (
+            f"{len(graph.documents)} documents in one call, declared to stand alone: none moves another"
+        )
     worst = guilty[0] if guilty else None
     return Verdict(
         check="B1c",
@@ -113,7 +127,9 @@ def judge(subject: str, graph: Graph, arrows: list[Arrow], scope: str) -> Verdic
 
 
 def _text(arrow: Arrow) -> str:
-    return f"{arrow.source} to {arrow.target} (a loss moved from {arrow.before:.6g} to {arrow.after:.6g} nats)"
+    return (
+        f"{arrow.source} to {arrow.target} (a loss moved from {arrow.before:.6g} to {arrow.after:.6g} nats)"
+    )
 
 
 def _is_circular(arrows: list[Arrow]) -> bool:

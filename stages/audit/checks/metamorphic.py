@@ -47,7 +47,15 @@ def check(
     verdicts = []
     if variants.relabelled is not None:
         names = Draw(key, "names").order(vocab_size)
-        verdicts.append(_same(subject, "other names for the ids", base, _scored(variants.relabelled(names), names[tokens]), tolerances[0]))
+        verdicts.append(
+            _same(
+                subject,
+                "other names for the ids",
+                base,
+                _scored(variants.relabelled(names), names[tokens]),
+                tolerances[0],
+            )
+        )
     if variants.forgetful is not None:
         first, *others = (_scored(variants.forgetful(buckets), tokens) for buckets in BUCKETS)
         far = max(others, key=lambda other: float(np.abs(other - first).max()))
@@ -56,7 +64,9 @@ def check(
         known = canary.draw("uniform", key, len(tokens), tokens, vocab_size)
         scorer = variants.hashed(1)
         scorer.observe(int(tokens[0]))
-        seen = canary.Won("uniform, one bucket", 1, canary.won(known.logp, probe_runner.score(scorer, known.tokens)))
+        seen = canary.Won(
+            "uniform, one bucket", 1, canary.won(known.logp, probe_runner.score(scorer, known.tokens))
+        )
         verdicts.append(canary.judge(subject, "B10", "one bucket", [seen], tolerances[1]))
     return verdicts
 

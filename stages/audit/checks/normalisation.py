@@ -18,7 +18,9 @@ from stages.audit.verdict import Verdict, outcome
 from stages.common.scorer import Scorer
 
 RUN = 4  # consecutive targets committed to at each place: what skips every other target cannot fall between single ones
-MARGIN = 8  # the fast path is called on up to so many tokens before the substituted one, and half as many after it
+MARGIN = (
+    8  # the fast path is called on up to so many tokens before the substituted one, and half as many after it
+)
 
 
 class Commitment(NamedTuple):
@@ -27,7 +29,9 @@ class Commitment(NamedTuple):
     position: int
     log_sum: float  # logsumexp of predict()
     finite: bool
-    repeated: bool  # predict() gave the same bits again, before and after another fork had observed another token
+    repeated: (
+        bool  # predict() gave the same bits again, before and after another fork had observed another token
+    )
     charged: np.ndarray  # (up to RUN,) float64: -predict()[x] for x_t and the targets after it
     deviation: float  # largest |nll(x_t := a) + predict()[a]| over the substituted ids
     worst: int  # the id where
@@ -90,13 +94,19 @@ class Substitution:
         if len(committed) <= len(self.uniform):
             return np.arange(len(committed)), 0
         cumulative = np.cumsum(np.exp(committed))
-        likely = np.minimum(np.searchsorted(cumulative, self.quantiles * cumulative[-1], side="right"), len(committed) - 1)
+        likely = np.minimum(
+            np.searchsorted(cumulative, self.quantiles * cumulative[-1], side="right"), len(committed) - 1
+        )
         count = (len(likely) - 2) // 2 * 2  # even, so that half of them are likely ids, as r says
         drawn = np.where(np.arange(count) % 2 == 0, likely[:count], self.uniform[:count])
-        return np.concatenate([[target, int(np.nan_to_num(committed, nan=-np.inf).argmax())], drawn]), len(drawn)
+        return np.concatenate([[target, int(np.nan_to_num(committed, nan=-np.inf).argmax())], drawn]), len(
+            drawn
+        )
 
 
-def probes(key: bytes, positions: list[int], length: int, vocab_size: int, substitutions: int) -> list[Substitution]:
+def probes(
+    key: bytes, positions: list[int], length: int, vocab_size: int, substitutions: int
+) -> list[Substitution]:
     """One probe for each position, in pieces whose lengths vary so that they cannot be told from ordinary calls."""
     draw = Draw(key, "substitution")
     made = []
@@ -114,7 +124,11 @@ def judge_independence(subject: str, seen: list[Commitment]) -> Verdict:
     guilty = [one for one in seen if not one.repeated or one.prefix_moved]
     evidence = f"at {len(seen)} positions predict() gave the same bits before and after other forks observed other tokens"
     if guilty:
-        what = "an earlier loss moved with the token put there" if guilty[0].prefix_moved else "predict() moved when another fork went on"
+        what = (
+            "an earlier loss moved with the token put there"
+            if guilty[0].prefix_moved
+            else "predict() moved when another fork went on"
+        )
         evidence = f"at {len(guilty)} of {len(seen)} positions {what}"
     return Verdict(
         check="B2",
@@ -134,7 +148,9 @@ def judge_independence(subject: str, seen: list[Commitment]) -> Verdict:
 
 def judge_sum(subject: str, seen: list[Commitment], tolerance: float) -> Verdict:
     """B3, first half: the committed probabilities sum to one."""
-    deviation = np.array([one.log_sum if one.finite else np.inf for one in seen])  # a sum below one gives bits away, which is lawful
+    deviation = np.array(
+        [one.log_sum if one.finite else np.inf for one in seen]
+    )  # a sum below one gives bits away, which is lawful
     deviation = np.nan_to_num(deviation, nan=np.inf)
     worst = seen[int(deviation.argmax())]
     guilty = deviation > tolerance
@@ -149,7 +165,9 @@ def judge_sum(subject: str, seen: list[Commitment], tolerance: float) -> Verdict
         saw=worst.log_sum,
         expected=0.0,
         bound=tolerance,
-        positions=tuple(one.position for one, bad in zip(seen, guilty, strict=True) if bad or not guilty.any()),
+        positions=tuple(
+            one.position for one, bad in zip(seen, guilty, strict=True) if bad or not guilty.any()
+        ),
         sees="probabilities over the whole vocabulary that sum to more than one",
         blind="positions that were not drawn; whether these probabilities are the ones that are scored (substitution)",
     )
@@ -178,11 +196,15 @@ def judge_substitution(subject: str, seen: list[Commitment], vocab_size: int, to
         bound=tolerance,
         positions=tuple(one.position for one in (guilty or seen)),
         sees="target-dependent gates, update before score, unnormalised mixtures, scores for the realised token only",
-        blind="causality in time (B1)" if whole else f"what favours few tokens only: {ids} pairs of position and id were tried",
+        blind="causality in time (B1)"
+        if whole
+        else f"what favours few tokens only: {ids} pairs of position and id were tried",
     )
 
 
-def judge_commitment(subject: str, ledger: np.ndarray | None, seen: list[Commitment], tolerance: float) -> Verdict:
+def judge_commitment(
+    subject: str, ledger: np.ndarray | None, seen: list[Commitment], tolerance: float
+) -> Verdict:
     """B4: the ledger's loss is the one that was committed before the token was known."""
     fields = {
         "check": "B4",
@@ -195,7 +217,9 @@ def judge_commitment(subject: str, ledger: np.ndarray | None, seen: list[Commitm
     }
     if ledger is None:
         evidence = "there is no complete ledger to hold against the commitments"
-        return Verdict(outcome="cannot tell", evidence=evidence, saw=0.0, expected=0.0, positions=(), **fields)  # type: ignore[arg-type]
+        return Verdict(
+            outcome="cannot tell", evidence=evidence, saw=0.0, expected=0.0, positions=(), **fields
+        )  # type: ignore[arg-type]
     charged = np.concatenate([one.charged for one in seen])
     places = np.concatenate([one.position + np.arange(len(one.charged)) for one in seen])
     written = ledger[places - 1].astype(np.float64)

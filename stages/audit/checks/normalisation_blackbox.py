@@ -44,14 +44,23 @@ class Counterfactual:
 
     def run(self, scorer: Scorer, tokens: np.ndarray) -> Total:
         """What each id would have cost."""
-        q = np.exp(-np.array([float(probe_runner.score(scorer.fork(), np.array([a], dtype=np.uint16))[0]) for a in self.ids.tolist()]))
+        q = np.exp(
+            -np.array(
+                [
+                    float(probe_runner.score(scorer.fork(), np.array([a], dtype=np.uint16))[0])
+                    for a in self.ids.tolist()
+                ]
+            )
+        )
         if self.law is None:
             return Total(self.start, float(q.sum()), np.empty(0), len(q))
         ratios = q / self.law[self.ids]
         return Total(self.start, float(ratios.mean()), ratios, len(q))
 
 
-def probes(key: bytes, positions: list[int], tokens: np.ndarray, vocab_size: int, draws: int) -> list[Counterfactual]:
+def probes(
+    key: bytes, positions: list[int], tokens: np.ndarray, vocab_size: int, draws: int
+) -> list[Counterfactual]:
     """One probe for each position."""
     if vocab_size <= EXACT:
         return [Counterfactual(position, np.arange(vocab_size), None) for position in positions]

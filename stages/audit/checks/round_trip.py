@@ -55,7 +55,11 @@ def check_round_trip(
     scorer = factory(n_targets)
     for token in tokens[:start].tolist():
         scorer.observe(token)
-    claimed = probe_runner.score(scorer.fork(), stretch) if ledger is None else ledger[start - 1 : start - 1 + count]
+    claimed = (
+        probe_runner.score(scorer.fork(), stretch)
+        if ledger is None
+        else ledger[start - 1 : start - 1 + count]
+    )
     payload = encode(scorer, stretch)
     bits, claim = 8.0 * len(payload), float(claimed.sum(dtype=np.float64)) / math.log(2)
     bound = range_coder.overhead_bits(count, scorer.vocab_size) + count * tolerance / math.log(2)
@@ -64,7 +68,10 @@ def check_round_trip(
         elsewhere = _decode_elsewhere(recipe, tokens[:start], payload, count, n_targets, patience_seconds)
         result, evidence = _judge(f"{size}, {bits - claim:+.1f} bits against the claim", stretch, elsewhere)
     else:
-        result, evidence = "fail", f"{size}, {bits - claim:.1f} bits more than claimed: the claim is no code length"
+        result, evidence = (
+            "fail",
+            f"{size}, {bits - claim:.1f} bits more than claimed: the claim is no code length",
+        )
     return Verdict(
         check="B12",
         name="decoder round trip",
@@ -83,14 +90,22 @@ def check_round_trip(
 
 def _judge(size: str, stretch: np.ndarray, elsewhere: Elsewhere) -> tuple[Outcome, str]:
     if elsewhere.found is None:
-        return "fail" if elsewhere.began else "cannot tell", f"{size}; a fresh process did not decode them: {elsewhere.trouble}"
+        return (
+            "fail" if elsewhere.began else "cannot tell",
+            f"{size}; a fresh process did not decode them: {elsewhere.trouble}",
+        )
     wrong = np.flatnonzero(elsewhere.found != stretch)
     if len(wrong):
-        return "fail", f"{size}; a fresh process lost the thread at number {wrong[0]}: its distribution was not the coder's"
+        return (
+            "fail",
+            f"{size}; a fresh process lost the thread at number {wrong[0]}: its distribution was not the coder's",
+        )
     return "pass", f"{size}; a fresh process decoded them"
 
 
-def _decode_elsewhere(recipe: Recipe, given: np.ndarray, payload: bytes, count: int, n_targets: int, patience_seconds: float) -> Elsewhere:
+def _decode_elsewhere(
+    recipe: Recipe, given: np.ndarray, payload: bytes, count: int, n_targets: int, patience_seconds: float
+) -> Elsewhere:
     """What a process in a folder with nothing but its task makes of the payload."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -102,7 +117,9 @@ def _decode_elsewhere(recipe: Recipe, given: np.ndarray, payload: bytes, count: 
         program = f"import sys; sys.path[:] = {paths!r}; from stages.audit.checks import decoder; decoder.decode_here()"
         command = [sys.executable, "-c", program]
         try:
-            ended = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=patience_seconds)
+            ended = subprocess.run(
+                command, cwd=folder, capture_output=True, text=True, check=False, timeout=patience_seconds
+            )
         except subprocess.TimeoutExpired:
             return Elsewhere(None, f"it was not done after {patience_seconds:g} seconds", began=False)
         if ended.returncode or not (folder / FOUND).exists():

@@ -38,7 +38,9 @@ def one_sided(gains_over: Sequence[float], baseline: Sequence[float], least: flo
     spread = sum(shares)
     if spread == 0:
         return gain, 0.0 if gain > least else 1.0
-    freedom = spread**2 / sum(share**2 / (len(values) - 1) for share, values in zip(shares, (ours, theirs), strict=True) if share)
+    freedom = spread**2 / sum(
+        share**2 / (len(values) - 1) for share, values in zip(shares, (ours, theirs), strict=True) if share
+    )
     return gain, upper_tail((gain - least) / math.sqrt(spread), freedom)
 
 
@@ -51,7 +53,9 @@ def check_seeds(runs: Sequence[Mapping[str, Any]], baseline: Sequence[float]) ->
     losses = [run.get("nats") for run in runs]
     fault, saw, missing = "", 1.0, ""
     if len(runs) < SEEDS or not baseline:
-        missing = f"{len(runs)} seeds and {len(baseline)} baseline figures were given, {SEEDS} and 1 are needed"
+        missing = (
+            f"{len(runs)} seeds and {len(baseline)} baseline figures were given, {SEEDS} and 1 are needed"
+        )
     elif len(set(map(str, seeds))) < len(seeds):
         fault = f"a seed was counted twice: {seeds}"
     elif len({run.get("config") for run in runs}) != 1 or runs[0].get("config") is None:
@@ -60,8 +64,16 @@ def check_seeds(runs: Sequence[Mapping[str, Any]], baseline: Sequence[float]) ->
         fault = f"a seed has no loss: {losses}"
     else:
         gain, saw = one_sided([float(loss) for loss in losses if loss is not None], baseline, GAIN_NATS)
-        fault = "" if saw < LEVEL else f"mean gain {gain:+.5f} nats over {len(runs)} seeds: p = {saw:.3g} that it is {GAIN_NATS} at most"
-    evidence = fault or missing or f"{len(runs)} seeds of one configuration gain more than {GAIN_NATS} nats, p = {saw:.3g}"
+        fault = (
+            ""
+            if saw < LEVEL
+            else f"mean gain {gain:+.5f} nats over {len(runs)} seeds: p = {saw:.3g} that it is {GAIN_NATS} at most"
+        )
+    evidence = (
+        fault
+        or missing
+        or f"{len(runs)} seeds of one configuration gain more than {GAIN_NATS} nats, p = {saw:.3g}"
+    )
     return Verdict(
         check="B16",
         name="significance",

@@ -38,11 +38,15 @@ def _file(arguments: tuple[Any, ...]) -> Told | None:
 
 def _library(arguments: tuple[Any, ...]) -> Told | None:
     told = _file(arguments)
-    return told if told is not None and os.sep in os.fsdecode(arguments[0]) else None  # a bare name is looked up by the system's loader
+    return (
+        told if told is not None and os.sep in os.fsdecode(arguments[0]) else None
+    )  # a bare name is looked up by the system's loader
 
 
 def _program(arguments: tuple[Any, ...]) -> Told:
-    return "program", os.fsdecode(arguments[0]) if isinstance(arguments[0], (str, bytes, os.PathLike)) else str(arguments[0])
+    return "program", os.fsdecode(arguments[0]) if isinstance(
+        arguments[0], (str, bytes, os.PathLike)
+    ) else str(arguments[0])
 
 
 def _address(arguments: tuple[Any, ...]) -> Told | None:

@@ -21,7 +21,19 @@ from stages.audit.sandbox import sandbox
 from stages.audit.sandbox.sandbox import Means, Seen
 from stages.audit.verdict import Outcome, Verdict, outcome
 
-SYSTEM = ("/bin", "/dev", "/etc", "/lib", "/lib32", "/lib64", "/proc", "/sbin", "/sys", "/usr", "/var/cache/ldconfig")
+SYSTEM = (
+    "/bin",
+    "/dev",
+    "/etc",
+    "/lib",
+    "/lib32",
+    "/lib64",
+    "/proc",
+    "/sbin",
+    "/sys",
+    "/usr",
+    "/var/cache/ldconfig",
+)
 LATE_SECONDS = 5.0  # that an artifact's clock may fall short of ours: what it writes after it has asked, and the start of the watchers
 LISTED = 3  # files that a sentence names
 NAME = "clean room"
@@ -79,16 +91,33 @@ def visit(
         sizes = {name: (room / name).stat().st_size for name in artifact.counted}
         command = [sys.executable, *artifact.command]
         seen = sandbox.run(command, room, log, means, inputs, covered, environment or {}, patience_seconds)
-        changed = [str(path.relative_to(room)) for path, was in before.items() if not path.is_file() or _digest(path) != was]
+        changed = [
+            str(path.relative_to(room))
+            for path, was in before.items()
+            if not path.is_file() or _digest(path) != was
+        ]
         output = room / artifact.output
         # Of a file's times the kernel sets st_ctime alone: nobody can set it back.
         written = max((path.stat().st_ctime for path in output.rglob("*")), default=seen.began) - seen.began
-        return Visit(seen, room, sizes, tuple(changed), written, _json(output / "metrics.json"), _json(output / "timing.json"))
+        return Visit(
+            seen,
+            room,
+            sizes,
+            tuple(changed),
+            written,
+            _json(output / "metrics.json"),
+            _json(output / "timing.json"),
+        )
 
 
 def check_clean_room(seen: Visit, claim: Claim, late_seconds: float = LATE_SECONDS) -> list[Verdict]:
     """B14: the run came out as claimed, touched nothing else, spoke to nobody, and took the time that it says."""
-    return [_check_result(seen, claim), _check_files(seen), _check_network(seen), _check_clock(seen, claim, late_seconds)]
+    return [
+        _check_result(seen, claim),
+        _check_files(seen),
+        _check_network(seen),
+        _check_clock(seen, claim, late_seconds),
+    ]
 
 
 def outsiders(seen: Visit) -> list[Path]:
@@ -116,7 +145,14 @@ def _check_result(seen: Visit, claim: Claim) -> Verdict:
     number = float(value) if isinstance(value, (int, float)) else math.nan
     sees = "artifacts that need another file, write over their data, or give another number than was claimed"
     return _verdict(
-        "runs from the counted files alone", result, evidence, number, claim.value, claim.tolerance, sees, "what the weights know"
+        "runs from the counted files alone",
+        result,
+        evidence,
+        number,
+        claim.value,
+        claim.tolerance,
+        sees,
+        "what the weights know",
     )
 
 
@@ -160,28 +196,53 @@ def _check_clock(seen: Visit, claim: Claim, late_seconds: float) -> Verdict:
     result: Outcome = "pass"
     evidence = f"from the process's start to its end within {claim.budget_seconds:g} seconds, and its own clock agrees"
     if took > claim.budget_seconds:
-        result, evidence = "fail", f"from the process's start to its end {took:.1f} seconds, {claim.budget_seconds:g} are allowed"
+        result, evidence = (
+            "fail",
+            f"from the process's start to its end {took:.1f} seconds, {claim.budget_seconds:g} are allowed",
+        )
     elif known and float(said) < seen.written - late_seconds:
         took, result = seen.written, "fail"
         evidence = f"it says {said:.1f} seconds, and wrote its last output after {took:.1f}: its timer was started late, or stopped early"
     elif not known:
-        result, evidence = "cannot tell", "it left no timing.json with its evaluation_seconds; by our clock it kept to its budget"
+        result, evidence = (
+            "cannot tell",
+            "it left no timing.json with its evaluation_seconds; by our clock it kept to its budget",
+        )
     numbers = (f"{took:.1f} s", f"{said} s") if result == "fail" else ("within", "within")
     sees = "timers started late or stopped early, seconds spent before the first line or in other processes, runs over their time"
-    return _verdict("wall clock", result, evidence, *numbers, late_seconds, sees, "a machine that is faster than the challenge's")
+    return _verdict(
+        "wall clock",
+        result,
+        evidence,
+        *numbers,
+        late_seconds,
+        sees,
+        "a machine that is faster than the challenge's",
+    )
 
 
 def _verdict(
-    name: str, result: Outcome, evidence: str, saw: float | str, expected: float | str, bound: float, sees: str, blind: str
+    name: str,
+    result: Outcome,
+    evidence: str,
+    saw: float | str,
+    expected: float | str,
+    bound: float,
+    sees: str,
+    blind: str,
 ) -> Verdict:
-    return Verdict("B14", name, NAME, ("clean room",), result, evidence, saw, expected, bound, (), sees, blind)
+    return Verdict(
+        "B14", name, NAME, ("clean room",), result, evidence, saw, expected, bound, (), sees, blind
+    )
 
 
 def _furnish(room: Path, wanted: Mapping[str, Path]) -> list[Path]:
     """Copy files and folders to where they are wanted, read-only; the files."""
     files = []
     for name, source in wanted.items():
-        inside = [path for path in sorted(source.rglob("*")) if path.is_file()] if source.is_dir() else [source]
+        inside = (
+            [path for path in sorted(source.rglob("*")) if path.is_file()] if source.is_dir() else [source]
+        )
         for path in inside:
             target = room / name / path.relative_to(source) if source.is_dir() else room / name
             target.parent.mkdir(parents=True, exist_ok=True)

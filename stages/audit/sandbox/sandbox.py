@@ -38,10 +38,16 @@ shift
 exec "$@"
 """  # torchrun talks to itself over the loopback; `ip` may be absent
 TRACED = "trace=open,openat,openat2,creat,execve,execveat,connect,sendto,sendmsg,sendmmsg"
-PATH_CALL = re.compile(r'^\d+ +(?:open|openat|openat2|creat|execve|execveat)\((?:(?:AT_FDCWD|\d+)<([^>]*)>, )?"((?:[^"\\]|\\.)*)"')
+PATH_CALL = re.compile(
+    r'^\d+ +(?:open|openat|openat2|creat|execve|execveat)\((?:(?:AT_FDCWD|\d+)<([^>]*)>, )?"((?:[^"\\]|\\.)*)"'
+)
 OPENED = re.compile(r"= \d+<([^>]*)>$")  # what a descriptor leads to, links resolved
-RESUMED = re.compile(r"^\d+ +<\.\.\. (?:open|openat|openat2|creat) resumed>.*= \d+<([^>]*)>$")  # after another thread's line
-INET = re.compile(r'sin6?_port=htons\((\d+)\)[^"]*?(?:inet_addr\("([^"]*)"\)|inet_pton\(AF_INET6, "([^"]*)"|sin6_addr="([^"]*)")')
+RESUMED = re.compile(
+    r"^\d+ +<\.\.\. (?:open|openat|openat2|creat) resumed>.*= \d+<([^>]*)>$"
+)  # after another thread's line
+INET = re.compile(
+    r'sin6?_port=htons\((\d+)\)[^"]*?(?:inet_addr\("([^"]*)"\)|inet_pton\(AF_INET6, "([^"]*)"|sin6_addr="([^"]*)")'
+)
 NAME_SERVER = "53"  # its port
 
 
@@ -56,7 +62,11 @@ class Means:
     def __str__(self) -> str:
         network = "no network (namespace)" if self.network else "the network was there"
         mounts = "inputs mounted read-only" if self.mounts else "inputs read-only by their mode alone"
-        traced = "every process traced (strace)" if self.traced else "Python watched by audit hooks, native code not"
+        traced = (
+            "every process traced (strace)"
+            if self.traced
+            else "Python watched by audit hooks, native code not"
+        )
         return f"{network}, {mounts}, {traced}"
 
 
@@ -112,7 +122,12 @@ def available(strace: bool = True) -> Means:
     """What this system allows, found out by trying; `strace` False does without it."""
     network = _works("unshare", "-rn", "true")
     mounts = network and _works("unshare", "-rnm", "sh", "-c", "mount -t tmpfs none /mnt")
-    return Means(network, mounts, strace and _works("strace", "-f", "-qq", "-y", "--seccomp-bpf", "-e", TRACED, "-o", os.devnull, "true"))
+    return Means(
+        network,
+        mounts,
+        strace
+        and _works("strace", "-f", "-qq", "-y", "--seccomp-bpf", "-e", TRACED, "-o", os.devnull, "true"),
+    )
 
 
 def run(
@@ -130,14 +145,20 @@ def run(
     Nothing of the caller's environment is handed on; HOME and TMPDIR lie in the room. No process of the command outlives this call. Folders
     in `covered` are empty for it, but for the interpreter.
     """
-    (log / audit_hook.MODULE).write_text(Path(audit_hook.__file__).read_text(encoding="utf-8"), encoding="utf-8")
-    (log / "sitecustomize.py").write_text(audit_hook.SITECUSTOMIZE.format(log=str(log / "told")), encoding="utf-8")
+    (log / audit_hook.MODULE).write_text(
+        Path(audit_hook.__file__).read_text(encoding="utf-8"), encoding="utf-8"
+    )
+    (log / "sitecustomize.py").write_text(
+        audit_hook.SITECUSTOMIZE.format(log=str(log / "told")), encoding="utf-8"
+    )
     listener = Listener(log / "told")
     variables = _variables(room, log) | dict(environment)
     wrapped = _wrapped(command, log, means, read_only, covered)
     with (log / "output").open("wb") as output:
         began, started = time.time(), time.monotonic()
-        process = subprocess.Popen(wrapped, cwd=room, env=variables, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            wrapped, cwd=room, env=variables, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
         returncode = None
         try:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -145,7 +166,9 @@ def run(
         finally:
             seconds = time.monotonic() - started
             _end(process)
-    told = listener.finish() | {(kind, what) for kind, what in _traced(log / "trace") if not what.startswith(str(log))}
+    told = listener.finish() | {
+        (kind, what) for kind, what in _traced(log / "trace") if not what.startswith(str(log))
+    }
     return Seen(
         returncode,
         began,
@@ -181,15 +204,32 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
     process.wait()
 
 
-def _wrapped(command: Sequence[str], log: Path, means: Means, read_only: Sequence[Path], covered: Sequence[Path]) -> list[str]:
+def _wrapped(
+    command: Sequence[str], log: Path, means: Means, read_only: Sequence[Path], covered: Sequence[Path]
+) -> list[str]:
     words = list(command)
     if means.traced:
-        words = ["strace", "-f", "-qq", "-y", "-s", "4096", "--seccomp-bpf", "-e", TRACED, "-o", str(log / "trace"), *words]
+        words = [
+            "strace",
+            "-f",
+            "-qq",
+            "-y",
+            "-s",
+            "4096",
+            "--seccomp-bpf",
+            "-e",
+            TRACED,
+            "-o",
+            str(log / "trace"),
+            *words,
+        ]
     if not means.network:
         return words
     arranged: list[str] = []
     if means.mounts:
-        arranged += [word for number, path in enumerate(covered) for word in _cover(path, log, log / f"saved{number}")]
+        arranged += [
+            word for number, path in enumerate(covered) for word in _cover(path, log, log / f"saved{number}")
+        ]
         arranged += [word for path in read_only for word in ("keep", str(path), "-")]
     return ["unshare", "-rnm" if means.mounts else "-rn", "sh", "-c", ARRANGE, "sh", *arranged, "--", *words]
 
@@ -203,7 +243,9 @@ def _cover(path: Path, log: Path, saved: Path) -> list[str]:
     if not path.is_dir() or log.is_relative_to(path) or any(path.is_relative_to(home) for home in homes):
         return []
     nested = [home for home in homes if home.is_relative_to(path)]
-    inside = [home for home in nested if not any(home != other and home.is_relative_to(other) for other in nested)]
+    inside = [
+        home for home in nested if not any(home != other and home.is_relative_to(other) for other in nested)
+    ]
     places = [str(saved / str(number)) for number in range(len(inside))]
     away = [word for home, place in zip(inside, places, strict=True) for word in ("bind", str(home), place)]
     back = [word for home, place in zip(inside, places, strict=True) for word in ("bind", place, str(home))]
@@ -223,7 +265,14 @@ def _traced(log: Path) -> set[tuple[str, str]]:
     """What strace wrote, if it ran: files opened or run, and addresses but of name servers, which torchrun asks about itself."""
     lines = log.read_text(encoding="utf-8", errors="surrogateescape").splitlines() if log.exists() else []
     files = {("file", path) for line in lines if (path := _path(line)) is not None}
-    hosts = {("address", host) for line in lines for port, *hosts in INET.findall(line) if port != NAME_SERVER for host in hosts if host}
+    hosts = {
+        ("address", host)
+        for line in lines
+        for port, *hosts in INET.findall(line)
+        if port != NAME_SERVER
+        for host in hosts
+        if host
+    }
     return files | hosts
 
 

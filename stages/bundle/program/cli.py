@@ -79,7 +79,9 @@ class Params:
 
 def eval_options(parser: argparse.ArgumentParser) -> None:
     """The options that only `eval` has."""
-    parser.add_argument("--scorer", choices=("sliding_eval", "ttt_eval"), help="instead of the one that the submission claims")
+    parser.add_argument(
+        "--scorer", choices=("sliding_eval", "ttt_eval"), help="instead of the one that the submission claims"
+    )
 
 
 TRAIN = command.Stage(
@@ -130,12 +132,16 @@ def evaluate(decoder: Decoder, run: command.Run[Params]) -> None:
     relaunch_under_torchrun(params.parallel, sys.argv[0], sys.argv[1:])
     unpacking = Unpacking(files["model"], decoder)
     with world(params.parallel) as here:
-        stream = read_stream(files["val"], files["tokenizer"], unpacking.params.vocab_size, params.sliding_eval.window)
+        stream = read_stream(
+            files["val"], files["tokenizer"], unpacking.params.vocab_size, params.sliding_eval.window
+        )
 
         def make(model: Model, report: Report) -> TimedScorer:
             if name == "sliding_eval":
                 return SlidingScorer(model, params.sliding_eval, here, report)
-            return scorer_for(model, params.sliding_eval, params.ttt_eval, here, stream.table, stream.targets, report)
+            return scorer_for(
+                model, params.sliding_eval, params.ttt_eval, here, stream.table, stream.targets, report
+            )
 
         scorer = scorer_of(unpacking, here, make, run.report)
         pace = clock.Pace(scorer.warm_up_targets)
@@ -151,7 +157,9 @@ def evaluate(decoder: Decoder, run: command.Run[Params]) -> None:
         }
 
 
-def _learn(params: Params, shard_folder: Path, here: World, run: command.Run[Params]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _learn(
+    params: Params, shard_folder: Path, here: World, run: command.Run[Params]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     interval = clock.Interval()
     trained = train(params.for_train(), shard_folder, here, run.report, interval)
     hessians = collect(trained.state, params.for_calibrate(), shard_folder, here, run.report, interval)
@@ -160,7 +168,9 @@ def _learn(params: Params, shard_folder: Path, here: World, run: command.Run[Par
         "hardware": environment.hardware(here.device),
         "ranks": here.size,
     } | trained.measured
-    run.report.log(f"train_gpt: {len(trained.losses)} steps and {len(hessians)} Hessians in {interval.seconds:.1f} s of training")
+    run.report.log(
+        f"train_gpt: {len(trained.losses)} steps and {len(hessians)} Hessians in {interval.seconds:.1f} s of training"
+    )
     return trained.state, hessians
 
 

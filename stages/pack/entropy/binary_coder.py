@@ -20,13 +20,17 @@ LOW, HIGH, CODE, POSITION = 0, 1, 2, 3  # of the registers
 
 PROBABILITY_BITS = 22  # of a counter; the coder takes the upper 16
 ONE = 1 << PROBABILITY_BITS
-HALF: Any = np.int64(32768)  # of 65,536; a plain constant would have the functions it is given to compiled anew
+HALF: Any = np.int64(
+    32768
+)  # of 65,536; a plain constant would have the functions it is given to compiled anew
 MOST_CERTAIN = 24  # of 65,536: a decision never costs less than 0.0005 bits nor more than 11.4
 PART_BITS = 4  # of how far a decision lies from one context to the next
 WHOLE = 1 << PART_BITS
 COUNT_LIMIT = 4095  # decisions; counts are in WHOLEs of them
 RATE_BITS = 20
-RATES = ((1 << RATE_BITS) / (np.arange(COUNT_LIMIT + 1) + 1.5)).astype(np.int64)  # one correctly rounded division each: alike everywhere
+RATES = ((1 << RATE_BITS) / (np.arange(COUNT_LIMIT + 1) + 1.5)).astype(
+    np.int64
+)  # one correctly rounded division each: alike everywhere
 ROUNDING = 1 << (PART_BITS + RATE_BITS - 1)
 LEAST = 1 << (PROBABILITY_BITS - 16)  # of a counter
 FLUSH_BYTES = 5  # that a decoder has read ahead
@@ -91,7 +95,9 @@ def _correct(error: int, weight: int, context: int, place: int, counters: Counte
     """Move a counter by its share in an error."""
     chances_KU, counts_KU = counters
     count = counts_KU[context, place]
-    moved = chances_KU[context, place] + ((error * weight * RATES[count >> PART_BITS] + ROUNDING) >> (PART_BITS + RATE_BITS))
+    moved = chances_KU[context, place] + (
+        (error * weight * RATES[count >> PART_BITS] + ROUNDING) >> (PART_BITS + RATE_BITS)
+    )
     chances_KU[context, place] = min(max(moved, LEAST), ONE - LEAST)
     counts_KU[context, place] = min(count + weight, COUNT_LIMIT << PART_BITS)
 

@@ -21,7 +21,11 @@ WINDOW_BITS = 24  # brotli's largest standard window, 16 MB: as large as the who
 CHUNK_BYTES = 1 << 20  # of output asked of the decoder at once; it may overshoot by as much again
 Kind = Literal["matrix", "series", "bytes"]  # what the arithmetic coder makes of a stream
 FAMILIES: dict[str, dict[Kind, tuple[str, ...]]] = {
-    "adaptive": {"matrix": ("adaptive",), "series": ("series", "brotli", "plain"), "bytes": ("brotli", "plain")},
+    "adaptive": {
+        "matrix": ("adaptive",),
+        "series": ("series", "brotli", "plain"),
+        "bytes": ("brotli", "plain"),
+    },
     "brotli": {"matrix": ("brotli",), "series": ("brotli",), "bytes": ("brotli",)},
 }
 

@@ -23,7 +23,9 @@ def encode(raw: bytes, item_bytes: int) -> bytes:
     """The payload of a series of int8 or little-endian float16 numbers, which are none with all bits set."""
     values = _integers(raw, item_bytes)
     if len(values) > LONGEST or values.min(initial=0) < -HALF:
-        raise ValueError(f"a series of {len(values)} numbers cannot be coded: there are more than {LONGEST}, or one is none")
+        raise ValueError(
+            f"a series of {len(values)} numbers cannot be coded: there are more than {LONGEST}, or one is none"
+        )
     start = int(np.sort(values)[len(values) // 2]) if len(values) else 0
     return min((_encode(values, shift, start) for shift in SHIFTS), key=len)
 
@@ -32,8 +34,12 @@ def decode(payload: bytes, item_bytes: int, count: int) -> bytes:
     """So many numbers; a ValueError when the payload does not hold exactly those."""
     shift, start = payload[0] if payload else -1, int.from_bytes(payload[1:LEAD_BYTES], "little", signed=True)
     if shift not in SHIFTS or len(payload) < LEAD_BYTES or count > LONGEST:
-        raise ValueError(f"a series of {count} numbers in {len(payload)} bytes begins with {shift}, expected one of {SHIFTS}")
-    values = level_coder.decode(payload[LEAD_BYTES:], np.zeros(1, np.int8), np.zeros(count, np.int8), 1)[0].astype(np.int64)
+        raise ValueError(
+            f"a series of {count} numbers in {len(payload)} bytes begins with {shift}, expected one of {SHIFTS}"
+        )
+    values = level_coder.decode(payload[LEAD_BYTES:], np.zeros(1, np.int8), np.zeros(count, np.int8), 1)[
+        0
+    ].astype(np.int64)
     _follow(values, shift, start, True)
     return _raw(values, item_bytes)
 
@@ -46,7 +52,9 @@ def compile_ahead() -> None:
 def _encode(values: np.ndarray, shift: int, start: int) -> bytes:
     differences = values.copy()
     _follow(differences, shift, start, False)
-    coded = level_coder.encode(differences[None].astype(np.int16), np.zeros(1, np.int8), np.zeros(len(values), np.int8), 1)
+    coded = level_coder.encode(
+        differences[None].astype(np.int16), np.zeros(1, np.int8), np.zeros(len(values), np.int8), 1
+    )
     return bytes([shift]) + start.to_bytes(2, "little", signed=True) + coded
 
 

@@ -13,7 +13,11 @@ from stages.pack.entropy.binary_coder import ONE
 
 UNARY = 24  # decisions of a magnitude's unary part; what is longer goes on in Elias's gamma code
 RAW_BITS_FROM = 3  # log2 of an expected magnitude from which on its lowest bits are coded as they are
-SCALES, SCALES_PER_OCTAVE, SMALLEST = 56, 4, -6  # contexts of the expected magnitude: four evenly in each octave, from 2^-6 on
+SCALES, SCALES_PER_OCTAVE, SMALLEST = (
+    56,
+    4,
+    -6,
+)  # contexts of the expected magnitude: four evenly in each octave, from 2^-6 on
 RAW_SCALE = SCALES_PER_OCTAVE * (RAW_BITS_FROM - SMALLEST)
 SIGNS = 2 * SCALES  # the context of signs, behind those of even and of odd levels
 CONTEXTS = SIGNS + 2  # the last is the neighbour of the one before it
@@ -33,12 +37,20 @@ def first_chances(stride: int) -> np.ndarray:
     with localcontext(Context(prec=30)):
         for scale in range(SCALES):
             octave, quarter = divmod(scale, SCALES_PER_OCTAVE)
-            squared = (Decimal(2) ** (SMALLEST + octave) * (SCALES_PER_OCTAVE + quarter) / SCALES_PER_OCTAVE) ** 2
+            squared = (
+                Decimal(2) ** (SMALLEST + octave) * (SCALES_PER_OCTAVE + quarter) / SCALES_PER_OCTAVE
+            ) ** 2
             for odd in range(stride):
                 # Where the lowest bits are coded as they are, every octave is like the one below it.
-                alike = scale if scale < RAW_SCALE + SCALES_PER_OCTAVE * (stride - 1) else scale - SCALES_PER_OCTAVE
+                alike = (
+                    scale
+                    if scale < RAW_SCALE + SCALES_PER_OCTAVE * (stride - 1)
+                    else scale - SCALES_PER_OCTAVE
+                )
                 first = SCALES * odd
-                chances_KU[first + scale] = _chances(squared, stride, odd) if alike == scale else chances_KU[first + alike]
+                chances_KU[first + scale] = (
+                    _chances(squared, stride, odd) if alike == scale else chances_KU[first + alike]
+                )
     return chances_KU
 
 

@@ -24,8 +24,28 @@ from typing import NamedTuple
 import numpy as np
 
 from stages.common.jit import inlined, inner, outer
-from stages.pack.entropy.binary_coder import HALF, PART_BITS, WHOLE, Counters, Stream, code, code_number, ending, learn, to_read, to_write
-from stages.pack.entropy.initial_probabilities import RAW_BITS_FROM, SCALES, SCALES_PER_OCTAVE, SIGNS, SMALLEST, UNARY, first_chances
+from stages.pack.entropy.binary_coder import (
+    HALF,
+    PART_BITS,
+    WHOLE,
+    Counters,
+    Stream,
+    code,
+    code_number,
+    ending,
+    learn,
+    to_read,
+    to_write,
+)
+from stages.pack.entropy.initial_probabilities import (
+    RAW_BITS_FROM,
+    SCALES,
+    SCALES_PER_OCTAVE,
+    SIGNS,
+    SMALLEST,
+    UNARY,
+    first_chances,
+)
 from stages.pack.entropy.row_predictor import (
     PREDICTION_POINT,
     USEFUL,
@@ -50,12 +70,22 @@ SPREAD_POINT = 20
 SAMPLING = 37356  # squared relative deviation of one normal value's magnitude: pi / 2 - 1 of 65,536
 HALF_PI = 25736  # of 2^14: a normal value's squared deviation to the square of its mean absolute one
 MOST_COUNTS = 4096  # of magnitudes, that what other rows were stands for
-RATIO_RATE, SPREAD_RATE = 4681, 2048  # of 65,536, in the end: by how much a row moves the ratio and its spread
+RATIO_RATE, SPREAD_RATE = (
+    4681,
+    2048,
+)  # of 65,536, in the end: by how much a row moves the ratio and its spread
 MEAN_RATE = 256  # and a column's mean
-ROWS_KNOWN, ROWS_UNKNOWN = 64, 16  # that a column's mean counts for at first, where exponents are known and where they are not
+ROWS_KNOWN, ROWS_UNKNOWN = (
+    64,
+    16,
+)  # that a column's mean counts for at first, where exponents are known and where they are not
 FARTHEST = 64  # eighths of octaves of a factor from the middle one
 ROOTS = np.array([65536, 71468, 77936, 84990, 92682, 101070, 110218, 120194], np.int64)  # 2^(i/8), of 65,536
-LARGEST_MEAN, LARGEST_RATIO, LARGEST_SUM = 1 << 26, 1 << 31, 1 << 36  # so that no product overflows, whatever the exponents are
+LARGEST_MEAN, LARGEST_RATIO, LARGEST_SUM = (
+    1 << 26,
+    1 << 31,
+    1 << 36,
+)  # so that no product overflows, whatever the exponents are
 LARGEST_ESTIMATE = LARGEST << POINT
 NEAR = 4  # of what is near, about the last 2^4 columns or rows count
 RESOLUTION = 10  # bits of a relative deviation
@@ -64,7 +94,9 @@ DOUBT = 1 << 22  # squares of deviations that what is near must outweigh, so as 
 MEMORY = 7  # these squares are forgotten by 1/128 a row
 # Of what is known of rows, of what is near in a row and in a column, and the sum of what is expected of the columns.
 RATIO, SPREAD, ALONG, ALONG_SQUARES, DOWN, DOWN_SQUARES, TOTAL = range(7)
-EXPECTED, SIZES, SAVED = range(3)  # sums over a row: what its columns expected, its magnitudes, what predicting has saved
+EXPECTED, SIZES, SAVED = range(
+    3
+)  # sums over a row: what its columns expected, its magnitudes, what predicting has saved
 
 
 class _Scales(NamedTuple):
@@ -102,19 +134,26 @@ def encode(levels_RC: np.ndarray, rows_R: np.ndarray, columns_C: np.ndarray, sta
         written = int(registers[-1])
         if written <= capacity:
             return buffer[:written].tobytes() + ending(registers)
-        capacity = written + 64  # nothing was written beyond the buffer, but counted: again, with room for all of it
+        capacity = (
+            written + 64
+        )  # nothing was written beyond the buffer, but counted: again, with room for all of it
 
 
 def decode(payload: bytes, rows_R: np.ndarray, columns_C: np.ndarray, states: int) -> np.ndarray:
     """The levels (R, C), int16; a ValueError when the payload does not hold exactly those."""
-    levels_RC, buffer = np.zeros((len(rows_R), len(columns_C)), np.int16), np.frombuffer(bytearray(payload), np.uint8)
+    levels_RC, buffer = (
+        np.zeros((len(rows_R), len(columns_C)), np.int16),
+        np.frombuffer(bytearray(payload), np.uint8),
+    )
     registers = to_read(payload)
     ahead = int(registers[-1])
     if not _run_from_start(levels_RC, rows_R, columns_C, states, registers, buffer, True):
         raise ValueError(f"an arithmetic-coded stream holds a level beyond {LARGEST}")
     written, end = int(registers[-1]) - ahead, ending(registers)
     if written > len(payload) or payload[written:] != end:
-        raise ValueError(f"an arithmetic-coded stream of {len(payload)} bytes does not end where its levels do, at {written + len(end)}")
+        raise ValueError(
+            f"an arithmetic-coded stream of {len(payload)} bytes does not end where its levels do, at {written + len(end)}"
+        )
     return levels_RC
 
 
@@ -125,7 +164,13 @@ def compile_ahead() -> None:
 
 
 def _run_from_start(
-    levels_RC: np.ndarray, rows_R: np.ndarray, columns_C: np.ndarray, states: int, registers: np.ndarray, buffer: np.ndarray, decoding: bool
+    levels_RC: np.ndarray,
+    rows_R: np.ndarray,
+    columns_C: np.ndarray,
+    states: int,
+    registers: np.ndarray,
+    buffer: np.ndarray,
+    decoding: bool,
 ) -> bool:
     walk, columns = trellis(states), len(columns_C)
     chances_KU = first_chances(walk.stride).copy()
@@ -135,7 +180,9 @@ def _run_from_start(
     facts = np.array([FIRST_RATIO, FIRST_SPREAD, 0, 0, 0, 0, means.sum()], np.int64)
     places = facts, np.zeros(columns, np.int64), np.zeros(3, np.int64)
     scales = _Scales(_factors(rows_R), means, means.copy(), means.copy(), bool(columns_C.any()), *places)
-    coding = _Coding(walk.next_S2, walk.stride, Counters(chances_KU, counts_KU), Stream(registers, buffer, decoding))
+    coding = _Coding(
+        walk.next_S2, walk.stride, Counters(chances_KU, counts_KU), Stream(registers, buffer, decoding)
+    )
     return bool(_run(levels_RC, scales, direction(columns), coding))
 
 
@@ -180,11 +227,15 @@ def _row(levels_C: np.ndarray, factor: int, scales: _Scales, shared: Direction, 
         if column == 0:
             near_seen = near_expected = usual << NEAR
         deviation = _deviation(near_seen, near_expected)
-        estimate = max(1, min(usual + ((usual * ((deviation * trust) >> RESOLUTION)) >> RESOLUTION), LARGEST_ESTIMATE))
+        estimate = max(
+            1, min(usual + ((usual * ((deviation * trust) >> RESOLUTION)) >> RESOLUTION), LARGEST_ESTIMATE)
+        )
         along = shared.along_C[column]
         prediction, shift, remainder = predicted(share, along), np.int64(0), np.int64(0)
         if useful:  # the nearest number to it; on a trellis an even one, so that parities stay
-            shift = ((prediction + (stride << (PREDICTION_POINT - 1))) >> (PREDICTION_POINT + stride - 1)) << (stride - 1)
+            shift = (
+                (prediction + (stride << (PREDICTION_POINT - 1))) >> (PREDICTION_POINT + stride - 1)
+            ) << (stride - 1)
             remainder = prediction - (shift << PREDICTION_POINT)
         difference = np.int64(levels_C[column]) - shift
         size = _magnitude(abs(difference), estimate, odd, coding)
@@ -252,7 +303,9 @@ def _signed(size: int, difference: int, remainder: int, estimate: int, coding: _
     upward = remainder > 0
     same = 1 if (difference > 0) == upward else 0
     if likely:
-        same = learn(same, np.int64(SIGNS), np.int64(0), min(likely, UNARY - 1), coding.counters, coding.stream)
+        same = learn(
+            same, np.int64(SIGNS), np.int64(0), min(likely, UNARY - 1), coding.counters, coding.stream
+        )
     else:
         same = code(same, HALF, coding.stream)
     return size if (same == 1) == upward else -size
@@ -303,7 +356,9 @@ def _learn_scales(row: int, factor: int, scales: _Scales) -> None:
     """What a row's magnitudes say of its columns' means, and of the ratio of rows to columns."""
     _, means_C, near_C, bases_C, known, facts, sizes_C, sums = scales
     before = facts[RATIO]
-    ratio = min(max(1, ((sums[SIZES] + (before >> 5)) << POINT) // (sums[EXPECTED] + (8 << SUM_POINT))), LARGEST_RATIO)
+    ratio = min(
+        max(1, ((sums[SIZES] + (before >> 5)) << POINT) // (sums[EXPECTED] + (8 << SUM_POINT))), LARGEST_RATIO
+    )
     rate = max(131072 // (2 * row + 3), RATIO_RATE)
     facts[RATIO] = max(1, before + (((ratio - before) * rate) >> 16))
     if row:
@@ -324,5 +379,7 @@ def _learn_scales(row: int, factor: int, scales: _Scales) -> None:
             facts[DOWN_SQUARES] += deviation * deviation
         means_C[column] = max(1, mean + (((size - mean) * rate + 32768) >> 16))
         near_C[column] += (size - near_C[column] + (1 << (NEAR - 1))) >> NEAR
-        bases_C[column] = max(1, means_C[column] + (((near_C[column] - means_C[column]) * trust) >> RESOLUTION))
+        bases_C[column] = max(
+            1, means_C[column] + (((near_C[column] - means_C[column]) * trust) >> RESOLUTION)
+        )
         facts[TOTAL] += bases_C[column]

@@ -111,7 +111,9 @@ def layouts(form: Form, shape: Sequence[int]) -> tuple[Layout, ...]:
         size = math.prod(shape)
         return (Layout(2, 1, size, kind="series" if size <= delta_coder.LONGEST else "bytes"),)
     rows, columns = shape
-    correction = (Layout(1, form.rank, rows + columns, kind="matrix"), Layout(4, 1, form.rank)) if form.rank else ()
+    correction = (
+        (Layout(1, form.rank, rows + columns, kind="matrix"), Layout(4, 1, form.rank)) if form.rank else ()
+    )
     if form.kind == "lattice":
         exponents = Layout(1, 1, rows, kind="series"), Layout(1, 1, columns, kind="series")
         return Layout(2, rows, columns, form.size, kind="matrix"), Layout(4, 1, 1), *exponents, *correction
@@ -143,18 +145,25 @@ def read(blob: bytes) -> Contents:
     return Contents(header["model"], entries)
 
 
-def encode_streams(form: Form, shape: Sequence[int], raw: Sequence[bytes], family: str, quality: int) -> tuple[Stream, ...]:
+def encode_streams(
+    form: Form, shape: Sequence[int], raw: Sequence[bytes], family: str, quality: int
+) -> tuple[Stream, ...]:
     """A tensor's streams from their raw bytes, by the codecs of a family (pack/entropy/codecs.py); `quality` is brotli's."""
     first, *others = layouts(form, shape)
     every = _informed(form, first, raw[1:]), *others
-    return tuple(Stream(*codec.shortest(family, stream, of, quality)) for stream, of in zip(raw, every, strict=True))
+    return tuple(
+        Stream(*codec.shortest(family, stream, of, quality)) for stream, of in zip(raw, every, strict=True)
+    )
 
 
 def decode_streams(entry: Entry) -> tuple[bytes, ...]:
     """The raw bytes of each stream of a tensor."""
     try:
         (first, *others), (layout, *others_layouts) = entry.streams, layouts(entry.form, entry.shape)
-        side = [codec.decode(stream.codec, stream.payload, of) for stream, of in zip(others, others_layouts, strict=True)]
+        side = [
+            codec.decode(stream.codec, stream.payload, of)
+            for stream, of in zip(others, others_layouts, strict=True)
+        ]
         return codec.decode(first.codec, first.payload, _informed(entry.form, layout, side)), *side
     except ValueError as error:
         raise ValueError(f"damaged model file: tensor {entry.name}: {error}") from error
@@ -245,7 +254,11 @@ def _check_record(record: Any) -> None:
         _refuse("the name of a tensor is not words joined by dots")
     if not isinstance(form, list) or len(form) != 3 or not _is_form(*form):
         _refuse(f"tensor {name} is kept in an impossible form")
-    if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(_is_size(size) and size <= MAX_SIDE for size in shape):
+    if (
+        not isinstance(shape, list)
+        or len(shape) > MAX_DIMENSIONS
+        or not all(_is_size(size) and size <= MAX_SIDE for size in shape)
+    ):
         _refuse(f"the shape of tensor {name} is not a list of at most {MAX_DIMENSIONS} sizes")
     if form[0] != "float16" and len(shape) != 2:
         _refuse(f"tensor {name} is quantised and has {len(shape)} dimensions, expected 2")
@@ -279,7 +292,12 @@ def _is_form(kind: Any, size: Any, rank: Any) -> bool:
         return False
     if not 0 <= rank <= (0 if kind == "float16" else MAX_RANK):
         return False
-    return {"float16": size == 16, "rows": 2 <= size <= 8, "groups": 2 <= size <= 7, "lattice": size in STATES}[kind]
+    return {
+        "float16": size == 16,
+        "rows": 2 <= size <= 8,
+        "groups": 2 <= size <= 7,
+        "lattice": size in STATES,
+    }[kind]
 
 
 def _is_size(value: Any) -> bool:

@@ -39,7 +39,11 @@ class Decoder:
         except (EOFError, OSError):
             self._process.join()
             code = self._process.exitcode or 0
-            ended = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}; the lines above say why"
+            ended = (
+                f"was killed by {signal.Signals(-code).name}"
+                if code < 0
+                else f"ended with exit code {code}; the lines above say why"
+            )
             raise ChildProcessError(f"the process that decoded the weights {ended}") from None
         if isinstance(said, ValueError):
             raise said
@@ -48,7 +52,9 @@ class Decoder:
 
 def _serve(line: Connection, memory: mmap.mmap) -> None:
     """What the other process does."""
-    os.environ["NUMBA_OPT"] = "1"  # an eighth less to compile, and as fast to decode; numba reads it when it is imported
+    os.environ["NUMBA_OPT"] = (
+        "1"  # an eighth less to compile, and as fast to decode; numba reads it when it is imported
+    )
     from stages.pack.entropy import codecs
     from stages.pack.file import container, shared_memory, tensors
 

@@ -35,14 +35,18 @@ class Encoder:
             self._free.get().close()
         self._process.join()
 
-    def __call__(self, form: Form, shape: Sequence[int], raw: Sequence[bytes], family: str, quality: int) -> tuple[Stream, ...]:
+    def __call__(
+        self, form: Form, shape: Sequence[int], raw: Sequence[bytes], family: str, quality: int
+    ) -> tuple[Stream, ...]:
         """A tensor's streams from their raw bytes. A ChildProcessError when the other process is gone."""
         line = self._free.get()
         try:
             line.send((form, shape, raw, family, quality))
             answer: tuple[Stream, ...] | ValueError = line.recv()
         except (EOFError, OSError) as error:
-            raise ChildProcessError("the process that encodes the weights ended; the lines above may say why") from error
+            raise ChildProcessError(
+                "the process that encodes the weights ended; the lines above may say why"
+            ) from error
         finally:
             self._free.put(line)
         if isinstance(answer, ValueError):

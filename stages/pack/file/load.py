@@ -30,7 +30,10 @@ class Unpacking:
     def state(self) -> dict[str, Tensor]:
         """The float32 weights, once they are there. A ChildProcessError when the other process was killed."""
         self._decoder.hear()
-        return {name: torch.from_numpy(weights) for name, weights in shared_memory.arrays(self._decoder.memory, self._shapes).items()}
+        return {
+            name: torch.from_numpy(weights)
+            for name, weights in shared_memory.arrays(self._decoder.memory, self._shapes).items()
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +59,12 @@ def check_shapes(shapes: Mapping[str, tuple[int, ...]], params: ModelParams) -> 
         expected = {name: tuple(tensor.shape) for name, tensor in Model(params).state_dict().items()}
     for name in sorted(expected.keys() | shapes.keys()):
         if shapes.get(name) != expected.get(name):
-            seen, wanted = (f"has shape {of[name]}" if name in of else "is absent" for of in (shapes, expected))
-            raise ValueError(f"tensor {name} {seen}, and {wanted} in a model with these parameters (section model)")
+            seen, wanted = (
+                f"has shape {of[name]}" if name in of else "is absent" for of in (shapes, expected)
+            )
+            raise ValueError(
+                f"tensor {name} {seen}, and {wanted} in a model with these parameters (section model)"
+            )
 
 
 def _within_reason(model: Mapping[str, Any]) -> ModelParams:

@@ -75,7 +75,9 @@ def _weights(form: Form, shape: tuple[int, ...], streams: tuple[bytes, ...], nam
     if form.rank:
         base = _weights(form._replace(rank=0), shape, streams[:-2], name)
         steps_K = _finite(_array(streams[-1], FLOAT32, (form.rank,)), name)
-        return base + correction.product(Correction(_array(streams[-2], INT8, (form.rank, sum(shape))), steps_K), len(base))
+        return base + correction.product(
+            Correction(_array(streams[-2], INT8, (form.rank, sum(shape))), steps_K), len(base)
+        )
     if form.kind == "lattice":
         return _finite(decoded(_lattice(form.size, shape, streams, name)), name)
     if form.kind == "float16":
@@ -84,7 +86,9 @@ def _weights(form: Form, shape: tuple[int, ...], streams: tuple[bytes, ...], nam
     finer_C = _finer(form, shape, streams, name)
     most_C = largest_value(form.size) << finer_C.astype(np.int16)
     if (np.abs(values.astype(np.int16)) > most_C).any():
-        raise ValueError(f"damaged model file: tensor {name} has integers beyond {most_C.max()}, the largest of {form.size} bits")
+        raise ValueError(
+            f"damaged model file: tensor {name} has integers beyond {most_C.max()}, the largest of {form.size} bits"
+        )
     return decoded(Quantised(values, _finite(steps, name), finer_C))
 
 
@@ -94,7 +98,9 @@ def _finer(form: Form, shape: tuple[int, ...], streams: tuple[bytes, ...], name:
         return np.zeros(shape[1], np.uint8)
     groups = np.frombuffer(streams[2], np.uint8)
     if not np.isin(groups, (0, 1)).all():
-        raise ValueError(f"damaged model file: tensor {name} has groups of columns that are neither fine nor coarse")
+        raise ValueError(
+            f"damaged model file: tensor {name} has groups of columns that are neither fine nor coarse"
+        )
     return np.repeat(groups * np.uint8(8 - form.size), GROUP_COLUMNS)[: shape[1]]
 
 

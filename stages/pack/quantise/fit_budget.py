@@ -14,7 +14,9 @@ UNUSED = 2_000  # bytes of the budget that may be left
 TARGET = 0.4  # of UNUSED at which the search aims: sizes scatter by some hundred bytes, and over the budget is worse than under
 NARROWEST = 1.0e-4  # width of the bracket in log2 of the scale at which the search ends: 450 bytes of 36 million weights
 MAX_ATTEMPTS = 12
-SLOPE = 0.98  # bits a weight for a doubling, where weights take three and a half; columns that take few save less
+SLOPE = (
+    0.98  # bits a weight for a doubling, where weights take three and a half; columns that take few save less
+)
 
 
 class Scales(NamedTuple):
@@ -32,7 +34,9 @@ class Point(NamedTuple):
     excess: int
 
 
-def fill(attempt: Callable[[float], T], size: Callable[[T], int], budget: int, weights: int, scales: Scales) -> tuple[float, T]:
+def fill(
+    attempt: Callable[[float], T], size: Callable[[T], int], budget: int, weights: int, scales: Scales
+) -> tuple[float, T]:
     """The scale and its attempt with the largest size found that is at most `budget`; a ValueError when none fits.
 
     It ends within UNUSED bytes of the budget, or at the finest scale: then the budget is more than the quantiser can use. `attempt` packs
@@ -47,7 +51,11 @@ def fill(attempt: Callable[[float], T], size: Callable[[T], int], budget: int, w
         points.append(Point(math.log2(scale), excess))
         if largest < excess <= 0:
             largest, best = excess, (scale, result)
-        if -UNUSED <= excess <= 0 or scale == (scales.finest if excess <= 0 else scales.coarsest) or _closed(points):
+        if (
+            -UNUSED <= excess <= 0
+            or scale == (scales.finest if excess <= 0 else scales.coarsest)
+            or _closed(points)
+        ):
             break
         scale = min(max(2.0 ** _next(points, weights), scales.finest), scales.coarsest)
     if best is None:

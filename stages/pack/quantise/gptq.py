@@ -46,11 +46,15 @@ def row_steps(weight_RC: Tensor, clip: float, qmax: int, name: str) -> Tensor:
     """SDClip (#1394): clip * std(row) / qmax in float16 (R,), with the unbiased deviation of the original row."""
     steps = (clip * weight_RC.float().std(dim=1) / qmax).clamp_min(SMALLEST_STEP).half()
     if not bool(torch.isfinite(steps).all()):
-        raise ValueError(f"{name}: the step of a row is not a finite float16; its weights are not finite, or far too large")
+        raise ValueError(
+            f"{name}: the step of a row is not a finite float16; its weights are not finite, or far too large"
+        )
     return steps
 
 
-def feedback(hessians_BCC: Tensor, damping: float, names: Sequence[str], act_order: bool = True) -> list[Feedback]:
+def feedback(
+    hessians_BCC: Tensor, damping: float, names: Sequence[str], act_order: bool = True
+) -> list[Feedback]:
     """Dead columns, order and U of each Hessian; a ValueError names the first that is not positive definite after damping.
 
     Without act-order the columns stay as they are.
@@ -105,7 +109,12 @@ def _inverse(upper_BCC: Tensor) -> Tensor:
 
 
 def quantise(
-    weights_BRC: Tensor, known: Sequence[Feedback], steps_BR: Tensor, finer_BC: Tensor, qmax: int, block_columns: int
+    weights_BRC: Tensor,
+    known: Sequence[Feedback],
+    steps_BR: Tensor,
+    finer_BC: Tensor,
+    qmax: int,
+    block_columns: int,
 ) -> tuple[Tensor, Tensor]:
     """The integers of GPTQ, (B, R, C) int8, and the values that were rounded to them: weights after feedback (B, R, C), float32.
 
@@ -119,7 +128,13 @@ def quantise(
     count, rows, columns = weights_BRC.shape
     order_BC, dead_BC, upper_BCC = (torch.stack(of) for of in zip(*known, strict=True))
     order_BRC = order_BC[:, None].expand_as(weights_BRC)
-    left_BCR = weights_BRC.float().masked_fill(dead_BC[:, None], 0.0).gather(2, order_BRC).transpose(1, 2).contiguous()
+    left_BCR = (
+        weights_BRC.float()
+        .masked_fill(dead_BC[:, None], 0.0)
+        .gather(2, order_BRC)
+        .transpose(1, 2)
+        .contiguous()
+    )
     rounded_BCR, entered_BCR = torch.empty_like(left_BCR), torch.empty_like(left_BCR)
     times_BC1 = torch.exp2(finer_BC.float()).gather(1, order_BC)[:, :, None]
     for start in range(0, columns, block_columns):
@@ -129,9 +144,13 @@ def quantise(
         for j in range(stop - start):
             column_BR, times_B1 = left_BCR[:, start + j], times_BC1[:, start + j]
             if j:
-                column_BR = torch.baddbmm(column_BR[:, None], lower_BNN[:, j : j + 1, :j], errors_BNR[:, :j], alpha=-1.0)[:, 0]
+                column_BR = torch.baddbmm(
+                    column_BR[:, None], lower_BNN[:, j : j + 1, :j], errors_BNR[:, :j], alpha=-1.0
+                )[:, 0]
             step_BR = steps_BR.float() / times_B1
-            rounded_BR = torch.round(column_BR / step_BR.clamp_min(SMALLEST_STEP)).clamp_(-qmax * times_B1, qmax * times_B1)
+            rounded_BR = torch.round(column_BR / step_BR.clamp_min(SMALLEST_STEP)).clamp_(
+                -qmax * times_B1, qmax * times_B1
+            )
             errors_BNR[:, j] = (column_BR - rounded_BR * step_BR) / lower_BNN[:, j, j, None]
             rounded_BCR[:, start + j], entered_BCR[:, start + j] = rounded_BR, column_BR
         left_BCR[:, stop:].baddbmm_(upper_BCC[:, start:stop, stop:].transpose(1, 2), errors_BNR, alpha=-1.0)

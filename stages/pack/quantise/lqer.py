@@ -43,16 +43,26 @@ def corrected(
 
     def one(name: str) -> tuple[float, str, Result]:
         weight, result, rank = matrices[name].float(), results[name], params.lqer_rank
-        importance_R = torch.from_numpy(importance_of(name, weight, hessians, params.row_weight)).to(weight.device)
+        importance_R = torch.from_numpy(importance_of(name, weight, hessians, params.row_weight)).to(
+            weight.device
+        )
         error = weight - torch.from_numpy(tensors.decoded(result.coded)).to(weight.device)
         made = correct(error, known[name], importance_R, rank)
         left = error - torch.from_numpy(product(made, len(weight))).to(weight.device)
         hessian = hessian_of(name, weight, hessians).to(weight.device)
-        gain = float((importance_R * (gptq.costs(error, hessian) - gptq.costs(left, hessian))).sum()) / sum(weight.shape)
+        gain = float((importance_R * (gptq.costs(error, hessian) - gptq.costs(left, hessian))).sum()) / sum(
+            weight.shape
+        )
         assert not isinstance(result.coded, Corrected), "a quantiser corrects nothing itself"
-        return gain, name, result._replace(coded=Corrected(result.coded, made), form=result.form._replace(rank=rank))
+        return (
+            gain,
+            name,
+            result._replace(coded=Corrected(result.coded, made), form=result.form._replace(rank=rank)),
+        )
 
-    found = in_threads(one, list(matrices), lambda name: matrices[name].numel(), threads_for(matrices.values()))
+    found = in_threads(
+        one, list(matrices), lambda name: matrices[name].numel(), threads_for(matrices.values())
+    )
     best = sorted(found, key=lambda of: (-of[0], of[1]))[: params.lqer_tensors]
     return {name: result for gain, name, result in best if gain > 0}
 
@@ -61,7 +71,9 @@ def correct(error_RC: Tensor, known: Feedback, importance_R: Tensor, rank: int) 
     """The correction of an error, float32, in the measure of the Hessian and of the rows' importance."""
     order_C, root_R1 = known.order_C, importance_R.float().sqrt()[:, None]
     error_RC = error_RC.masked_fill(known.dead_C, 0.0)[:, order_C]
-    weighed_RC = torch.linalg.solve_triangular(known.upper_CC, root_R1 * error_RC, upper=True, left=False).double()
+    weighed_RC = torch.linalg.solve_triangular(
+        known.upper_CC, root_R1 * error_RC, upper=True, left=False
+    ).double()
     wide = weighed_RC.shape[0] < weighed_RC.shape[1]
     short = weighed_RC.T if wide else weighed_RC  # its Gram matrix is the smaller one
     squares, vectors = torch.linalg.eigh(short.T @ short)
@@ -77,7 +89,10 @@ def correct(error_RC: Tensor, known: Feedback, importance_R: Tensor, rank: int) 
     right, right_step = _rounded(right_CK.T)
     levels_KN, steps_K = torch.cat((left, right), dim=1), (left_step * right_step).float()
     missing = rank - few  # a matrix with fewer rows or columns than the rank
-    padded = torch.nn.functional.pad(levels_KN, (0, 0, 0, missing)), torch.nn.functional.pad(steps_K, (0, missing))
+    padded = (
+        torch.nn.functional.pad(levels_KN, (0, 0, 0, missing)),
+        torch.nn.functional.pad(steps_K, (0, missing)),
+    )
     return Correction(*(of.cpu().numpy() for of in padded))
 
 

@@ -41,4 +41,6 @@ def grid(kind: Kind, params: PackParams, clip_factor: float) -> Grid:
     """The grid of a quantised kind with every clip width multiplied by `clip_factor`; a clip for each class of matrices (#1586)."""
     assert kind != "rest", "float16 tensors have no grid"
     clips = {"attention": params.attention_clip, "mlp": params.mlp_clip, "embedding": params.embedding_clip}
-    return Grid(params.embedding_bits if kind == "embedding" else params.matrix_bits, clip_factor * clips[kind])
+    return Grid(
+        params.embedding_bits if kind == "embedding" else params.matrix_bits, clip_factor * clips[kind]
+    )

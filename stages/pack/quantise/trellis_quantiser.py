@@ -32,7 +32,9 @@ from stages.pack.quantise.viterbi import ROWS_AT_ONCE, places, search, task_of
 from stages.pack.trellis import trellis
 
 PER_OCTAVE = 8  # factors of rows and columns are powers of 2^(1/8)
-ROOTS = np.array([1.0, 1.0905077, 1.1892071, 1.2968396, 1.4142135, 1.5422108, 1.6817929, 1.8340081], np.float32)
+ROOTS = np.array(
+    [1.0, 1.0905077, 1.1892071, 1.2968396, 1.4142135, 1.5422108, 1.6817929, 1.8340081], np.float32
+)
 FARTHEST = 127  # exponents are signed bytes
 
 PIECE_WEIGHTS = 1 << 19  # of a matrix that are searched by one thread
@@ -176,14 +178,18 @@ def _pieces(rows: int, columns: int) -> list[slice]:
 
 def _require_finite(*costs: np.ndarray) -> None:
     if not all(np.isfinite(of).all() for of in costs):
-        raise ValueError("the costs of errors are not finite numbers above zero; see to the Hessian and to the importance of rows")
+        raise ValueError(
+            "the costs of errors are not finite numbers above zero; see to the Hessian and to the importance of rows"
+        )
 
 
 def _require_room(y_RC: np.ndarray, most: int) -> None:
     """A ValueError when a value lies too many steps from zero for levels of 16 bits."""
     largest = float(np.abs(y_RC).max(initial=0.0))
     if not largest <= most:
-        raise ValueError(f"a weight is {largest:.4g} steps from zero, {most} are allowed; its step is too fine")
+        raise ValueError(
+            f"a weight is {largest:.4g} steps from zero, {most} are allowed; its step is too fine"
+        )
 
 
 @functools.cache
@@ -201,5 +207,8 @@ def bit_table(states: int) -> np.ndarray:
 
 def _classes(y_RC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Classes of deviation for rows and for columns, whose sum is a value's row in the table of bits."""
-    rows_R, columns_C = (np.rint(CLASSES_PER_OCTAVE * np.log2(np.maximum(of, 1e-12)) / 2).astype(np.int64) for of in variances(y_RC))
+    rows_R, columns_C = (
+        np.rint(CLASSES_PER_OCTAVE * np.log2(np.maximum(of, 1e-12)) / 2).astype(np.int64)
+        for of in variances(y_RC)
+    )
     return rows_R, columns_C - CLASSES_PER_OCTAVE * NARROWEST

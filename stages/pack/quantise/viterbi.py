@@ -14,7 +14,10 @@ import numpy as np
 from stages.common.jit import inlined, inner, outer
 from stages.pack.trellis import Trellis
 
-BLOCK, DELAY_PER_BIT = 128, 8  # columns searched at once, and how many of them are taken back for each bit of the trellis's state
+BLOCK, DELAY_PER_BIT = (
+    128,
+    8,
+)  # columns searched at once, and how many of them are taken back for each bit of the trellis's state
 ROWS_AT_ONCE = 16  # whose feedback shares a pass over V
 
 
@@ -44,7 +47,9 @@ class Survivors(NamedTuple):
     branch_totals_2S: np.ndarray
 
 
-def task_of(code: Trellis, unit_CC: np.ndarray, cost_C: np.ndarray, column_class_C: np.ndarray, prices: np.ndarray) -> Task:
+def task_of(
+    code: Trellis, unit_CC: np.ndarray, cost_C: np.ndarray, column_class_C: np.ndarray, prices: np.ndarray
+) -> Task:
     """A search on a trellis."""
     odd_S = (np.arange(code.states) % 2).astype(np.float32)
     delay = min(BLOCK // 2, DELAY_PER_BIT * (code.states.bit_length() - 1))
@@ -58,7 +63,14 @@ def places(states: int) -> Survivors:
 
 
 @outer
-def search(y_RC: np.ndarray, cost_R: np.ndarray, row_class_R: np.ndarray, task: Task, of: Survivors, levels_RC: np.ndarray) -> None:
+def search(
+    y_RC: np.ndarray,
+    cost_R: np.ndarray,
+    row_class_R: np.ndarray,
+    task: Task,
+    of: Survivors,
+    levels_RC: np.ndarray,
+) -> None:
     """Fill `levels_RC`; `y_RC` ends as the values that entered the quantiser. Sums have a fixed order, so results do too."""
     rows, columns = y_RC.shape
     unit_CC, delay = task.unit_CC, task.delay
@@ -72,11 +84,17 @@ def search(y_RC: np.ndarray, cost_R: np.ndarray, row_class_R: np.ndarray, task: 
             for row in range(first_row, last_row):
                 start = of.start_R[row - first_row]
                 best = _survive(y_RC[row], cost_R[row], row_class_R[row], start, first, last, task, of)
-                of.start_R[row - first_row] = _trace(best, first, last, kept, of.parents_BS, of.levels_BS, levels_RC[row])
+                of.start_R[row - first_row] = _trace(
+                    best, first, last, kept, of.parents_BS, of.levels_BS, levels_RC[row]
+                )
             for column in range(first, kept):
                 moved_by = unit_CC[column, column + 1 :]
                 for row in range(first_row, last_row):
-                    _move(y_RC[row, column + 1 :], y_RC[row, column] - np.float32(levels_RC[row, column]), moved_by)
+                    _move(
+                        y_RC[row, column + 1 :],
+                        y_RC[row, column] - np.float32(levels_RC[row, column]),
+                        moved_by,
+                    )
             first = kept
 
 
@@ -88,7 +106,15 @@ def _move(ahead: np.ndarray, error: float, moved_by: np.ndarray) -> None:
 
 
 @inner
-def _trace(best: int, first: int, last: int, kept: int, parents_BS: np.ndarray, levels_BS: np.ndarray, levels_C: np.ndarray) -> int:
+def _trace(
+    best: int,
+    first: int,
+    last: int,
+    kept: int,
+    parents_BS: np.ndarray,
+    levels_BS: np.ndarray,
+    levels_C: np.ndarray,
+) -> int:
     """The levels of columns first..kept on the path that ends in state `best` at `last`, into `levels_C`; its state at `kept`."""
     start = best
     for column in range(last - 1, first - 1, -1):
@@ -101,7 +127,16 @@ def _trace(best: int, first: int, last: int, kept: int, parents_BS: np.ndarray, 
 
 
 @inner
-def _survive(y_C: np.ndarray, row_cost: float, row_class: int, start: int, first: int, last: int, task: Task, of: Survivors) -> int:
+def _survive(
+    y_C: np.ndarray,
+    row_cost: float,
+    row_class: int,
+    start: int,
+    first: int,
+    last: int,
+    task: Task,
+    of: Survivors,
+) -> int:
     """Search one row's columns first..last from state `start`; the cheapest path's last state. Parents and levels are left to trace it."""
     unit_CC, cost_C, column_class_C, prices, into_S2, odd_S, stride, _ = task
     _, parents_BS, levels_BS, ahead_2SB, costs_2S, levels_2S, errors_2S, totals_2S = of
@@ -159,7 +194,12 @@ def _branch(
     totals: np.ndarray,
 ) -> None:
     """Each state's nearest level on one branch, its error, and what the path would then have cost."""
-    spacing, shift, half, most = np.float32(2 * stride), np.float32(stride * branch), np.float32(0.5), np.float32(len(priced) - 1)
+    spacing, shift, half, most = (
+        np.float32(2 * stride),
+        np.float32(stride * branch),
+        np.float32(0.5),
+        np.float32(len(priced) - 1),
+    )
     inverse = np.float32(0.5 / stride)
     for state in range(len(costs)):
         y, offset = now[state, place], odd_S[state] + shift

@@ -26,10 +26,16 @@ def aligned(rows: Sequence[Row]) -> str:
     """The same for the eye, without the columns that no row fills, and with a line of totals."""
     total = sum(row.bytes for row in rows)
     weights = sum(row.weights for row in rows)
-    lines = [list(COLUMNS), *map(_cells, rows), ["total", "", "", "", str(total), f"{8 * total / max(1, weights):.4f}", *[""] * 5]]
+    lines = [
+        list(COLUMNS),
+        *map(_cells, rows),
+        ["total", "", "", "", str(total), f"{8 * total / max(1, weights):.4f}", *[""] * 5],
+    ]
     filled = [i for i in range(len(COLUMNS)) if any(line[i] for line in lines[1:])]
     widths = {i: max(len(line[i]) for line in lines) for i in filled}
-    text = [[line[i].ljust(widths[i]) if i < 3 else line[i].rjust(widths[i]) for i in filled] for line in lines]
+    text = [
+        [line[i].ljust(widths[i]) if i < 3 else line[i].rjust(widths[i]) for i in filled] for line in lines
+    ]
     return "\n".join("  ".join(cells).rstrip() for cells in text) + "\n"
 
 
@@ -38,7 +44,9 @@ def metrics(rows: Sequence[Row], scale: float) -> dict[str, float]:
     total, weights = sum(row.bytes for row in rows), sum(row.weights for row in rows)
     quantised = [row for row in rows if row.relative_error is not None]
     relative = [row.relative_error for row in quantised if row.relative_error is not None]
-    squared = sum(row.weights * row.mean_squared_error for row in quantised if row.mean_squared_error is not None)
+    squared = sum(
+        row.weights * row.mean_squared_error for row in quantised if row.mean_squared_error is not None
+    )
     return {
         "bytes_model": total,
         "scale": scale,
@@ -54,10 +62,18 @@ def metrics(rows: Sequence[Row], scale: float) -> dict[str, float]:
 
 def _mean(rows: Sequence[Row], figures: Sequence[float | None]) -> float:
     """Over weights."""
-    return sum(row.weights * (figure or 0.0) for row, figure in zip(rows, figures, strict=True)) / sum(row.weights for row in rows)
+    return sum(row.weights * (figure or 0.0) for row, figure in zip(rows, figures, strict=True)) / sum(
+        row.weights for row in rows
+    )
 
 
 def _cells(row: Row) -> list[str]:
-    rates = [f"{figure:.4f}" if figure is not None else "" for figure in (row.bits_per_weight, row.above_bound, row.above_bound_by_column)]
-    errors = [f"{figure:.6e}" if figure is not None else "" for figure in (row.mean_squared_error, row.relative_error, row.expected_loss)]
+    rates = [
+        f"{figure:.4f}" if figure is not None else ""
+        for figure in (row.bits_per_weight, row.above_bound, row.above_bound_by_column)
+    ]
+    errors = [
+        f"{figure:.6e}" if figure is not None else ""
+        for figure in (row.mean_squared_error, row.relative_error, row.expected_loss)
+    ]
     return [row.name, row.kind, "x".join(map(str, row.shape)), row.form, str(row.bytes), *rates, *errors]

@@ -21,7 +21,9 @@ from stages.pack.file.container import Entry
 from stages.pack.quantise import gptq, tensor_kinds
 from stages.pack.quantise.trellis_quantiser import TINY, variances
 
-CONTAINER = "container"  # the last row: everything that is no tensor's, so that the column adds up to the file
+CONTAINER = (
+    "container"  # the last row: everything that is no tensor's, so that the column adds up to the file
+)
 
 
 class Row(NamedTuple):
@@ -48,7 +50,14 @@ class Row(NamedTuple):
 def row_of(entry: Entry) -> Row:
     """What the file says of one tensor."""
     form = f"{entry.form.kind}:{entry.form.size}" + (f"+{entry.form.rank}" if entry.form.rank else "")
-    return Row(entry.name, tensor_kinds.kind_of(entry.name), entry.shape, form, entry.payload_bytes, math.prod(entry.shape))
+    return Row(
+        entry.name,
+        tensor_kinds.kind_of(entry.name),
+        entry.shape,
+        form,
+        entry.payload_bytes,
+        math.prod(entry.shape),
+    )
 
 
 def container_row(rows: Sequence[Row], file_bytes: int) -> Row:
@@ -56,7 +65,9 @@ def container_row(rows: Sequence[Row], file_bytes: int) -> Row:
     return Row(CONTAINER, CONTAINER, (), "", file_bytes - sum(row.bytes for row in rows), 0)
 
 
-def with_errors(row: Row, weight: Tensor, decoded: Tensor, hessian: Tensor | None = None, importance: Tensor | None = None) -> Row:
+def with_errors(
+    row: Row, weight: Tensor, decoded: Tensor, hessian: Tensor | None = None, importance: Tensor | None = None
+) -> Row:
     """The row with the errors of its tensor; without a Hessian there is no relative one, without importance no expected loss."""
     difference = decoded - weight.detach().float()
     mean_squared = float(difference.double().square().mean()) if row.weights else 0.0
@@ -80,7 +91,9 @@ def with_bounds(row: Row, entered_RC: np.ndarray, rounded_RC: np.ndarray, scale_
     down_R, across_C = variances(entered)
     by_column = _bits(down_R[:, None] * across_C, (error**2).mean(1)[:, None])
     bits = 8 * row.bytes / row.weights
-    return row._replace(above_bound=bits - float(by_row.mean()), above_bound_by_column=bits - float(by_column.mean()))
+    return row._replace(
+        above_bound=bits - float(by_row.mean()), above_bound_by_column=bits - float(by_column.mean())
+    )
 
 
 def _bits(variance: np.ndarray, distortion: np.ndarray) -> np.ndarray:

@@ -21,7 +21,9 @@ from torch import Tensor
 from stages.train.kernels.operator import operator
 
 SMALLEST_SQUARE = tl.constexpr(1e-24)  # of a value's norm, as in torch's normalize
-HIDDEN = tl.constexpr(-1.0e6)  # score of a masked pair: finite, so that a row whose first block is all masked stays a number
+HIDDEN = tl.constexpr(
+    -1.0e6
+)  # score of a masked pair: finite, so that a row whose first block is all masked stays a number
 
 
 @triton.jit
@@ -104,7 +106,9 @@ def _attend_forward(q, k, v, starts, y, lse, share, scale, T, H: tl.constexpr, K
 
 
 @triton.jit
-def _own_value_backward(dy, y, v, share, do, delta, dv, T, H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BM: tl.constexpr):
+def _own_value_backward(
+    dy, y, v, share, do, delta, dv, T, H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BM: tl.constexpr
+):
     """do = dy - b v and delta = do . o for each head of a group, and dv = sum of (a b v - a dy - b y): a the share, b = dy . v / v . v."""
     b, group = tl.program_id(1) // K, tl.program_id(1) % K
     m, c = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, C)
@@ -162,7 +166,10 @@ def _attend_backward_keys(q, k, v, do, lse, delta, starts, ends, dk, dv, scale, 
     end = tl.load(ends + tl.minimum(n0 + BN, T) - 1) + 1
     diagonal_end = tl.minimum(tl.cdiv(n0 + BN, BM) * BM, end)
     full_end = tl.maximum((tl.load(ends + n0) + 1) // BM * BM, diagonal_end)
-    dk_acc, dv_acc = tl.zeros((BN, C), dtype=tl.float32), _tile(dv + kv_base, n, T, K * C, C, EVEN).to(tl.float32)
+    dk_acc, dv_acc = (
+        tl.zeros((BN, C), dtype=tl.float32),
+        _tile(dv + kv_base, n, T, K * C, C, EVEN).to(tl.float32),
+    )
     for member in range(H // K):
         h = group * (H // K) + member
         q_base = (b * T).to(tl.int64) * H * C + h * C
@@ -244,7 +251,11 @@ def _scale(C: int) -> float:
 @operator("document_attention")
 def _attend(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, ends: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     B, T, H, C = q.shape
-    y, lse, share = torch.empty_like(q), torch.empty(B, H, T, device=q.device), torch.empty(B, H, T, device=q.device)
+    y, lse, share = (
+        torch.empty_like(q),
+        torch.empty(B, H, T, device=q.device),
+        torch.empty(B, H, T, device=q.device),
+    )
     _attend_forward[(triton.cdiv(T, FORWARD["BM"]), B * H)](
         q, k, v, starts, y, lse, share, _scale(C), T, H, k.shape[2], C, EVEN=T % LARGEST_BLOCK == 0, **FORWARD
     )  # fmt: skip
@@ -259,12 +270,22 @@ def _(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, ends: Tensor) -> tuple[Te
 
 @operator("document_attention_backward")
 def _attend_gradient(
-    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, starts: Tensor, ends: Tensor, y: Tensor, lse: Tensor, share: Tensor
+    dy: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts: Tensor,
+    ends: Tensor,
+    y: Tensor,
+    lse: Tensor,
+    share: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, T, H, C = q.shape
     K, even = k.shape[2], T % LARGEST_BLOCK == 0
     dq, dk, dv, do, delta = (torch.empty_like(tensor) for tensor in (q, k, v, q, lse))
-    _own_value_backward[(triton.cdiv(T, OWN_VALUE_ROWS), B * K)](dy, y, v, share, do, delta, dv, T, H, K, C, OWN_VALUE_ROWS)
+    _own_value_backward[(triton.cdiv(T, OWN_VALUE_ROWS), B * K)](
+        dy, y, v, share, do, delta, dv, T, H, K, C, OWN_VALUE_ROWS
+    )
     _attend_backward_keys[(triton.cdiv(T, KEYS["BN"]), B * K)](
         q, k, v, do, lse, delta, starts, ends, dk, dv, _scale(C), T, H, K, C, EVEN=even, **KEYS
     )  # fmt: skip
@@ -276,7 +297,15 @@ def _attend_gradient(
 
 @torch.library.register_fake("caddie::document_attention_backward")
 def _(
-    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, starts: Tensor, ends: Tensor, y: Tensor, lse: Tensor, share: Tensor
+    dy: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts: Tensor,
+    ends: Tensor,
+    y: Tensor,
+    lse: Tensor,
+    share: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 

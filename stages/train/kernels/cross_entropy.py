@@ -47,7 +47,9 @@ def _loss_backward(dlosses, z, targets, lse, dz, cap, V, COLUMNS: tl.constexpr):
         x = tl.load(z + row * V + column, mask=column < V, other=0.0).to(tl.float32)
         t = _tanh(x / cap)
         share = tl.exp(cap * t - log_sum) - tl.where(column == target, 1.0, 0.0)
-        tl.store(dz + row * V + column, (upstream * share * (1.0 - t * t)).to(dz.dtype.element_ty), mask=column < V)
+        tl.store(
+            dz + row * V + column, (upstream * share * (1.0 - t * t)).to(dz.dtype.element_ty), mask=column < V
+        )
 
 
 @operator("softcapped_cross_entropy")

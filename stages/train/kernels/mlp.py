@@ -26,7 +26,9 @@ def _tile_origin(tile, rows, columns, BM: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
-def _up_forward(x, up, h, a, N, F, D, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PROGRAMS: tl.constexpr):
+def _up_forward(
+    x, up, h, a, N, F, D, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PROGRAMS: tl.constexpr
+):
     rows, columns = tl.cdiv(N, BM), tl.cdiv(F, BN)
     for tile in tl.range(tl.program_id(0), rows * columns, PROGRAMS, flatten=True):
         m0, n0 = _tile_origin(tile, rows, columns, BM, BN)
@@ -40,7 +42,9 @@ def _up_forward(x, up, h, a, N, F, D, BM: tl.constexpr, BN: tl.constexpr, BK: tl
 
 
 @triton.jit
-def _down_backward(dy, down, h, dh, N, F, D, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PROGRAMS: tl.constexpr):
+def _down_backward(
+    dy, down, h, dh, N, F, D, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PROGRAMS: tl.constexpr
+):
     rows, columns = tl.cdiv(N, BM), tl.cdiv(F, BN)
     for tile in tl.range(tl.program_id(0), rows * columns, PROGRAMS, flatten=True):
         m0, n0 = _tile_origin(tile, rows, columns, BM, BN)
@@ -98,15 +102,21 @@ def _(x: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @operator("squared_leaky_mlp_backward")
-def _mlp_gradient(dy: Tensor, x: Tensor, up: Tensor, down: Tensor, h: Tensor, a: Tensor, frozen: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _mlp_gradient(
+    dy: Tensor, x: Tensor, up: Tensor, down: Tensor, h: Tensor, a: Tensor, frozen: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x, up and down; those of frozen weights are empty."""
     dh = _hidden_gradient(dy, down, h, BACKWARD)
     return (dh @ up, up.new_empty(0), down.new_empty(0)) if frozen else (dh @ up, dh.T @ x, dy.T @ a)
 
 
 @torch.library.register_fake("caddie::squared_leaky_mlp_backward")
-def _(dy: Tensor, x: Tensor, up: Tensor, down: Tensor, h: Tensor, a: Tensor, frozen: bool) -> tuple[Tensor, Tensor, Tensor]:
-    weights = (up.new_empty(0), down.new_empty(0)) if frozen else (torch.empty_like(up), torch.empty_like(down))
+def _(
+    dy: Tensor, x: Tensor, up: Tensor, down: Tensor, h: Tensor, a: Tensor, frozen: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    weights = (
+        (up.new_empty(0), down.new_empty(0)) if frozen else (torch.empty_like(up), torch.empty_like(down))
+    )
     return torch.empty_like(x), *weights
 
 
@@ -126,4 +136,6 @@ torch.library.register_autograd("caddie::squared_leaky_mlp", _vjp, setup_context
 
 def squared_leaky_mlp(x: Tensor, up_FD: Tensor, down_DF: Tensor) -> Tensor:
     """The fused twin of `plain.squared_leaky_mlp`."""
-    return _mlp(x.flatten(0, -2).contiguous(), up_FD.contiguous(), down_DF.contiguous())[0].view(*x.shape[:-1], down_DF.shape[0])
+    return _mlp(x.flatten(0, -2).contiguous(), up_FD.contiguous(), down_DF.contiguous())[0].view(
+        *x.shape[:-1], down_DF.shape[0]
+    )

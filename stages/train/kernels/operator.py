@@ -15,7 +15,11 @@ def operator(name: str) -> Callable[[Callable[..., Any]], Any]:
 
     def register(function: Callable[..., Any]) -> Any:
         qualified = f"caddie::{name}"
-        torch.library.define(qualified, torch.library.infer_schema(function, mutates_args=()), tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.define(
+            qualified,
+            torch.library.infer_schema(function, mutates_args=()),
+            tags=(torch.Tag.pt2_compliant_tag,),
+        )
         torch.library.impl(qualified, "default", function)
         return getattr(torch.ops.caddie, name).default
 

@@ -83,7 +83,9 @@ def _split_backward(
             source = dk + token * (K * C) + (head - H) * C
         dz = tl.load(source + columns[None, :], mask=valid[:, None], other=0.0).to(tl.float32)
         dz_other = tl.load(source + partner[None, :], mask=valid[:, None], other=0.0).to(tl.float32)
-        along = tl.sum(dz * (x * c + other * s), 1)[:, None] * inverse  # dz . z, which is dy . y: a rotation keeps it
+        along = (
+            tl.sum(dz * (x * c + other * s), 1)[:, None] * inverse
+        )  # dz . z, which is dy . y: a rotation keeps it
         if head < H:
             tl.store(dgain + tl.program_id(0) * H + head, tl.sum(along))
         g = tl.load(gain + head, mask=head < H, other=1.0)
@@ -92,7 +94,9 @@ def _split_backward(
 
 
 @operator("split_heads")
-def _split(joint: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, starts: Tensor | None, K: int) -> tuple[Tensor, Tensor, Tensor]:
+def _split(
+    joint: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, starts: Tensor | None, K: int
+) -> tuple[Tensor, Tensor, Tensor]:
     B, T, E = joint.shape
     H = gain.shape[0]
     C = E // (H + 2 * K)
@@ -104,7 +108,9 @@ def _split(joint: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, starts: Tensor
 
 
 @torch.library.register_fake("caddie::split_heads")
-def _(joint: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, starts: Tensor | None, K: int) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    joint: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, starts: Tensor | None, K: int
+) -> tuple[Tensor, Tensor, Tensor]:
     B, T, E = joint.shape
     C = E // (gain.shape[0] + 2 * K)
     return joint.new_empty(B, T, gain.shape[0], C), joint.new_empty(B, T, K, C), joint.new_empty(B, T, K, C)
@@ -112,7 +118,14 @@ def _(joint: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, starts: Tensor | No
 
 @operator("split_heads_backward")
 def _split_gradient(
-    joint: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, starts: Tensor | None, dq: Tensor, dk: Tensor, dv: Tensor
+    joint: Tensor,
+    gain: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    starts: Tensor | None,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
 ) -> tuple[Tensor, Tensor]:
     B, T, H, C = dq.shape
     K = dk.shape[2]
@@ -126,7 +139,14 @@ def _split_gradient(
 
 @torch.library.register_fake("caddie::split_heads_backward")
 def _(
-    joint: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, starts: Tensor | None, dq: Tensor, dk: Tensor, dv: Tensor
+    joint: Tensor,
+    gain: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    starts: Tensor | None,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(joint), torch.empty_like(gain)
 
@@ -137,7 +157,9 @@ def _save_split(ctx, inputs, output):
 
 def _split_vjp(ctx, dq, dk, dv):
     joint, gain, cos, sin, starts = ctx.saved_tensors
-    djoint, dgain = _split_gradient(joint, gain, cos, sin, starts, dq.contiguous(), dk.contiguous(), dv.contiguous())
+    djoint, dgain = _split_gradient(
+        joint, gain, cos, sin, starts, dq.contiguous(), dk.contiguous(), dv.contiguous()
+    )
     return djoint, dgain, None, None, None, None
 
 

@@ -25,7 +25,9 @@ NORM_EPS = tl.constexpr(torch.finfo(torch.float32).eps)
 
 
 @triton.jit
-def _with_term(total, x, w, place, columns, mask, D, TERM: tl.constexpr, TERMS: tl.constexpr, UNITS: tl.constexpr):
+def _with_term(
+    total, x, w, place, columns, mask, D, TERM: tl.constexpr, TERMS: tl.constexpr, UNITS: tl.constexpr
+):
     if TERM < TERMS:
         value = tl.load(x + place, mask=mask, other=0.0).to(tl.float32)
         if (UNITS >> TERM) % 2 == 0:
@@ -53,7 +55,9 @@ def _combine_forward(x0, x1, x2, x3, x4, w, u, h, scale, N, D, TERMS: tl.constex
 
 
 @triton.jit
-def _term_gradient(sums, g, x, dx, w, place, columns, mask, D, TERM: tl.constexpr, TERMS: tl.constexpr, UNITS: tl.constexpr):
+def _term_gradient(
+    sums, g, x, dx, w, place, columns, mask, D, TERM: tl.constexpr, TERMS: tl.constexpr, UNITS: tl.constexpr
+):
     if TERM < TERMS and (UNITS >> TERM) % 2 == 0:
         weight = tl.load(w + TERM * D + columns, mask=columns < D, other=0.0)[None, :]
         tl.store(dx + place, (g * weight).to(dx.dtype.element_ty), mask=mask)
@@ -145,7 +149,11 @@ def _combine_gradient(
         placed[i] = gradient
     processors = torch.cuda.get_device_properties(u.device).multi_processor_count if u.is_cuda else 1
     programs = min(triton.cdiv(N, BACKWARD_ROWS), processors * PROGRAMS_PER_PROCESSOR)
-    dw = torch.zeros(programs, len(xs), D, device=u.device) if units else torch.empty(programs, len(xs), D, device=u.device)
+    dw = (
+        torch.zeros(programs, len(xs), D, device=u.device)
+        if units
+        else torch.empty(programs, len(xs), D, device=u.device)
+    )
     _combine_backward[(programs,)](
         u if du is None else du, u if dh is None else dh, u, *_padded(xs), w, g, *_padded(placed), dw, scale, N, D,
         len(xs), units, du is not None, dh is not None, BACKWARD_ROWS, columns, num_warps=4,

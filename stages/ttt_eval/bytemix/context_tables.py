@@ -18,9 +18,14 @@ ORDERS = (1, 2, 3, 4, 6)  # order 5 was worth 0.00003 bpb
 MASKS = np.array([(1 << 8 * order) - 1 for order in ORDERS], np.uint64)
 WORD, WORDS, PAIR = len(ORDERS), len(ORDERS) + 1, len(ORDERS) + 2  # numbers of the other contexts
 CONTEXTS = len(ORDERS) + 3
-NETWORK, ALWAYS = CONTEXTS + 1, CONTEXTS + 2  # inputs behind those of the contexts and the match; the last is nothing
+NETWORK, ALWAYS = (
+    CONTEXTS + 1,
+    CONTEXTS + 2,
+)  # inputs behind those of the contexts and the match; the last is nothing
 STATES = 64  # of a place: up to seven ones and seven zeros
-SURE = np.float32(6.0)  # a network's logit from which on a decision is its alone: half of all are, and nothing is lost by it
+SURE = np.float32(
+    6.0
+)  # a network's logit from which on a decision is its alone: half of all are, and nothing is lost by it
 LINE, LINES = 16, 1 << 14  # bytes; lines of a context: few, so that what was read long ago is forgotten
 SHORTEST, LONGEST = 6, 32  # of a match, bytes; longer ones are alike
 MOST_TEXT, MOST_PLACES = 1 << 25, 1 << 22  # that a match is looked for in: bytes, and places
@@ -37,9 +42,15 @@ NO_HALF = np.uint8(99)
 SIGNED: Any = np.int64  # numbers of 64 bits without a sign become floats beside others
 
 PREFIXES = range(16, 256)
-BITS = np.array([0, *(prefix.bit_length() - 1 for prefix in range(1, 256))], np.uint8)  # of a byte that a prefix knows
-HALF = np.array([0] + 15 * [1] + [p >> p.bit_length() - 5 for p in PREFIXES], np.uint8)  # which line a prefix is in
-PLACE = np.array([*range(16), *(p & (1 << p.bit_length() - 5) - 1 | 1 << p.bit_length() - 5 for p in PREFIXES)], np.uint8)  # and where
+BITS = np.array(
+    [0, *(prefix.bit_length() - 1 for prefix in range(1, 256))], np.uint8
+)  # of a byte that a prefix knows
+HALF = np.array(
+    [0] + 15 * [1] + [p >> p.bit_length() - 5 for p in PREFIXES], np.uint8
+)  # which line a prefix is in
+PLACE = np.array(
+    [*range(16), *(p & (1 << p.bit_length() - 5) - 1 | 1 << p.bit_length() - 5 for p in PREFIXES)], np.uint8
+)  # and where
 SPREAD = (np.arange(32, dtype=np.uint64) * MIXER >> HIGH).astype(np.uint32)  # of the halves over the lines
 CLASS_OF_LENGTH = (np.arange(LONGEST + 1)[:, None] >= LENGTHS).sum(1).astype(np.uint8)
 SURENESS = (np.arange(2 * int(SURE) + 1)[:, None] / 2 >= EDGES).sum(1).astype(np.uint8)  # by twice a logit
@@ -49,7 +60,9 @@ SEEN, LAST, IN_WORD, BEFORE, TOKEN, TOKEN_BEFORE, MATCHED, LENGTH = range(8)
 NUMBER, IN_LINE, PLACE_IN_LINE, FIRST_OPINION, OPINION_OF_MATCH, IS_RIGHT, BY_CONTEXT, BY_MATCH = range(8)
 FIELDS = 8  # of a decision: of the path; which of the token's lines; where; opinions; its side; which weights
 START, FOUND, CHECKED = 0, CONTEXTS, 2 * CONTEXTS
-OF_LINE = 3 * CONTEXTS  # numbers: where it lies in each context, or nowhere if it is another's; what it must begin with
+OF_LINE = (
+    3 * CONTEXTS
+)  # numbers: where it lies in each context, or nowhere if it is another's; what it must begin with
 
 
 class Paths(NamedTuple):
@@ -65,7 +78,9 @@ class Paths(NamedTuple):
 def paths_of(trees: Trees) -> Paths:
     """The same numbers, closer together."""
     columns = trees.depth_E, trees.prefix_E, trees.right_E.astype(np.uint8), np.zeros_like(trees.depth_E)
-    return Paths(trees.first_TV, trees.text_start_TV, trees.text, np.stack(columns, 1).ravel(), trees.boundary_V)
+    return Paths(
+        trees.first_TV, trees.text_start_TV, trees.text, np.stack(columns, 1).ravel(), trees.boundary_V
+    )
 
 
 class Arrays(NamedTuple):
@@ -73,7 +88,9 @@ class Arrays(NamedTuple):
 
     lines: np.ndarray  # uint8: those of one context behind those of the other, and one that is empty for good
     chances: np.ndarray  # uint32: of a one, by END or bit, context and state, then by match: 22 bits above 10 of how often it was seen
-    weights: np.ndarray  # float32, rows: by what is known, then by match; in the last place the decisions so far
+    weights: (
+        np.ndarray
+    )  # float32, rows: by what is known, then by match; in the last place the decisions so far
     ring: np.ndarray  # uint16: the text
     table: np.ndarray  # uint32: where a text of SHORTEST bytes was last followed
     history: np.ndarray  # (8,) uint64
@@ -157,7 +174,16 @@ def _match(cell: Any, length: Any, prefix: Any, depth: Any) -> int:
 
 @inlined()
 def place(
-    arrays: Arrays, paths: Paths, number: int, token: int, logits_ND: np.ndarray, row: int, work: Work, base: int, begin: int, step: int
+    arrays: Arrays,
+    paths: Paths,
+    number: int,
+    token: int,
+    logits_ND: np.ndarray,
+    row: int,
+    work: Work,
+    base: int,
+    begin: int,
+    step: int,
 ) -> int:
     """What follows from the text of a token's decisions, from `step` of its path on; what is learnt is asked for, and not read yet.
 
@@ -172,12 +198,18 @@ def place(
     line = SIGNED(work.fields[(begin - 1) * FIELDS + IN_LINE]) if begin > base else base - 1
     for d in range(step, end - first):
         logit, at = logits_ND[row, d], 4 * (first + d)
-        if not abs(logit) < SURE:  # or no number: the rehearsal that compiles kernels answers with what it finds
+        if (
+            not abs(logit) < SURE
+        ):  # or no number: the rehearsal that compiles kernels answers with what it finds
             continue
         prefix = paths.steps[at + 1]
         while depth < paths.steps[at]:
             byte = paths.text[letters + depth]
-            follows = follows and np.uint8(arrays.ring[matched + depth & mask]) == byte and matched + depth + 1 < seen
+            follows = (
+                follows
+                and np.uint8(arrays.ring[matched + depth & mask]) == byte
+                and matched + depth + 1 < seen
+            )
             last, word, before = _read(last, word, before, byte)
             inside = _hashed(inside, byte)
             depth += 1
@@ -192,11 +224,17 @@ def place(
             opinion = _match(arrays.ring[matched + depth & mask], length, prefix, depth)
         is_bit, right, field = SIGNED(prefix != END), SIGNED(paths.steps[at + 2]), count * FIELDS
         alike = is_bit * CLASSES + (CLASS_OF_LENGTH[length] if opinion != NO_MATCH else 0)
-        work.fields[field + NUMBER], work.fields[field + IN_LINE], work.fields[field + IS_RIGHT] = d, line, right
+        work.fields[field + NUMBER], work.fields[field + IN_LINE], work.fields[field + IS_RIGHT] = (
+            d,
+            line,
+            right,
+        )
         work.fields[field + PLACE_IN_LINE] = PLACE[prefix] if is_bit else min(depth, LINE - 2) + 1
         work.fields[field + FIRST_OPINION] = is_bit * CONTEXTS * STATES
         work.fields[field + OPINION_OF_MATCH] = opinion
-        work.fields[field + BY_CONTEXT] = (is_bit * (len(EDGES) + 1) + SURENESS[SIGNED(abs(logit) * 2)]) * KNOWN
+        work.fields[field + BY_CONTEXT] = (
+            is_bit * (len(EDGES) + 1) + SURENESS[SIGNED(abs(logit) * 2)]
+        ) * KNOWN
         work.fields[field + BY_MATCH] = SETS + (alike * 8 + BITS[prefix]) * 2 + (logit > 0)
         work.own[count] = logit if right else -logit
         work.inputs[count * WIDTH + NETWORK], work.inputs[count * WIDTH + ALWAYS] = logit, np.float32(0.25)
@@ -226,7 +264,9 @@ def advance(arrays: Arrays, paths: Paths, number: int, token: int) -> None:
     slot = SIGNED((key ^ key >> np.uint64(31)) * MIXER >> np.uint64(40)) & len(arrays.table) - 1
     candidate = SIGNED(arrays.table[slot])
     if length == 0 and candidate > 0 and at - candidate < mask - LONGEST:
-        while length < min(LONGEST, candidate) and np.uint8(ring[candidate - 1 - length & mask]) == np.uint8(ring[at - 1 - length & mask]):
+        while length < min(LONGEST, candidate) and np.uint8(ring[candidate - 1 - length & mask]) == np.uint8(
+            ring[at - 1 - length & mask]
+        ):
             length += 1
         matched, length = candidate, length if length >= SHORTEST else 0
     arrays.table[slot] = at

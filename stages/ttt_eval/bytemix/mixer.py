@@ -55,17 +55,25 @@ from stages.ttt_eval.bytemix.context_tables import (
 from stages.ttt_eval.bytemix.simd import WIDTH, dot, inlined, step
 
 MOST_COUNTED, KEPT = 7, 2  # of one side; of the other, once this one has come
-FEWEST, LIMIT, NEVER = 4, 127, 1023  # times an opinion is taken to have been seen: at first, at most; nothing is learnt of it
+FEWEST, LIMIT, NEVER = (
+    4,
+    127,
+    1023,
+)  # times an opinion is taken to have been seen: at first, at most; nothing is learnt of it
 WHOLE = (1 << 22) - 2  # the largest chance
 SEEN_BITS, SEEN = 10, np.uint32(1023)
 GRID_BITS = 12  # of a probability
 STEADY = np.float32(1024)  # decisions of a set of weights behind which its steps shrink with their root
 MOST = np.float32(18.0)  # the largest mixed logit
-BLOCK = 16  # decisions whose ratios are multiplied before their logarithm is taken: none of them is below e^-18
+BLOCK = (
+    16  # decisions whose ratios are multiplied before their logarithm is taken: none of them is below e^-18
+)
 
 GRID = (np.arange(1 << GRID_BITS) + 0.5) / (1 << GRID_BITS)
 LOGITS = np.log(GRID / (1 - GRID)).astype(np.float32)
-SHARES = np.append(65536 / (np.arange(NEVER) + 1.5), 0).astype(np.int64)  # of 2^16: of what is new, behind so many times
+SHARES = np.append(65536 / (np.arange(NEVER) + 1.5), 0).astype(
+    np.int64
+)  # of 2^16: of what is new, behind so many times
 CLASS_OF_KNOWN = np.array([(known * (KNOWN - 1) + CONTEXTS - 1) // CONTEXTS for known in range(CONTEXTS + 1)])
 
 
@@ -76,7 +84,11 @@ def _next_states() -> np.ndarray:
         for bit in (0, 1):
             counts = [state >> 3, state & 7]
             counts[bit] = min(counts[bit] + 1, MOST_COUNTED)
-            counts[1 - bit] = min(counts[1 - bit], (counts[1 - bit] + KEPT) // 2) if counts[1 - bit] > KEPT else counts[1 - bit]
+            counts[1 - bit] = (
+                min(counts[1 - bit], (counts[1 - bit] + KEPT) // 2)
+                if counts[1 - bit] > KEPT
+                else counts[1 - bit]
+            )
             after[bit, state] = counts[0] << 3 | counts[1]
     return after.ravel()
 
@@ -91,7 +103,9 @@ class Mixture:
         zeros, ones = np.divmod(np.arange(STATES), 8)
         by_state = np.tile((ones + 0.4) / (zeros + ones + 0.8), 2 * CONTEXTS)
         wrong = 1 / (np.arange(LONGEST + 1) / 4 + 3)
-        by_match = np.concatenate(([0.5], wrong, 1 - wrong, np.full(LONGEST + 1, 0.2), np.full(LONGEST + 1, 0.8)))
+        by_match = np.concatenate(
+            ([0.5], wrong, 1 - wrong, np.full(LONGEST + 1, 0.2), np.full(LONGEST + 1, 0.8))
+        )
         chances = (np.concatenate((by_state, by_match)) * WHOLE).astype(np.uint32) << SEEN_BITS | FEWEST
         chances[: 2 * CONTEXTS * STATES : STATES] |= NEVER
         chances[2 * CONTEXTS * STATES] |= NEVER
@@ -111,20 +125,38 @@ class Mixture:
     def copy(self) -> "Mixture":
         """An independent copy."""
         twin = object.__new__(type(self))
-        twin.trees, twin.paths, twin.arrays = self.trees, self.paths, Arrays(*(array.copy() for array in self.arrays))
+        twin.trees, twin.paths, twin.arrays = (
+            self.trees,
+            self.paths,
+            Arrays(*(array.copy() for array in self.arrays)),
+        )
         return twin
 
-    def follow(self, targets_N: np.ndarray, trees_N: np.ndarray, paths_ND: np.ndarray, nll_N: np.ndarray, rate: float) -> np.ndarray:
+    def follow(
+        self, targets_N: np.ndarray, trees_N: np.ndarray, paths_ND: np.ndarray, nll_N: np.ndarray, rate: float
+    ) -> np.ndarray:
         """Each target's loss with the mixture, (N,) float32; behind each everything learns from it."""
         mixed_N = np.empty(len(nll_N), np.float32)
-        _follow(self.arrays, self.paths, work_for(2 * paths_ND.shape[1]), targets_N, trees_N, paths_ND, nll_N, np.float32(rate), mixed_N)
+        _follow(
+            self.arrays,
+            self.paths,
+            work_for(2 * paths_ND.shape[1]),
+            targets_N,
+            trees_N,
+            paths_ND,
+            nll_N,
+            np.float32(rate),
+            mixed_N,
+        )
         return mixed_N
 
     def law(self, number: int, sums: np.ndarray) -> np.ndarray:
         """The log-probability of every token that may come next, (V,), from sums of the network's masses (scoring/byte_tree.py); nothing
         changes."""
         logits_ND, logq_V = np.empty((1, self.trees.longest), np.float32), np.empty(len(sums) - 1)
-        _law(self.arrays, self.paths, work_for(self.trees.longest), self.trees, number, sums, logits_ND, logq_V)
+        _law(
+            self.arrays, self.paths, work_for(self.trees.longest), self.trees, number, sums, logits_ND, logq_V
+        )
         return logq_V
 
 
@@ -151,14 +183,23 @@ def _weigh(arrays: Arrays, work: Work, begin: int, end: int) -> None:
         for k in range(CONTEXTS):
             state = arrays.lines[work.lines[line * OF_LINE + FOUND + k] + place_in_line]
             work.states[i * CONTEXTS + k] = state
-            work.inputs[i * WIDTH + k] = LOGITS[arrays.chances[opinion + np.uint32(k * STATES) + state] >> np.uint32(32 - GRID_BITS)]
-        work.inputs[i * WIDTH + CONTEXTS] = LOGITS[arrays.chances[work.fields[field + OPINION_OF_MATCH]] >> np.uint32(32 - GRID_BITS)]
+            work.inputs[i * WIDTH + k] = LOGITS[
+                arrays.chances[opinion + np.uint32(k * STATES) + state] >> np.uint32(32 - GRID_BITS)
+            ]
+        work.inputs[i * WIDTH + CONTEXTS] = LOGITS[
+            arrays.chances[work.fields[field + OPINION_OF_MATCH]] >> np.uint32(32 - GRID_BITS)
+        ]
         work.fields[field + BY_CONTEXT] += np.uint32(CLASS_OF_KNOWN[known])
     for i in range(begin, end):
-        first, second = np.int64(work.fields[i * FIELDS + BY_CONTEXT]), np.int64(work.fields[i * FIELDS + BY_MATCH])
+        first, second = (
+            np.int64(work.fields[i * FIELDS + BY_CONTEXT]),
+            np.int64(work.fields[i * FIELDS + BY_MATCH]),
+        )
         total = dot(arrays.weights, first * WIDTH, second * WIDTH, work.inputs, i * WIDTH)
         total, share = np.float64(min(max(total, -MOST), MOST)), _share(work.own[i])
-        work.mixed[i] = (total if work.fields[i * FIELDS + IS_RIGHT] else -total) * share + work.own[i] * (1 - share)
+        work.mixed[i] = (total if work.fields[i * FIELDS + IS_RIGHT] else -total) * share + work.own[i] * (
+            1 - share
+        )
 
 
 @inlined(fastmath=True)
@@ -166,7 +207,9 @@ def _exp(x: Any) -> Any:
     """e^x within 1e-10 of it, for |x| up to 18: additions and multiplications only, so that several are computed at once."""
     x = x * (1 / 64)
     y = 1 + x * (1 / 8 + x * (1 / 72))
-    y = 1 + x * (1 + x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x * (1 / 720 + x * (1 / 5040) * y))))))
+    y = 1 + x * (
+        1 + x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x * (1 / 720 + x * (1 / 5040) * y)))))
+    )
     for _ in range(6):
         y = y * y
     return y
@@ -210,7 +253,10 @@ def _learn(arrays: Arrays, work: Work, begin: int, end: int, rate: Any) -> None:
                     for j in range(1, LINE):
                         arrays.lines[at + np.uint32(j)] = np.uint8(0)
                     arrays.lines[at] = np.uint8(work.lines[line * OF_LINE + CHECKED + k])
-        right, error = np.int64(work.fields[field + IS_RIGHT]), rate * np.float32(work.mixed[i] * _share(work.own[i]))
+        right, error = (
+            np.int64(work.fields[field + IS_RIGHT]),
+            rate * np.float32(work.mixed[i] * _share(work.own[i])),
+        )
         error = error if right else -error
         for of in (BY_CONTEXT, BY_MATCH):
             row = np.int64(work.fields[field + of]) * WIDTH
@@ -245,7 +291,11 @@ def _follow(
             mixed_N[i - 1] = nll_N[i - 1] - _gain(work, begin, end)
             advance(arrays, paths, trees_N[i - 1], targets_N[i - 1])
         base = longest - begin
-        placed = place(arrays, paths, trees_N[i], targets_N[i], paths_ND, i, work, base, base, 0) if i < len(nll_N) else base
+        placed = (
+            place(arrays, paths, trees_N[i], targets_N[i], paths_ND, i, work, base, base, 0)
+            if i < len(nll_N)
+            else base
+        )
         if i:
             _learn(arrays, work, begin, end, rate)
         begin, end = base, placed
@@ -253,7 +303,14 @@ def _follow(
 
 @njit(nogil=True)
 def _law(
-    arrays: Arrays, paths: Paths, work: Work, trees: Trees, number: int, sums: np.ndarray, logits_ND: np.ndarray, logq_V: np.ndarray
+    arrays: Arrays,
+    paths: Paths,
+    work: Work,
+    trees: Trees,
+    number: int,
+    sums: np.ndarray,
+    logits_ND: np.ndarray,
+    logq_V: np.ndarray,
 ) -> None:
     """In the order of bytes a token shares its first decisions with the one before."""
     first_V, before, end = trees.first_TV[number], -1, np.int64(0)
@@ -269,15 +326,25 @@ def _law(
                 shared += 1
         for d in range(shared, count):
             e = first + d
-            right, left = sums[trees.high_E[e]] - sums[trees.middle_E[e]], sums[trees.middle_E[e]] - sums[trees.low_E[e]]
+            right, left = (
+                sums[trees.high_E[e]] - sums[trees.middle_E[e]],
+                sums[trees.middle_E[e]] - sums[trees.low_E[e]],
+            )
             logits_ND[0, d] = math.log(np.float64(right)) - math.log(np.float64(left))
         begin = np.int64(0)
         while begin < end and np.int64(work.fields[begin * FIELDS + NUMBER]) < shared:
             begin += 1
         end = place(arrays, paths, number, token, logits_ND, 0, work, 0, begin, shared)
         _weigh(arrays, work, begin, end)
-        low, high, own = trees.same_TV2[number, token, 0], trees.same_TV2[number, token, 1], trees.place_TV[number, token]
-        nats, i = math.log(np.float64(sums[own + 1] - sums[own])) - math.log(np.float64(sums[high] - sums[low])), 0
+        low, high, own = (
+            trees.same_TV2[number, token, 0],
+            trees.same_TV2[number, token, 1],
+            trees.place_TV[number, token],
+        )
+        nats, i = (
+            math.log(np.float64(sums[own + 1] - sums[own])) - math.log(np.float64(sums[high] - sums[low])),
+            0,
+        )
         for d in range(count):
             if i < end and np.int64(work.fields[i * FIELDS + NUMBER]) == d:
                 logit = work.mixed[i] if work.fields[i * FIELDS + IS_RIGHT] else -work.mixed[i]

@@ -33,7 +33,9 @@ PIECE = 1 << 20  # targets whose answers are held at a time, while the ones befo
 class MixerScorer(Wrapper):
     """A lawful scorer; the stream's length, a public constant, sizes its tables. `table` is what the ids say."""
 
-    def __init__(self, scorer: AskedScorer, rate: float, table: ByteTable, n_targets: int, device: torch.device) -> None:
+    def __init__(
+        self, scorer: AskedScorer, rate: float, table: ByteTable, n_targets: int, device: torch.device
+    ) -> None:
         super().__init__(scorer)
         self.rate = rate
         self.forest = Forest(byte_tree.of_table(table), device)
@@ -59,13 +61,19 @@ class MixerScorer(Wrapper):
             at_work = []
             for first in range(0, len(tokens), PIECE):
                 piece = tokens[first : first + PIECE]
-                previous = np.concatenate(([] if self.last is None else [self.last], piece)).astype(np.int64)[:-1]
+                previous = np.concatenate(([] if self.last is None else [self.last], piece)).astype(np.int64)[
+                    :-1
+                ]
                 self.last = int(piece[-1])
                 targets, trees_N = (
                     piece[len(piece) - len(previous) :].astype(np.int64),
                     byte_tree.numbers_behind(trees.boundary_V, previous),
                 )
-                answers = self.scorer.score(piece, Asked(np.stack((np.full_like(trees_N, NO_HINT), trees_N)), self.forest))
+                answers = self.scorer.score(
+                    piece, Asked(np.stack((np.full_like(trees_N, NO_HINT), trees_N)), self.forest)
+                )
                 paths_ND = np.ascontiguousarray(answers[3:].T)
-                at_work.append(thread.submit(mixture.follow, targets, trees_N, paths_ND, answers[0], self.rate))
+                at_work.append(
+                    thread.submit(mixture.follow, targets, trees_N, paths_ND, answers[0], self.rate)
+                )
             return np.concatenate([np.empty(0, dtype=np.float32), *(work.result() for work in at_work)])[None]

@@ -21,13 +21,21 @@ FAST = ("fast",)
 
 def inlined(fastmath: bool = False) -> Callable[[F], F]:
     """Compile a function into its callers, without counts of references, which took a seventh of the time: it makes no arrays."""
-    options: dict[str, Any] = {"nogil": True, "fastmath": fastmath, "forceinline": True, "_nrt": False, "error_model": "numpy"}
+    options: dict[str, Any] = {
+        "nogil": True,
+        "fastmath": fastmath,
+        "forceinline": True,
+        "_nrt": False,
+        "error_model": "numpy",
+    }
     made: Callable[[F], F] = njit(**options)
     return made
 
 
 def _pointer(context: Any, builder: Any, kind: Any, array: Any, at: Any, to: Any) -> Any:
-    return builder.bitcast(builder.gep(context.make_array(kind)(context, builder, array).data, [at]), to.as_pointer())
+    return builder.bitcast(
+        builder.gep(context.make_array(kind)(context, builder, array).data, [at]), to.as_pointer()
+    )
 
 
 def _prefetch(typing_context: Any, array: Any, at: Any) -> Any:
@@ -65,9 +73,14 @@ def _step(typing_context: Any, weights: Any, first: Any, inputs: Any, at: Any, s
         kinds, (weights, first, inputs, at, size) = signature.args, arguments
         place = _pointer(context, builder, kinds[0], weights, first, ROW)
         x = builder.load(_pointer(context, builder, kinds[2], inputs, at, ROW), align=4)
-        nothing, everywhere = ir.Constant(ROW, ir.Undefined), ir.Constant(ir.VectorType(NUMBER, WIDTH), [0] * WIDTH)
+        nothing, everywhere = (
+            ir.Constant(ROW, ir.Undefined),
+            ir.Constant(ir.VectorType(NUMBER, WIDTH), [0] * WIDTH),
+        )
         sizes = builder.shuffle_vector(builder.insert_element(nothing, size, NUMBER(0)), nothing, everywhere)
-        counted = builder.fadd(builder.load(place, align=4), ir.Constant(ROW, [0.0] * (WIDTH - 1) + [1.0]), flags=FAST)
+        counted = builder.fadd(
+            builder.load(place, align=4), ir.Constant(ROW, [0.0] * (WIDTH - 1) + [1.0]), flags=FAST
+        )
         builder.store(builder.fadd(counted, builder.fmul(x, sizes, flags=FAST), flags=FAST), place, align=4)
         return context.get_dummy_value()
 

@@ -56,7 +56,14 @@ class Work(NamedTuple):
 class LoRAScorer:
     """A lawful scorer; all ranks call it alike and all get every score. The model given is never changed."""
 
-    def __init__(self, model: Model, sliding: SlidingEvalParams, params: TttEvalParams, world: World, report: Report | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        sliding: SlidingEvalParams,
+        params: TttEvalParams,
+        world: World,
+        report: Report | None = None,
+    ) -> None:
         self.model = frozen(model)
         self.window = sliding.window
         self.params = params
@@ -67,7 +74,9 @@ class LoRAScorer:
         self.layout = Layout(model.params, self.lora, len(plan.encoder) + len(plan.decoder))
         self.fresh_P = self.layout.fresh(world.device)
         self.known = np.empty(0, dtype=np.int64)  # tokens of the open document
-        self.bank = fresh_bank(self.fresh_P, 1)  # its adapters, trained on its whole chunks; replaced, never changed
+        self.bank = fresh_bank(
+            self.fresh_P, 1
+        )  # its adapters, trained on its whole chunks; replaced, never changed
 
     @property
     def vocab_size(self) -> int:
@@ -102,7 +111,11 @@ class LoRAScorer:
             raise ValueError("nothing is observed yet: the first token of a stream is given, not predicted")
         start, end = self._context((len(self.known) - 1) // self.lora.chunk)
         place = len(self.known) - 1 - start
-        z_1V = self._uncapped(self._on_device(table([self.known[start:]], end - start)), slice(place, place + 1), self.bank.weights_BP)
+        z_1V = self._uncapped(
+            self._on_device(table([self.known[start:]], end - start)),
+            slice(place, place + 1),
+            self.bank.weights_BP,
+        )
         logits_V = softcapped(z_1V[0, 0], self.model.params.logit_softcap)
         return torch.log_softmax(logits_V.double(), dim=-1).cpu().numpy()
 
@@ -127,7 +140,9 @@ class LoRAScorer:
     def _score_documents(self, documents: list[Document], work: Work) -> Bank:
         """Score this rank's share; gives every rank the adapters of the last document, which stays open."""
         bank = None
-        if documents[0].first:  # begun in an earlier call; every rank goes on with it, and one keeps its scores
+        if documents[
+            0
+        ].first:  # begun in an earlier call; every rank goes on with it, and one keeps its scores
             bank = self._run(documents[:1], self.bank.copy(0), work)
             if not self.world.is_main:
                 work.scores[:] = 0
@@ -144,7 +159,10 @@ class LoRAScorer:
         tokens_BL = self._on_device(table([document.tokens for document in group], last * size + 1))
         questions = None
         if work.asked is not None:
-            about = [table([_about(document, row) for document in group], last * size) for row in work.asked.about_2N]
+            about = [
+                table([_about(document, row) for document in group], last * size)
+                for row in work.asked.about_2N
+            ]
             questions = Questions(self._on_device(np.stack(about)), work.asked.forest)
         scored = []
         for chunk in range(group[0].first // size, last):
@@ -156,7 +174,9 @@ class LoRAScorer:
             _fill(work.scores, group, chunk, scores_BS.cpu().numpy())
         return next((bank.copy(row) for row, document in enumerate(group) if document.is_open), None)
 
-    def _step(self, bank: Bank, tokens_BL: Tensor, questions: Questions | None, chunk: int, trained: int) -> Tensor:
+    def _step(
+        self, bank: Bank, tokens_BL: Tensor, questions: Questions | None, chunk: int, trained: int
+    ) -> Tensor:
         """The answers about a chunk of every document in the bank, (R, B, S); then the first `trained` documents learn from it."""
         start, end = self._context(chunk)
         rows, size = len(bank.weights_BP), self.lora.chunk
@@ -164,8 +184,12 @@ class LoRAScorer:
         weights_BP = bank.weights_BP.detach().requires_grad_(trained > 0)
         with torch.set_grad_enabled(trained > 0):
             z_BSV = self._uncapped(tokens_BL[:rows, start:end], place, weights_BP)
-            here = questions and questions._replace(about_2N=questions.about_2N[:, :rows, end - size : end].flatten(1))
-            scores = scores_of(self.model, z_BSV.flatten(0, 1), tokens_BL[:rows, end - size + 1 : end + 1].flatten(), here)
+            here = questions and questions._replace(
+                about_2N=questions.about_2N[:, :rows, end - size : end].flatten(1)
+            )
+            scores = scores_of(
+                self.model, z_BSV.flatten(0, 1), tokens_BL[:rows, end - size + 1 : end + 1].flatten(), here
+            )
             scores = scores.unflatten(1, (rows, size))
             if trained:
                 loss = weighted(scores[0, :trained], self.params.confidence).mean(dim=1).sum()
@@ -175,7 +199,9 @@ class LoRAScorer:
 
     def _uncapped(self, inputs_BT: Tensor, place: slice, weights_BP: Tensor) -> Tensor:
         """Logits before the softcap at the positions `place`, (B, S, V)."""
-        return self.model.uncapped(inputs_BT, True, place, self.layout.adapters(weights_BP.to(self.model.dtype)))
+        return self.model.uncapped(
+            inputs_BT, True, place, self.layout.adapters(weights_BP.to(self.model.dtype))
+        )
 
     def _context(self, chunk: int) -> tuple[int, int]:
         """Where the context of a chunk begins and ends in its document; known before the document's end is."""
@@ -210,4 +236,6 @@ def _fill(scores: np.ndarray, group: Sequence[Document], chunk: int, scores_BS: 
     size = scores_BS.shape[-1]
     for row, document in enumerate(group[: scores_BS.shape[1]]):
         first, end = max(document.first, chunk * size), min(document.targets, (chunk + 1) * size)
-        scores[:, document.place + first : document.place + end] = scores_BS[:, row, first - chunk * size : end - chunk * size]
+        scores[:, document.place + first : document.place + end] = scores_BS[
+            :, row, first - chunk * size : end - chunk * size
+        ]

@@ -31,14 +31,24 @@ class Layout:
     """Where each adapter lies in a document's vector of weights: for every visit in order its adapters, then the head's; A before B."""
 
     def __init__(self, model: ModelParams, params: LoraParams, visits: int) -> None:
-        outputs = {"query": model.width, "key": model.kv_heads * model.head_dim, "value": model.kv_heads * model.head_dim}
+        outputs = {
+            "query": model.width,
+            "key": model.kv_heads * model.head_dim,
+            "value": model.kv_heads * model.head_dim,
+        }
         inner = [name for name in VisitAdapters._fields if name in params.adapters]
         self.params = params
         self.visits = visits
-        self.parts = [Part(v, name, model.width, outputs.get(name, model.width)) for v in range(visits) for name in inner]
+        self.parts = [
+            Part(v, name, model.width, outputs.get(name, model.width))
+            for v in range(visits)
+            for name in inner
+        ]
         if "head" in params.adapters:
             self.parts.append(Part(-1, "head", model.width, model.vocab_size))
-        self.sizes = [size for part in self.parts for size in (params.rank * part.inputs, part.outputs * params.rank)]
+        self.sizes = [
+            size for part in self.parts for size in (params.rank * part.inputs, part.outputs * params.rank)
+        ]
 
     def fresh(self, device: torch.device) -> Tensor:
         """The weights that every document starts with, (P,) float32: A uniform within 1 / sqrt(inputs), B zero."""
@@ -55,7 +65,10 @@ class Layout:
         pieces = iter(weights_BP.split(self.sizes, dim=1))
         made: list[dict[str, Adapter]] = [{} for _ in range(self.visits + 1)]
         for part in self.parts:
-            down, up = next(pieces).unflatten(1, (rank, part.inputs)), next(pieces).unflatten(1, (part.outputs, rank))
+            down, up = (
+                next(pieces).unflatten(1, (rank, part.inputs)),
+                next(pieces).unflatten(1, (part.outputs, rank)),
+            )
             made[part.visit][part.name] = Adapter(down, up, scale)
         return Adapters(tuple(VisitAdapters(**visit) for visit in made[:-1]), made[-1].get("head"))
 

@@ -40,7 +40,9 @@ SURE = -1e-7  # the largest log p(h): float32 cannot tell it from 0
 
 
 @njit(nogil=True)
-def _boost(states_K: np.ndarray, hint_logp: float, weights: np.ndarray, shares_KS: np.ndarray, x_X: np.ndarray) -> tuple[float, int, float]:
+def _boost(
+    states_K: np.ndarray, hint_logp: float, weights: np.ndarray, shares_KS: np.ndarray, x_X: np.ndarray
+) -> tuple[float, int, float]:
     """b, the number of the first of the two sets of weights that gave it, and the share of the second; fills the inputs."""
     logit = hint_logp - math.log(-math.expm1(hint_logp))
     x_X[0], x_X[1] = min(max(logit, -2 * MOST_CERTAIN), 2 * MOST_CERTAIN) / 4, 1.0
@@ -99,7 +101,14 @@ def follow(
 
 
 @njit(nogil=True)
-def bend(trees: Trees, trees_N: np.ndarray, targets: np.ndarray, hints: np.ndarray, heights: np.ndarray, paths_DN: np.ndarray) -> None:
+def bend(
+    trees: Trees,
+    trees_N: np.ndarray,
+    targets: np.ndarray,
+    hints: np.ndarray,
+    heights: np.ndarray,
+    paths_DN: np.ndarray,
+) -> None:
     """Add the hints to the decisions of paths without them, in place; `heights`: the tilted log-odds of each hint against all else.
 
     A side that has the mass R of what is not the hint, and the hint, which has H, becomes R + H.
@@ -115,7 +124,9 @@ def bend(trees: Trees, trees_N: np.ndarray, targets: np.ndarray, hints: np.ndarr
             logit = np.float64(paths_DN[e - first, i])
             right, left = mass / (1 + math.exp(-logit)), mass / (1 + math.exp(logit))
             is_right = place >= trees.middle_E[e]
-            paths_DN[e - first, i] = math.log(right + hinted if is_right else right) - math.log(left if is_right else left + hinted)
+            paths_DN[e - first, i] = math.log(right + hinted if is_right else right) - math.log(
+                left if is_right else left + hinted
+            )
             mass = right if trees.right_E[e] else left
 
 
@@ -143,7 +154,9 @@ class TiltScorer(Wrapper):
         hint, states_K = self.hints.value.next()
         if hint < 0 or math.isnan(logp_V[hint]):
             return logp_V
-        boost, _, _ = _boost(states_K, min(logp_V[hint], SURE), self.weights, self.shares_KS, np.empty(INPUTS))
+        boost, _, _ = _boost(
+            states_K, min(logp_V[hint], SURE), self.weights, self.shares_KS, np.empty(INPUTS)
+        )
         tilted_V = logp_V - math.log1p(math.exp(logp_V[hint]) * math.expm1(boost))
         tilted_V[hint] += boost
         return tilted_V
@@ -152,7 +165,11 @@ class TiltScorer(Wrapper):
         own = self.hints.own()
         given = 1 if own.seen == 0 and len(tokens) else 0
         hints, states = own.observe(tokens)
-        hints, states, targets = hints[given:].astype(np.int64), states[given:], tokens[given:].astype(np.int64)
+        hints, states, targets = (
+            hints[given:].astype(np.int64),
+            states[given:],
+            tokens[given:].astype(np.int64),
+        )
         trees_N, forest = (np.zeros_like(hints), None) if asked is None else (asked.about_2N[1], asked.forest)
         answers = self.scorer.score(tokens, Asked(np.stack((hints, trees_N)), forest))
         learnt = (self.weights, self.shares_KS, self.counts_KS, self.updates)

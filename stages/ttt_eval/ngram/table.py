@@ -51,7 +51,9 @@ def _look(tables: np.ndarray, slots_K: np.ndarray, checks_K: np.ndarray, states_
         if hint < 0:
             hint = token
         states_K[k] = (
-            np.int64(slot & np.uint64(15)) * 4 + np.int64((slot >> np.uint64(8)) & np.uint64(3)) + (AGREES if token == hint else 0)
+            np.int64(slot & np.uint64(15)) * 4
+            + np.int64((slot >> np.uint64(8)) & np.uint64(3))
+            + (AGREES if token == hint else 0)
         )
     return hint
 
@@ -74,7 +76,9 @@ def _learn(tables: np.ndarray, slots_K: np.ndarray, checks_K: np.ndarray, token:
                 hits, misses = hits >> 1, min(misses + 1, MOST_MISSES)
                 if hits == 0:
                     hits, kept = 1, token
-        tables[k, slots_K[k]] = checks_K[k] << np.uint64(48) | np.uint64(kept) << np.uint64(32) | np.uint64(misses << 8 | hits)
+        tables[k, slots_K[k]] = (
+            checks_K[k] << np.uint64(48) | np.uint64(kept) << np.uint64(32) | np.uint64(misses << 8 | hits)
+        )
 
 
 @njit(nogil=True)
@@ -121,11 +125,23 @@ class Hints:
     def next(self) -> tuple[int, np.ndarray]:
         """The hint for the token that follows the prefix, -1 for none, and the states of all contexts, (K,) uint8."""
         hints, states = np.empty(1, np.int32), np.empty((1, len(LENGTHS)), np.uint8)
-        _follow(self.tables, self.ring, self.seen, self.bits, self.codes_V, np.empty(1, np.uint16), hints, states, False)
+        _follow(
+            self.tables,
+            self.ring,
+            self.seen,
+            self.bits,
+            self.codes_V,
+            np.empty(1, np.uint16),
+            hints,
+            states,
+            False,
+        )
         return int(hints[0]), states[0]
 
     def observe(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Append tokens, (N,); what `next` would have said before each: hints (N,) int32, states (N, K) uint8."""
         hints, states = np.empty(len(tokens), np.int32), np.empty((len(tokens), len(LENGTHS)), np.uint8)
-        self.seen = _follow(self.tables, self.ring, self.seen, self.bits, self.codes_V, tokens, hints, states, True)
+        self.seen = _follow(
+            self.tables, self.ring, self.seen, self.bits, self.codes_V, tokens, hints, states, True
+        )
         return hints, states

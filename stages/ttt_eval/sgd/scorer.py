@@ -30,7 +30,9 @@ def chunk_lr(chunk: int, chunks: int, lr: float) -> float:
     return lr * 0.5 * (1 + math.cos(math.pi * chunk / max(1, chunks - 1)))
 
 
-def sgd_(parameters: list[Tensor], gradients: list[Tensor], momenta: list[Tensor], lr: float, momentum: float) -> None:
+def sgd_(
+    parameters: list[Tensor], gradients: list[Tensor], momenta: list[Tensor], lr: float, momentum: float
+) -> None:
     """buffer <- momentum * buffer + gradient; parameter <- parameter - lr * buffer; both in place."""
     torch._foreach_mul_(momenta, momentum)
     torch._foreach_add_(momenta, gradients)
@@ -161,7 +163,9 @@ class TTTScorer:
 
     def _gradients(self, rows: np.ndarray) -> None:
         """The mean loss's gradients over all ranks; each rank takes every size-th sequence."""
-        mine = rows[self.world.rank :: self.world.size].copy()  # the rows are a read-only view of overlapping windows
+        mine = rows[
+            self.world.rank :: self.world.size
+        ].copy()  # the rows are a read-only view of overlapping windows
         inputs, targets = to_device(mine, self.world.device)
         with torch.enable_grad():
             losses = weighted(self.scorer.model(inputs, targets, looped=True), self.params.confidence)
