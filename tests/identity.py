@@ -104,7 +104,6 @@ def _functions() -> dict[str, Callable[[Tensor], Tensor]]:
     names = (
         "sqrt",
         "log",
-        "tanh",
         "sigmoid",
         "sin",
         "cos",

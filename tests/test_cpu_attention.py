@@ -30,7 +30,7 @@ def test_equals_torch(
     tokens: int, heads: int, kv_heads: int, masked: bool, kept: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not kept:
-        monkeypatch.setattr(cpu_attention, "KEPT_FLOATS", 0)
+        monkeypatch.setattr(cpu_attention, "MAX_KEPT_WEIGHTS", 0)
     (q, k, v), theirs = inputs(tokens, heads, kv_heads), inputs(tokens, heads, kv_heads)
     visible = documents_mask(tokens) if masked else None
     out = cpu_attention.attention(q, k, v, visible)

@@ -49,12 +49,10 @@ ENVIRONMENT_READERS = {
 # Modules that need a package which a CPU machine does not have; their stage imports them behind a check.
 OPTIONAL_PACKAGES = {"triton"}
 # What is imported late, for a process to be begun before: torch, by those who wait for the weights, and numba, by the one that decodes.
-# And numba by what multiplies, since most that imports it does not.
 LATE = {
     ("stages/bundle/program/entry.py", "stages.bundle.program"),
     ("stages/pack/file/decode_process.py", "stages.pack.entropy"),
     ("stages/pack/file/decode_process.py", "stages.pack.file"),
-    ("stages/common/cpu_products.py", "numba"),
 }
 
 PIPELINE: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]

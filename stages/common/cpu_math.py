@@ -1,18 +1,22 @@
 """Linear algebra and functions on the CPU that give the same bits on every x86-64 machine with AVX2.
 
-torch's CPU build hands products, factorisations, square roots and logarithms to MKL, which chooses its code by the vendor of the CPU, or
-uses approximate instructions (rsqrtps, rcpps) that Intel and AMD define differently. `install` replaces those kernels below autograd, so
-that forward passes, backward passes and optimizers use the others without a change in their own code:
+torch's CPU build hands products, factorisations, square roots and logarithms to MKL, which chooses
+its code by the vendor of the CPU, or uses approximate instructions (rsqrtps, rcpps) that Intel and
+AMD define differently. `install` replaces these kernels below autograd, so that forward passes,
+backward passes and optimizers use the replacements without a change in their own code:
 
-* products: OpenBLAS's (cpu_products.py). Every thread multiplies a part, so the number of threads is part of a result's identity;
+* products: OpenBLAS's (cpu_products.py). Every thread multiplies a part, so the number of threads
+  is part of a result's identity;
 * square roots: numpy's, which are correctly rounded; logarithms: numpy's.
 
-Everything else that the pipeline uses is torch's own vectorised code, which depends on nothing but ATEN_CPU_CAPABILITY, except tanh, which
-stays with MKL in the one branch that is the same everywhere (MKL_CBWR=COMPATIBLE). Attention has a module of its own
-(train/cpu_attention.py). Factorisations are explicit functions below, because only Hessians and initial weights need them.
-tests/identity.py hashes every operation.
+Attention has a module of its own (train/cpu_attention.py). Factorisations are explicit functions
+below, because only Hessians and initial weights need them. Everything else that the pipeline uses
+is torch's own vectorised code, which depends on nothing but ATEN_CPU_CAPABILITY. torch's exp, tanh
+and other functions of MKL's vector library are not used; where one slips in, MKL_CBWR=COMPATIBLE
+makes it the same everywhere, at half the speed. tests/identity.py hashes every operation.
 
-Shapes: B batch, M rows, N columns, K the dimension that is summed over.
+Shapes: B batch, M rows, N columns, K the dimension that is summed over, C rows and columns of a
+square matrix.
 """
 
 import platform
@@ -34,10 +38,9 @@ _libraries: list[torch.library.Library] = []  # kernels are registered for as lo
 
 
 def require_avx2() -> None:
-    """Raise ValueError unless torch runs its AVX2 kernels: on another instruction set every last digit would differ."""
-    if (
-        not torch.cpu._is_avx2_supported()
-    ):  # asks the CPU; the capability below is what ATEN_CPU_CAPABILITY says, true or not
+    """Raise ValueError unless torch runs its AVX2 kernels: other instruction sets give other last digits."""
+    # This asks the CPU; the capability below is what ATEN_CPU_CAPABILITY says, true or not.
+    if not torch.cpu._is_avx2_supported():
         raise ValueError(
             f"this CPU ({processor()}) has no AVX2 with FMA, and every result depends on them;"
             " expected an x86-64 CPU of 2015 or later (Intel Haswell, AMD Excavator)"
@@ -45,7 +48,8 @@ def require_avx2() -> None:
     capability = torch.backends.cpu.get_cpu_capability()
     if capability != "AVX2":
         raise ValueError(
-            f"torch runs its {capability} kernels, expected AVX2: it was imported before `stages`; import `stages` first"
+            f"torch runs its {capability} kernels, expected AVX2: it was imported before `stages`;"
+            " import `stages` first"
         )
 
 
@@ -60,7 +64,7 @@ def processor() -> str:
 
 
 def install() -> None:
-    """Register the kernels of this module for torch's CPU tensors; once a process, further calls do nothing."""
+    """Register the kernels of this module for torch's CPU tensors, once a process."""
     if _libraries:
         return
     library = torch.library.Library("aten", "IMPL")
@@ -90,10 +94,13 @@ def invert(matrices_BCC: Tensor) -> Tensor:
 
 
 def orthogonal(rows: int, columns: int, generator: torch.Generator) -> Tensor:
-    """A random (rows, columns) float32 matrix with orthonormal rows, or columns if there are fewer of them (uniform by Haar's measure).
+    """Draw a (rows, columns) float32 matrix with orthonormal rows, or columns if there are fewer.
 
-    The Q of a normal matrix A = QR, its columns multiplied by the signs of R's diagonal, which makes the factorisation unique
-    (Mezzadri 2007, "How to generate random matrices from the classical compact groups").
+    The distribution is uniform (Haar measure).
+
+    The Q of a normal matrix A = QR, its columns multiplied by the signs of R's diagonal, which
+    makes the factorisation unique (Mezzadri 2007, "How to generate random matrices from the
+    classical compact groups").
     """
     normal = torch.empty(rows, columns).normal_(generator=generator)
     tall = normal.double().numpy() if rows >= columns else normal.double().numpy().T
@@ -104,8 +111,7 @@ def orthogonal(rows: int, columns: int, generator: torch.Generator) -> Tensor:
 
 def multiply(a: Tensor, b: Tensor) -> Tensor:
     """The product of matrices (M, K) and (K, N), or of batches of them, in their dtype."""
-    if a.dtype != b.dtype:
-        raise RuntimeError(f"expected factors of one dtype, got {a.dtype} and {b.dtype}")
+    _require_one_dtype(a, b)
     if a.dtype in HALF_TYPES:
         return multiply(a.float(), b.float()).to(a.dtype)
     if a.dtype not in BLAS_TYPES:
@@ -117,6 +123,7 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
 
 def add_product(addend: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     """beta * addend + alpha * a b; the addend is broadcast, and not read if beta is 0."""
+    _require_one_dtype(a, b)
     if a.dtype not in BLAS_TYPES:
         product = multiply(a, b) * alpha
         return product + addend * beta if beta else product
@@ -126,8 +133,14 @@ def add_product(addend: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha:
     return out
 
 
+def _require_one_dtype(a: Tensor, b: Tensor) -> None:
+    """Raise RuntimeError, as torch's own kernels do, unless both factors have one dtype."""
+    if a.dtype != b.dtype:
+        raise RuntimeError(f"expected factors of one dtype, got {a.dtype} and {b.dtype}")
+
+
 def _function(compute: Callable[[np.ndarray], np.ndarray]) -> Callable[[Tensor], Tensor]:
-    """A numpy function of each element as one of tensors; integers become the default dtype, as everywhere in torch."""
+    """Turn an elementwise numpy function into one of tensors; integers become torch's default dtype first."""
 
     def function(x: Tensor) -> Tensor:
         if not x.is_floating_point() and not x.is_complex():
