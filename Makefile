@@ -55,7 +55,7 @@ format: environment  ## lay out the source and mend what ruff can
 bench: environment  ## the CPU benchmarks (benchmarks/README.md)
 	$(ACTIVATE) && for name in $(BENCHMARKS); do python -m benchmarks.$$name; done
 
-preset: environment  ## lay a preset over params.yaml: make preset NAME=record
+preset: environment  ## apply a preset to params.yaml: make preset NAME=record
 	$(ACTIVATE) && python -m tools.preset $(if $(NAME),$(NAME),--help)
 
 clean:  ## remove the environment and the caches of the tools; artifacts and the DVC cache stay

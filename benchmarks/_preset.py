@@ -13,7 +13,7 @@ from stages.train.params import Params
 
 @contextlib.contextmanager
 def preset_file(preset: str) -> Iterator[Path]:
-    """params.yaml with `preset` laid over it, for as long as it is needed."""
+    """A temporary copy of params.yaml with `preset` laid over it."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "params.yaml"
         write = [sys.executable, "-m", "tools.preset", preset, "--output", str(file)]
@@ -22,6 +22,6 @@ def preset_file(preset: str) -> Iterator[Path]:
 
 
 def train_params(preset: str, changes: Sequence[str]) -> Params:
-    """What train reads of params.yaml with `preset` laid over it and KEY=VALUE changes laid over that."""
+    """The parameters of the stage train from `preset` with KEY=VALUE `changes`."""
     with preset_file(preset) as file:
         return config.load(file, Params, list(changes))

@@ -1,67 +1,51 @@
-"""Which test convicts which cheat, and how often a lawful scorer is convicted: `python -m benchmarks.audit_matrix`.
+"""The audit against known cheats and lawful scorers: `python -m benchmarks.audit_matrix`.
 
-Every cheat of the zoo (tests/zoo) is tried with several keys, and every lawful scorer, the project's own among them, with many keys and
-streams. Writes the counts to `--results` and the matrix to `--matrix` (docs/audit_matrix.md). Exit code 1: a cheat survived, or a lawful
-scorer did not.
+Every cheat of tests/zoo is tried with several keys; every lawful scorer, the project's own among them,
+with many keys and streams. Writes the counts to --results and a matrix of cheats and tests to --matrix
+(docs/audit_matrix.md). Exits 1 if no test found a cheat, or if a lawful scorer failed a test.
 """
 
-import argparse
 import dataclasses
+import functools
 import json
 import multiprocessing
 import tempfile
 from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from stages.audit.audit_scorer import Factory
-from stages.audit.params import AuditParams
-from stages.audit.verdict import Verdict, convicted, reason
-from stages.common.parallel import ParallelParams, world
+from benchmarks._command import command_line
+from stages.audit.audit_scorer import ScorerFactory
+from stages.audit.verdict import failure_message, failures
+from stages.common.parallel import ParallelParams, distributed
+from stages.common.scorer import Scorer
 from stages.sliding_eval.params import SlidingEvalParams
 from stages.sliding_eval.scorer import SlidingScorer
-from stages.ttt_eval.build import scorer_for
+from stages.ttt_eval.build import build_scorer
+from stages.ttt_eval.params import TttEvalParams
 from tests import factories
 from tests.zoo import harness, lawful
 from tests.zoo.registry import CHEATS
 
-COLUMNS = (
-    "B1",
-    "B1c",
-    "B2",
-    "B3",
-    "B4",
-    "B5",
-    "B6",
-    "B7",
-    "B8",
-    "B9",
-    "B10",
-    "B11",
-    "B13",
-    "B14",
-    "B15",
-    "B16",
-    "budget",
-)
+# Tests that need only a scorer or its files; B12 needs a decoder.
+COLUMNS = ("B1", "B1c", *(f"B{number}" for number in (*range(2, 12), *range(13, 17))), "budget")
 SMALL = dataclasses.replace(factories.TINY, vocab_size=lawful.VOCAB)
 SLIDING = SlidingEvalParams(window=16, stride=4, batch_windows=8, chunk=128)
 TTT = dataclasses.replace(factories.TTT, chunk=256, epochs=1, batch_tokens=64, lr=0.01)
 SERIAL = ParallelParams(
     nproc=1, threads=1, device="cpu", dtype="float32", deterministic=True, compile=False, kernels=False
 )
-PARAMS = dataclasses.replace(  # each call of a network costs more than a whole audit of a table
+# For a network, of which each call costs more than a whole audit of a scorer that is a table.
+PARAMS = dataclasses.replace(
     harness.PARAMS,
     perturbations=9,
     segment_targets=32,
     recomputed_share=0.05,
-    graph_documents=3,
-    handed_stretches=1,
+    order_documents=3,
+    call_splits=1,
     canary_targets=64,
     sampled_targets=8,
     distributions=4,
@@ -69,113 +53,121 @@ PARAMS = dataclasses.replace(  # each call of a network costs more than a whole 
 )
 
 
-def own_scorers(seed: int) -> dict[str, Factory]:
-    """The project's scorers over a random small model: sliding windows, SGD, adapters, both of these tilted, and weighed losses."""
+def own_scorers(seed: int) -> dict[str, ScorerFactory]:
+    """The project's scorers over a random small model, by name."""
     model = factories.random_model(seed, SMALL)
     lora = dataclasses.replace(TTT.lora, lr=0.001)
     kinds = {
         "sgd": TTT,
-        "sgd, weighed": dataclasses.replace(TTT, confidence=True),
+        "sgd, weighed": dataclasses.replace(TTT, weight_by_surprise=True),
         "sgd, tilted": dataclasses.replace(TTT, tilt_rate=0.05),
         "sgd, tilted and mixed": dataclasses.replace(TTT, tilt_rate=0.05, mixer_rate=0.01),
         "adapters": dataclasses.replace(TTT, kind="lora", lora=lora),
         "adapters, tilted": dataclasses.replace(TTT, kind="lora", lora=lora, tilt_rate=0.05),
     }
-    made: dict[str, Factory] = {"sliding": lambda n_targets: SlidingScorer(model, SLIDING, factories.world())}
+
+    def sliding(n_targets: int) -> Scorer:
+        return SlidingScorer(model, SLIDING, factories.make_world())
+
+    def adapting(params: TttEvalParams, n_targets: int) -> Scorer:
+        table = factories.table(SMALL.vocab_size)
+        return build_scorer(model, SLIDING, params, factories.make_world(), table, n_targets)
+
+    made: dict[str, ScorerFactory] = {"sliding": sliding}
     for name, params in kinds.items():
-        made[name] = lambda n_targets, params=params: scorer_for(
-            model, SLIDING, params, factories.world(), factories.table(SMALL.vocab_size), n_targets
-        )  # type: ignore[misc]
+        made[name] = functools.partial(adapting, params)
     return made
 
 
 def try_cheat(number: int, keys: int) -> dict[str, Any]:
-    """How many keys each check convicted a cheat with."""
-    cheat, counts = CHEATS[number], Counter[str]()
+    """Counts by check of the keys with which it found a cheat."""
+    cheat = CHEATS[number]
+    counts = Counter[str]()
     for key in range(keys):
-        counts.update(harness.failed(_tried(lambda folder, key=key: cheat.run(folder, bytes([key])))))  # type: ignore[misc]
-    print(f"{cheat.name}: {counts[cheat.convicted_by]} of {keys} by {cheat.convicted_by}", flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            counts.update(harness.failed_checks(cheat.run(Path(folder), bytes([key]))))
+    print(f"{cheat.name}: {counts[cheat.detected_by]} of {keys} by {cheat.detected_by}", flush=True)
     return {
         "cheat": cheat.name,
         "seen_in": cheat.seen_in,
-        "named": cheat.convicted_by,
+        "detected_by": cheat.detected_by,
         "keys": keys,
-        "convicted": dict(counts),
+        "failed": dict(counts),
     }
 
 
 def try_lawful(name: str, runs: int) -> dict[str, Any]:
-    """Runs of a lawful scorer and false convictions; another stream and another key each time."""
+    """Audits of a lawful scorer and false alarms, with another stream and another key each time."""
     of_the_zoo = {scorer.__name__: scorer for scorer in lawful.LAWFUL}
-    guilty, verdicts = [], 0
+    alarms: list[str] = []
+    verdicts = 0
     torch.set_num_threads(1)
-    with world(SERIAL):
+    with distributed(SERIAL):
         for seed in range(runs):
-            factory = of_the_zoo[name] if name in of_the_zoo else own_scorers(seed)[name]
+            factory: ScorerFactory = of_the_zoo[name] if name in of_the_zoo else own_scorers(seed)[name]
             params, length = (harness.PARAMS, 1500) if name in of_the_zoo else (PARAMS, 600)
-            found = _audited(factory, params, f"{name} {seed}".encode(), lawful.stream(length, 1000 + seed))
+            tokens = lawful.random_stream(length, 1000 + seed)
+            key = f"{name} {seed}".encode()
+            with tempfile.TemporaryDirectory() as folder:
+                found = harness.audit(factory, Path(folder), params=params, key=key, tokens=tokens)
             verdicts += len(found)
-            guilty += [reason(verdict) for verdict in convicted(found)]
-    print(f"lawful {name}: {runs} runs, {verdicts} verdicts, {len(guilty)} convictions", flush=True)
-    return {"scorer": name, "runs": runs, "verdicts": verdicts, "convictions": guilty}
+            alarms += [failure_message(verdict) for verdict in failures(found)]
+
+    print(f"lawful {name}: {runs} runs, {verdicts} verdicts, {len(alarms)} false alarms", flush=True)
+    return {"scorer": name, "runs": runs, "verdicts": verdicts, "false_alarms": alarms}
 
 
-def _audited(factory: Factory, params: AuditParams, key: bytes, tokens: np.ndarray) -> list[Verdict]:
-    return _tried(lambda folder: harness.audit(factory, folder, params=params, key=key, tokens=tokens))
-
-
-def _tried(run: Callable[[Path], list[Verdict]]) -> list[Verdict]:
-    with tempfile.TemporaryDirectory() as folder:
-        return run(Path(folder))
-
-
-def matrix(cheats: list[dict[str, Any]], innocent: list[dict[str, Any]]) -> str:
+def matrix(cheats: list[dict[str, Any]], lawful_rows: list[dict[str, Any]]) -> str:
     """The results as a page."""
+    keys = cheats[0]["keys"]
+
     lines = [
-        "# Which test convicts which cheat",
+        "# Which check detects which cheat",
         "",
-        "From a run of `python -m benchmarks.audit_matrix`; the cheats are in `tests/zoo/`, the tests in [audit.md](audit.md). A number is",
-        f"the share of {cheats[0]['keys']} keys, in per cent, with which the test convicted; bold: the test that must, by name.",
-        "B12 is not in the table: a decoder is built by `tests/test_compressor.py` for scorers of the same zoo.",
+        "From a run of `python -m benchmarks.audit_matrix`; the cheats are in `tests/zoo/`, the checks in",
+        f"[audit.md](audit.md). A number is the share of {keys} keys, in per cent, with which the check",
+        "failed; bold: the check that must detect the cheat. B12 is not in the table:",
+        "`tests/test_compressor.py` builds a decoder for scorers of the same zoo.",
         "",
         "| cheat | seen in | " + " | ".join(COLUMNS) + " |",
         "|---|---|" + "---:|" * len(COLUMNS),
     ]
-    lines += [
-        f"| {row['cheat']} | {row['seen_in']} | "
-        + " | ".join(_cell(row, column) for column in COLUMNS)
-        + " |"
-        for row in cheats
-    ]
-    runs, verdicts = (sum(row[key] for row in innocent) for key in ("runs", "verdicts"))
-    guilty = sum(len(row["convictions"]) for row in innocent)
+
+    for row in cheats:
+        cells = " | ".join(_cell(row, column) for column in COLUMNS)
+        lines.append(f"| {row['cheat']} | {row['seen_in']} | {cells} |")
+
+    # Lawful scorers: the sums, then a row for each.
+    runs = sum(row["runs"] for row in lawful_rows)
+    verdicts = sum(row["verdicts"] for row in lawful_rows)
+    alarms = sum(len(row["false_alarms"]) for row in lawful_rows)
+
     lines += [
         "",
         "## Lawful scorers",
         "",
-        f"{runs} runs, another stream and another key each: {guilty} of {verdicts} verdicts convict.",
+        f"{runs} runs, each with another stream and key: {alarms} of {verdicts} verdicts are failures.",
         "",
+        "| scorer | runs | verdicts | failures |",
+        "|---|---:|---:|---:|",
     ]
-    lines += ["| scorer | runs | verdicts | convictions |", "|---|---:|---:|---:|"]
-    lines += [
-        f"| {row['scorer']} | {row['runs']} | {row['verdicts']} | {len(row['convictions'])} |"
-        for row in innocent
-    ]
+    for row in lawful_rows:
+        lines.append(f"| {row['scorer']} | {row['runs']} | {row['verdicts']} | {len(row['false_alarms'])} |")
     return "\n".join([*lines, ""])
 
 
 def _cell(row: dict[str, Any], column: str) -> str:
-    shares = [count for check, count in row["convicted"].items() if check.split()[0] == column]
+    """The per cent of keys with which the column's test found the cheat; empty if it never did."""
+    shares = [count for check, count in row["failed"].items() if check.split()[0] == column]
     if not shares:
         return ""
     text = f"{100 * max(shares) / row['keys']:.0f}"
-    return f"**{text}**" if row["named"].split()[0] == column else text
+    return f"**{text}**" if row["detected_by"].split()[0] == column else text
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Audit everything, and write the counts and the matrix."""
+    parser = command_line(__doc__)
     parser.add_argument("--keys", type=int, default=3, help="for each cheat")
     parser.add_argument("--runs", type=int, default=30, help="of each lawful scorer of the zoo")
     parser.add_argument("--own-runs", type=int, default=3, help="of each scorer of the project")
@@ -183,22 +175,23 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/audit_matrix.json"))
     parser.add_argument("--matrix", type=Path, default=Path("docs/audit_matrix.md"))
     arguments = parser.parse_args()
-    zoo, own = [scorer.__name__ for scorer in lawful.LAWFUL], list(own_scorers(0))
+
+    runs = dict.fromkeys(own_scorers(0), arguments.own_runs)
+    runs |= {scorer.__name__: arguments.runs for scorer in lawful.LAWFUL}
     with ProcessPoolExecutor(arguments.workers, multiprocessing.get_context("spawn")) as pool:
         tried = [pool.submit(try_cheat, number, arguments.keys) for number in range(len(CHEATS))]
-        spared = [
-            pool.submit(try_lawful, name, arguments.own_runs if name in own else arguments.runs)
-            for name in [*own, *zoo]
-        ]
-        cheats, innocent = [row.result() for row in tried], [row.result() for row in spared]
-    arguments.results.write_text(
-        json.dumps({"cheats": cheats, "lawful": innocent}, indent=1) + "\n", encoding="utf-8"
-    )
-    arguments.matrix.write_text(matrix(cheats, innocent), encoding="utf-8")
-    survived = [row["cheat"] for row in cheats if row["convicted"].get(row["named"], 0) < row["keys"]]
-    wronged = [row["scorer"] for row in innocent if row["convictions"]]
-    print(f"not always convicted by the test named: {survived}; lawful scorers convicted: {wronged}")
-    raise SystemExit(1 if wronged or any(not row["convicted"] for row in cheats) else 0)
+        spared = [pool.submit(try_lawful, name, count) for name, count in runs.items()]
+        cheats = [row.result() for row in tried]
+        lawful_rows = [row.result() for row in spared]
+
+    results = json.dumps({"cheats": cheats, "lawful": lawful_rows}, indent=1) + "\n"
+    arguments.results.write_text(results, encoding="utf-8")
+    arguments.matrix.write_text(matrix(cheats, lawful_rows), encoding="utf-8")
+
+    missed = [row["cheat"] for row in cheats if row["failed"].get(row["detected_by"], 0) < row["keys"]]
+    alarmed = [row["scorer"] for row in lawful_rows if row["false_alarms"]]
+    print(f"not always found by the test named: {missed}; lawful scorers that failed a test: {alarmed}")
+    raise SystemExit(1 if alarmed or any(not row["failed"] for row in cheats) else 0)
 
 
 if __name__ == "__main__":

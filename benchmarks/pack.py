@@ -1,16 +1,20 @@
-"""What each way to pack one and the same model costs in bytes and in loss.
+"""Bytes and loss of one model, packed in many ways.
 
-    python -m benchmarks.pack --preset sprint --train SHARDS --held-out SHARDS --tokenizer FILE --keep FOLDER --results FILE
+    python -m benchmarks.pack --preset sprint --train SHARDS --held-out SHARDS --tokenizer FILE \\
+        --keep FOLDER --results FILE
 
-One model is trained and calibrated, unless FOLDER has its files already, and every variant packs it. First #1493's way: fixed widths and
-brotli; its bytes become the budget of all others. Then the same integers with our coder; clips for each class, finer groups of columns and
-low-rank corrections on fixed widths; steps and levels at a rate, on a uniform grid and on trellises; and what each of its parts is worth.
-Each row says bytes, bits a weight, and bits above the bounds of layers.tsv; the mean square of the errors, their Hessian-weighted size, and
-the loss expected from them; and the loss measured on windows of held-out training text with the decoded weights, against the unquantised
-ones. Programs that are installed (xz, lrzip with ZPAQ) are run over the plain integers too, for scale.
+One model is trained and calibrated, unless FOLDER has its files already, and every variant packs it. The
+first is #1493's way, fixed widths and brotli; its bytes are the budget of all others. They are the same
+integers with our coder; clips for each class, finer groups of columns and low-rank corrections on fixed
+widths; steps and levels at a rate, on a uniform grid and on trellises; and trellises with one part changed.
 
-#1493's way, 8 states and 256 are packed by this process alone, on its device and all cores: their seconds are what pack takes. The others
-share the cores, some for each process.
+A row has bytes, bits a weight, and bits above the bounds of layers.tsv; the mean square of the errors,
+their Hessian-weighted size, and the loss that is expected from them; and the loss that is measured on
+windows of held-out training text, against the unquantised weights. Programs that are installed (xz, lrzip
+with ZPAQ) compress the plain integers too, for comparison.
+
+#1493's way and the variants of ALONE are packed by this process, on its device and all cores; their
+seconds are those of the stage. The others share the cores, CORES_EACH for each process.
 """
 
 import argparse
@@ -31,14 +35,15 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+from benchmarks._command import command_line, write_results
 from benchmarks._held_out import HeldOut
 from benchmarks._preset import preset_file
-from stages.calibrate.hessians import collect
+from stages.calibrate.hessians import collect_hessians
 from stages.calibrate.params import Params as CalibrateInput
 from stages.common import bpb, config, environment
 from stages.common.clock import Interval
-from stages.common.parallel import World, world
-from stages.common.progress import Report
+from stages.common.parallel import World, distributed
+from stages.common.progress import Logger
 from stages.pack.artifact import Packed, pack, unpack
 from stages.pack.entropy import codecs
 from stages.pack.file import container
@@ -48,24 +53,21 @@ from stages.train.loop import train
 from stages.train.params import ModelParams
 from stages.train.params import Params as TrainInput
 
-PLAIN: dict[str, Any] = {"quantiser": "sdclip", "codec": "brotli", "damping": 0.01}  # all as in #1493
-CLASSES: dict[str, Any] = {
-    "attention_clip": 13.0,
-    "mlp_clip": 11.5,
+PLAIN: dict[str, Any] = {"quantiser": "sdclip", "codec": "brotli", "damping": 0.01}  # as in #1493
+# Clips and bits of #1855, the clips times 0.8.
+CLASSES = {
+    "attention_clip": 0.8 * 13.0,
+    "mlp_clip": 0.8 * 11.5,
     "embedding_bits": 7,
-    "embedding_clip": 14.0,
-}  # #1855
-FINER = {
-    "attention_clip": 10.0,
-    "mlp_clip": 10.0,
-    "embedding_clip": 15.6,
-}  # the plain clips at a scale of 0.78, to have somewhere to begin
+    "embedding_clip": 0.8 * 14.0,
+}
+# The plain clips times 0.78, from where the search for the budget begins.
+FINER = {"attention_clip": 10.0, "mlp_clip": 10.0, "embedding_clip": 15.6}
 VARIANTS: dict[str, dict[str, Any]] = {
     "at a rate, 8 states": {"states": 8},
     "the same integers, our coder": PLAIN | {"codec": "adaptive"},  # at the plain file's scale
     "fixed widths, our coder": PLAIN | FINER | {"codec": "adaptive"},
-    "fixed widths, clips and bits of #1855": PLAIN
-    | {key: 0.8 * value if "clip" in key else value for key, value in CLASSES.items()},
+    "fixed widths, clips and bits of #1855": PLAIN | CLASSES,
     "fixed widths, attention 13, MLP 11.5": PLAIN | {"attention_clip": 13.0, "mlp_clip": 11.5},
     "fixed widths, one finer group": PLAIN | {"awq_groups": 1},
     "fixed widths, 16 finer groups": PLAIN | {"awq_groups": 16},
@@ -86,15 +88,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "8 states, later visits half": {"revisit_weight": 0.5},
     "8 states, first visits only": {"revisit_weight": 0.0},
 }
-ALONE = (
-    "at a rate, 8 states",
-    "at a rate, 256 states",
-    "256 states, rows alike",
-)  # first, with all cores: one is timed, the others are long
+# Packed first and with all cores: the first is timed, the others take long.
+ALONE = ("at a rate, 8 states", "at a rate, 256 states", "256 states, rows alike")
 CORES_EACH = 4  # of a process: more would wait for the largest tensor
 PROGRAMS = {"xz": ["xz", "-9e", "-k"], "lrzip": ["lrzip", "-z", "-L", "9", "-Q"]}
-COLUMNS = ("bytes", "bits_per_weight", "above_bound", "above_bound_by_column", "mean_squared_error", "relative_error", "expected_loss",
-           "loss", "loss_standard_error", "bpb", "pack_seconds", "decode_seconds")  # fmt: skip
+COLUMNS = (
+    *("bytes", "bits_per_weight", "above_bound", "above_bound_by_column"),
+    *("mean_squared_error", "relative_error", "expected_loss", "loss", "loss_standard_error", "bpb"),
+    *("pack_seconds", "decode_seconds"),
+)
 
 
 class Inputs(NamedTuple):
@@ -106,7 +108,7 @@ class Inputs(NamedTuple):
 
 
 class Done(NamedTuple):
-    """A variant that was packed, and how long that took."""
+    """A packed variant, and the seconds of packing and decoding."""
 
     packed: Packed
     seconds: float
@@ -114,40 +116,40 @@ class Done(NamedTuple):
 
 
 def weights_and_hessians(
-    inputs: Inputs, shards: Path | None, folder: Path, revisit_weights: set[float], here: World
+    inputs: Inputs, shards: Path | None, folder: Path, revisit_weights: set[float], world: World
 ) -> None:
-    """Train and calibrate into `folder` what it does not have yet; Hessians once for each weight of later visits."""
-    report = Report(is_main=here.is_main)
-    missing = [
-        path
-        for path in (model_file(folder), *(hessian_file(folder, weight) for weight in revisit_weights))
-        if not path.exists()
-    ]
-    if missing and shards is None:
+    """Train and calibrate unless `folder` has the files; Hessians for each weight of later visits."""
+    logger = Logger(is_main=world.is_main)
+    hessians = {weight: hessian_file(folder, weight) for weight in sorted(revisit_weights)}
+    missing = [path for path in (model_file(folder), *hessians.values()) if not path.exists()]
+    if not missing:
+        return
+    if shards is None:
         raise SystemExit(f"{missing[0]} does not exist: name shards to train on with --train")
-    if shards is not None and not model_file(folder).exists():
-        save_file(train(inputs.train, shards, here, report, Interval()).state, model_file(folder))
+
+    if model_file(folder) in missing:
+        save_file(train(inputs.train, shards, world, logger, Interval()).state, model_file(folder))
         torch.compiler.reset()
     state = load_file(model_file(folder))
-    for weight in sorted(revisit_weights):
-        if shards is not None and not hessian_file(folder, weight).exists():
+    for weight, path in hessians.items():
+        if path in missing:
             section = dataclasses.replace(inputs.calibrate.calibrate, revisit_weight=weight)
             params = dataclasses.replace(inputs.calibrate, calibrate=section)
-            save_file(collect(state, params, shards, here, report, Interval()), hessian_file(folder, weight))
+            save_file(collect_hessians(state, params, shards, world, logger, Interval()), path)
 
 
 def model_file(folder: Path) -> Path:
-    """train's file in the folder."""
+    """The weights that train writes, in `folder`."""
     return folder / "model.safetensors"
 
 
 def hessian_file(folder: Path, revisit_weight: float) -> Path:
-    """calibrate's file in the folder, for a weight of later visits."""
+    """The Hessians that calibrate writes with a weight of later visits, in `folder`."""
     return folder / f"hessians-{revisit_weight:g}.safetensors"
 
 
 def packed_file(folder: Path, name: str) -> Path:
-    """A variant's model.bin."""
+    """The model.bin of a variant, in `folder`."""
     return folder / f"{'-'.join(name.replace(',', ' ').replace('#', ' ').split())}.bin"
 
 
@@ -159,21 +161,20 @@ def run(
     revisit_weight: float,
     device: str = "cpu",
 ) -> Done:
-    """Pack the folder's model and leave the file there."""
-    state, hessians = (
-        load_file(path, device=device) for path in (model_file(folder), hessian_file(folder, revisit_weight))
-    )
+    """Pack the model of `folder` and write the variant's file there."""
+    state = load_file(model_file(folder), device=device)
+    hessians = load_file(hessian_file(folder, revisit_weight), device=device)
     started = time.monotonic()
-    packed = pack(state, hessians, model, params, Report(is_main=False))
-    seconds, started = time.monotonic() - started, time.monotonic()
+    packed = pack(state, hessians, model, params, Logger(is_main=False))
+    encoded = time.monotonic()
     unpack(packed.blob)
-    decode_seconds = time.monotonic() - started
+    decoded = time.monotonic()
     packed_file(folder, name).write_bytes(packed.blob)
-    return Done(packed, seconds, decode_seconds)
+    return Done(packed, encoded - started, decoded - encoded)
 
 
 def take_cores(waiting: "multiprocessing.Queue[list[int]]") -> None:
-    """Begin a process of the pool: it keeps to cores of its own."""
+    """Give a new process of the pool cores of its own."""
     cores = waiting.get()
     os.sched_setaffinity(0, cores)
     torch.set_num_threads(len(cores))
@@ -182,38 +183,41 @@ def take_cores(waiting: "multiprocessing.Queue[list[int]]") -> None:
 def in_processes(
     variants: dict[str, tuple[PackParams, float]], model: ModelParams, folder: Path
 ) -> Iterator[tuple[str, Done]]:
-    """Every variant as it is done, some at once."""
+    """Pack several variants at once; yields each when it is done. A variant has a weight of later visits."""
     cores = sorted(os.sched_getaffinity(0))
     shares = [cores[first : first + CORES_EACH] for first in range(0, len(cores), CORES_EACH)]
     context = multiprocessing.get_context("spawn")
     waiting = context.Queue()
     for share in shares:
         waiting.put(share)
+
     with ProcessPoolExecutor(len(shares), context, take_cores, (waiting,)) as pool:
-        started = {
-            pool.submit(run, name, of, model, folder, weight): name for name, (of, weight) in variants.items()
-        }
+        started = {}
+        for name, (params, weight) in variants.items():
+            started[pool.submit(run, name, params, model, folder, weight)] = name
         for future in as_completed(started):
             yield started[future], future.result()
 
 
 def figures(done: Done, losses: np.ndarray, base: np.ndarray, bits_a_nat: float) -> dict[str, Any]:
-    """One row of the table; `bits_a_nat` turns nats a token into bits a byte."""
-    rows = [row for row in done.packed.rows if row.expected_loss is not None]
+    """One row of the results.
+
+    `losses` and `base` are mean nats a token of each window, (windows,), of the packed and of the
+    unquantised weights; `bits_a_nat` turns nats a token into bits a byte.
+    """
+    rows = [row for row in done.packed.stats if row.expected_loss is not None]
     weights = sum(row.weights for row in rows)
     difference = losses - base
 
-    def mean(key: str) -> float:
-        return float(sum(getattr(row, key) * row.weights for row in rows) / weights)
+    means = {}
+    for key in ("above_bound", "above_bound_by_column", "mean_squared_error", "relative_error"):
+        means[key] = float(sum(getattr(row, key) * row.weights for row in rows) / weights)
 
     return {
         "bytes": len(done.packed.blob),
-        "scale": done.packed.scale,
+        "scale": done.packed.coarseness,
         "bits_per_weight": 8 * sum(row.bytes for row in rows) / weights,
-        **{
-            key: mean(key)
-            for key in ("above_bound", "above_bound_by_column", "mean_squared_error", "relative_error")
-        },
+        **means,
         "expected_loss": sum(row.expected_loss or 0.0 for row in rows),
         "loss": float(difference.mean()),
         "loss_standard_error": float(difference.std(ddof=1) / len(difference) ** 0.5),
@@ -231,30 +235,29 @@ def by_programs(raw: bytes) -> dict[str, int]:
             continue
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "raw").write_bytes(raw)
-            subprocess.run(
-                [*command, "raw"],
-                cwd=folder,
-                check=True,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-            )
-            found[name] = sum(path.stat().st_size for path in Path(folder).iterdir() if path.name != "raw")
-    return found | {"brotli": len(codecs.deflate(raw, 11)), "integers": len(raw)}
+            subprocess.run([*command, "raw"], cwd=folder, check=True, capture_output=True)
+            made = [path for path in Path(folder).iterdir() if path.name != "raw"]
+            found[name] = sum(path.stat().st_size for path in made)
+    return found | {"brotli": len(codecs.brotli_compress(raw, 11)), "integers": len(raw)}
 
 
 def outside(blob: bytes) -> dict[str, int]:
-    """Bytes of the quantised integers by programs that are installed, one file for all tensors."""
-    entries = [entry for entry in container.read(blob).entries if entry.form.kind == "rows"]
+    """Bytes of the quantised integers by other programs, which get one file for all tensors."""
+    entries = [entry for entry in container.parse(blob).tensors if entry.form.kind == "rows"]
     return by_programs(b"".join(container.decode_streams(entry)[0] for entry in entries))
 
 
 def statistics(state: dict[str, torch.Tensor]) -> dict[str, dict[str, float]]:
-    """Of the trained weights, by matrix: deviation, kurtosis, and how far the deviations of rows and columns lie apart (in octaves)."""
+    """Deviation and kurtosis of each trained matrix.
+
+    `rows` and `columns` are the spread of the deviations of its rows and columns, in octaves.
+    """
     found = {}
     for name, weight in sorted(state.items()):
         if weight.dim() == 2 and min(weight.shape) > 2:
-            normal = (weight.double() - weight.double().mean()) / weight.double().std()
-            spread = [float(weight.double().std(dim).clamp_min(1e-12).log2().std()) for dim in (1, 0)]
+            exact = weight.double()
+            normal = (exact - exact.mean()) / exact.std()
+            spread = [float(exact.std(dim).clamp_min(1e-12).log2().std()) for dim in (1, 0)]
             found[name] = {
                 "std": float(weight.std()),
                 "kurtosis": float(normal.pow(4).mean()),
@@ -265,7 +268,7 @@ def statistics(state: dict[str, torch.Tensor]) -> dict[str, dict[str, float]]:
 
 
 def table(variants: dict[str, dict[str, Any]]) -> str:
-    """The rows for a document."""
+    """The results as a table for a Markdown page."""
     lines = [["", *COLUMNS], ["---", *["---:"] * len(COLUMNS)]]
     for name, row in variants.items():
         lines.append([name, *(f"{row[key]:,}" if key == "bytes" else f"{row[key]:.4g}" for key in COLUMNS)])
@@ -274,59 +277,43 @@ def table(variants: dict[str, dict[str, Any]]) -> str:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = command_line(__doc__)
     made.add_argument("--preset", required=True)
+    made.add_argument("--train", type=Path, help="shards to train on, unless --keep has the model")
     made.add_argument(
-        "--train",
-        type=Path,
-        help="shards to train and calibrate on, unless --keep has the model and its Hessians",
+        "--held-out", type=Path, required=True, help="training shards that the model is not trained on"
     )
-    made.add_argument(
-        "--held-out",
-        type=Path,
-        required=True,
-        help="shards of training text that the model was not trained on",
-    )
-    made.add_argument(
-        "--tokenizer",
-        type=Path,
-        help="SentencePiece model of the shards, for bits a byte (else they are bits a token)",
-    )
-    made.add_argument("--windows", type=int, default=512)
+    made.add_argument("--tokenizer", type=Path, help="of the shards; without it, bpb is bits a token")
+    made.add_argument("--windows", type=int, default=512, help="of held-out text")
     made.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     made.add_argument(
-        "--variant",
-        action="append",
-        metavar="NAME",
-        choices=list(VARIANTS),
-        help="these only, and the plain way",
+        "--variant", action="append", metavar="NAME", choices=list(VARIANTS), help="pack these only"
     )
     made.add_argument(
-        "--keep",
-        type=Path,
-        metavar="FOLDER",
-        help="model, Hessians and packed files stay there, and are used again",
+        "--keep", type=Path, metavar="FOLDER", help="where files are written, and read if they exist"
     )
     made.add_argument("--results", type=Path, required=True)
     return made
 
 
-def compare(arguments: argparse.Namespace, inputs: Inputs, folder: Path, here: World) -> None:
-    """Pack every variant, score each, and write the results as they come."""
+def compare(arguments: argparse.Namespace, inputs: Inputs, folder: Path, world: World) -> None:
+    """Pack every variant, score each, and write the results after each."""
+    # The variants, and the weights of later visits, which are calibrate's and not pack's.
     chosen = {name: dict(VARIANTS[name]) for name in VARIANTS if name in (arguments.variant or VARIANTS)}
-    usual = inputs.calibrate.calibrate.revisit_weight
-    revisits = {name: changes.pop("revisit_weight", usual) for name, changes in chosen.items()}
-    weights_and_hessians(inputs, arguments.train, folder, {usual, *revisits.values()}, here)
+    default = inputs.calibrate.calibrate.revisit_weight
+    revisits = {name: changes.pop("revisit_weight", default) for name, changes in chosen.items()}
+    weights_and_hessians(inputs, arguments.train, folder, {default, *revisits.values()}, world)
+
+    # The unquantised weights.
     state = load_file(model_file(folder))
-    model, device = inputs.pack.model, str(here.device)
-    held_out = HeldOut(arguments.held_out, arguments.windows, model, here)
-    bytes_a_token = (
-        held_out.bytes_a_token(bpb.byte_table(bpb.load_tokenizer(arguments.tokenizer)))
-        if arguments.tokenizer
-        else 1.0
-    )
+    model = inputs.pack.model
+    held_out = HeldOut(arguments.held_out, arguments.windows, model, world)
+    bytes_a_token = 1.0
+    if arguments.tokenizer:
+        bytes_a_token = held_out.bytes_a_token(bpb.byte_table(bpb.load_tokenizer(arguments.tokenizer)))
     bits_a_nat = 1 / np.log(2) / bytes_a_token
     base = held_out.losses(state)
+
     result: dict[str, Any] = {
         "unquantised_nats": float(base.mean()),
         "unquantised_bpb": float(base.mean()) * bits_a_nat,
@@ -341,50 +328,50 @@ def compare(arguments: argparse.Namespace, inputs: Inputs, folder: Path, here: W
         losses = held_out.losses(unpack(done.packed.blob)[1])
         result["variants"][name] = figures(done, losses, base, bits_a_nat) | {"changes": changes}
         print(name, json.dumps(result["variants"][name]), flush=True)
-        arguments.results.write_text(
-            json.dumps(result | environment.facts(here.device), indent=2, sort_keys=True) + "\n"
-        )
+        write_results(arguments.results, result | environment.run_environment(world.device))
 
-    plain = run("plain", dataclasses.replace(inputs.pack.pack, **PLAIN), model, folder, usual, device)
+    # The plain way, whose bytes are the budget of the others.
+    device = str(world.device)
+    section = inputs.pack.pack
+    plain = run("plain", dataclasses.replace(section, **PLAIN), model, folder, default, device)
     record("fixed widths, brotli", plain, PLAIN)
-    budget = {"budget_bytes": len(plain.packed.blob) + inputs.pack.pack.code_reserve_bytes}
-    if "the same integers, our coder" in chosen:
-        clips = ("attention_clip", "mlp_clip", "embedding_clip")
-        same = {key: plain.packed.scale * getattr(inputs.pack.pack, key) for key in clips}
-        chosen["the same integers, our coder"] |= same | {
-            "budget_bytes": 2 * inputs.pack.pack.budget_bytes
-        }  # so that the scale stays 1
-    params = {
-        name: dataclasses.replace(inputs.pack.pack, **(budget | changes)) for name, changes in chosen.items()
-    }
-    for name in (name for name in ALONE if name in params):
-        record(name, run(name, params[name], model, folder, revisits[name], device), chosen[name])
-    others = {name: (of, revisits[name]) for name, of in params.items() if name not in ALONE}
+    budget = {"budget_bytes": len(plain.packed.blob) + section.code_reserve_bytes}
+    same = "the same integers, our coder"
+    if same in chosen:
+        for key in ("attention_clip", "mlp_clip", "embedding_clip"):
+            chosen[same][key] = plain.packed.coarseness * getattr(section, key)
+        chosen[same]["budget_bytes"] = 2 * section.budget_bytes  # so that the scale stays 1
+
+    # The others: some alone, then several at once.
+    params = {}
+    for name, changes in chosen.items():
+        params[name] = dataclasses.replace(section, **(budget | changes))
+    for name in ALONE:
+        if name in params:
+            record(name, run(name, params[name], model, folder, revisits[name], device), chosen[name])
+    others = {name: (params[name], revisits[name]) for name in params if name not in ALONE}
     for name, done in in_processes(others, model, folder):
         record(name, done, chosen[name])
+
     result["outside"] = outside(plain.packed.blob)
-    arguments.results.write_text(
-        json.dumps(result | environment.facts(here.device), indent=2, sort_keys=True) + "\n"
-    )
+    write_results(arguments.results, result | environment.run_environment(world.device))
     print(table({name: result["variants"][name] for name in ("fixed widths, brotli", *chosen)}))
 
 
 def main() -> None:
+    """Read the parameters, and compare the variants in one process."""
     arguments = parser().parse_args()
     with preset_file(arguments.preset) as file:
-        changes = arguments.set
         inputs = Inputs(
-            config.load(file, TrainInput, changes),
-            config.load(file, CalibrateInput, changes),
-            config.load(file, PackInput, changes),
+            config.load(file, TrainInput, arguments.set),
+            config.load(file, CalibrateInput, arguments.set),
+            config.load(file, PackInput, arguments.set),
         )
-    with (
-        tempfile.TemporaryDirectory() as made,
-        world(dataclasses.replace(inputs.pack.parallel, nproc=1), compiles=True) as here,
-    ):
+    parallel = dataclasses.replace(inputs.pack.parallel, nproc=1)
+    with tempfile.TemporaryDirectory() as made, distributed(parallel, compiles=True) as world:
         folder = arguments.keep or Path(made)
         folder.mkdir(parents=True, exist_ok=True)
-        compare(arguments, inputs, folder, here)
+        compare(arguments, inputs, folder, world)
 
 
 if __name__ == "__main__":

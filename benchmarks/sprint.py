@@ -1,14 +1,20 @@
 """Settings of a short training, compared by their loss on held-out training text.
 
-    python -m benchmarks.sprint --train SHARDS --held-out SHARDS --results FILE --variant "KEY=VALUE ..." [--variant ...] [--set KEY=VALUE]
+    python -m benchmarks.sprint --train SHARDS --held-out SHARDS --results FILE \\
+        --variant "KEY=VALUE ..." [--variant ...] [--set KEY=VALUE]
 
-Each variant is the preset (`sprint`) with its changes, trained in this process from shards of `stages.tokenize`; its averaged weights are
-scored, looped, on text that they were not trained on: windows of --held-out whole, and it and every --elsewhere (text of a kind that the
-training text has none of) by sliding windows, with logits as they are and times a few factors. All of it is training text: nothing is
-chosen on validation text.
-Several of these processes may share a GPU with one `--turns FILE`: they compile side by side and train in turns.
-With a budget of steps, variants `seed=1`, `parallel.kernels=false` and `parallel.deterministic=true` say how far seeds lie apart, whether
-the kernels give the plain path's loss within that, and what determinism costs.
+Each variant is the preset `sprint` with its changes. It is trained in this process on shards that the
+stage tokenize wrote. Its averaged weights are scored, looped, on text that they were not trained on:
+--held-out by whole windows, and --held-out and every --elsewhere by sliding windows, with the logits
+times each of FACTORS. Shards of --elsewhere are of a kind of text that the training text does not
+have. All of it is training text: nothing is chosen on validation text.
+
+Several of these processes may share a GPU with one `--turns FILE`: they compile at the same time and
+train one after the other.
+
+With a budget of steps, three variants tell how much a difference means: `seed=1` the scatter between
+seeds, `parallel.kernels=false` the effect of the kernels, `parallel.deterministic=true` the cost of
+determinism.
 """
 
 import argparse
@@ -20,12 +26,13 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from benchmarks._command import command_line, write_results
 from benchmarks._held_out import HeldOut, sliding_nats
 from benchmarks._preset import train_params
 from stages.common import environment
 from stages.common.clock import Interval
-from stages.common.parallel import World, world
-from stages.common.progress import Report
+from stages.common.parallel import World, distributed
+from stages.common.progress import Logger
 from stages.train.loop import train
 from stages.train.params import Params
 
@@ -52,39 +59,41 @@ class InTurn(Interval):
             self.file.close()
 
 
-def run(params: Params, changes: list[str], arguments: argparse.Namespace, here: World) -> dict[str, Any]:
-    """Train one variant and score it."""
-    torch.compiler.reset()  # each variant compiles its own; torch bounds how many graphs of one function it keeps
+def run(params: Params, changes: list[str], arguments: argparse.Namespace, world: World) -> dict[str, Any]:
+    """Train one variant and score it; returns its row of the results."""
+    torch.compiler.reset()  # torch bounds the number of graphs that it keeps of one function
     interval = InTurn(arguments.turns)
-    trained = train(params, arguments.train, here, Report(is_main=False), interval)
+    trained = train(params, arguments.train, world, Logger(is_main=False), interval)
     interval.release()
     if arguments.keep:
         save_file(trained.state, arguments.keep)
-    held_out = HeldOut(arguments.held_out, HELD_OUT_WINDOWS, params.model, here)
+
+    held_out = HeldOut(arguments.held_out, HELD_OUT_WINDOWS, params.model, world)
+    losses = held_out.losses(trained.state)
+    sliding = {}
+    for folder in (arguments.held_out, *arguments.elsewhere):
+        sliding[folder.name] = sliding_nats(held_out.model, folder, FACTORS, world)
+
     row = {
         "changes": changes,
-        "held_out_nats": float(held_out.losses(trained.state).mean()),
-        "sliding_nats": {
-            folder.name: sliding_nats(held_out.model, folder, FACTORS, here)
-            for folder in (arguments.held_out, *arguments.elsewhere)
-        },
+        "held_out_nats": float(losses.mean()),
+        "sliding_nats": sliding,
         "steps": len(trained.losses),
         "tokens": trained.tokens,
         "train_nats_last_20": sum(trained.losses[-20:]) / len(trained.losses[-20:]),
         "seconds": interval.seconds,
         "parameters": sum(tensor.numel() for tensor in trained.state.values()),
-        "peak_memory_bytes": trained.measured["peak_memory_bytes"],
-        "recompilations": trained.measured["recompilations"],
+        "peak_memory_bytes": trained.timing["peak_memory_bytes"],
+        "recompilations": trained.timing["recompilations"],
     }
+
     print(json.dumps(row), flush=True)
     return row
 
 
 def main() -> None:
-    """One line for each variant, and the JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Print one line for each variant, and write the JSON file after each."""
+    parser = command_line(__doc__)
     parser.add_argument("--preset", default="sprint")
     parser.add_argument("--train", type=Path, required=True)
     parser.add_argument("--held-out", type=Path, required=True)
@@ -92,26 +101,22 @@ def main() -> None:
     parser.add_argument("--variant", action="append", required=True, metavar="CHANGES")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--turns", type=Path, help="a lock file, one for each GPU")
-    parser.add_argument(
-        "--keep", type=Path, help="where to leave the weights of the last variant (.safetensors)"
-    )
-    parser.add_argument(
-        "--results", type=Path, required=True, help="the JSON file to write; rows are added as they come"
-    )
+    parser.add_argument("--keep", type=Path, help="file for the last variant's weights (.safetensors)")
+    parser.add_argument("--results", type=Path, required=True, help="the JSON file to write")
     arguments = parser.parse_args()
+
+    # All variants are read before the first is run, so that a wrong one is refused at once.
+    variants = []
+    for variant in arguments.variant:
+        changes = variant.split()
+        variants.append((train_params(arguments.preset, [*arguments.set, *changes]), changes))
+
     rows = []
-    each = [variant.split() for variant in arguments.variant]
-    # All are read, and refused if they must be, before the first is run.
-    variants = [(train_params(arguments.preset, [*arguments.set, *changes]), changes) for changes in each]
     for params, changes in variants:
-        with world(params.parallel, compiles=True) as here:
-            rows.append(run(params, changes, arguments, here))
-            result = {
-                "preset": arguments.preset,
-                "changes": arguments.set,
-                "variants": rows,
-            } | environment.facts(here.device)
-            arguments.results.write_text(json.dumps(result, indent=2, sort_keys=True) + "\n")
+        with distributed(params.parallel, compiles=True) as world:
+            rows.append(run(params, changes, arguments, world))
+            settings = {"preset": arguments.preset, "changes": arguments.set, "variants": rows}
+            write_results(arguments.results, settings | environment.run_environment(world.device))
 
 
 if __name__ == "__main__":

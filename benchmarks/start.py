@@ -1,9 +1,10 @@
-"""Where the seconds of an evaluation's start go: the stage itself, its steps timed from the start of the process.
+"""Seconds of an evaluation's start: each step of the stage, timed from the start of its process.
 
-    python -m benchmarks.start sliding_eval --params FILE --model FILE --val FOLDER --tokenizer FILE --output FOLDER
+    python -m benchmarks.start sliding_eval --params FILE --model FILE --val FOLDER --tokenizer FILE \\
+        --output FOLDER
 
-Options are the stage's (sliding_eval or ttt_eval). Kernels are compiled into an empty cache; what the process that decodes
-does is indented.
+The options are those of the stage (sliding_eval or ttt_eval). Kernels are compiled into an empty cache.
+Lines of the process that decodes the model are indented.
 """
 
 import contextlib
@@ -19,44 +20,45 @@ from typing import Any
 from stages.common import clock
 from stages.pack.file import decode_process
 
-OF_THE_STAGE = ("Unpacking", "read_stream", "scorer_of", "score", "write_results")
-OF_EVALUATE = ("model_for", "rehearse")
+# Functions that are timed, by the module through which they are called.
+OF_THE_STAGE = ("PendingModel", "open_stream_for_model", "load_scorer", "score", "write_results")
+OF_EVALUATE = ("build_model", "warm_up_kernels")
 INDENT = 28 * " "
 
 
 @functools.cache
 def beginning() -> float:
-    """When this process, or the one of which it is a fork, was started."""
+    """Seconds since boot at which this process, or the one that it was forked from, was started."""
     return time.clock_gettime(time.CLOCK_BOOTTIME) - clock.process_seconds()
 
 
 def now() -> float:
-    """Seconds since then."""
+    """Seconds since `beginning`."""
     return time.clock_gettime(time.CLOCK_BOOTTIME) - beginning()
 
 
 @contextlib.contextmanager
-def timed(what: str) -> Iterator[None]:
-    """Print when, and for how long."""
+def timed(name: str) -> Iterator[None]:
+    """Print when the work inside began and ended, and how long it took."""
     began = now()
     yield
     ended = now()
-    print(f"{began:7.2f} to {ended:7.2f}, {ended - began:6.2f} s: {what}", flush=True)
+    print(f"{began:7.2f} to {ended:7.2f}, {ended - began:6.2f} s: {name}", flush=True)
 
 
-def in_time(holder: Any, name: str, what: str = "") -> None:
-    """Time every call of what `holder` calls by this name."""
+def in_time(holder: Any, name: str, label: str = "") -> None:
+    """Replace a function of the module or class `holder` by one that is timed."""
     function = getattr(holder, name)
 
     def call(*arguments: Any, **named: Any) -> Any:
-        with timed(what or name):
+        with timed(label or name):
             return function(*arguments, **named)
 
     setattr(holder, name, call)
 
 
 def decode_in_time() -> None:
-    """Time the other process: its imports, its compiling, and its decoding, which waits for that."""
+    """Time the process that decodes: its imports, its compiling, and its decoding, which waits for both."""
     serve = decode_process._serve
 
     def call(*arguments: Any) -> None:
@@ -65,7 +67,7 @@ def decode_in_time() -> None:
             codec = importlib.import_module("stages.pack.entropy.codecs")
             importlib.import_module("stages.pack.file.tensors")
         in_time(codec, "compile_ahead", INDENT + "compile_ahead")
-        in_time(decode_process, "in_threads", INDENT + "decode, compiling awaited")
+        in_time(decode_process, "thread_map", INDENT + "decode, compiling awaited")
         with event.install_timer(
             "numba:compile", lambda seconds: print(f"{INDENT}{seconds:.2f} s of compiling", flush=True)
         ):
@@ -75,22 +77,25 @@ def decode_in_time() -> None:
 
 
 def main() -> None:
-    """The stage, with its steps timed."""
+    """Run the stage with its steps timed."""
+    # The process that decodes is started before the stage is imported, as the stage itself does it.
     print(f"{now():7.2f}: begun", flush=True)
     decode_in_time()
-    begun = decode_process.Decoder()
+    begun = decode_process.DecodeProcess()
     with timed("imports"):
         stage: Any = importlib.import_module(f"stages.{sys.argv[1]}.__main__")
         evaluate = importlib.import_module("stages.scoring.evaluate")
     stage.DECODER = begun
-    in_time(stage.Unpacking, "state")
+
+    in_time(stage.PendingModel, "wait")
     for name in OF_THE_STAGE:
         in_time(stage, name)
     for name in OF_EVALUATE:
         in_time(evaluate, name)
+
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
-        stage.command.launch(stage.STAGE, stage.main, sys.argv[2:])
+        stage.launch(stage.STAGE, stage.main, sys.argv[2:])
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""The stages of the pipeline, one package each, and beside them what siblings share.
+"""The stages of the pipeline, one package each, and the packages common and scoring that they share.
 
-Importing this package does two things, which must come before numpy and torch are imported. It pins the instruction set, so that
-results do not depend on the CPU (common/instruction_set.py). And it checks that the interpreter can run a stage at all: DVC starts `python`
-from PATH, which need not be the interpreter of the project's environment, and one line that says so is worth more than a traceback from the
-middle of an import.
+Importing this package does two things that must come before numpy and torch are imported. It pins
+the instruction set, so that results do not depend on the CPU (common/instruction_set.py). And it
+checks that the interpreter can run a stage at all: DVC starts `python` from PATH, which may not be
+the interpreter of the project's environment, and one line that says so is better than a traceback
+from the middle of an import.
 """
 
 import sys

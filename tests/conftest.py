@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 
 from stages.common import cpu_math
+from stages.common.bpb import ByteTable
+from tests import byte_inputs
 
 ROOT = Path(__file__).resolve().parent.parent
 OPTIONS = {
@@ -28,9 +30,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure() -> None:
-    """What must be in the environment before it is read: by numba and Triton when they are imported, and by the stages that tests start.
+    """Set what numba and Triton read from the environment when they are imported.
 
-    Compiled loops say when they leave an array. Where there is no GPU, Triton's kernels run in its interpreter.
+    Stages that tests start inherit it. Compiled loops check array bounds. Without a GPU, Triton's kernels run
+    in its interpreter.
     """
     cpu_math.install()
     os.environ.setdefault("NUMBA_BOUNDSCHECK", "1")
@@ -49,7 +52,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def _clean_torch() -> Iterator[None]:
-    """Give each test the same start, and take back what it set: default dtype, random states, threads, determinism, process group."""
+    """Give each test the same start, and restore what it changed.
+
+    That is: default dtype, random states, threads, determinism, process group.
+    """
     dtype, deterministic = torch.get_default_dtype(), torch.get_deterministic_debug_mode()
     precision, threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
     torch_state, numpy_state, python_state = torch.get_rng_state(), np.random.get_state(), random.getstate()
@@ -76,8 +82,14 @@ def repository() -> Path:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Real text and tokenizers, kept beside the repository and not in it."""
+    """Real text and tokenizers, which are kept next to the repository and not in it."""
     folder = ROOT.parent / "shared" / "data"
     if not folder.is_dir():
-        pytest.skip("no shared data: this test reads ../shared/data beside the repository")
+        pytest.skip("no shared data: this test reads ../shared/data next to the repository")
     return folder
+
+
+@pytest.fixture(scope="module")
+def tokenised(tmp_path_factory: pytest.TempPathFactory) -> tuple[ByteTable, np.ndarray]:
+    """A tokenizer's byte table, and its tokens of some texts."""
+    return byte_inputs.tokenised_texts(tmp_path_factory.mktemp("tokenizer"))

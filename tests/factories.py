@@ -11,11 +11,13 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from stages.audit.params import AuditParams
 from stages.common import shards
 from stages.common.bpb import ByteTable
 from stages.common.parallel import ParallelParams, World
 from stages.common.scorer import Scorer
-from stages.train.loop import Trained
+from stages.sliding_eval.params import SlidingEvalParams
+from stages.train.loop import TrainResult
 from stages.train.model import Model, initialise_
 from stages.train.params import ModelParams, Params, TrainParams
 from stages.ttt_eval.params import LoraParams, TttEvalParams
@@ -90,7 +92,7 @@ LORA = LoraParams(
 )
 TTT = TttEvalParams(
     kind="sgd",
-    confidence=False,
+    weight_by_surprise=False,
     trained="all",
     chunk=32,
     epochs=2,
@@ -102,21 +104,56 @@ TTT = TttEvalParams(
     mixer_rate=0.0,
     lora=LORA,
 )
+AUDIT = AuditParams(
+    perturbations=21,
+    segment_targets=64,
+    recomputed_share=0.1,
+    chunked_scorer_share=1.0,
+    order_documents=5,
+    call_splits=3,
+    canary_targets=256,
+    sampled_targets=256,
+    canary_bits=64.0,
+    distributions=16,
+    substitutions=16,
+    decoded_targets=0,
+    shingle_rate=0,
+    clean_room=False,
+    loss_tolerance=1e-4,
+    bfloat16_loss_tolerance=0.5,
+    bfloat16_mean_tolerance=1e-3,
+    mean_tolerance=1e-6,
+    sum_tolerance=1e-5,
+    evaluation_budget_seconds=600.0,
+)
+SLIDING = SlidingEvalParams(window=16, stride=4, batch_windows=3, chunk=32)
 
 
 def table(vocab_size: int = TINY.vocab_size) -> ByteTable:
-    """What the ids of a made-up tokenizer say: four without text, the lone space, then short words, some of them twice."""
-    texts, count = [b""] * 5, vocab_size - 5
-    texts += [bytes(97 + (i >> shift) % 3 for shift in range(0, 2 * (i % 4) + 1, 2)) for i in range(count)]
+    """The byte table of a made-up tokenizer.
+
+    Four ids emit nothing and one a space; the others are short words, some of which occur twice.
+    """
+    texts = [b""] * 5
+    for i in range(vocab_size - 5):
+        texts.append(bytes(97 + (i >> shift) % 3 for shift in range(0, 2 * (i % 4) + 1, 2)))
     ids = np.arange(vocab_size)
     return ByteTable(tuple(texts), (ids % 3 == 1) & (ids > 3), ids < 4, 1)
 
 
-def world(rank: int = 0, size: int = 1) -> World:
+def two_byte_table() -> ByteTable:
+    """A table in which every id of the tiny model emits the same two bytes."""
+    flags = np.zeros(TINY.vocab_size, dtype=bool)
+    return ByteTable((b"ab",) * TINY.vocab_size, flags, flags.copy(), bos=1)
+
+
+def make_world(rank: int = 0, size: int = 1) -> World:
+    """The world of one rank on the CPU, without a process group."""
     return World(rank, size, torch.device("cpu"), torch.float32, compile=False, host_group=None)
 
 
 def params(seed: int = 42, **train: Any) -> Params:
+    """Parameters of the stage train for the tiny model, with changes to its section."""
     return Params(seed, PARALLEL, TINY, replace(TRAIN, **train))
 
 
@@ -134,7 +171,7 @@ def random_model(seed: int = 0, model_params: ModelParams = TINY) -> Model:
 def write_shards(
     folder: Path, lengths: tuple[int, ...] = (700, 900), vocab: int = TINY.vocab_size, seed: int = 0
 ) -> Path:
-    """Shards of a learnable stream: a noisy cycle over the vocabulary, BOS (1) now and then."""
+    """Write shards of a stream that can be learnt: a noisy cycle over the ids, with BOS (1) every 50."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = np.random.Generator(np.random.PCG64(seed))
     for number, length in enumerate(lengths):
@@ -144,8 +181,8 @@ def write_shards(
     return folder
 
 
-def assert_trained_alike(folder: Path, alone: Trained, ranks: int) -> None:
-    """What `ranks` ranks of the stage train wrote is what one process trained, but for the order of sums."""
+def assert_trained_alike(folder: Path, alone: TrainResult, ranks: int) -> None:
+    """Check that `ranks` ranks of the stage train gave one process's result, up to the order of sums."""
     np.testing.assert_allclose(np.loadtxt(folder / "loss.tsv", skiprows=1)[:, 1], alone.losses, atol=1e-4)
     state = load_file(folder / "model.safetensors")
     assert state.keys() == alone.state.keys()
@@ -157,17 +194,20 @@ def assert_trained_alike(folder: Path, alone: Trained, ranks: int) -> None:
 def assert_forks_are_independent(
     make: Callable[[Model], Scorer], tokens: np.ndarray, observed: Sequence[int] = ()
 ) -> None:
-    """What a fork observes and scores moves neither the scorer that it comes from nor the model that this was given."""
-    model, cut = random_model(6), 40
+    """Check that a fork's work changes neither the scorer it was forked from nor the model given to that."""
+    cut = 40
+    model = random_model(6)
     before = copy.deepcopy(model.state_dict())
-    scorer, straight = make(model), make(random_model(6))
+    scorer = make(model)
     scorer.score_stream(tokens[:cut])
-    twin = scorer.fork()
+    fork = scorer.fork()
     for token in observed:
-        twin.observe(token)
-    twin.score_stream(np.full(60, 9, dtype=np.uint16))
-    straight.score_stream(tokens[:cut])
-    np.testing.assert_array_equal(scorer.score_stream(tokens[cut:]), straight.score_stream(tokens[cut:]))
+        fork.observe(token)
+    fork.score_stream(np.full(60, 9, dtype=np.uint16))
+
+    without_fork = make(random_model(6))
+    without_fork.score_stream(tokens[:cut])
+    np.testing.assert_array_equal(scorer.score_stream(tokens[cut:]), without_fork.score_stream(tokens[cut:]))
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert all(parameter.requires_grad for parameter in model.parameters())
 
@@ -175,10 +215,13 @@ def assert_forks_are_independent(
 def assert_pieces_and_predictions_agree(
     make: Callable[[], Scorer], tokens: np.ndarray, cuts: Sequence[int]
 ) -> None:
-    """The stream in pieces, and token by token through predict() for 80 targets, score as the whole."""
-    whole, in_pieces, one_by_one = make().score_stream(tokens), make(), make()
+    """Check that a stream in pieces, and 80 targets by predict(), score as the whole stream does."""
+    whole = make().score_stream(tokens)
+    in_pieces = make()
     pieces = np.concatenate([in_pieces.score_stream(part) for part in np.split(tokens, cuts)])
     np.testing.assert_allclose(pieces, whole, atol=2e-4)
+
+    one_by_one = make()
     one_by_one.observe(int(tokens[0]))
     for target in range(80):
         distribution = one_by_one.predict()

@@ -1,8 +1,10 @@
-"""Hashes of every operation that results depend on, and of a tiny training, packing and scoring: `python -m tests.identity [--all]`.
+"""Hashes of every operation that results depend on, and of a tiny run of the pipeline.
 
-The committed hashes are in identity.json, and every machine must make the same ones, emulated CPUs of other vendors included
-(tests/test_identity.py). `--all` adds the adapters and what numba compiles, which take long under emulation; `--write` replaces
-identity.json.
+    python -m tests.identity [--all] [--threads N] [--write]
+
+The committed hashes are in identity.json. Every machine must make the same ones, and so must emulated CPUs
+of other vendors (tests/test_identity.py). `--all` adds the adapters and what numba compiles, which take
+long under emulation; `--write` replaces identity.json.
 """
 
 import argparse
@@ -23,39 +25,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stages.calibrate.hessians import collect
+from stages.calibrate.hessians import collect_hessians
 from stages.calibrate.params import CalibrateParams
 from stages.calibrate.params import Params as CalibrateInput
 from stages.common import cpu_math
 from stages.common.clock import Interval
-from stages.common.progress import Report
+from stages.common.progress import Logger
 from stages.common.scorer import Scorer
 from stages.pack.artifact import pack, unpack
-from stages.pack.params import PackParams
 from stages.sliding_eval.params import SlidingEvalParams
 from stages.sliding_eval.scorer import SlidingScorer
 from stages.train.cpu_attention import attention
 from stages.train.loop import train
 from stages.train.model import Model
 from stages.train.params import Params
-from stages.ttt_eval.build import scorer_for
-from tests.factories import PARALLEL, TINY, TRAIN, TTT, table, world, write_shards
+from stages.ttt_eval.build import build_scorer
+from tests import pack_inputs
+from tests.factories import PARALLEL, TINY, TRAIN, TTT, make_world, table, write_shards
 
 COMMITTED = Path(__file__).with_name("identity.json")
 THREADS = 2  # of the committed hashes; part of a result's identity
-# Large enough for products in several jobs and for reductions that torch divides over threads; small enough to emulate.
+# Large enough for products in several jobs and for reductions that torch divides over threads; small
+# enough to emulate.
 MODEL = replace(TINY, vocab_size=512, context=64, width=48, hidden=96, heads=4, kv_heads=2, rope_dims=4)
 SLIDING = SlidingEvalParams(window=64, stride=16, batch_windows=4, chunk=128)
-PACK = PackParams(
-    quantiser="sdclip", codec="brotli", states=8, rate_weight=0.0, row_weight=0.5, matrix_bits=6, embedding_bits=8, attention_clip=12.85,
-    mlp_clip=12.85, embedding_clip=20.0, lqer_rank=0, lqer_tensors=2, awq_groups=0, damping=0.01, block_columns=16, brotli_quality=11,
-    budget_bytes=120_000, code_reserve_bytes=1_000,
-)  # fmt: skip
-SILENT = Report(is_main=False)
+PACK = replace(pack_inputs.PACK, rate_weight=0.0, budget_bytes=120_000)
+SILENT = Logger(is_main=False)
 
 
 def digest(value: Any) -> str:
-    """The beginning of the sha256 of a tensor's, an array's or a text's bytes."""
+    """The first 16 hexadecimal digits of the sha256 of a tensor, an array or a text."""
     if isinstance(value, Tensor):
         value = value.detach().contiguous().numpy()
     if isinstance(value, np.ndarray):
@@ -71,7 +70,7 @@ def digest_of_state(state: dict[str, Tensor]) -> str:
 
 
 def operations() -> Iterator[tuple[str, str]]:
-    """Every operation on floating-point numbers that the pipeline uses on the CPU, over magnitudes from 2^-60 to 2^60."""
+    """Hash each floating-point operation of the pipeline on the CPU, over magnitudes from 2^-60 to 2^60."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -85,11 +84,10 @@ def operations() -> Iterator[tuple[str, str]]:
         positive = torch.exp2(normal(4000, dtype=dtype) * 20)
         rows = normal(40, 99, dtype=dtype)
         yield f"normal {kind}", digest(x)
+
         for name, function in _functions().items():
-            yield (
-                f"{name} {kind}",
-                digest(function(positive if name in ("sqrt", "log", "rsqrt", "log2") else x.clamp(-80, 80))),
-            )
+            needs_positive = name in ("sqrt", "log", "rsqrt", "log2")
+            yield f"{name} {kind}", digest(function(positive if needs_positive else x.clamp(-80, 80)))
         for name, reduction in _reductions().items():
             yield f"{name} {kind}", digest(reduction(rows))
         for name, product in _products(lambda *shape, dtype=dtype: normal(*shape, dtype=dtype)).items():
@@ -138,21 +136,19 @@ def _reductions() -> dict[str, Callable[[Tensor], Tensor]]:
     }
 
 
+PRODUCTS = ((256, 128, 96), (100, 257, 77), (48, 523, 64), (7, 5, 3), (1, 128, 64), (64, 128, 1))
+
+
 def _products(normal: Callable[..., Tensor]) -> dict[str, Tensor]:
     found = {}
-    for rows, depth, columns in (
-        (256, 128, 96),
-        (100, 257, 77),
-        (48, 523, 64),
-        (7, 5, 3),
-        (1, 128, 64),
-        (64, 128, 1),
-        (64, 1100, 33),
-    ):
-        a, b = normal(rows, depth), normal(columns, depth)
+    for rows, depth, columns in (*PRODUCTS, (64, 1100, 33)):
+        a = normal(rows, depth)
+        b = normal(columns, depth)
         found[f"mm {rows} {depth} {columns}"] = a @ b.T
         found[f"mm, both transposed, {rows} {depth} {columns}"] = a.T.contiguous().T @ b.T.contiguous()
-    batch, other = normal(5, 33, 65), normal(5, 65, 34)
+
+    batch = normal(5, 33, 65)
+    other = normal(5, 65, 34)
     return found | {
         "bmm": batch @ other,
         "baddbmm": torch.baddbmm(normal(5, 33, 34), batch, other, beta=0.5, alpha=-1.5),
@@ -175,10 +171,11 @@ def _factorisations(matrix: Tensor, generator: torch.Generator) -> dict[str, Ten
 def _attention(normal: Callable[..., Tensor]) -> dict[str, Tensor]:
     q, k, v = (normal(2, heads, 150, 16).requires_grad_() for heads in (4, 2, 2))
     out = attention(q, k, v, None)
+    found = {"attention": out}
     gradients = torch.autograd.grad(out.square().sum(), (q, k, v))
-    return {"attention": out} | {
-        f"attention, gradient of {name}": g for name, g in zip("qkv", gradients, strict=True)
-    }
+    for name, gradient in zip("qkv", gradients, strict=True):
+        found[f"attention, gradient of {name}"] = gradient
+    return found
 
 
 def _numpy() -> dict[str, Any]:
@@ -187,37 +184,41 @@ def _numpy() -> dict[str, Any]:
     positive = np.exp2(generator.normal(size=4000) * 20)
     found: dict[str, Any] = {"numpy normal": x}
     for dtype in (np.float32, np.float64):
-        kind, values, above = np.dtype(dtype).name, np.clip(x, -80, 80).astype(dtype), positive.astype(dtype)
-        found |= {f"numpy {name} {kind}": getattr(np, name)(values) for name in ("exp", "exp2", "expm1")}
-        found |= {
-            f"numpy {name} {kind}": getattr(np, name)(above) for name in ("log", "log2", "log1p", "sqrt")
-        }
+        kind = np.dtype(dtype).name
+        values = np.clip(x, -80, 80).astype(dtype)
+        for name in ("exp", "exp2", "expm1"):
+            found[f"numpy {name} {kind}"] = getattr(np, name)(values)
+        for name in ("log", "log2", "log1p", "sqrt"):
+            found[f"numpy {name} {kind}"] = getattr(np, name)(positive.astype(dtype))
+
         grid: Any = values[:3960].reshape(40, 99)
-        found |= {
-            f"numpy sum {kind}": grid.sum(),
-            f"numpy mean {kind}": grid.mean(0),
-            f"numpy std {kind}": grid.std(1),
-        }
-        found |= {f"numpy cumsum {kind}": grid.cumsum(1), f"numpy product {kind}": grid @ grid.T}
+        found[f"numpy sum {kind}"] = grid.sum()
+        found[f"numpy mean {kind}"] = grid.mean(0)
+        found[f"numpy std {kind}"] = grid.std(1)
+        found[f"numpy cumsum {kind}"] = grid.cumsum(1)
+        found[f"numpy product {kind}"] = grid @ grid.T
     return found
 
 
 def pipeline(everything: bool, threads: int) -> Iterator[tuple[str, str]]:
-    """A tiny training, calibration, packing and scoring; `everything`: the default quantiser, its coder, adapters, tilt and mixture too."""
-    here, parallel = world(), replace(PARALLEL, threads=threads)
+    """Hash a tiny training, calibration, packing and scoring.
+
+    `everything` adds the default quantiser, its coder, adapters, tilt and mixture.
+    """
+    world = make_world()
+    parallel = replace(PARALLEL, threads=threads)
     with tempfile.TemporaryDirectory() as name:
         folder = write_shards(Path(name) / "train", (3000, 2000), MODEL.vocab_size)
         settings = replace(TRAIN, steps=4, batch_tokens=256, micro_batch_tokens=128)
-        trained = train(Params(42, parallel, MODEL, settings), folder, here, SILENT, Interval())
+        trained = train(Params(42, parallel, MODEL, settings), folder, world, SILENT, Interval())
         yield "losses of training", digest(np.array(trained.losses))
         yield "trained weights", digest_of_state(trained.state)
 
-        counted = CalibrateParams(
+        section = CalibrateParams(
             tokens=256, importance_tokens=128, micro_batch_tokens=128, revisit_weight=1.0
         )
-        hessians = collect(
-            trained.state, CalibrateInput(42, parallel, MODEL, counted), folder, here, SILENT, Interval()
-        )
+        calibrate = CalibrateInput(42, parallel, MODEL, section)
+        hessians = collect_hessians(trained.state, calibrate, folder, world, SILENT, Interval())
         yield "Hessians", digest_of_state(hessians)
 
     packed = pack(trained.state, hessians, MODEL, PACK, SILENT)
@@ -239,17 +240,17 @@ def _scorers(state: dict[str, Tensor], targets: int, everything: bool) -> Iterat
         return made
 
     sgd = replace(TTT, chunk=128, batch_tokens=64)
-    yield "sliding", SlidingScorer(model(), SLIDING, world())
+    yield "sliding", SlidingScorer(model(), SLIDING, make_world())
     ways = {"SGD": sgd}
     if everything:
         ways["adapters"] = replace(sgd, kind="lora")
         ways["SGD, tilt and mixture"] = replace(sgd, tilt_rate=0.05, mixer_rate=0.001)
     for words, params in ways.items():
-        yield words, scorer_for(model(), SLIDING, params, world(), table(MODEL.vocab_size), targets)
+        yield words, build_scorer(model(), SLIDING, params, make_world(), table(MODEL.vocab_size), targets)
 
 
 def hashes(everything: bool, threads: int) -> dict[str, str]:
-    """All of them by name."""
+    """All hashes by name."""
     cpu_math.require_avx2()
     cpu_math.install()
     torch.set_num_threads(threads)
@@ -259,7 +260,7 @@ def hashes(everything: bool, threads: int) -> dict[str, str]:
 
 def main() -> None:
     """Print the hashes, one a line, or write them."""
-    parser = argparse.ArgumentParser(prog="python -m tests.identity", description=__doc__.partition(":")[0])
+    parser = argparse.ArgumentParser(prog="python -m tests.identity", description=__doc__.partition("\n")[0])
     parser.add_argument("--all", action="store_true", help="also the adapters and what numba compiles")
     parser.add_argument("--write", action="store_true", help=f"replace {COMMITTED.name}")
     parser.add_argument("--threads", type=int, default=THREADS, help="other numbers have hashes of their own")

@@ -1,6 +1,6 @@
 """Several ranks for the price of one start: a process that has imported torch forks them.
 
-A test calls `agree("tests.test_x:function", sizes)`; the function takes this rank's `World` and asserts.
+A test calls `agree("tests.MODULE:function", sizes)`; the function takes its rank's `World` and asserts.
 """
 
 import importlib
@@ -11,14 +11,14 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from stages.common.parallel import World, world
+from stages.common.parallel import World, distributed
 from tests.factories import PARALLEL
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def agree(function: str, sizes: Sequence[int]) -> None:
-    """Run `module:function` on so many ranks, one size after the other; every rank must return."""
+    """Run `module:function` on as many ranks as each of `sizes` says; every rank must return."""
     command = [sys.executable, "-m", "tests.ranks", function, *map(str, sizes)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
@@ -32,13 +32,13 @@ def agree(function: str, sizes: Sequence[int]) -> None:
 
 
 def as_rank(function: Callable[[World], None], rank: int, size: int, port: int) -> None:
-    """What a forked process does: be one rank, as torchrun's environment says it."""
+    """Run `function` as one rank, in a forked process, with the environment that torchrun would set."""
     ours = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
     place = {**ours, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({key: str(value) for key, value in place.items()})
-    with world(PARALLEL) as here:
-        function(here)
-        os.write(1, f"rank {here.rank} of {here.size} agrees\n".encode())
+    with distributed(PARALLEL) as world:
+        function(world)
+        os.write(1, f"rank {world.rank} of {world.size} agrees\n".encode())
 
 
 def main(name: str, *sizes: str) -> None:

@@ -1,170 +1,248 @@
-"""The byte mixture once more, with dictionaries and float64: what stages/ttt_eval/bytemix/mixer.py computes where no two lines collide."""
+"""The byte mixer again, with dictionaries and float64: an independent reference for its compiled loops.
+
+It computes what stages/ttt_eval/bytemix/mixer.py computes as long as no two slots collide.
+"""
 
 import math
 from collections import defaultdict
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from stages.scoring.byte_tree import END, Trees
-from stages.ttt_eval.bytemix.context_tables import (
-    ALWAYS,
-    CLASSES,
-    CONTEXTS,
-    EDGES,
-    KNOWN,
-    LENGTHS,
-    LONGEST,
-    NETWORK,
-    ORDERS,
-    SHORTEST,
-    STATES,
-    SURE,
+from stages.scoring.byte_tree import END, ByteTrees
+from stages.ttt_eval.bytemix.context_tables import N_CONTEXTS, NEXT_HISTORY, ORDERS
+from stages.ttt_eval.bytemix.mixer import (
+    BIAS,
+    BIAS_INPUT,
+    CERTAIN_LOGIT,
+    CERTAINTY_EDGES,
+    INITIAL_COUNT,
+    MATCH_LENGTH_EDGES,
+    MAX_PROB,
+    MAX_PROB_COUNT,
+    N_KNOWN_CLASSES,
+    N_LENGTH_CLASSES,
+    NETWORK_INPUT,
+    STEADY_UPDATES,
+    STRETCH_BITS,
 )
-from stages.ttt_eval.bytemix.mixer import AFTER, FEWEST, GRID_BITS, LIMIT, STEADY, WHOLE
+from stages.ttt_eval.bytemix.text_history import MAX_MATCH, MIN_MATCH
 
-MATCH = CONTEXTS
-NOTHING = 0.5 * WHOLE  # the chance that an opinion is made of where nothing is known
+EVEN = 0.5 * MAX_PROB  # where nothing is known
 
 
-def logit(chance: float) -> float:
-    """Of the middle of the cell of a grid that a chance of 22 bits lies in."""
-    cell = int(chance * (1 << GRID_BITS) / (1 << 22))
-    return math.log((cell + 0.5) / ((1 << GRID_BITS) - cell - 0.5))
+def stretch(prob: float) -> float:
+    """The logit of the middle of the grid's cell that a probability, times 2^22, is in."""
+    cell = int(prob * (1 << STRETCH_BITS) / (1 << 22))
+    return math.log((cell + 0.5) / ((1 << STRETCH_BITS) - cell - 0.5))
 
 
 def is_letter(byte: int) -> bool:
     return 97 <= byte | 32 <= 122 or byte >= 128
 
 
-class SlowMixture:
-    def __init__(self, boundary: np.ndarray, rate: float) -> None:
-        self.boundary, self.rate = boundary, rate
-        self.lines: dict[Any, dict[Any, int]] = {}
-        self.chances: dict[Any, list[float]] = {}
-        self.by_context: Any = defaultdict(lambda: np.eye(ALWAYS + 1)[NETWORK])
-        self.by_match: Any = defaultdict(lambda: np.zeros(ALWAYS + 1))
-        self.steps: Any = defaultdict(int)
-        self.read, self.word, self.before, self.pair = b"\0" * 8, b"", b"", (b"", b"")
-        self.text, self.where = bytearray(), dict[bytes, int]()
-        self.begins: Any = defaultdict(int)
-        self.matched, self.length = 0, 0
+class AdaptiveProb:
+    """The probability of a 1, times MAX_PROB, and the number of observations that it counts as."""
 
-    def _after(self, inside: bytes) -> tuple[bytes, bytes, bytes]:
-        read, word, before = self.read, self.word, self.before
-        for byte in inside:
-            read = (read + bytes([byte]))[-8:]
+    def __init__(self, prob: float) -> None:
+        self.prob = math.floor(prob * MAX_PROB)
+        self.count = INITIAL_COUNT
+
+    def learn(self, bit: int) -> None:
+        """Round on a fine grid. That of `stretch` is coarse: near 0 and 1 a cell is up to 1 wide."""
+        self.prob = math.floor(self.prob + (bit * MAX_PROB - self.prob) / (self.count + 1.5))
+        self.count = min(self.count + 1, MAX_PROB_COUNT)
+
+
+class Learned(NamedTuple):
+    """A decision that was scored, and all that learns from it."""
+
+    bit: int
+    error: float
+    inputs: np.ndarray  # (I,)
+    context_set: tuple[Any, ...]
+    match_set: tuple[Any, ...]
+    slots: list[Any]  # one for each context
+    node: int
+    histories: list[int]
+    probs: list[AdaptiveProb]
+    match_prob: AdaptiveProb | None
+
+
+class SlowByteMixer:
+    def __init__(self, boundary_V: np.ndarray, rate: float) -> None:
+        self.boundary_V = boundary_V
+        self.rate = rate
+        self.slots: dict[Any, dict[int, int]] = {}  # bit histories by slot, then node
+        self.probs: dict[Any, AdaptiveProb] = {}
+        self.context_weights: Any = defaultdict(lambda: np.eye(BIAS_INPUT + 1)[NETWORK_INPUT])
+        self.match_weights: Any = defaultdict(lambda: np.zeros(BIAS_INPUT + 1))
+        self.updates: Any = defaultdict(int)  # of a set of weights
+
+        # The text, and its end as contexts see it.
+        self.text = bytearray()
+        self.last_bytes = b"\0" * 8
+        self.word = b""
+        self.previous_word = b""
+        self.last_tokens = (b"", b"")
+        self.borders: Any = defaultdict(int)  # by position: 1 after a token, 2 after a control token
+
+        # The match.
+        self.positions = dict[bytes, int]()  # after the last MIN_MATCH bytes
+        self.match_position = 0
+        self.match_length = 0
+
+    def _extended(self, token_bytes: bytes) -> tuple[bytes, bytes, bytes]:
+        """Last bytes, word and previous word after more bytes."""
+        last_bytes, word, previous_word = self.last_bytes, self.word, self.previous_word
+        for byte in token_bytes:
+            last_bytes = (last_bytes + bytes([byte]))[-8:]
             if is_letter(byte):
                 word += bytes([byte | 32])
             else:
-                word, before = b"", word or before
-        return read, word, before
+                previous_word = word or previous_word
+                word = b""
+        return last_bytes, word, previous_word
 
-    def _contexts(self, inside: bytes) -> list[Any]:
-        read, word, before = self._after(inside)
-        return [*(read[-k:] for k in ORDERS), (word, read[-1:]), (word, before), (inside, *self.pair)]
+    def _contexts(self, token_bytes: bytes) -> list[Any]:
+        last_bytes, word, previous_word = self._extended(token_bytes)
+        orders = [last_bytes[-order:] for order in ORDERS]
+        words = [(word, last_bytes[-1:]), (word, previous_word)]
+        return [*orders, *words, (token_bytes, *self.last_tokens)]
 
-    def _opinion(self, prefix: int, inside: bytes) -> tuple[Any, float] | None:
-        """Of the match: its key, and the chance it starts with."""
-        at, length = self.matched + len(inside), min(self.length + len(inside), LONGEST)
-        if not self.length or self.text[self.matched : at] != inside or at >= len(self.text):
+    def _match_prob(self, prefix: int, token_bytes: bytes) -> AdaptiveProb | None:
+        """The probability of the match model's prediction; None without one."""
+        position = self.match_position + len(token_bytes)
+        length = min(self.match_length + len(token_bytes), MAX_MATCH)
+        agrees = self.text[self.match_position : position] == token_bytes
+        if not self.match_length or not agrees or position >= len(self.text):
             return None
-        wrong = 1 / (length / 4 + 3)
+
         if prefix == END:
-            ends = self.begins[at] == 2 if not inside else self.begins[at] > 0
-            return (ends, length, "end"), 0.2 if ends else 0.8
-        known = prefix.bit_length() - 1
-        if (self.text[at] | 256) >> 8 - known != prefix:
+            border = self.borders[position]
+            ends = border == 2 if not token_bytes else border > 0
+            return self._prob(("ends", ends, length), 0.2 if ends else 0.8)
+
+        known_bits = prefix.bit_length() - 1
+        if (self.text[position] | 256) >> 8 - known_bits != prefix:
             return None
-        bit = self.text[at] >> 7 - known & 1
-        return (bit, length), 1 - wrong if bit else wrong
+        bit = self.text[position] >> 7 - known_bits & 1
+        wrong = 1 / (length / 4 + 3)
+        return self._prob(("bit", bit, length), 1 - wrong if bit else wrong)
 
-    def _chance(self, key: Any, start: float) -> list[float]:
-        return self.chances.setdefault(key, [int(start * WHOLE), FEWEST])
+    def _prob(self, key: Any, initial: float) -> AdaptiveProb:
+        return self.probs.setdefault(key, AdaptiveProb(initial))
 
-    def gain(self, trees: Trees, number: int, token: int, path: np.ndarray) -> float:
-        """What a token's loss is less by; then everything learns from it."""
-        text = bytes(trees.text[trees.text_start_TV[number, token] : trees.text_start_TV[number, token + 1]])
-        first, nats, learnt = trees.first_TV[number, token], 0.0, []
-        for e in range(first, trees.first_TV[number, token + 1]):
-            z, prefix, inside = float(path[e - first]), int(trees.prefix_E[e]), text[: trees.depth_E[e]]
-            if abs(z) >= SURE:
+    def gain(self, trees: ByteTrees, tree: int, token: int, logits_D: np.ndarray) -> float:
+        """The nats by which a token's loss becomes less; everything learns from it after that."""
+        text = bytes(trees.text[trees.text_start_TV[tree, token] : trees.text_start_TV[tree, token + 1]])
+        first = trees.path_start_TV[tree, token]
+        nats = 0.0
+        learned = []
+        for e in range(first, trees.path_start_TV[tree, token + 1]):
+            logit = float(logits_D[e - first])
+            if abs(logit) >= CERTAIN_LOGIT:
                 continue
-            known_bits = max(0, prefix.bit_length() - 1)
-            half = "end" if prefix == END else "high" if known_bits < 4 else ("low", prefix >> known_bits - 4)
-            place = min(len(inside), 14) if prefix == END else prefix
-            lines = [(k, context, half) for k, context in enumerate(self._contexts(inside))]
-            states = [self.lines.get(line, {}).get(place, 0) for line in lines]
-            keys = [(prefix == END, k, state) for k, state in enumerate(states)]
-            starts = [(state % 8 + 0.4) / (state // 8 + state % 8 + 0.8) for state in states]
-            opinions = [self._chance(key, start) for key, start in zip(keys, starts, strict=True)]
-            match = self._opinion(prefix, inside)
-            matched = self._chance(("match", match[0]), match[1]) if match else None
-            x = np.array(
-                [
-                    *(logit(p if state else NOTHING) for (p, _), state in zip(opinions, states, strict=True)),
-                    0,
-                    z,
-                    0.25,
-                ]
-            )
-            x[MATCH] = logit(matched[0] if matched else NOTHING)
-            known = sum(line in self.lines for line in lines)
-            length = int((self.length + len(inside) >= LENGTHS).sum()) if match else 0
-            chosen = (
-                prefix == END,
-                int((abs(z) >= EDGES).sum()),
-                (known * (KNOWN - 1) + CONTEXTS - 1) // CONTEXTS,
-            )
-            by_match = (prefix == END, length, known_bits, z > 0)
-            assert length < CLASSES
-            share = min(1.0, float(SURE) - abs(z))
-            total = share * float((self.by_context[chosen] + self.by_match[by_match]) @ x) + (1 - share) * z
-            bit = int(trees.right_E[e])
+            prefix = int(trees.bit_prefix_E[e])
+            decision, mixed_logit = self._mix(logit, prefix, text[: trees.depth_E[e]])
+
+            bit = int(trees.goes_right_E[e])
             side = 1 if bit else -1
-            nats += math.log1p(math.exp(-side * z)) - math.log1p(math.exp(-side * total))
-            error = share * (bit - 1 / (1 + math.exp(-total)))
-            learnt.append((bit, error, x, chosen, by_match, lines, place, states, opinions, matched))
-        for bit, error, x, chosen, by_match, lines, place, states, opinions, matched in learnt:
-            for weights, name in ((self.by_context, chosen), (self.by_match, by_match)):
-                weights[name] = (
-                    weights[name] + self.rate * error / math.sqrt(1 + self.steps[name] / STEADY) * x
-                )
-                self.steps[name] += 1
-            for line, state, opinion in zip(lines, states, opinions, strict=True):
-                if state:
-                    self._learn(opinion, bit)
-                kept = self.lines.setdefault(line, {})
-                kept[place] = int(AFTER[bit * STATES + kept.get(place, 0)])
-            if matched:
-                self._learn(matched, bit)
-        self._advance(token, text)
+            nats += math.log1p(math.exp(-side * logit)) - math.log1p(math.exp(-side * mixed_logit))
+            error = decision.error * (bit - 1 / (1 + math.exp(-mixed_logit)))
+            learned.append(decision._replace(bit=bit, error=error))
+
+        for decision in learned:
+            self._learn(decision)
+        self._append(token, text)
         return nats
 
-    @staticmethod
-    def _learn(chance: list[float], came: int) -> None:
-        """Its grid is fine, but the logit's is not: a cell is as much as 1 at the edge."""
-        chance[0] = math.floor(chance[0] + (came * WHOLE - chance[0]) / (chance[1] + 1.5))
-        chance[1] = min(chance[1] + 1, LIMIT)
+    def _mix(self, logit: float, prefix: int, token_bytes: bytes) -> tuple[Learned, float]:
+        """A decision, with its mixing weight in place of its error, and its mixed logit."""
+        known_bits = max(0, prefix.bit_length() - 1)
+        if prefix == END:
+            nibble: Any = "end"
+            node = min(len(token_bytes), 14)
+        else:
+            nibble = "high" if known_bits < 4 else ("low", prefix >> known_bits - 4)
+            node = prefix
 
-    def _advance(self, token: int, text: bytes) -> None:
-        if self.boundary[token]:
-            self.read, self.word, self.before, self.length = b"\0" * 8, b"", b"", 0
-        at = len(self.text)
-        self.begins[at] = 2 if self.boundary[token] else max(1, self.begins[at])
-        self.read, self.word, self.before = self._after(text)
+        # Inputs.
+        slots = [(k, context, nibble) for k, context in enumerate(self._contexts(token_bytes))]
+        histories = [self.slots.get(slot, {}).get(node, 0) for slot in slots]
+        probs = []
+        inputs = []
+        for k, history in enumerate(histories):
+            zeros, ones = divmod(history, 8)
+            prob = self._prob((prefix == END, k, history), (ones + 0.4) / (zeros + ones + 0.8))
+            probs.append(prob)
+            inputs.append(stretch(prob.prob if history else EVEN))
+        match_prob = self._match_prob(prefix, token_bytes)
+        inputs += [stretch(match_prob.prob if match_prob else EVEN), logit, float(BIAS)]
+        inputs_I = np.array(inputs)
+
+        # Weights.
+        known = sum(slot in self.slots for slot in slots)
+        known_class = (known * (N_KNOWN_CLASSES - 1) + N_CONTEXTS - 1) // N_CONTEXTS
+        certainty = int((abs(logit) >= CERTAINTY_EDGES).sum())
+        context_set = (prefix == END, certainty, known_class)
+        match_length = self.match_length + len(token_bytes)
+        length_class = int((match_length >= MATCH_LENGTH_EDGES).sum()) if match_prob else 0
+        assert length_class < N_LENGTH_CLASSES
+        match_set = (prefix == END, length_class, known_bits, logit > 0)
+
+        weights_I = self.context_weights[context_set] + self.match_weights[match_set]
+        mixing_weight = min(1.0, float(CERTAIN_LOGIT) - abs(logit))
+        mixed_logit = mixing_weight * float(weights_I @ inputs_I) + (1 - mixing_weight) * logit
+        decision = Learned(
+            0, mixing_weight, inputs_I, context_set, match_set, slots, node, histories, probs, match_prob
+        )
+        return decision, mixed_logit
+
+    def _learn(self, decision: Learned) -> None:
+        for weights, key in (
+            (self.context_weights, decision.context_set),
+            (self.match_weights, decision.match_set),
+        ):
+            step = self.rate * decision.error / math.sqrt(1 + self.updates[key] / STEADY_UPDATES)
+            weights[key] = weights[key] + step * decision.inputs
+            self.updates[key] += 1
+
+        rows = zip(decision.slots, decision.histories, decision.probs, strict=True)
+        for slot, history, prob in rows:
+            if history:
+                prob.learn(decision.bit)
+            nodes = self.slots.setdefault(slot, {})
+            nodes[decision.node] = int(NEXT_HISTORY[decision.bit, nodes.get(decision.node, 0)])
+        if decision.match_prob:
+            decision.match_prob.learn(decision.bit)
+
+    def _append(self, token: int, text: bytes) -> None:
+        """Append a token to the text, and continue the match or look for another."""
+        start = len(self.text)
+        if self.boundary_V[token]:
+            self.last_bytes, self.word, self.previous_word = b"\0" * 8, b"", b""
+            self.match_length = 0
+            self.borders[start] = 2
+        else:
+            self.borders[start] = max(1, self.borders[start])
+
+        self.last_bytes, self.word, self.previous_word = self._extended(text)
+        self.last_tokens = (self.last_tokens[1], text)
         for byte in text:
-            going_on = self.length and self.matched < len(self.text) and self.text[self.matched] == byte
-            self.length = self.length + 1 if going_on else 0
-            self.matched += 1
+            has_next = self.match_position < len(self.text)
+            agrees = self.match_length > 0 and has_next and self.text[self.match_position] == byte
+            self.match_length = self.match_length + 1 if agrees else 0
+            self.match_position += 1
             self.text.append(byte)
-        last, candidate = self.read[-SHORTEST:], self.where.get(self.read[-SHORTEST:], 0)
-        if self.length == 0 and candidate:
-            while (
-                self.length < min(LONGEST, candidate)
-                and self.text[candidate - 1 - self.length] == self.text[-1 - self.length]
-            ):
-                self.length += 1
-            self.matched, self.length = candidate, self.length if self.length >= SHORTEST else 0
-        self.where[last] = len(self.text)
-        self.pair = (self.pair[1], text)
+
+        end = self.last_bytes[-MIN_MATCH:]
+        candidate = self.positions.get(end, 0)
+        if self.match_length == 0 and candidate:
+            longest = min(MAX_MATCH, candidate)
+            length = 0
+            while length < longest and self.text[candidate - 1 - length] == self.text[-1 - length]:
+                length += 1
+            self.match_position = candidate
+            self.match_length = length if length >= MIN_MATCH else 0
+        self.positions[end] = len(self.text)

@@ -1,4 +1,7 @@
-"""An independent, slow forward pass in float64 NumPy, written from the description of the architecture, token by token."""
+"""A slow forward pass in float64 NumPy, token by token, written from the description of the architecture.
+
+`w` are the weights by name, float64; `p` the ModelParams; vectors are (D,) and lists of them have T.
+"""
 
 import math
 
@@ -21,7 +24,7 @@ def rotated(x, position, rope_dims, base):
 
 
 def document_starts(tokens, p):
-    """Where the document of each token begins: at its last BOS, else at the window's first token."""
+    """The first token of each token's document within the window, (T,)."""
     starts: list[int] = []
     for t, token in enumerate(tokens):
         begins = t == 0 or (p.attention == "documents" and token == p.bos_id)
@@ -30,40 +33,44 @@ def document_starts(tokens, p):
 
 
 def attention(w, block, h, tokens, starts, p):
-    """h: list of T vectors; returns the list of T outputs."""
+    """Outputs of one block's attention, a list of T vectors, from its inputs `h`, a list of T vectors."""
     dim = p.width // p.heads
     name = f"blocks.{block}.attention."
-    queries, keys, values = (
-        [w[name + kind + ".weight"] @ x for x in h] for kind in ("query", "key", "value")
-    )
+    queries = [w[name + "query.weight"] @ x for x in h]
+    keys = [w[name + "key.weight"] @ x for x in h]
+    values = [w[name + "value.weight"] @ x for x in h]
+
+    # The outermost blocks add a row of a value table, which depends on the token alone.
     for table in range(p.value_tables):
         if block in (table, p.layers - p.value_tables + table):
             share = np.repeat(w[name + "table_share"], dim)
-            values = [
-                v + share * w[f"value_tables.{table}.weight"][token]
-                for v, token in zip(values, tokens, strict=True)
-            ]
+            rows = w[f"value_tables.{table}.weight"]
+            values = [v + share * rows[token] for v, token in zip(values, tokens, strict=True)]
+
     out = []
     for t, start in enumerate(starts):
         parts = []
         for head in range(p.heads):
             group = head // (p.heads // p.kv_heads)
             own = slice(group * dim, (group + 1) * dim)
-            q = (
-                rotated(rms(queries[t][head * dim : (head + 1) * dim]), t - start, p.rope_dims, p.rope_base)
-                * w[name + "gain"][head]
-            )
-            seen = [
-                rotated(rms(keys[u][own]), u - start, p.rope_dims, p.rope_base) for u in range(start, t + 1)
-            ]
-            scores = np.array([q @ k / math.sqrt(dim) for k in seen])
-            weights = np.exp(scores - scores.max())
+            query = rms(queries[t][head * dim : (head + 1) * dim])
+            q = rotated(query, t - start, p.rope_dims, p.rope_base) * w[name + "gain"][head]
+
+            # Softmax over the tokens of the document so far.
+            scores = []
+            for u in range(start, t + 1):
+                k = rotated(rms(keys[u][own]), u - start, p.rope_dims, p.rope_base)
+                scores.append(q @ k / math.sqrt(dim))
+            weights = np.exp(np.array(scores) - max(scores))
             weights /= weights.sum()
             y = sum(weight * values[u][own] for u, weight in enumerate(weights, start))
+
+            # The component along the token's own value is removed, and the rest is gated.
             direction = values[t][own] / np.linalg.norm(values[t][own])
-            parts.append(y - (y @ direction) * direction)
+            y = y - (y @ direction) * direction
             if p.gate_width:
-                parts[-1] = parts[-1] * 2 / (1 + np.exp(-w[name + "gate"][head] @ h[t][: p.gate_width]))
+                y = y * 2 / (1 + np.exp(-w[name + "gate"][head] @ h[t][: p.gate_width]))
+            parts.append(y)
         out.append(w[name + "output.weight"] @ np.concatenate(parts))
     return out
 
@@ -87,39 +94,39 @@ def block_forward(w, block, x, x0, tokens, starts, p):
 
 
 def embeddings(w, tokens, p):
-    """Normalised embeddings, each with a share of the one before it but at the start of a document."""
+    """Normalised embeddings; each has a share of the one before it, except at the start of a document."""
     rows = [w["embedding.weight"][token] for token in tokens]
     smeared = list(rows)
     for t, token in enumerate(tokens):
         if p.smear_width and t > 0 and token != p.bos_id:
-            smeared[t] = (
-                rows[t]
-                + w["smear.share"] / (1 + np.exp(-w["smear.gate"] @ rows[t][: p.smear_width])) * rows[t - 1]
-            )
+            gate = 1 / (1 + np.exp(-w["smear.gate"] @ rows[t][: p.smear_width]))
+            smeared[t] = rows[t] + w["smear.share"] * gate * rows[t - 1]
     return [rms(row) for row in smeared]
 
 
 def logits(w, tokens, p, looped):
-    """w: name -> float64 array; tokens: list of ids; returns (T, V) float64."""
+    """Logits (T, V) of a list of T ids."""
+    # The order in which blocks are visited; its second half takes the outputs of the first, last first.
     segment = list(range(p.loop_first, p.loop_last + 1))
-    order = (
-        list(range(p.loop_first))
-        + segment * (1 + p.loops if looped else 1)
-        + list(range(p.loop_last + 1, p.layers))
-    )
-    encoder, decoder = order[: len(order) // 2], order[len(order) // 2 :]
+    middle = segment * (1 + p.loops if looped else 1)
+    order = [*range(p.loop_first), *middle, *range(p.loop_last + 1, p.layers)]
+    encoder = order[: len(order) // 2]
+    decoder = order[len(order) // 2 :]
+
     x = embeddings(w, tokens, p)
-    x0, stack, starts = list(x), [], document_starts(tokens, p)
+    x0 = list(x)
+    starts = document_starts(tokens, p)
+    skips = []
+
     for block in encoder:
         x = block_forward(w, block, x, x0, tokens, starts, p)
-        stack.append(x)
+        skips.append(x)
     for step, block in enumerate(decoder):
-        if stack:
-            skipped = stack.pop()
+        if skips:
             gate = 1 / (1 + np.exp(-w["skip_gate"][step]))
-            x = [
-                (1 - gate) * (w["skip_weight"][step] * s) + gate * v for s, v in zip(skipped, x, strict=True)
-            ]
+            weight = (1 - gate) * w["skip_weight"][step]
+            x = [weight * skip + gate * v for skip, v in zip(skips.pop(), x, strict=True)]
         x = block_forward(w, block, x, x0, tokens, starts, p)
+
     z = np.stack([w["embedding.weight"] @ rms(v) for v in x])
     return p.logit_softcap * np.tanh(z / p.logit_softcap)

@@ -1,4 +1,4 @@
-"""audit: the lawful scorer passes everything, every cheat is convicted, by the check that names it."""
+"""audit: the lawful scorer passes everything, every cheat fails, by the check that is named for it."""
 
 import dataclasses
 import hashlib
@@ -6,30 +6,31 @@ import itertools
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from stages.audit import __main__ as stage
 from stages.audit import probe_runner, sampling
 from stages.audit import report as render
 from stages.audit.checks import budgets, coverage
-from stages.audit.verdict import Verdict, convicted, reason
-from stages.calibrate.hessians import hessian_name
-from stages.common import bpb, command, shards
-from stages.common.progress import Report
+from stages.audit.verdict import Verdict, failure_message, failures
+from stages.common import bpb, shards
 from stages.common.scorer import Scorer
-from stages.pack import artifact
-from stages.pack.params import PackParams
-from stages.pack.quantise import tensor_kinds
-from stages.sliding_eval import __main__ as sliding_stage
-from stages.tokenize import duplicates, tokenizer
-from stages.ttt_eval import __main__ as ttt_stage
-from tests import factories
-from tests.zoo import causal, lawful, mass
-from tests.zoo.harness import BYTES, EDGES, KEY, PARAMS, TOKENS, audit, chunk_table, counted, failed
+from stages.common.stage import launch
+from tests.audit_inputs import SECTIONS, write_artifacts
+from tests.zoo import acausal, lawful, unnormalised
+from tests.zoo.harness import (
+    BOUNDARIES,
+    BYTES,
+    KEY,
+    PARAMS,
+    TOKENS,
+    audit,
+    chunk_table,
+    count_decoded_bytes,
+    failed_checks,
+)
 
 
 def by_name(verdicts: list[Verdict], name: str) -> Verdict:
@@ -40,63 +41,65 @@ def by_name(verdicts: list[Verdict], name: str) -> Verdict:
 def test_the_lawful_scorer_passes_everything(run: int, tmp_path: Path) -> None:
     verdicts = audit(lawful.Bigram, tmp_path, key=bytes([run]))
     assert {verdict.outcome for verdict in verdicts} == {"pass"}, [
-        reason(verdict) for verdict in convicted(verdicts)
+        failure_message(verdict) for verdict in failures(verdicts)
     ]
 
 
-def test_looking_one_token_ahead_is_convicted_by_perturbation(tmp_path: Path) -> None:
-    verdicts = audit(causal.LookAhead, tmp_path)
-    assert {"B1 future perturbation", "B3 counterfactual sum", "B4 ledger equals commitment"} <= failed(
-        verdicts
-    )
+def test_looking_one_token_ahead_fails_perturbation(tmp_path: Path) -> None:
+    verdicts = audit(acausal.LookAhead, tmp_path)
+    assert {
+        "B1 future perturbation",
+        "B3 counterfactual sum",
+        "B4 ledger equals commitment",
+    } <= failed_checks(verdicts)
     moved = by_name(verdicts, "future perturbation")
     assert moved.positions
     assert moved.saw != moved.expected
     assert "moved from" in moved.evidence
 
 
-def test_a_second_pass_is_convicted_by_perturbation_and_by_the_ledger(tmp_path: Path) -> None:
-    assert {"B1 future perturbation", "B1 ledger without the future"} <= failed(
-        audit(causal.SecondPass, tmp_path)
+def test_a_second_pass_fails_perturbation_and_the_ledger(tmp_path: Path) -> None:
+    assert {"B1 future perturbation", "B1 ledger without the future"} <= failed_checks(
+        audit(acausal.SecondPass, tmp_path)
     )
 
 
-def test_a_gate_that_knows_the_target_is_convicted_by_the_counterfactual_sum(tmp_path: Path) -> None:
-    verdicts = audit(mass.TargetGate, tmp_path)
-    assert "B3 counterfactual sum" in failed(verdicts)
-    assert "B1 future perturbation" not in failed(verdicts)
+def test_a_gate_that_knows_the_target_fails_the_counterfactual_sum(tmp_path: Path) -> None:
+    verdicts = audit(unnormalised.TargetGate, tmp_path)
+    assert "B3 counterfactual sum" in failed_checks(verdicts)
+    assert "B1 future perturbation" not in failed_checks(verdicts)
     assert float(by_name(verdicts, "counterfactual sum").saw) > 1.01
 
 
-def test_updating_before_scoring_is_convicted_by_the_counterfactual_sum(tmp_path: Path) -> None:
-    assert "B3 counterfactual sum" in failed(audit(causal.UpdateFirst, tmp_path))
+def test_updating_before_scoring_fails_the_counterfactual_sum(tmp_path: Path) -> None:
+    assert "B3 counterfactual sum" in failed_checks(audit(acausal.UpdateFirst, tmp_path))
 
 
-def test_probabilities_that_do_not_sum_to_one_are_convicted(tmp_path: Path) -> None:
-    verdicts = audit(mass.HashedBuckets, tmp_path)
-    assert failed(verdicts) == {"B3 committed distribution sums to one", "B8 self-sampled canary"}
+def test_probabilities_that_do_not_sum_to_one_fail(tmp_path: Path) -> None:
+    verdicts = audit(unnormalised.HashedBuckets, tmp_path)
+    assert failed_checks(verdicts) == {"B3 committed distribution sums to one", "B8 self-sampled canary"}
     assert float(by_name(verdicts, "committed distribution sums to one").saw) == pytest.approx(math.log(2))
 
 
-def test_knowing_where_the_document_ends_is_convicted_by_perturbation(tmp_path: Path) -> None:
-    assert "B1 future perturbation" in failed(audit(causal.DocumentLength, tmp_path))
+def test_knowing_where_the_document_ends_fails_perturbation(tmp_path: Path) -> None:
+    assert "B1 future perturbation" in failed_checks(audit(acausal.DocumentLength, tmp_path))
 
 
-def test_a_dropped_tail_is_convicted_by_coverage(tmp_path: Path) -> None:
-    assert {"B6 coverage", "B6 protocol"} <= failed(audit(causal.DroppedTail, tmp_path))
-    assert failed(audit(lawful.Bigram, tmp_path, edit=lambda nll: nll[:-5])) == {"B6 coverage"}
+def test_a_dropped_tail_fails_coverage(tmp_path: Path) -> None:
+    assert {"B6 coverage", "B6 protocol"} <= failed_checks(audit(acausal.DroppedTail, tmp_path))
+    assert failed_checks(audit(lawful.Bigram, tmp_path, edit=lambda nll: nll[:-5])) == {"B6 coverage"}
 
 
-def test_scoring_a_subset_is_convicted_by_the_commitment(tmp_path: Path) -> None:
-    # This key happens to draw odd places only (once in 2^15 keys), where this cheat is honest and substitution sees nothing: that is why a
-    # place commits to a run of targets.
+def test_scoring_a_subset_fails_the_commitment(tmp_path: Path) -> None:
+    # This key draws odd positions only, as one in 2^15 keys does. There this cheat is honest, and
+    # substitution does not see it: that is why a position commits to a run of targets.
     assert {
         place % 2 for place in sampling.distribution_positions(KEY, len(TOKENS), PARAMS.distributions)
     } == {1}
-    assert "B4 ledger equals commitment" in failed(audit(causal.Subset, tmp_path))
+    assert "B4 ledger equals commitment" in failed_checks(audit(acausal.Subset, tmp_path))
 
 
-def test_missing_losses_are_convicted_by_coverage(tmp_path: Path) -> None:
+def test_missing_losses_fail_coverage(tmp_path: Path) -> None:
     nll = lawful.Bigram(len(BYTES)).score_stream(TOKENS)
     for bad in (np.nan, np.inf, -1.0):
         edited = nll.copy()
@@ -105,27 +108,27 @@ def test_missing_losses_are_convicted_by_coverage(tmp_path: Path) -> None:
         assert (verdict.outcome, verdict.positions) == ("fail", (101,))
 
 
-def test_learning_from_the_whole_stream_is_convicted_by_recomputation_alone(tmp_path: Path) -> None:
-    assert failed(audit(causal.PeekAtStream, tmp_path)) == {
+def test_learning_from_the_whole_stream_fails_recomputation_alone(tmp_path: Path) -> None:
+    assert failed_checks(audit(acausal.PeekAtStream, tmp_path)) == {
         "B1 ledger without the future",
         "B4 ledger equals commitment",
     }
 
 
-def test_a_fork_that_shares_state_is_convicted(tmp_path: Path) -> None:
-    assert "B2 own-token independence" in failed(audit(causal.SharedState, tmp_path))
+def test_a_fork_that_shares_state_fails(tmp_path: Path) -> None:
+    assert "B2 own-token independence" in failed_checks(audit(acausal.SharedState, tmp_path))
 
 
-def test_a_prediction_that_changes_when_it_is_read_is_convicted(tmp_path: Path) -> None:
-    assert "B2 own-token independence" in failed(audit(causal.LooksChange, tmp_path))
+def test_a_prediction_that_changes_when_it_is_read_fails(tmp_path: Path) -> None:
+    assert "B2 own-token independence" in failed_checks(audit(acausal.LooksChange, tmp_path))
 
 
-def test_an_edited_ledger_is_convicted(tmp_path: Path) -> None:
-    assert {"B1 ledger without the future", "B4 ledger equals commitment"} <= failed(
+def test_an_edited_ledger_fails(tmp_path: Path) -> None:
+    assert {"B1 ledger without the future", "B4 ledger equals commitment"} <= failed_checks(
         audit(lawful.Bigram, tmp_path, edit=lambda nll: nll * np.float32(0.99))
     )
     # a little everywhere, below what one loss may differ by: the mean shows it
-    assert failed(audit(lawful.Bigram, tmp_path, edit=lambda nll: nll - np.float32(5e-5))) == {
+    assert failed_checks(audit(lawful.Bigram, tmp_path, edit=lambda nll: nll - np.float32(5e-5))) == {
         "B1 ledger without the future"
     }
 
@@ -139,23 +142,23 @@ def test_a_single_edited_loss_is_found_when_every_target_is_recomputed(tmp_path:
     verdicts = audit(
         lawful.Bigram, tmp_path, edit=one, params=dataclasses.replace(PARAMS, recomputed_share=1.0)
     )
-    assert failed(verdicts) == {"B1 ledger without the future"}
+    assert failed_checks(verdicts) == {"B1 ledger without the future"}
     assert by_name(verdicts, "ledger without the future").positions == (1718,)
 
 
-def test_sampled_substitution_convicts_a_target_gate(tmp_path: Path) -> None:
+def test_a_target_gate_fails_sampled_substitution(tmp_path: Path) -> None:
     sampled = dataclasses.replace(PARAMS, substitutions=8)
-    assert "B3 counterfactual sum" in failed(audit(mass.TargetGate, tmp_path, params=sampled))
-    assert not failed(audit(lawful.Bigram, tmp_path, params=sampled))
+    assert "B3 counterfactual sum" in failed_checks(audit(unnormalised.TargetGate, tmp_path, params=sampled))
+    assert not failed_checks(audit(lawful.Bigram, tmp_path, params=sampled))
 
 
 def test_a_reported_number_must_follow_from_the_ledger() -> None:
     nll = lawful.Bigram(len(BYTES)).score_stream(TOKENS)
     right = bpb.bits_per_byte(nll, BYTES)
-    assert coverage.check_reported("x", nll, right, counted()).outcome == "pass"
-    assert coverage.check_reported("x", nll, right * (1 - 1e-9), counted()).outcome == "fail"
-    assert coverage.check_reported("x", nll, None, counted()).outcome == "fail"
-    assert coverage.check_reported("x", None, right, counted()).outcome == "cannot tell"
+    assert coverage.check_reported("x", nll, right, count_decoded_bytes()).outcome == "pass"
+    assert coverage.check_reported("x", nll, right * (1 - 1e-9), count_decoded_bytes()).outcome == "fail"
+    assert coverage.check_reported("x", nll, None, count_decoded_bytes()).outcome == "fail"
+    assert coverage.check_reported("x", None, right, count_decoded_bytes()).outcome == "cannot tell"
 
 
 def test_a_chunk_table_must_cover_every_target_once(tmp_path: Path) -> None:
@@ -178,7 +181,7 @@ def test_the_denominator_is_counted_from_decoded_text() -> None:
     texts = ["The cat sat.", "naïve 123 \u2603 \U0001f600", "a", "two\nlines  and   spaces"]
     tokens = np.concatenate([[table.bos, *tokenizer.encode(text)] for text in texts]).astype(np.uint16)
     size = bpb.target_bytes(tokens, table)
-    decoded = coverage.count_documents(tokens, tokenizer)
+    decoded = coverage.count_decoded_bytes(tokens, tokenizer)
     assert coverage.check_denominator(tokens, table.bos, size, decoded).outcome == "pass"
     doubled = size + table.leading_space[tokens[1:]]
     verdict = coverage.check_denominator(tokens, table.bos, doubled, decoded)
@@ -200,7 +203,7 @@ def test_sizes_and_clocks_over_budget_fail_and_passing_verdicts_hold_no_time() -
 
 def test_a_val_document_in_train_is_found() -> None:
     val = budgets.document_hashes(TOKENS, lawful.BOS)
-    train = np.sort(budgets.document_hashes(lawful.stream(seed=9), lawful.BOS))
+    train = np.sort(budgets.document_hashes(lawful.random_stream(seed=9), lawful.BOS))
     first = next(shards.documents(TOKENS, lawful.BOS))
     assert val[0].tobytes() == hashlib.sha256(first.astype("<u2").tobytes()).digest()[:8]
     both = np.concatenate([train, np.sort(val)])
@@ -214,9 +217,9 @@ def test_a_val_document_in_train_is_found() -> None:
 
 
 def test_positions_follow_from_the_key_and_reach_every_kind_of_edge() -> None:
-    groups = sampling.perturbation_groups(KEY, TOKENS, lawful.BOS, EDGES, 20, 64)
-    again = sampling.perturbation_groups(KEY, TOKENS, lawful.BOS, EDGES, 20, 64)
-    other = sampling.perturbation_groups(b"other", TOKENS, lawful.BOS, EDGES, 20, 64)
+    groups = sampling.perturbation_groups(KEY, TOKENS, lawful.BOS, BOUNDARIES, 20, 64)
+    again = sampling.perturbation_groups(KEY, TOKENS, lawful.BOS, BOUNDARIES, 20, 64)
+    other = sampling.perturbation_groups(b"other", TOKENS, lawful.BOS, BOUNDARIES, 20, 64)
     assert groups == again != other
     assert {group.kind for group in groups} == {"chunk", "window", "document", "random"}
     assert sum(len(group.positions) for group in groups) == 6 * 3 + 1
@@ -232,18 +235,18 @@ def test_positions_follow_from_the_key_and_reach_every_kind_of_edge() -> None:
     places = sampling.distribution_positions(KEY, len(TOKENS), 16)
     assert len(places) == 16
     assert sum(place > 0.75 * len(TOKENS) for place in places) >= 8
-    stretches = sampling.recomputed_stretches(KEY, len(TOKENS), 0.1, 64)
+    stretches = sampling.recomputed_spans(KEY, len(TOKENS), 0.1, 64)
     assert sum(stop - start for start, stop in stretches) == pytest.approx(0.1 * len(TOKENS), abs=64)
     assert all(a[1] <= b[0] for a, b in itertools.pairwise(stretches))
 
 
 def test_a_short_stream_can_be_audited_and_a_shorter_one_is_refused() -> None:
     for length in range(9, 40):
-        groups = sampling.perturbation_groups(KEY, TOKENS[:length], lawful.BOS, EDGES, 20, 64)
+        groups = sampling.perturbation_groups(KEY, TOKENS[:length], lawful.BOS, BOUNDARIES, 20, 64)
         assert all(group.start >= 1 and group.stop <= length for group in groups)
         assert all(1 <= place < length for place in sampling.distribution_positions(KEY, length, 16))
     with pytest.raises(ValueError, match="needs at least"):
-        sampling.perturbation_groups(KEY, TOKENS[:8], lawful.BOS, EDGES, 20, 64)
+        sampling.perturbation_groups(KEY, TOKENS[:8], lawful.BOS, BOUNDARIES, 20, 64)
 
 
 def test_a_walk_recomputes_what_it_is_asked_to_and_shows_probes_no_more_than_the_prefix() -> None:
@@ -253,136 +256,35 @@ def test_a_walk_recomputes_what_it_is_asked_to_and_shows_probes_no_more_than_the
 
         def run(self, scorer: Scorer, tokens: np.ndarray) -> tuple[int, int | None]:
             assert isinstance(scorer, lawful.Bigram)
-            return scorer.seen, scorer.last
+            return scorer.observed, scorer.last
 
     whole = lawful.Bigram(len(BYTES)).score_stream(TOKENS)
-    losses, found = probe_runner.walk(
+    losses, found = probe_runner.run_probes(
         lawful.Bigram(len(BYTES)), TOKENS, [Where(900), Where(7), Where(7)], [(5, 50), (60, 61)], segment=16
     )
     assert found == [(900, TOKENS[899]), (7, TOKENS[6]), (7, TOKENS[6])]
     held = ~np.isnan(losses)
     assert np.array_equal(np.flatnonzero(held), [*range(4, 49), 59])
     assert np.array_equal(losses[held], whole[held])
-    complete, _ = probe_runner.walk(
+    complete, _ = probe_runner.run_probes(
         lawful.Bigram(len(BYTES)), TOKENS, [Where(900)], [(1, len(TOKENS))], segment=64
     )
     assert np.array_equal(complete, whole)
 
 
 def test_the_report_repeats_and_reads(tmp_path: Path) -> None:
-    verdicts = [*audit(mass.TargetGate, tmp_path), budgets.check_sizes({"model.bin": 1}, 2)]
-    again = [*audit(mass.TargetGate, tmp_path), budgets.check_sizes({"model.bin": 1}, 2)]
+    verdicts = [*audit(unnormalised.TargetGate, tmp_path), budgets.check_sizes({"model.bin": 1}, 2)]
+    again = [*audit(unnormalised.TargetGate, tmp_path), budgets.check_sizes({"model.bin": 1}, 2)]
     declared = {"targets": len(BYTES)}
     text = render.as_markdown(verdicts, declared)
     assert text == render.as_markdown(again, declared)
     assert json.loads(json.dumps(render.as_json(verdicts, declared), allow_nan=False))["audit_passed"] == 0
     row = next(line for line in text.splitlines() if line.startswith("| C2: full normalised distribution"))
     assert row.count("**fail**") == 1
-    assert "\n" not in reason(convicted(verdicts)[0])
+    assert "\n" not in failure_message(failures(verdicts)[0])
     for verdict in verdicts:
         assert verdict.sees in text
         assert verdict.blind in text
-
-
-SECTIONS: dict[str, Any] = {
-    "parallel": dataclasses.asdict(factories.PARALLEL),
-    "train": dataclasses.asdict(factories.TRAIN),
-    "pack": {
-        "quantiser": "sdclip",
-        "codec": "brotli",
-        "states": 8,
-        "rate_weight": 0.1,
-        "row_weight": 0.5,
-        "matrix_bits": 6,
-        "embedding_bits": 8,
-        "attention_clip": 12.85,
-        "mlp_clip": 12.85,
-        "lqer_rank": 0,
-        "lqer_tensors": 3,
-        "awq_groups": 0,
-        "embedding_clip": 20.0,
-        "damping": 0.01,
-        "block_columns": 16,
-        "brotli_quality": 4,
-        "budget_bytes": 1_000_000,
-        "code_reserve_bytes": 1_000,
-    },
-    "sliding_eval": {"window": 16, "stride": 4, "batch_windows": 8, "chunk": 128},
-    "ttt_eval": dataclasses.asdict(
-        dataclasses.replace(factories.TTT, chunk=256, epochs=1, batch_tokens=64, lr=0.01)
-    ),
-    "audit": dataclasses.asdict(PARAMS)
-    | {
-        "perturbations": 12,
-        "segment_targets": 24,
-        "recomputed_share": 0.05,
-        "distributions": 4,
-        "substitutions": 6,
-    }
-    | {"canary_targets": 24, "sampled_targets": 4, "handed_stretches": 1, "graph_documents": 3},
-}
-
-
-def made_artifacts(folder: Path, sections: dict[str, Any]) -> list[str]:
-    """What the stages before audit leave behind, small, and the arguments that point the stage at it."""
-    for name in ("train", "val", "sliding", "ttt"):
-        (folder / name).mkdir(parents=True)
-    texts = [
-        f"Document {i} says that {i * i} is the square of {i}, and nothing more.\n" * 2 for i in range(40)
-    ]
-    (folder / "tokenizer.model").write_bytes(tokenizer.train(texts, 320, 1))
-    processor = bpb.load_tokenizer(folder / "tokenizer.model")
-    documents = [np.array([processor.bos_id(), *processor.encode(text)], dtype=np.uint16) for text in texts]
-    sides = {"train": documents[:25], "val": documents[25:]}
-    listed = {}
-    for side, held in sides.items():
-        shards.write(folder / side / f"{side}_000000.bin", np.concatenate(held))
-        digest = hashlib.sha256((folder / side / f"{side}_000000.bin").read_bytes()).hexdigest()
-        listed[f"{side}/{side}_000000.bin"] = {"documents": len(held), "sha256": digest}
-    (folder / "manifest.json").write_text(json.dumps({"shards": listed}))
-    hashes = [
-        np.sort(np.array([duplicates.hash64(document) for document in sides[side]], dtype=np.uint64))
-        for side in ("train", "val")
-    ]
-    duplicates.write(folder / "documents.u64", *hashes)
-    model_params = dataclasses.replace(factories.TINY, vocab_size=320)
-    state = {
-        name: tensor.detach() for name, tensor in factories.random_model(3, model_params).state_dict().items()
-    }
-    hessians = {
-        hessian_name(name): torch.eye(tensor.shape[1])
-        for name, tensor in state.items()
-        if tensor_kinds.kind_of(name) != "rest"
-    }
-    pack_params = PackParams(**SECTIONS["pack"])
-    (folder / "model.bin").write_bytes(
-        artifact.pack(state, hessians, model_params, pack_params, Report(is_main=False)).blob
-    )
-    (folder / "train_gpt.py").write_text("# the counted code\n")
-    for name in ("train_timing", "calibrate_timing"):
-        (folder / f"{name}.json").write_text(json.dumps({"training_seconds": 5.0}))
-    arguments = [f"--{name}={folder / name}" for name in ("val", "sliding", "ttt")]
-    arguments.append(f"--train={folder / 'train'}")
-    files_ = (
-        "model.bin",
-        "tokenizer.model",
-        "documents.u64",
-        "manifest.json",
-        "train_timing.json",
-        "calibrate_timing.json",
-    )
-    arguments += [f"--{name.partition('.')[0].replace('_', '-')}={folder / name}" for name in files_]
-    common = [f"--{name.partition('.')[0]}={folder / name}" for name in ("model.bin", "tokenizer.model")] + [
-        f"--val={folder / 'val'}"
-    ]
-    command.launch(
-        sliding_stage.STAGE, sliding_stage.main, [*common, f"--output={folder / 'sliding'}"], sections
-    )
-    sliding = f"--sliding={folder / 'sliding' / 'nll.npy'}"
-    command.launch(
-        ttt_stage.STAGE, ttt_stage.main, [*common, sliding, f"--output={folder / 'ttt'}"], sections
-    )
-    return [*arguments, f"--code={folder / 'train_gpt.py'}"]
 
 
 @pytest.mark.parametrize("kind", ["sgd", "lora"])
@@ -391,10 +293,10 @@ def test_the_stage_passes_and_twice_alike(tmp_path: Path, kind: str) -> None:
         "ttt_eval": SECTIONS["ttt_eval"]
         | {"kind": kind, "lora": SECTIONS["ttt_eval"]["lora"] | {"lr": 0.001}}
     }
-    arguments = made_artifacts(tmp_path, sections)
+    arguments = write_artifacts(tmp_path, sections)
     reports = []
     for name in ("a", "b") if kind == "sgd" else ("a",):
-        command.launch(stage.STAGE, stage.main, [*arguments, f"--output={tmp_path / name}"], sections)
+        launch(stage.STAGE, stage.main, [*arguments, f"--output={tmp_path / name}"], sections)
         reports.append([(tmp_path / name / file).read_bytes() for file in stage.STAGE.writes])
     assert reports[0] == reports[-1]
     metrics = json.loads(reports[0][2])
@@ -413,33 +315,39 @@ def test_a_false_ledger_is_one_line_and_a_report_and_no_decoder_or_room_bears_it
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sections = SECTIONS | {"audit": SECTIONS["audit"] | {"decoded_targets": 8, "clean_room": True}}
-    arguments = made_artifacts(tmp_path, sections)
+    arguments = write_artifacts(tmp_path, sections)
     claimed = {
         f"{name}_bpb": json.loads((tmp_path / name / "metrics.json").read_text())[f"{name}_bpb"]
         for name in ("sliding", "ttt")
     }
     claimed["ttt_bpb"] += 0.01
+
+    # A program that reports other scores, and a ledger with half of the losses.
     lines = [
         "import json, pathlib",
         "pathlib.Path('eval').mkdir()",
         f"pathlib.Path('eval/metrics.json').write_text(json.dumps({claimed}))",
     ]
     (tmp_path / "train_gpt.py").write_text("\n".join(lines))
+
     nll = np.load(tmp_path / "ttt" / "nll.npy")
     np.save(tmp_path / "ttt" / "nll.npy", nll * np.float32(0.5))
     capsys.readouterr()
+
     output = tmp_path / "failed"
     with pytest.raises(SystemExit) as ended:
-        command.launch(stage.STAGE, stage.main, [*arguments, f"--output={output}"], sections)
+        launch(stage.STAGE, stage.main, [*arguments, f"--output={output}"], sections)
     assert ended.value.code == 1
+
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 1
     assert errors[0].startswith("error: audit: ttt_eval fails B6 (reported bits per byte)")
-    assert sorted(path.name for path in output.iterdir()) == sorted(stage.FAILED)
+    assert sorted(path.name for path in output.iterdir()) == sorted(stage.FAILED_REPORTS)
     assert "**fail**" in (output / "failed-report.md").read_text()
     verdicts = {
         (verdict["subject"], verdict["check"], verdict["name"]): verdict["outcome"]
         for verdict in json.loads((output / "failed-report.json").read_text())["verdicts"]
     }
+
     for check in (("B12", "decoder round trip"), ("B14", "runs from the counted files alone")):
         assert (verdicts["sliding_eval", *check], verdicts["ttt_eval", *check]) == ("pass", "fail")

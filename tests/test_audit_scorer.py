@@ -1,4 +1,7 @@
-"""Outside scorers from the command line: a stranger's is passed and his two passes are convicted; replay, claims, bounded cost, misuse."""
+"""Outside scorers audited from the command line: an external scorer passes and its two-pass variant fails.
+
+Also: replay, claims, bounded cost, user errors.
+"""
 
 import json
 import os
@@ -10,21 +13,35 @@ from typing import Any
 import numpy as np
 import pytest
 
+from examples import external_scorer
+from examples.external_scorer import InterpolatedBigram, ScoresOnly
 from stages.common import bpb, shards
 from stages.tokenize import tokenizer
-from tests import stranger
 from tools.audit_scorer import cli as outside
 from tools.audit_scorer import effort
 
 ROOT = Path(__file__).resolve().parent.parent
+VOCAB_SIZE = 320
 TEXTS = [f"Document {i} says that {i * i} is the square of {i}, and nothing more.\n" * 2 for i in range(40)]
+
+
+def make(n_targets: int, artifact: str = "") -> InterpolatedBigram:
+    return InterpolatedBigram(VOCAB_SIZE)
+
+
+def scores_only(n_targets: int, artifact: str = "") -> ScoresOnly:
+    return ScoresOnly(VOCAB_SIZE, passes=1)
+
+
+def two_passes(n_targets: int, artifact: str = "") -> ScoresOnly:
+    return ScoresOnly(VOCAB_SIZE, passes=2)
 
 
 @pytest.fixture(scope="module")
 def val(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tokenizer of 320 ids and a shard."""
     folder = tmp_path_factory.mktemp("outside")
-    (folder / "tokenizer.model").write_bytes(tokenizer.train(TEXTS, stranger.V, 1))
+    (folder / "tokenizer.model").write_bytes(tokenizer.train(TEXTS, VOCAB_SIZE, 1))
     processor = bpb.load_tokenizer(folder / "tokenizer.model")
     tokens = np.concatenate([[processor.bos_id(), *processor.encode(text)] for text in TEXTS])
     shards.write(folder / "val.bin", tokens.astype(np.uint16))
@@ -34,7 +51,7 @@ def val(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def words(val: Path, output: Path, factory: str, *more: str) -> list[str]:
     named = [
         "--scorer",
-        f"tests.stranger:{factory}",
+        f"tests.test_audit_scorer:{factory}",
         "--tokens",
         str(val / "val.bin"),
         "--tokenizer",
@@ -60,12 +77,18 @@ def outcomes(report: dict[str, Any]) -> dict[str, str]:
     return found
 
 
-def test_a_stranger_s_scorer_is_audited_from_the_command_line(val: Path, tmp_path: Path) -> None:
-    """As he would do it: the file by itself in a folder of his own, that folder and this repository on the path."""
-    (tmp_path / "mine.py").write_text((ROOT / "tests" / "stranger.py").read_text())
-    assert "stages" not in (tmp_path / "mine.py").read_text()
-    command = [word.replace("tests.stranger", "mine") for word in words(val, tmp_path / "audit", "make")]
+def test_an_external_scorer_is_audited_from_the_command_line(val: Path, tmp_path: Path) -> None:
+    """As a user would: the file alone in a folder, with that folder and this repository on the path."""
+    example = (ROOT / "examples" / "external_scorer.py").read_text()
+    assert "stages" not in example
+    default = f"VOCAB_SIZE = {external_scorer.VOCAB_SIZE}"
+    assert default in example
+    (tmp_path / "mine.py").write_text(example.replace(default, f"VOCAB_SIZE = {VOCAB_SIZE}"))
+    command = [
+        word.replace("tests.test_audit_scorer", "mine") for word in words(val, tmp_path / "audit", "make")
+    ]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
     ended = subprocess.run(
         [sys.executable, "-m", "tools.audit_scorer", *command],
         cwd=tmp_path,
@@ -76,27 +99,18 @@ def test_a_stranger_s_scorer_is_audited_from_the_command_line(val: Path, tmp_pat
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "--nonce" in ended.stdout
+
     report = json.loads((tmp_path / "audit" / "report.json").read_text())
     found = outcomes(report)
-    assert {check for check, outcome in found.items() if outcome == "pass"} >= {
-        "B1",
-        "B1c",
-        "B2",
-        "B3",
-        "B4",
-        "B5",
-        "B7",
-        "B8",
-        "B9",
-        "B12",
-    }
+    passed = {check for check, outcome in found.items() if outcome == "pass"}
+    assert passed >= {"B1", "B1c", "B2", "B3", "B4", "B5", "B7", "B8", "B9", "B12"}
     assert {found[check] for check in ("B10", "B14", "B15", "B16", "budget")} == {"cannot tell"}
     assert report["conditions"]["C1"] == {"scorer": "pass"}
     assert report["conditions"]["clean room"] == {"files": "cannot tell"}
     assert "## C2: full normalised distribution" in (tmp_path / "audit" / "report.md").read_text()
 
 
-def test_scores_alone_are_enough_to_pass_and_to_be_convicted(val: Path, tmp_path: Path) -> None:
+def test_scores_alone_are_enough_to_pass_and_to_fail(val: Path, tmp_path: Path) -> None:
     code, report = audit(val, tmp_path / "one", "scores_only", "--window", "40")
     found = outcomes(report)
     assert code == 0
@@ -122,10 +136,12 @@ def test_the_nonce_repeats_an_audit_and_another_draws_other_positions(
 
 def test_a_claim_is_held_against_what_can_be_counted(val: Path, tmp_path: Path) -> None:
     tokens = np.array(shards.view(val / "val.bin"))
-    nll = np.asarray(stranger.scores_only(0).score_stream(tokens), dtype=np.float32)
+    nll = np.asarray(scores_only(0).score_stream(tokens), dtype=np.float32)
     np.save(tmp_path / "nll.npy", nll)
     processor = bpb.load_tokenizer(val / "tokenizer.model")
     size = bpb.target_bytes(tokens, bpb.byte_table(processor))
+
+    # A claim that is right, and one with a byte and a second too many.
     right: dict[str, Any] = {
         "ledger": "nll.npy",
         "bpb": bpb.bits_per_byte(nll, size),
@@ -135,6 +151,8 @@ def test_a_claim_is_held_against_what_can_be_counted(val: Path, tmp_path: Path) 
     seeds = [{"seed": seed, "nats": 2.4 + seed / 1e4, "config": "x"} for seed in range(3)]
     right |= {"seeds": seeds, "baseline_nats": [2.5], "evaluation_seconds": 30.0}
     wrong = right | {"bytes": right["bytes"] + 1, "evaluation_seconds": 601.0}
+
+    # The counted files: a program that reports the claimed score.
     counted = tmp_path / "counted"
     counted.mkdir()
     (counted / "model.bin").write_bytes(b"weights")
@@ -144,20 +162,14 @@ def test_a_claim_is_held_against_what_can_be_counted(val: Path, tmp_path: Path) 
         f"pathlib.Path('eval/metrics.json').write_text(json.dumps({{'val_bpb': {right['bpb']!r}}}))",
     ]
     (counted / "train_gpt.py").write_text("\n".join(lines))
+
     found = []
     for name, claim in (("right", right), ("wrong", wrong)):
         (tmp_path / f"{name}.json").write_text(json.dumps(claim))
-        more = (
-            "--window",
-            "40",
-            "--claim",
-            str(tmp_path / f"{name}.json"),
-            "--artifact",
-            str(counted),
-            "--run",
-            "train_gpt.py eval",
-        )
+        more = ["--window", "40", "--claim", str(tmp_path / f"{name}.json")]
+        more += ["--artifact", str(counted), "--run", "train_gpt.py eval"]
         found.append(audit(val, tmp_path / name, "scores_only", *more))
+
     assert [code for code, _ in found] == [0, 1]
     assert {outcomes(found[0][1])[check] for check in ("B6", "B11", "B16", "budget")} == {"pass"}
     assert found[0][1]["conditions"]["metric"] == {"files": "pass", "scorer": "pass"}
@@ -179,13 +191,13 @@ def test_training_text_is_held_against_the_stream(val: Path, tmp_path: Path) -> 
     assert (code, outcomes(report)["B15"]) == (1, "fail")
 
 
-class Counting(stranger.Interpolated):
+class Counting(InterpolatedBigram):
     """Counts what it is asked for, over all forks."""
 
     asked = 0
 
     def fork(self) -> "Counting":
-        twin = Counting()
+        twin = Counting(VOCAB_SIZE)
         twin.__dict__.update(super().fork().__dict__)
         return twin
 
@@ -195,7 +207,7 @@ class Counting(stranger.Interpolated):
 
 
 def counting(n_targets: int) -> Counting:
-    return Counting()
+    return Counting(VOCAB_SIZE)
 
 
 def test_the_cost_is_bounded_by_what_is_allowed(val: Path, tmp_path: Path) -> None:
@@ -206,7 +218,7 @@ def test_the_cost_is_bounded_by_what_is_allowed(val: Path, tmp_path: Path) -> No
         outside.main(arguments)
     assert ended.value.code == 0
     assert allowed / 4 < Counting.asked <= allowed
-    params, shown = effort.affordable(effort.LEVELS["exhaustive"], None, 1000, stranger.V)
+    params, shown = effort.fit_stepwise_scorer(effort.EFFORTS["exhaustive"], None, 1000, VOCAB_SIZE)
     assert (params.recomputed_share, shown) == (1.0, 1000)
 
 
@@ -215,7 +227,7 @@ def test_the_cost_is_bounded_by_what_is_allowed(val: Path, tmp_path: Path) -> No
     [
         (["--scorer", "nowhere"], "expected module:factory"),
         (["--scorer", "no_such_module:f"], "cannot be imported"),
-        (["--scorer", "tests.stranger:V"], "has no function"),
+        (["--scorer", "tests.test_audit_scorer:VOCAB_SIZE"], "has no function"),
         (["--scorer", "os.path:isabs"], "raised TypeError"),
         (["--scorer", "builtins:str"], "lacks predict, observe, fork"),
         (["--nonce", "xyz"], "hexadecimal"),

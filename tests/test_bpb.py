@@ -1,4 +1,4 @@
-"""The byte counter: the challenge's rule by an independent slow version, the known answers, and the defects that reviewers found."""
+"""The byte counter: parity with an independent slow version, known answers, and the defects D1 to D9."""
 
 import json
 import lzma
@@ -11,10 +11,10 @@ import pytest
 import sentencepiece
 
 from stages.common import bpb, shards
-from stages.common.progress import Progress, Report
+from stages.common.progress import Logger, Progress
 from stages.tokenize import encode, import_shards, tokenizer
 from stages.tokenize.encode import Encoded
-from stages.tokenize.split import Document
+from stages.tokenize.split import TextDocument
 from stages.tokenize.tokenizer import Tokenizer
 from tests import factories
 
@@ -28,9 +28,9 @@ BASE_BYTES = 38_918  # sum over the record tokenizer's base byte table
 TRAIN_TOKENS = 35_295_546  # of the 16 training parts
 
 
-def jsonl_texts(lines: Iterator[str]) -> Iterator[Document]:
+def jsonl_texts(lines: Iterator[str]) -> Iterator[TextDocument]:
     for number, line in enumerate(lines):
-        yield Document(json.loads(line)["text"], f"line {number}")
+        yield TextDocument(json.loads(line)["text"], f"line {number}")
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def stream(fineweb: list[Encoded]) -> np.ndarray:
 
 
 def slow_bytes(tokens: np.ndarray, processor: sentencepiece.SentencePieceProcessor) -> Iterator[int]:
-    """The rule of techniques.md 1.5, one token at a time, from the text of the rule."""
+    """The challenge's rule of counted bytes, one token at a time, from the text of the rule."""
 
     def no_text(token: int) -> bool:
         return processor.is_control(token) or processor.is_unknown(token) or processor.is_unused(token)
@@ -75,19 +75,19 @@ def test_known_tokens_and_bytes_of_the_validation_documents(
 ) -> None:
     assert (len(fineweb), len(stream)) == (DOCUMENTS, TOKENS)
     assert int(bpb.target_bytes(stream, record.table).sum()) == BYTES
-    assert sum(one.counted for one in fineweb) == BYTES
+    assert sum(one.counted_bytes for one in fineweb) == BYTES
     assert sum(len(one.source.text.encode()) for one in fineweb) == BYTES
 
 
 def test_known_sum_of_the_base_byte_table(record: Tokenizer) -> None:
-    assert int(record.table.base.sum()) == BASE_BYTES
+    assert int(record.table.base_bytes.sum()) == BASE_BYTES
 
 
 @pytest.mark.parametrize("name", ["fineweb_1024_bpe.model", "fineweb_8192_caseops_bpe.model"])
 def test_the_other_models_of_the_challenge_load(shared_data: Path, name: str) -> None:
     loaded = tokenizer.load(shared_data / "tokenizers" / name, int(name.split("_")[1]))
     assert loaded.table.bos == 1
-    assert int((loaded.table.base == 0).sum()) == 5  # pad, bos, eos, unk and the lone space
+    assert int((loaded.table.base_bytes == 0).sum()) == 5  # pad, bos, eos, unk and the lone space
 
 
 @pytest.mark.slow
@@ -99,7 +99,7 @@ def test_known_tokens_of_the_training_parts(shared_data: Path, record: Tokenizer
     assert total == TRAIN_TOKENS
 
 
-# Parity and defects (techniques.md 4.1)
+# Parity, and the defects of docs/defects.md
 
 
 def test_the_table_equals_the_slow_rule(stream: np.ndarray, record: Tokenizer) -> None:
@@ -112,8 +112,8 @@ def test_the_table_equals_the_slow_rule(stream: np.ndarray, record: Tokenizer) -
 def test_codes_are_of_what_ids_say_and_of_nothing_else() -> None:
     of = factories.table()
     said = list(zip(of.texts, of.leading_space.tolist(), of.boundary.tolist(), strict=True))
-    assert len(set(of.codes.tolist())) == len(set(said)) < of.vocab_size
-    assert len(set(zip(of.codes.tolist(), said, strict=True))) == len(set(said))
+    assert len(set(of.text_hashes.tolist())) == len(set(said)) < of.vocab_size
+    assert len(set(zip(of.text_hashes.tolist(), said, strict=True))) == len(set(said))
 
 
 def test_d1_leading_space_is_counted_once(fineweb: list[Encoded], record: Tokenizer) -> None:
@@ -127,32 +127,32 @@ def test_d1_leading_space_is_counted_once(fineweb: list[Encoded], record: Tokeni
 def test_d2_the_marker_is_not_corrupted(record: Tokenizer) -> None:
     assert bpb.SPACE_MARKER == "\u2581"
     the = record.processor.piece_to_id("\u2581the")
-    assert (record.table.base[the], record.table.leading_space[the]) == (3, True)
+    assert (record.table.base_bytes[the], record.table.leading_space[the]) == (3, True)
     space = record.processor.piece_to_id("\u2581")
-    assert (record.table.base[space], record.table.leading_space[space]) == (0, True)
+    assert (record.table.base_bytes[space], record.table.leading_space[space]) == (0, True)
 
 
 def test_d3_a_byte_fallback_token_is_one_byte(record: Tokenizer) -> None:
     byte_ids = [i for i in range(8192) if record.processor.is_byte(i)]
-    assert [record.table.base[i] for i in byte_ids] == [1] * 256
-    (one,) = encode.encode([Document("\U0001f9ff\u0bb9", "it")], record, 1)
+    assert [record.table.base_bytes[i] for i in byte_ids] == [1] * 256
+    (one,) = encode.encode([TextDocument("\U0001f9ff\u0bb9", "it")], record, 1)
     assert record.processor.is_byte(int(one.tokens[2]))
-    assert one.counted == 7
+    assert one.counted_bytes == 7
 
 
 def test_d4_caseops_shards_are_refused(shared_data: Path, tmp_path: Path) -> None:
     caseops = tokenizer.load(shared_data / "tokenizers" / "fineweb_8192_caseops_bpe.model", 8192)
-    assert sorted(tokenizer.uncountable(caseops)) == [4, 5, 6, 7]
+    assert sorted(tokenizer.miscounted_ids(caseops)) == [4, 5, 6, 7]
     shards.write(tmp_path / "a.bin", np.array([1, 900, 4, 901], dtype=np.uint16))
     with pytest.raises(ValueError, match=r"token id 4 .* at position 2 is a private-use mark \(CaseOps\)"):
-        import_shards.adopt([tmp_path / "a.bin"], tmp_path / "val", "val", caseops, 1, _progress())
+        import_shards.import_side([tmp_path / "a.bin"], tmp_path / "val", "val", caseops, 1, _progress())
 
 
 def test_d5_the_document_is_what_can_be_decoded(fineweb: list[Encoded], record: Tokenizer) -> None:
     for one in fineweb:
         assert one.text == record.processor.decode(one.tokens[1:].tolist())
-    (lossy,) = encode.encode([Document("  two  spaces\n\u2460", "it")], record, 1)
-    assert (lossy.text, lossy.counted) == ("two spaces 1", 12)
+    (lossy,) = encode.encode([TextDocument("  two  spaces\n\u2460", "it")], record, 1)
+    assert (lossy.text, lossy.counted_bytes) == ("two spaces 1", 12)
 
 
 def test_d6_every_document_begins_with_bos(fineweb: list[Encoded], stream: np.ndarray) -> None:
@@ -167,7 +167,7 @@ def test_d7_all_documents_are_counted(fineweb: list[Encoded], stream: np.ndarray
     counted = bpb.target_bytes(stream, record.table)
     assert len(counted) == TOKENS - 1  # D9: nothing dropped at the tail
     assert int((counted == 0).sum()) == DOCUMENTS - 1 + sum(
-        int(record.table.base[one.tokens[1]] == 0) for one in fineweb
+        int(record.table.base_bytes[one.tokens[1]] == 0) for one in fineweb
     )  # zero bytes: BOS, and a document's first token where it is the lone space
 
 
@@ -180,11 +180,9 @@ def test_a_miscounted_piece_is_named(record: Tokenizer) -> None:
         record.processor,
         bpb.ByteTable(tuple(wrong), record.table.leading_space, record.table.boundary, 1),
     )
-    with pytest.raises(
-        ValueError,
-        match=rf"book 7: \d+ bytes counted for \d+ bytes of text, first at piece '\u2581the' \(id {the}: 5 for 4\)",
-    ):
-        list(encode.encode([Document("in the end", "book 7")], spoiled, 1))
+    first = rf"first at piece '\u2581the' \(id {the}: 5 for 4\)"
+    with pytest.raises(ValueError, match=rf"book 7: \d+ bytes counted for \d+ bytes of text, {first}"):
+        list(encode.encode([TextDocument("in the end", "book 7")], spoiled, 1))
 
 
 def test_bits_per_byte_of_a_uniform_guess() -> None:
@@ -198,4 +196,4 @@ def test_bits_per_byte_of_a_uniform_guess() -> None:
 
 
 def _progress() -> Progress:
-    return Report(is_main=False).progress("adopt", 1)
+    return Logger(is_main=False).progress("adopt", 1)

@@ -2,6 +2,7 @@
 
 import ast
 import builtins
+import dis
 import json
 import os
 import runpy
@@ -10,22 +11,32 @@ import subprocess
 import symtable
 import sys
 import tokenize
+import types
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import brotli
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from stages.bundle import importer_template, latin1_literal, minify_whitespace, strip, strip_ast
-from stages.bundle.__main__ import STAGE, embedded, main
-from stages.bundle.closure import closure, module_name
+from stages.bundle import (
+    importer_template,
+    latin1_literal,
+    minify_whitespace,
+    shorten_locals,
+    strip,
+    strip_ast,
+)
+from stages.bundle.__main__ import STAGE, embedded_parameters, main
+from stages.bundle.closure import import_closure, module_name
 from stages.bundle.importer_template import ENTRY
 from stages.bundle.params import Params
 from stages.bundle.program import cli as verbs
 from stages.bundle.program import entry
-from stages.common import command, config
+from stages.common import config
+from stages.common.stage import launch
 
 ROOT = Path(__file__).resolve().parent.parent
 TOY = {
@@ -86,7 +97,9 @@ def toy(tmp_path: Path) -> Path:
 
 
 def build(root: Path) -> bytes:
-    return importer_template.render(importer_template.sources(root), {"a": [1.5, None, "caf\u00e9"]}, 11)
+    return importer_template.render_bundle(
+        importer_template.collect_sources(root), {"a": [1.5, None, "caf\u00e9"]}, 11
+    )
 
 
 def run_alone(file: bytes, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -110,19 +123,19 @@ def run_bundle(*arguments: str, cwd: Path = ROOT, **environment: str) -> subproc
 
 
 def test_the_closure_holds_what_is_imported_and_the_packages_above(toy: Path) -> None:
-    assert {path.as_posix() for path in closure(toy, ENTRY)} == set(TOY) - {"stages/unused.py"}
+    assert {path.as_posix() for path in import_closure(toy, ENTRY)} == set(TOY) - {"stages/unused.py"}
 
 
 def test_the_closure_counts_imports_inside_functions_and_names_what_is_missing(toy: Path) -> None:
     (toy / "stages/numbers.py").write_text("def f():\n    from stages import unused\n")
-    assert Path("stages/unused.py") in closure(toy, ENTRY)
+    assert Path("stages/unused.py") in import_closure(toy, ENTRY)
     (toy / "stages/numbers.py").write_text("import stages.gone\n")
     with pytest.raises(ValueError, match=r"numbers\.py imports stages\.gone, which does not exist"):
-        closure(toy, ENTRY)
+        import_closure(toy, ENTRY)
 
 
 def test_the_closure_agrees_with_what_python_loads() -> None:
-    names = {module_name(path) for path in closure(ROOT, ENTRY)}
+    names = {module_name(path) for path in import_closure(ROOT, ENTRY)}
     program = (
         f"import sys, {ENTRY}; print(*(name for name in sys.modules if name.partition('.')[0] == 'stages'))"
     )
@@ -130,13 +143,13 @@ def test_the_closure_agrees_with_what_python_loads() -> None:
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.split()
     assert set(loaded) <= names
-    for stranger in (
+    for other in (
         "stages.tokenize",
         "stages.audit",
         "stages.submission",
         "stages.bundle.importer_template",
     ):
-        assert not any(name.startswith(stranger) for name in names)
+        assert not any(name.startswith(other) for name in names)
 
 
 # --- stripping
@@ -178,7 +191,7 @@ def unbound(source: str) -> set[str]:
 def test_stripping_leaves_the_program_of_every_module(path: Path) -> None:
     source = path.read_text(encoding="utf-8")
     stripped = strip.strip(source)
-    assert strip.shape(stripped) == strip.shape(source)
+    assert strip.syntax_tree_text(stripped) == strip.syntax_tree_text(source)
     assert strip.strip(stripped) == stripped
     assert not [
         token
@@ -192,7 +205,7 @@ def test_stripping_leaves_the_program_of_every_module(path: Path) -> None:
 @each_module
 def test_layout_alone_leaves_the_tree_of_every_module(path: Path) -> None:
     source = path.read_text(encoding="utf-8")
-    assert ast.dump(ast.parse(minify_whitespace.relaid(source))) == ast.dump(ast.parse(source))
+    assert ast.dump(ast.parse(minify_whitespace.minify_whitespace(source))) == ast.dump(ast.parse(source))
 
 
 @pytest.mark.parametrize(
@@ -263,7 +276,7 @@ def test_stripping_examples(source: str, expected: str) -> None:
     ],
 )
 def test_annotations_that_nothing_reads_are_cut(source: str, expected: str) -> None:
-    assert strip.strip(source) == minify_whitespace.relaid(expected)
+    assert strip.strip(source) == minify_whitespace.minify_whitespace(expected)
 
 
 @pytest.mark.parametrize(
@@ -285,23 +298,24 @@ def test_annotations_that_nothing_reads_are_cut(source: str, expected: str) -> N
     ],
 )
 def test_an_import_goes_with_the_annotations_that_alone_used_it(source: str, expected: str) -> None:
-    assert strip.strip(source) == minify_whitespace.relaid(expected)
-    assert ast.dump(strip_ast.module(ast.parse(source))) == ast.dump(strip_ast.module(ast.parse(expected)))
+    assert strip.strip(source) == minify_whitespace.minify_whitespace(expected)
+    assert ast.dump(strip_ast.strip_tree(ast.parse(source))) == ast.dump(
+        strip_ast.strip_tree(ast.parse(expected))
+    )
 
 
 def test_stripping_knows_no_version_of_python(tmp_path: Path) -> None:
     """Python 3.12 splits f-strings into tokens, 3.11 does not; each that is installed must strip alike."""
     odd = tmp_path / "odd.py"
-    odd.write_text(
-        'x = f"""{\n    1 +\n    2  !r:>{9}}  # {f"{2}"}\n\n {{ \u00e9"""  # c\ny = f"{x}" "z" \\\n  f"{x!r}"\n',
-        encoding="utf-8",
-    )
+    lines = 'x = f"""{\n    1 +\n    2  !r:>{9}}  # {f"{2}"}\n\n {{ \u00e9"""  # c\n'
+    odd.write_text(lines + 'y = f"{x}" "z" \\\n  f"{x!r}"\n', encoding="utf-8")
     package = tmp_path / "stages/bundle"  # without the rest of stages, which needs the project's packages
     package.mkdir(parents=True)
     for name in ("strip_ast", "minify_whitespace", "strip"):
         shutil.copy(ROOT / f"stages/bundle/{name}.py", package)
     program = "import pathlib, sys; from stages.bundle.strip import strip\n"
-    program += "for path in sys.argv[1:]: sys.stdout.buffer.write(strip(pathlib.Path(path).read_text('utf-8')).encode())"
+    program += "texts = [pathlib.Path(path).read_text('utf-8') for path in sys.argv[1:]]\n"
+    program += "for text in texts: sys.stdout.buffer.write(strip(text).encode())"
     seen = {}
     for name in ("python3.11", "python3.12", "python3.13"):
         if (
@@ -396,7 +410,10 @@ def test_line_ends_comments_and_docstrings_change_nothing_and_code_does(toy: Pat
 
 
 def test_the_stage_builds_one_file_whatever_happened_before(tmp_path: Path) -> None:
-    """The four findings on #1858: after a run, after another seed, with its own output in the tree, from a copied tree."""
+    """The four findings on #1858.
+
+    One file after a run, after another seed, with its own output in the tree, and from a copied tree.
+    """
     tree = tmp_path / "tree"
     shutil.copytree(ROOT / "stages", tree / "stages", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "params.yaml", tree)
@@ -407,20 +424,15 @@ def test_the_stage_builds_one_file_whatever_happened_before(tmp_path: Path) -> N
         done = run_bundle("--set", f"seed={seed}", "--output", str(output), cwd=tree, SEED=seed)
         assert done.returncode == 0, done.stderr
         built.append((output / "train_gpt.py").read_bytes())
-        assert (
-            json.loads((output / "metrics.json").read_text())["bytes_code"]
-            == (output / "train_gpt.py").stat().st_size
-        )
-    done = run_bundle(
-        "--params",
-        str(tree / "params.yaml"),
-        "--source",
-        str(tree / "stages"),
-        "--output",
-        str(tmp_path / "from_here"),
-    )
+        metrics = json.loads((output / "metrics.json").read_text())
+        assert metrics["bytes_code"] == (output / "train_gpt.py").stat().st_size
+
+    # Another tree's bundle, from the interpreter of this one.
+    options = ["--params", str(tree / "params.yaml"), "--source", str(tree / "stages")]
+    done = run_bundle(*options, "--output", str(tmp_path / "from_here"))
     assert done.returncode == 0, done.stderr
     built.append((tmp_path / "from_here/train_gpt.py").read_bytes())
+
     assert built == [built[0]] * len(built)
     assert {path: path.read_bytes() for path in sources} == sources
 
@@ -430,9 +442,9 @@ def test_the_output_may_not_lie_in_the_source(
 ) -> None:
     monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit) as stopped:
-        command.launch(STAGE, main, ["--source", str(toy / "stages"), "--output", str(toy / "stages/bundle")])
+        launch(STAGE, main, ["--source", str(toy / "stages"), "--output", str(toy / "stages/bundle")])
     assert stopped.value.code == 2
-    assert "lies in the source" in capsys.readouterr().err
+    assert "is inside the source" in capsys.readouterr().err
     assert not (toy / "stages/bundle/train_gpt.py").exists()
 
 
@@ -480,17 +492,18 @@ def test_all_but_the_payload_is_readable(toy: Path) -> None:
     assert ast.get_docstring(tree)
     assert len(after.splitlines()) <= 32
     parameters, *carried = brotli.decompress(packed.encode("latin-1")).decode("utf-8").split("\0")
-    assert dict(zip(carried[::2], carried[1::2], strict=True)) == importer_template.sources(toy)
+    assert dict(zip(carried[::2], carried[1::2], strict=True)) == importer_template.collect_sources(toy)
     assert json.loads(parameters) == {"a": [1.5, None, "caf\u00e9"]}
 
 
 def test_readers_of_python_find_the_lines_of_the_file_itself(toy: Path, tmp_path: Path) -> None:
     (tmp_path / "train_gpt.py").write_bytes(build(toy))
-    program = "import inspect, train_gpt; print(inspect.getsource(train_gpt.Carried)); print(train_gpt.SOURCES['stages/deep/er.py'])"
+    program = "import inspect, train_gpt; print(inspect.getsource(train_gpt.SourceImporter));"
+    program += " print(train_gpt.SOURCES['stages/deep/er.py'])"
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True
     )
-    assert done.stdout.startswith("class Carried(")
+    assert done.stdout.startswith("class SourceImporter(")
     assert "def get_source(self, name):\n        return SOURCES[self.path(name)]\n\n" in done.stdout
     assert "from..numbers import fail as _fail\ndef shout(word):\n" in done.stdout
 
@@ -545,11 +558,11 @@ def test_training_reads_no_validation_data_and_scoring_no_training_data() -> Non
 
 
 def test_the_bundle_carries_every_parameter_that_runs_and_no_seed() -> None:
-    params = config.build(config.read(ROOT / "params.yaml"), Params)
-    carried = embedded(params)
+    params = config.build(config.read_parameters(ROOT / "params.yaml"), Params)
+    carried = embedded_parameters(params)
     assert "seed" not in carried
     assert carried["submission"] == {"scorer": params.submission.scorer}
-    built = config.build(json.loads(json.dumps(carried)) | {"seed": 7}, verbs.Params)
+    built = config.build(json.loads(json.dumps(carried)) | {"seed": 7}, verbs.BundleParams)
     assert (built.model, built.train, built.pack, built.ttt_eval) == (
         params.model,
         params.train,
@@ -559,12 +572,76 @@ def test_the_bundle_carries_every_parameter_that_runs_and_no_seed() -> None:
 
 
 def test_an_error_of_the_bundle_is_one_line(tmp_path: Path) -> None:
-    params = config.build(config.read(ROOT / "params.yaml"), Params)
+    params = config.build(config.read_parameters(ROOT / "params.yaml"), Params)
     done = run_alone(
-        importer_template.render(importer_template.sources(ROOT), embedded(params), 5),
+        importer_template.render_bundle(
+            importer_template.collect_sources(ROOT), embedded_parameters(params), 5
+        ),
         tmp_path / "empty",
         "eval",
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: train_gpt: model.bin does not exist: check the path\n"
     assert sorted(path.name for path in (tmp_path / "empty").rglob("*")) == ["eval", "train_gpt.py"]
+
+
+def instructions(code: types.CodeType) -> list[Any]:
+    """The bytecode with constants, without the names of variables, and that of the functions in it."""
+    variables = {*code.co_varnames, *code.co_cellvars, *code.co_freevars}
+    found: list[Any] = [code.co_name, code.co_names, code.co_argcount, code.co_varnames[: code.co_argcount]]
+    for instruction in dis.get_instructions(code):
+        value = instruction.argval
+        if isinstance(value, types.CodeType):
+            value = instructions(value)
+        elif isinstance(value, str) and value in variables and instruction.opname not in NAMED:
+            value = "variable"
+        found.append((instruction.opname, value))
+    return found
+
+
+NAMED = {
+    "LOAD_GLOBAL",
+    "LOAD_NAME",
+    "STORE_NAME",
+    "LOAD_ATTR",
+    "STORE_ATTR",
+    "LOAD_METHOD",
+    "IMPORT_NAME",
+    "LOAD_CONST",
+}
+
+
+@each_module
+def test_short_names_of_variables_leave_the_bytecode_of_every_module(path: Path) -> None:
+    stripped = strip.strip(path.read_text(encoding="utf-8"))
+    shortened = shorten_locals.shorten_locals(stripped)
+    assert instructions(compile(shortened, "", "exec")) == instructions(compile(stripped, "", "exec"))
+    assert unbound(shortened) == unbound(stripped)
+    assert shorten_locals.shorten_locals(shortened) == shortened
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("long=1\ndef f(given):\n local=given+long\n return local\n",
+         "long=1\ndef f(given):\n a=given+long\n return a\n"),
+        ("def f(a):\n first=second=a\n return first,second\n", "def f(a):\n b=c=a\n return b,c\n"),
+        ("def f():\n length=1\n return[length*item for item in x.length]\n",
+         "def f():\n a=1\n return[a*b for b in x.length]\n"),
+        ("def f():\n total=1\n def inner():\n  nonlocal total\n  total=2\n", None),
+        ("def f():\n global total\n total=1\n", None),
+        ("def f():\n total=1\n return lambda total:total\n", None),
+        ("def f():\n total=1\n return f'{total}'\n", None),
+        ("def f():\n import os.path as path\n path=1\n", None),
+        ("def f():\n list=1\n return list\n", None),
+        ("def f():\n try:0\n except E as error:error=1\n", None),
+        ("def f():\n total=1\n class A:\n  total=2\n", None),
+        ("class A:\n total=1\n def f(self):\n  total=2\n", None),
+        ("def f(x):\n match x:\n  case[*rest]:rest=1\n  case{**more}:more=1\n  case one:one=1\n", None),
+        ("def f():\n \u00e9t\u00e9='\u00e9';value=\u00e9t\u00e9\n", "def f():\n a='\u00e9';b=a\n"),
+        ("def f():\n if(value:=g()):return value\n", "def f():\n if(a:=g()):return a\n"),
+        ("def f():\n g(value=1)\n value=2\n", "def f():\n g(value=1)\n a=2\n"),
+    ],
+)  # fmt: skip
+def test_short_names_of_variables(source: str, expected: str | None) -> None:
+    assert shorten_locals.shorten_locals(source) == (source if expected is None else expected)

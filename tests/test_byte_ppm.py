@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import _ppm, byte_ppm
+from experiments import _ppm, byte_ppm
 from stages.common import bpb, shards
-from stages.scoring.evaluate import open_stream
+from stages.scoring.stream import open_validation_stream
 from stages.tokenize import tokenizer
 from tests.zoo import lawful
 
@@ -21,7 +21,7 @@ TEXTS = [
 
 
 def slow_ppm(text: bytes) -> tuple[list[float], list[float]]:
-    """With a dictionary of counters, from the words of the description (techniques 2.22)."""
+    """With a dictionary of counters, from #1858's description."""
     memory: dict[bytes, Counter[int]] = defaultdict(Counter)
     probabilities, confidences = [], []
     for i, byte in enumerate(text):
@@ -83,8 +83,8 @@ def scored(tmp_path_factory: pytest.TempPathFactory):
     processor = bpb.load_tokenizer(folder / "tokenizer.model")
     tokens = np.concatenate([np.array([1, *processor.encode(text)], dtype=np.uint16) for text in TEXTS])
     shards.write(folder / "val_000000.bin", tokens)
-    stream = open_stream(folder, folder / "tokenizer.model")
-    return stream, byte_ppm.Bytes(stream)
+    stream = open_validation_stream(folder, folder / "tokenizer.model")
+    return stream, byte_ppm.StreamBytes(stream)
 
 
 def test_bytes_are_the_text_and_spread_losses_add_up(scored) -> None:

@@ -1,4 +1,4 @@
-"""The byte mixture is a distribution, learns after it scores, and is the wrapped scorer where it has learnt nothing."""
+"""The byte mixture is a distribution, learns after it scores, and at first is the wrapped scorer."""
 
 import copy
 import dataclasses
@@ -12,22 +12,20 @@ import torch
 
 from stages.common import bpb
 from stages.scoring import byte_tree
-from stages.scoring.byte_tree_logits import NO_HINT, Forest
-from stages.scoring.evaluate import rehearse
-from stages.scoring.queries import Asked, rows_of
+from stages.scoring.byte_tree_logits import NO_HINT, DeviceByteTrees
+from stages.scoring.evaluate import warm_up_kernels
+from stages.scoring.queries import Queries, result_rows
 from stages.sliding_eval.scorer import SlidingScorer
-from stages.ttt_eval.build import scorer_for
-from stages.ttt_eval.bytemix.mixer import Mixture
+from stages.ttt_eval.build import build_scorer
+from stages.ttt_eval.bytemix.mixer import ByteMixer
 from stages.ttt_eval.bytemix.scorer import MixerScorer
 from stages.ttt_eval.ngram.scorer import TiltScorer
-from tests.factories import TINY, TTT, random_model, table, world
-from tests.slow_mixture import SlowMixture
-from tests.test_byte_tree_logits import random_laws, trained
-from tests.test_ttt_eval import SLIDING
+from tests.byte_inputs import random_log_probs
+from tests.factories import SLIDING, TINY, TTT, make_world, random_model, table
+from tests.slow_mixture import SlowByteMixer
 
 RATE = 0.02
 CPU = torch.device("cpu")
-__all__ = ["trained"]  # the fixture
 
 
 class Drawn:
@@ -42,7 +40,7 @@ class Drawn:
         return copy.copy(self)
 
     def predict(self) -> np.ndarray:
-        return random_laws(1, self.vocab_size, self.seed * 100_003 + self.seen)[0]
+        return random_log_probs(1, self.vocab_size, self.seed * 100_003 + self.seen)[0]
 
     def observe(self, token: int) -> None:
         self.seen += 1
@@ -50,18 +48,21 @@ class Drawn:
     def score_stream(self, tokens: np.ndarray) -> np.ndarray:
         return self.score(tokens, None)[0]
 
-    def score(self, tokens: np.ndarray, asked: Asked | None) -> np.ndarray:
+    def score(self, tokens: np.ndarray, queries: Queries | None) -> np.ndarray:
         answers: list[np.ndarray] = []
         for token in tokens.tolist():
             if self.seen:
                 law, number = self.predict()[None], len(answers)
                 answers.append(np.array([-law[0, token], 0]))
-                if asked is not None and asked.forest is not None:
-                    about = (torch.tensor([int(row[number])]) for row in asked.about_2N)
-                    read = asked.forest.read(torch.from_numpy(law), torch.tensor([token]), *about)
+                if queries is not None and queries.byte_trees is not None:
+                    hints = torch.tensor([int(queries.hint_ids_N[number])])
+                    trees = torch.tensor([int(queries.tree_ids_N[number])])
+                    read = queries.byte_trees.path_logits(
+                        torch.from_numpy(law), torch.tensor([token]), hints, trees
+                    )
                     answers[-1] = np.concatenate((answers[-1], read.numpy()[:, 0]))
             self.observe(token)
-        rows = 2 if asked is None or asked.forest is None else 2 + asked.forest.rows
+        rows = 2 if queries is None or queries.byte_trees is None else 2 + queries.byte_trees.output_rows
         return np.array(answers, dtype=np.float32).reshape(-1, rows).T
 
 
@@ -69,46 +70,48 @@ def mixed(of: bpb.ByteTable, targets: int, rate: float = RATE, wrapped: Any = No
     return MixerScorer(wrapped or Drawn(of.vocab_size), rate, of, targets, CPU)
 
 
-def test_weight_one_on_the_network_is_its_loss_bit_for_bit(trained):
-    of, tokens = trained
+def test_weight_one_on_the_network_is_its_loss_bit_for_bit(tokenised):
+    of, tokens = tokenised
     np.testing.assert_array_equal(
         mixed(of, len(tokens), rate=0.0).score_stream(tokens), Drawn(of.vocab_size).score_stream(tokens)
     )
 
 
-def test_with_weight_one_its_law_is_the_network_s(trained):
+def test_with_weight_one_its_law_is_the_network_s(tokenised):
     """Telescoped: the product of a path's decisions, and the share among the ids that emit the same bytes."""
-    of, tokens = trained
+    of, tokens = tokenised
     scorer = mixed(of, len(tokens), rate=0.0)
     for place in (1, 40, 41, 900):
         scorer.score_stream(tokens[scorer.scorer.seen : place])  # type: ignore[attr-defined]
         np.testing.assert_allclose(scorer.predict(), scorer.scorer.predict(), atol=1e-5)
 
 
-def test_it_learns(trained):
-    of, tokens = trained
+def test_it_learns(tokenised):
+    of, tokens = tokenised
     plain, nll = Drawn(of.vocab_size).score_stream(tokens), mixed(of, len(tokens)).score_stream(tokens)
     assert nll.dtype == np.float32
     assert nll[len(nll) // 2 :].mean() < 0.5 * plain[len(nll) // 2 :].mean()
 
 
-def test_it_computes_what_dictionaries_do_in_float64(trained):
-    """But for chances that lie at the edge of a cell of the grid of logits, and fall to its other side."""
-    of, tokens = trained
-    tokens, forest = tokens[:400], Forest(byte_tree.of_table(of), CPU)
-    trees_N = byte_tree.numbers_behind(of.boundary, tokens[:-1])
-    answers = Drawn(of.vocab_size).score(
-        tokens, Asked(np.stack((np.full_like(trees_N, NO_HINT), trees_N)), forest)
-    )
-    paths_ND = np.ascontiguousarray(answers[3:].T) * np.float32(
-        0.3
-    )  # milder laws leave more decisions to mix
-    targets, without_collisions = tokens[1:].astype(np.int64), Mixture(forest.trees, 1 << 20, lines=1 << 20)
-    fast = -without_collisions.follow(targets, trees_N, paths_ND, np.zeros(len(targets), np.float32), RATE)
-    by_dictionaries = SlowMixture(of.boundary, RATE)
-    slow = np.array(
-        [by_dictionaries.gain(forest.trees, *row) for row in zip(trees_N, targets, paths_ND, strict=True)]
-    )
+def test_it_computes_what_dictionaries_do_in_float64(tokenised):
+    """Except for probabilities at the edge of a cell of the grid of logits, which may fall to either side."""
+    of, tokens = tokenised
+    tokens = tokens[:400]
+    targets = tokens[1:].astype(np.int64)
+    byte_trees = DeviceByteTrees(byte_tree.build_byte_trees(of), CPU)
+    trees_N = byte_tree.tree_index_after(of.boundary, tokens[:-1])
+    answers = Drawn(of.vocab_size).score(tokens, Queries(np.full_like(trees_N, NO_HINT), trees_N, byte_trees))
+    paths_ND = np.ascontiguousarray(answers[3:].T) * np.float32(0.3)  # less sure: more decisions are mixed
+
+    no_losses = np.zeros(len(targets), np.float32)
+    without_collisions = ByteMixer(byte_trees.trees, 1 << 20, slots_per_context=1 << 20)
+    fast = -without_collisions.score_and_learn(targets, trees_N, paths_ND, no_losses, RATE)
+
+    by_dictionaries = SlowByteMixer(of.boundary, RATE)
+    gains = []
+    for row in zip(trees_N, targets, paths_ND, strict=True):
+        gains.append(by_dictionaries.gain(byte_trees.trees, *row))
+    slow = np.array(gains)
     assert slow[200:].mean() > 3
     apart = np.abs(slow - fast)
     assert np.median(apart) < 5e-5
@@ -117,7 +120,7 @@ def test_it_computes_what_dictionaries_do_in_float64(trained):
 
 
 def test_noise_cannot_be_beaten():
-    """The canary bound: on n uniform tokens of V, no lawful scorer is better than n log2 V - 64 bits, but once in 2^64 streams."""
+    """The canary bound: n uniform ids of V cost n log2 V - 64 bits, except in one of 2^64 streams."""
     of = table()
     tokens = np.random.Generator(np.random.PCG64(3)).integers(0, TINY.vocab_size, 8000).astype(np.uint16)
 
@@ -135,33 +138,32 @@ def test_noise_cannot_be_beaten():
     )
 
 
-def test_the_counterfactual_sum_is_one_late_in_a_stream_and_the_law_is_what_is_charged(trained):
-    of, tokens = trained
-    scorer, at = mixed(of, len(tokens) - 1), 0
-    behind_boundary = np.flatnonzero(of.boundary[tokens])[-3:] + 1
-    places = np.sort(
-        np.concatenate(
-            (
-                np.random.Generator(np.random.PCG64(1)).integers(len(tokens) // 2, len(tokens) - 1, 12),
-                behind_boundary,
-            )
-        )
-    )
-    for place in np.unique(places).tolist():
+def test_the_counterfactual_sum_is_one_late_in_a_stream_and_the_law_is_what_is_charged(tokenised):
+    of, tokens = tokenised
+    scorer = mixed(of, len(tokens) - 1)
+    at = 0
+    after_boundary = np.flatnonzero(of.boundary[tokens])[-3:] + 1
+    drawn = np.random.Generator(np.random.PCG64(1)).integers(len(tokens) // 2, len(tokens) - 1, 12)
+
+    for place in np.unique(np.concatenate((drawn, after_boundary))).tolist():
         scorer.score_stream(tokens[at:place])
         at = place
-        state = [array.copy() for array in scorer.mixture.value.arrays]
+        state = copy.deepcopy(scorer.mixer.value.state)
         law = scorer.predict()
         assert abs(np.exp(law).sum() - 1) < 1e-9
         assert np.abs(law - scorer.scorer.predict()).max() > 0.1
-        assert all(np.array_equal(a, b) for a, b in zip(state, scorer.mixture.value.arrays, strict=True))
+
+        # A prediction changes nothing, and each id is charged what was predicted.
+        after = scorer.mixer.value.state
+        arrays = zip((*state.text, *state[1:]), (*after.text, *after[1:]), strict=True)
+        assert all(np.array_equal(a, b) for a, b in arrays)
         for token in [int(tokens[place]), *range(0, of.vocab_size, 11)]:
             charged = scorer.fork().score_stream(np.array([token], dtype=np.uint16))[0]
             assert abs(charged + law[token]) < 1e-4 * max(1, charged / 10)
 
 
-def test_scores_come_before_updates(trained):
-    of, tokens = trained
+def test_scores_come_before_updates(tokenised):
+    of, tokens = tokenised
     base = mixed(of, len(tokens)).score_stream(tokens)
     for position in (300, 700, 701, 1500):
         changed = tokens.copy()
@@ -171,8 +173,8 @@ def test_scores_come_before_updates(trained):
         assert scores[position - 1] != base[position - 1]
 
 
-def test_forks_are_independent_in_both_directions(trained):
-    of, tokens = trained
+def test_forks_are_independent_in_both_directions(tokenised):
+    of, tokens = tokenised
     straight = mixed(of, len(tokens))
     straight.score_stream(tokens[:500])
     expected = straight.score_stream(tokens[500:900])
@@ -192,9 +194,8 @@ def test_pieces_and_predictions_agree_with_the_whole_stream(monkeypatch: pytest.
     tokens[::37] = 1
 
     def make():
-        return mixed(
-            of, 399, wrapped=TiltScorer(SlidingScorer(random_model(6), SLIDING, world()), 0.05, of.codes, 399)
-        )
+        sliding = SlidingScorer(random_model(6), SLIDING, make_world())
+        return mixed(of, 399, wrapped=TiltScorer(sliding, 0.05, of.text_hashes, 399))
 
     whole = make().score_stream(tokens)
     pieces = make()
@@ -202,6 +203,7 @@ def test_pieces_and_predictions_agree_with_the_whole_stream(monkeypatch: pytest.
     np.testing.assert_allclose(parts, whole, atol=1e-5)
     monkeypatch.setattr("stages.ttt_eval.bytemix.scorer.PIECE", 48)
     np.testing.assert_allclose(make().score_stream(tokens), whole, atol=1e-5)
+
     one_by_one = make()
     one_by_one.observe(int(tokens[0]))
     for target in range(300):
@@ -214,7 +216,7 @@ def test_pieces_and_predictions_agree_with_the_whole_stream(monkeypatch: pytest.
 
 def test_the_parameter_decides():
     params = dataclasses.replace(TTT, mixer_rate=RATE, tilt_rate=0.05)
-    scorer = scorer_for(random_model(6), SLIDING, params, world(), table(), 100)
+    scorer = build_scorer(random_model(6), SLIDING, params, make_world(), table(), 100)
     assert isinstance(scorer, MixerScorer)
     assert isinstance(scorer.scorer, TiltScorer)
     with pytest.raises(ValueError, match="mixer_rate: -1 is negative"):
@@ -229,8 +231,8 @@ def test_a_rehearsal_with_answers_that_mean_nothing_stays_in_its_arrays(answer: 
     class Anything:
         vocab_size, warm_up_targets = table().vocab_size, 600
 
-        def score(self, tokens: np.ndarray, asked: Asked | None) -> np.ndarray:
-            shape = rows_of(asked), len(tokens) - 1
+        def score(self, tokens: np.ndarray, queries: Queries | None) -> np.ndarray:
+            shape = result_rows(queries), len(tokens) - 1
             bits = (
                 np.random.Generator(np.random.PCG64(0))
                 .integers(0, 1 << 32, shape, np.uint32)
@@ -239,8 +241,8 @@ def test_a_rehearsal_with_answers_that_mean_nothing_stays_in_its_arrays(answer: 
             return bits if answer is None else np.full(shape, answer, np.float32)
 
     scorer: Any = Anything()
-    tilted = TiltScorer(scorer, 0.05, table().codes, 600)
+    tilted = TiltScorer(scorer, 0.05, table().text_hashes, 600)
     with np.errstate(invalid="ignore"):
-        rehearse(MixerScorer(tilted, RATE, table(), 600, CPU))
+        warm_up_kernels(MixerScorer(tilted, RATE, table(), 600, CPU))
     assert os.environ["NUMBA_BOUNDSCHECK"] == "1", "nobody would see it"
-    assert tilted.updates.any() == (answer is None or not math.isnan(answer))
+    assert tilted.state.updates_W.any() == (answer is None or not math.isnan(answer))

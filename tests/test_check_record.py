@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stages.common.clock import OFFICIAL_BYTES
-from tests import submission_fixture
+from stages.common.challenge import VALIDATION_BYTES
+from tests import miniature_run
 from tools.check_record import cli as check
 from tools.check_record import folder, logs, source
 
@@ -35,7 +35,7 @@ def wrapped(source: str) -> bytes:
 
 @dataclass
 class Made:
-    """A record folder before it is written; a defect changes it. It is sound as it stands."""
+    """A record folder before it is written. It is sound; a test changes something in it."""
 
     source: str = SOURCE
     raw: bool = False  # ship the source as it is, where the wrapped one is counted
@@ -43,7 +43,7 @@ class Made:
         default_factory=lambda: {"ttt_epochs": 2, "train_shards": 80, "smear_enabled": True}
     )
     tokens: int = TOKENS
-    counted_bytes: float = OFFICIAL_BYTES  # that the scores are over
+    counted_bytes: float = VALIDATION_BYTES  # that the scores are over
     bpb: dict[int, float] = field(default_factory=lambda: dict(BPB))
     steps: dict[int, int] = field(default_factory=lambda: dict(STEPS))
     model: dict[int, int] = field(default_factory=lambda: dict(MODEL))
@@ -84,9 +84,10 @@ class Made:
             f"stopping_early: wallclock_cap train_time: {self.train_ms}ms step: {self.steps[seed]}/20000\n"
         )
         return (
-            f"Hyperparameters:\n{settings}seed: {seed}\nval_tokens: {self.tokens}\n{training if self.training else ''}"
-            f"GPTQ:collected 67 Hessians in {self.hessians}s\n"
-            "pre-quantization post-ema val_loss:2.80853 val_bpb:1.08735 eval_time:7480ms\nSerialized model: 135426937 bytes\n"
+            f"Hyperparameters:\n{settings}seed: {seed}\nval_tokens: {self.tokens}\n"
+            f"{training if self.training else ''}GPTQ:collected 67 Hessians in {self.hessians}s\n"
+            "pre-quantization post-ema val_loss:2.80853 val_bpb:1.08735 eval_time:7480ms\n"
+            "Serialized model: 135426937 bytes\n"
             f"Code size: {self.code_in_log.get(seed, len(self.code()))} bytes\n"
             f"Serialized model quantized+brotli: {self.model[seed]} bytes\n"
             f"Total submission size quantized+brotli: {self.total(seed)} bytes\n{self.more_log}"
@@ -117,7 +118,8 @@ class Made:
             for seed, bpb in BPB.items()
         )
         return (
-            "# SP8192, looped\n\n**val_bpb = 1.0810** (3-seed mean)\n\n| Seed | Steps | TTT BPB | Artifact bytes |\n|---|---:|---:|---:|\n"
+            "# SP8192, looped\n\n**val_bpb = 1.0810** (3-seed mean)\n\n"
+            "| Seed | Steps | TTT BPB | Artifact bytes |\n|---|---:|---:|---:|\n"
             f"{rows}\nScore-first TTT, 2 epochs; 4,550 steps in 588 s; SmearGate.\n"
         )
 
@@ -143,7 +145,7 @@ def swap(old: str, new: str) -> Callable[[str], str]:
 
 
 def found_in(path: Path) -> list[str]:
-    return [finding.line() for finding in check.findings(folder.read(path))]
+    return [finding.line() for finding in check.findings(folder.read_folder(path))]
 
 
 def test_a_sound_folder_is_clean(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -153,17 +155,20 @@ def test_a_sound_folder_is_clean(tmp_path: Path, capsys: pytest.CaptureFixture[s
         check.main([str(path)])
     assert ended.value.code == 0
     printed = capsys.readouterr().out
-    assert "3 logs, seeds 42, 314, 999, record track\nnothing was found\nnot seen from here: " in printed
-    assert folder.read(path).source == SOURCE  # unwrapped, and not run
+    assert (
+        "3 logs, seeds 42, 314, 999, record track\nnothing was found\ncannot be checked from files alone: "
+        in printed
+    )
+    assert folder.read_folder(path).source == SOURCE  # unwrapped, and not run
 
 
 RAW = "x = 1\n" * 9000
 TALL = Made()
-# Name, the folder, and what must be said of it. D numbers are those of the list of defects that the project's tests follow.
+# Name, folder, and the finding about it. D numbers are those of docs/defects.md.
 DEFECTS: dict[str, tuple[Made, str]] = {
     # Counts and data.
     "D1 leading spaces twice": (
-        Made(counted_bytes=OFFICIAL_BYTES * 1.167),
+        Made(counted_bytes=VALIDATION_BYTES * 1.167),
         r"\(\+16\.70%\): leading spaces counted twice",
     ),
     "D2 marker": (Made(source="def f(p):\n    return p.startswith('?')\n"), r"looks for '\?'"),
@@ -181,7 +186,7 @@ DEFECTS: dict[str, tuple[Made, str]] = {
         Made(tokens=9_662_464, counted_bytes=36e6),
         r"scored 9,662,464 tokens: the first 10,000 documents",
     ),
-    "D8 val in train": (Made(settings={"train_shards": 1499}), r"1,499 train shards, where there are 128"),
+    "D8 val in train": (Made(settings={"train_shards": 1499}), r"1,499 train shards, but there are 128"),
     "D10 lost shards": (
         Made(tokens=36_562_944, counted_bytes=136.2e6),
         r"scored 36,562,944 tokens: a partition that lost shards",
@@ -217,7 +222,7 @@ DEFECTS: dict[str, tuple[Made, str]] = {
     ),
     "D22 wrapper never shipped": (
         Made(raw=True, source=RAW),
-        r"a raw source is shipped where a wrapped one is counted",
+        r"a raw source is shipped, but a wrapped one is counted",
     ),
     "D23 overwrites itself": (
         Made(source="open(__file__, 'w').write('x')\n"),
@@ -239,7 +244,7 @@ DEFECTS: dict[str, tuple[Made, str]] = {
     ),
     "D27 silent fallback": (
         Made(source="import shutil, brotli\npack = 'lrzip' if shutil.which('lrzip') else 'brotli'\n"),
-        r"falls back to brotli where lrzip is missing",
+        r"falls back to brotli if lrzip is missing",
     ),
     "D28 other code": (Made(code_in_log={42: 16_630}), r"the code has other sizes for other seeds"),
     "D29 steps in submission.json": (
@@ -265,9 +270,12 @@ DEFECTS: dict[str, tuple[Made, str]] = {
     ),
     "D30 best of more": (
         Made(more={"train_seed7.log": TALL.log(42).replace("seed: 42", "seed: 7").encode()}),
-        r"a log of seed 7 lies here, and the record leaves it out",
+        r"there is a log of seed 7, which the record leaves out",
     ),
-    "D30 seed without log": (Made(seeds_with_log=(42, 314)), r"seed 999 is claimed, and no log is of it"),
+    "D30 seed without log": (
+        Made(seeds_with_log=(42, 314)),
+        r"seed 999 is claimed, but there is no log of it",
+    ),
     "D30 headline": (
         Made(readme=swap("val_bpb = 1.0810", "val_bpb = 1.0435")),
         r"its val_bpb is 1\.0435, that of submission\.json 1\.081",
@@ -294,11 +302,12 @@ DEFECTS: dict[str, tuple[Made, str]] = {
     ),
     "D32 feature that was off": (
         Made(settings={"smear_enabled": False}),
-        r"tells of Smear, and train_seed42\.log has smear_enabled off",
+        r"tells of Smear, but train_seed42\.log has smear_enabled off",
     ),
     "D34 fitted at evaluation": (
         Made(
-            more_log="quantized val_loss:2.84 val_bpb:1.0997 eval_time:1ms\ncalibrating logits on 100000 train tokens\n"
+            more_log="quantized val_loss:2.84 val_bpb:1.0997 eval_time:1ms\n"
+            "calibrating logits on 100000 train tokens\n"
         ),
         r"reads training data after evaluation began",
     ),
@@ -334,16 +343,26 @@ def test_each_known_defect_is_found(name: str, tmp_path: Path) -> None:
     assert all(re.search(r" \[.*(?:#\d+|rules).*\]$", line) for line in lines)
 
 
+@pytest.mark.parametrize("phrase", source.OFF_PHRASES)
+def test_a_feature_that_a_readme_says_is_off(phrase: source.Phrase) -> None:
+    """Each way to say so is found by its own pattern; a mere mention by none."""
+    for text in phrase.examples:
+        assert re.search(phrase.pattern.format(feature="smear"), text, re.IGNORECASE)
+        assert source.says_off(text, "smear")
+    assert not source.says_off("The smear gate looks at the token before.", "smear")
+    assert source.feature_of("use_smear_gate") == source.feature_of("smear_gate_fixed") == "smear_gate"
+
+
 def test_what_a_folder_cannot_show_is_said() -> None:
-    assert any("#1923" in text for text in source.BLIND)  # D33
-    assert any("#1858" in text for text in source.BLIND)  # D35
+    assert any("#1923" in text for text in source.NOT_CHECKED)  # D33
+    assert any("#1858" in text for text in source.NOT_CHECKED)  # D35
 
 
 @pytest.mark.parametrize(
     ("summary", "expected"),
     [
         ("{", "submission.json: is not JSON"),
-        ("[]", "submission.json: holds list, expected a mapping"),
+        ("[]", "submission.json: holds list, expected a JSON object"),
         ("{}", "states no val_bpb"),
         (
             '{"val_bpb": 1.2, "seeds": "4", "seed_results": [1, {"seed": "x"}], "bytes_total": "16,000,001"}',
@@ -411,26 +430,29 @@ def test_other_names_and_forms_are_understood(tmp_path: Path) -> None:
 
 def test_a_log_in_the_words_of_our_stages() -> None:
     text = (
-        "   181.4s train: 400 steps in 174.0 s, 2,355 tokens/s\n     7.0s calibrate: 42 Hessians from 32,768 tokens, data read for 2.7 s\n"
+        "   181.4s train: 400 steps in 174.0 s, 2,355 tokens/s\n"
+        "     7.0s calibrate: 42 Hessians from 32,768 tokens, data read for 2.7 s\n"
         "     6.1s bundle: 67 modules, 216,574 characters stripped, 58,538 bytes packed\n"
         "    23.3s sliding_eval: 2.186220 bpb over 57,738 targets, 151,916 bytes\n"
-        "    49.6s audit: pass: files budget bytes: 417758 (model.bin) + 58538 (train_gpt.py) = 476296 bytes on disk\n"
+        "    49.6s audit: pass: files budget bytes:"
+        " 417758 (model.bin) + 58538 (train_gpt.py) = 476296 bytes on disk\n"
     )
-    log = logs.parse("train_seed999.log", text)
+    log = logs.parse_log("train_seed999.log", text)
     assert log is not None
     assert (log.seed, log.steps, log.tokens, log.bytes) == (999, 400, 57_738, 151_916)
     assert (log.bytes_model, log.bytes_code, log.bytes_total) == (417_758, 58_538, 476_296)
     assert (log.train_seconds, log.hessian_seconds) == (174.0, 2.7)
-    assert [score.bpb for score in log.final] == [2.18622]
-    assert logs.parse("notes.txt", "nothing of a run") is None
+    assert [score.bpb for score in log.final_scores] == [2.18622]
+    assert logs.parse_log("notes.txt", "nothing of a run") is None
 
 
 def test_our_words_on_the_record_track(tmp_path: Path) -> None:
-    """The whole stream, its tail too, is no subset; clocks of each run are judged."""
+    """The whole stream with its tail is not a subset; the clocks of each run are judged."""
     path = tmp_path / "ours"
     path.mkdir()
     code, model = b"print()\n", 15_900_000
     total = model + len(code)
+
     summary: dict[str, Any] = {
         "track": "10min_16mb",
         "val_bpb": 1.05,
@@ -442,15 +464,22 @@ def test_our_words_on_the_record_track(tmp_path: Path) -> None:
         },
         "coverage": {"targets": 40_541_162, "bytes": 151_080_000},
     }
+
     (path / "train_gpt.py").write_bytes(code)
+    sizes = f"{model} (model.bin) + {len(code)} (train_gpt.py) = {total} bytes on disk"
+
+    log = (
+        "     9.0s train: 4600 steps in 588.0 s, 2,355 tokens/s\n"
+        "     9.1s calibrate: 66 Hessians, data read for 2.7 s\n"
+        f"     9.2s audit: pass: files budget bytes: {sizes}\n"
+        "     9.3s ttt_eval: 1.050000 bpb over 40,541,162 targets, 151,080,000 bytes\n"
+    )
+
     for seed in (1, 2, 3):
-        (path / f"train_seed{seed}.log").write_text(
-            "     9.0s train: 4600 steps in 588.0 s, 2,355 tokens/s\n     9.1s calibrate: 66 Hessians, data read for 2.7 s\n"
-            f"     9.2s audit: pass: files budget bytes: {model} (model.bin) + {len(code)} (train_gpt.py) = {total} bytes on disk\n"
-            "     9.3s ttt_eval: 1.050000 bpb over 40,541,162 targets, 151,080,000 bytes\n"
-        )
+        (path / f"train_seed{seed}.log").write_text(log)
     (path / "submission.json").write_text(json.dumps(summary))
     assert found_in(path) == []
+
     summary["measured"]["2"] = {"training_seconds": 600.5, "evaluation_seconds": 601.0}
     (path / "submission.json").write_text(json.dumps(summary))
     assert [line.partition(" [")[0] for line in found_in(path)] == [
@@ -462,5 +491,5 @@ def test_our_words_on_the_record_track(tmp_path: Path) -> None:
 def test_our_own_submission_is_clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder of one seed; tests/test_record_cli.py has one of three."""
     monkeypatch.chdir(tmp_path)
-    submission_fixture.make(tmp_path)
-    assert found_in(submission_fixture.run(tmp_path)) == []
+    miniature_run.make(tmp_path)
+    assert found_in(miniature_run.run(tmp_path)) == []

@@ -1,4 +1,4 @@
-"""The pace of an evaluation, and what follows from it for another one."""
+"""The throughput of an evaluation, and its projection to another one."""
 
 import json
 from pathlib import Path
@@ -7,16 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stages.common import clock, shards
-from stages.scoring.evaluate import Stream, TimedScorer, score
-from stages.sliding_eval.params import SlidingEvalParams
+from stages.common import challenge, clock, shards
+from stages.scoring.evaluate import TimedScorer, score
+from stages.scoring.stream import ValidationStream
 from stages.sliding_eval.scorer import SlidingScorer
 from stages.ttt_eval.sgd.scorer import TTTScorer
-from tests.factories import TINY, TTT, random_model, world
-from tests.test_sliding_eval import table
+from tests.factories import SLIDING, TINY, TTT, make_world, random_model, two_byte_table
 from tools import plan
 
-SLIDING = SlidingEvalParams(window=16, stride=4, batch_windows=3, chunk=32)
 RUN: dict[str, Any] = {
     "startup_seconds": 30.0,
     "warm_up_targets": 1000,
@@ -25,16 +23,16 @@ RUN: dict[str, Any] = {
 }
 
 
-def stream(count: int) -> Stream:
+def stream(count: int) -> ValidationStream:
     tokens = np.random.Generator(np.random.PCG64(0)).integers(4, TINY.vocab_size, count).astype(np.uint16)
     tokens[0] = 1
-    return Stream(tokens, np.full(count - 1, 2, dtype=np.int64), table())
+    return ValidationStream(tokens, np.full(count - 1, 2, dtype=np.int64), two_byte_table())
 
 
 def scorers(targets: int) -> list[TimedScorer]:
     return [
-        SlidingScorer(random_model(6), SLIDING, world()),
-        TTTScorer(random_model(6), SLIDING, TTT, world(), targets),
+        SlidingScorer(random_model(6), SLIDING, make_world()),
+        TTTScorer(random_model(6), SLIDING, TTT, make_world(), targets),
     ]
 
 
@@ -43,9 +41,9 @@ def scorers(targets: int) -> list[TimedScorer]:
 def test_timing_the_warm_up_apart_changes_no_bit(kind: int, count: int) -> None:
     of = stream(count)
     plain, timed = scorers(of.targets)[kind], scorers(of.targets)[kind]
-    pace = clock.Pace(timed.warm_up_targets)
-    np.testing.assert_array_equal(score(timed, of, pace), score(plain, of))
-    measured = pace.timing(of.targets, 2 * of.targets, 1)
+    throughput = clock.EvalThroughput(timed.warm_up_targets)
+    np.testing.assert_array_equal(score(timed, of, throughput), score(plain, of))
+    measured = throughput.timing(of.targets, 2 * of.targets, 1)
     if of.targets <= timed.warm_up_targets:
         assert (measured["targets_per_second"], measured["projected_seconds_8gpu"]) == (0.0, None)
     else:
@@ -58,13 +56,13 @@ def test_timing_the_warm_up_apart_changes_no_bit(kind: int, count: int) -> None:
 
 
 def test_the_projection_is_for_the_official_bytes_on_eight() -> None:
-    pace = clock.Pace(1000)
-    pace.steady.started, pace.steady.ended = 0.0, 10.0
-    measured = pace.timing(
+    throughput = clock.EvalThroughput(1000)
+    throughput.steady.started, throughput.steady.ended = 0.0, 10.0
+    measured = throughput.timing(
         targets=201_000, counted_bytes=402_000, processes=2
     )  # 20,000 a second on two, two bytes a target
     assert measured["targets_per_second"] == 20_000
-    expected = measured["startup_seconds"] + (clock.OFFICIAL_BYTES / 2 - 1000) / (10_000 * 8)
+    expected = measured["startup_seconds"] + (challenge.VALIDATION_BYTES / 2 - 1000) / (10_000 * 8)
     assert measured["projected_seconds_8gpu"] == pytest.approx(expected)
 
 
@@ -79,7 +77,8 @@ def write(path: Path, timing: object) -> str:
         (
             [],
             0,
-            "30.0 s to start, then 40,540,160 targets on 8 x 10,000 a second: 536.7 s of 600, within the budget",
+            "30.0 s to start, then 40,540,160 targets on 8 x 10,000 a second:"
+            " 536.7 s of 600, within the budget",
         ),
         (["--processes=7"], 1, "609.1 s of 600, OVER the budget"),
         (["--processes=1", "--targets=5701000"], 0, "600.0 s of 600, within"),
@@ -119,7 +118,7 @@ def test_the_plan_counts_shards(tmp_path: Path, repository: Path, capsys: pytest
     ("timing", "arguments", "message"),
     [
         ({"process_seconds": 3.0}, [], "has no startup_seconds, warm_up_targets, targets_per_second, ranks"),
-        ([1], [], "expected the timing.json of sliding_eval or ttt_eval"),
+        ([1], [], "holds list, expected a JSON object"),
         (
             RUN | {"targets_per_second": 0.0},
             [],

@@ -12,7 +12,7 @@ import yaml
 
 from stages.common import ledger, paired_bootstrap, shards
 from stages.common.bpb import ByteTable
-from stages.scoring.evaluate import Stream, open_stream
+from stages.scoring.stream import ValidationStream, open_validation_stream
 from stages.tokenize import tokenizer
 from tools.compare import breakdown, revisions
 from tools.compare import cli as compare
@@ -20,12 +20,12 @@ from tools.compare import cli as compare
 BOS = 1
 
 
-def stream(lengths: list[int], seed: int = 0) -> Stream:
+def stream(lengths: list[int], seed: int = 0) -> ValidationStream:
     generator = np.random.Generator(np.random.PCG64(seed))
     tokens = np.concatenate([[BOS, *generator.integers(4, 30, length - 1)] for length in lengths]).astype(
         np.uint16
     )
-    return Stream(
+    return ValidationStream(
         tokens,
         np.where(tokens[1:] == BOS, 0, 3),
         ByteTable((b"abc",) * 30, np.zeros(30, bool), np.arange(30) < 4, BOS),
@@ -38,7 +38,7 @@ def ledgers(targets: int, seed: int = 1) -> tuple[np.ndarray, np.ndarray]:
     return a, (a + generator.normal(-0.05, 0.3, targets)).clip(0).astype(np.float32)
 
 
-def slow_parts(a: np.ndarray, b: np.ndarray, of: Stream, by_length: bool) -> dict[str, list[float]]:
+def slow_parts(a: np.ndarray, b: np.ndarray, of: ValidationStream, by_length: bool) -> dict[str, list[float]]:
     """Documents, bytes and bits of each class, one target at a time."""
     found: dict[str, list[Any]] = {}
     document = -1
@@ -49,7 +49,7 @@ def slow_parts(a: np.ndarray, b: np.ndarray, of: Stream, by_length: bool) -> dic
         if i == 0:
             continue
         value = stop - start if by_length else i - start
-        low = max(edge for edge in breakdown.EDGES if edge <= value)
+        low = max(edge for edge in breakdown.BUCKET_EDGES if edge <= value)
         row = found.setdefault(str(low), [set(), 0, 0.0])
         row[0].add(document)
         row[1] += int(of.counted_bytes[i - 1])
@@ -60,7 +60,7 @@ def slow_parts(a: np.ndarray, b: np.ndarray, of: Stream, by_length: bool) -> dic
 def test_the_figures_equal_a_plain_count_and_add_up() -> None:
     of = stream([5, 70, 300, 64, 90, 2100, 40, 150, 128])
     a, b = ledgers(of.targets)
-    found = breakdown.compare(a, b, of)
+    found = breakdown.compare_ledgers(a, b, of)
     total = int(of.counted_bytes.sum())
     for by_length, parts in ((True, found.by_length), (False, found.by_position)):
         expected = slow_parts(a, b, of, by_length)
@@ -74,24 +74,28 @@ def test_the_figures_equal_a_plain_count_and_add_up() -> None:
     assert found.whole == paired_bootstrap.paired_difference(
         a, b, of.counted_bytes, paired_bootstrap.document_of_target(of.tokens, BOS)
     )
-    assert found.course.shape == a.shape
-    assert found.course[-1] == pytest.approx(found.whole.bpb, rel=1e-9)
+    assert found.running_difference.shape == a.shape
+    assert found.running_difference[-1] == pytest.approx(found.whole.bpb, rel=1e-9)
     assert found.documents == 9
 
 
 def test_a_ledger_against_itself_shows_no_difference() -> None:
     of = stream([100, 80, 400])
     a, _ = ledgers(of.targets)
-    found = breakdown.compare(a, a, of)
+    found = breakdown.compare_ledgers(a, a, of)
     assert found.whole == paired_bootstrap.Difference(0.0, 0.0, 0.0)
-    assert "no difference is shown" in compare.table(found, ("a", "b"), (1.0, 1.0))
+    assert "no difference is shown" in compare.format_comparison(found, ("a", "b"), (1.0, 1.0))
 
 
 def test_the_verdict_follows_the_interval() -> None:
     of = stream([100] * 40)
     a, b = ledgers(of.targets)
-    assert "B is better" in compare.table(breakdown.compare(a, b, of), ("a", "b"), (1.0, 1.0))
-    assert "A is better" in compare.table(breakdown.compare(b, a, of), ("a", "b"), (1.0, 1.0))
+    assert "B is better" in compare.format_comparison(
+        breakdown.compare_ledgers(a, b, of), ("a", "b"), (1.0, 1.0)
+    )
+    assert "A is better" in compare.format_comparison(
+        breakdown.compare_ledgers(b, a, of), ("a", "b"), (1.0, 1.0)
+    )
 
 
 @pytest.fixture
@@ -121,11 +125,11 @@ def test_the_command_takes_files_and_folders(
     compare.main(["artifacts/sliding_eval", "artifacts/ttt_eval/nll.npy", "--json", "figures.json"])
     printed = capsys.readouterr().out
     figures = json.loads(Path("figures.json").read_text())
-    of = open_stream(Path("artifacts/tokenize/val"), Path("artifacts/tokenize/tokenizer.model"))
+    of = open_validation_stream(Path("artifacts/tokenize/val"), Path("artifacts/tokenize/tokenizer.model"))
     a, b = (ledger.read(Path(f"artifacts/{scorer}/nll.npy"), of.targets) for scorer in revisions.SCORERS)
     assert (
         figures["difference"]["bpb"]
-        == breakdown.compare(a, b, of).whole.bpb
+        == breakdown.compare_ledgers(a, b, of).whole.bpb
         == pytest.approx(figures["b"]["bpb"] - figures["a"]["bpb"])
     )
     assert f"{figures['difference']['bpb']:+.6f}" in printed
@@ -141,7 +145,7 @@ def test_the_command_takes_files_and_folders(
         ("nothing.npy", "nothing.npy is neither a file or folder here, nor a revision or experiment"),
         ("artifacts/tokenize", "artifacts/tokenize/nll.npy is not a ledger"),
         ("short.npy", "belongs to another stream"),
-        ("HEAD:other", "'other' is no scorer; name one of sliding_eval, ttt_eval"),
+        ("HEAD:other", "'other' is not a scorer; name one of sliding_eval, ttt_eval"),
     ],
 )
 def test_errors_are_one_line_and_exit_code_2(
@@ -171,13 +175,15 @@ def test_a_missing_stream_is_one_line_too(
 
 @pytest.fixture
 def repository(scored: Path) -> Path:
-    """The folder as a DVC repository: ledgers in the cache, a second run as an experiment of the name seed-2."""
+    """The folder as a DVC repository: ledgers in the cache, and a second run as the experiment seed-2."""
     call(scored, "git", "init", "-q", "-b", "main")
     call(scored, "git", "config", "user.email", "test@example.org")
     call(scored, "git", "config", "user.name", "test")
     dvc = (sys.executable, "-m", "dvc")
     call(scored, *dvc, "init", "-q")
-    stream_files = list(revisions.STREAM)
+
+    # The first run.
+    stream_files = list(revisions.STREAM_PATHS)
     stages = {
         name: {"cmd": "true", "deps": stream_files, "outs": [f"artifacts/{name}/nll.npy"]}
         for name in revisions.SCORERS
@@ -186,6 +192,8 @@ def repository(scored: Path) -> Path:
     call(scored, *dvc, "commit", "-q", "--force")
     call(scored, "git", "add", "-A")
     call(scored, "git", "commit", "-q", "-m", "one")
+
+    # The second, as an experiment.
     nll = np.load(scored / "artifacts/sliding_eval/nll.npy")
     (scored / "artifacts/sliding_eval/nll.npy").unlink()  # a link into the cache
     ledger.write(scored / "artifacts/sliding_eval/nll.npy", nll + np.float32(0.1))
@@ -202,26 +210,28 @@ def test_revisions_and_experiments_come_from_dvc_s_cache(
     repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(repository)
-    of = open_stream(Path("artifacts/tokenize/val"), Path("artifacts/tokenize/tokenizer.model"))
-    first, second = revisions.read("HEAD", of.targets), revisions.read("seed-2", of.targets)
+    of = open_validation_stream(Path("artifacts/tokenize/val"), Path("artifacts/tokenize/tokenizer.model"))
+    first, second = revisions.read_ledger("HEAD", of.targets), revisions.read_ledger("seed-2", of.targets)
     np.testing.assert_array_equal(second, first + np.float32(0.1))
-    np.testing.assert_array_equal(revisions.read("seed-2:ttt_eval", of.targets), ledgers(of.targets)[1])
+    np.testing.assert_array_equal(
+        revisions.read_ledger("seed-2:ttt_eval", of.targets), ledgers(of.targets)[1]
+    )
 
     other = call(repository, "git", "rev-parse", "HEAD").stdout.strip()
     call(repository, "git", "update-ref", f"refs/exps/11/{'1' * 38}/seed-2", other)
     with pytest.raises(ValueError, match="seed-2 names 2 experiments on different commits"):
-        revisions.read("seed-2", of.targets)
+        revisions.read_ledger("seed-2", of.targets)
     call(
         repository, "git", "update-ref", f"refs/exps/{other[:2]}/{other[2:]}/seed-2", other
     )  # as after `dvc exp run` here
-    np.testing.assert_array_equal(revisions.read("seed-2", of.targets), first)
+    np.testing.assert_array_equal(revisions.read_ledger("seed-2", of.targets), first)
 
     lock = yaml.safe_load(Path("dvc.lock").read_text())
     for dependency in lock["stages"]["sliding_eval"]["deps"]:
         dependency["md5"] = "0" * 32
     Path("dvc.lock").write_text(yaml.safe_dump(lock))
     with pytest.raises(ValueError, match=r"HEAD scored another artifacts/tokenize/val .* not comparable"):
-        revisions.read("HEAD", of.targets)
+        revisions.read_ledger("HEAD", of.targets)
 
 
 def test_what_the_cache_lacks_says_how_to_fetch_it(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,4 +240,4 @@ def test_what_the_cache_lacks_says_how_to_fetch_it(repository: Path, monkeypatch
     digest = lock["stages"]["ttt_eval"]["outs"][0]["md5"]
     (repository / ".dvc/cache/files/md5" / digest[:2] / digest[2:]).unlink()
     with pytest.raises(ValueError, match="`dvc exp pull` or `dvc pull` fetches what others ran"):
-        revisions.read("HEAD:ttt_eval", 10)
+        revisions.read_ledger("HEAD:ttt_eval", 10)

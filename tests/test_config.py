@@ -12,6 +12,7 @@ from stages.common import config
 from stages.common.parallel import ParallelParams
 from stages.pack.params import Params as PackInput
 from stages.train.params import ModelParams, Params
+from stages.ttt_eval.params import Params as TttEvalInput
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -101,7 +102,8 @@ def test_an_integer_is_a_lawful_float_and_a_name_a_lawful_option() -> None:
         ({"width": -8}, r"^model\.width: -8 is not above zero"),
         (
             {"rate": "1e-4"},
-            r"^model\.rate: saw the string '1e-4', expected a number; YAML 1\.1 wants a dot in it, as in 1\.0e-4",
+            r"^model\.rate: saw the string '1e-4', expected a number;"
+            r" YAML 1\.1 requires a dot in it, as in 1\.0e-4",
         ),
         ({"rate": "fast"}, r"^model\.rate: saw 'fast' \(str\), expected float"),
         ({"rate": True}, r"^model\.rate: saw True \(bool\), expected float"),
@@ -166,13 +168,13 @@ def test_a_file_that_is_no_parameter_file_is_refused(tmp_path: Path, content: by
     path = tmp_path / "params.yaml"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=message) as refusal:
-        config.read(path)
+        config.read_parameters(path)
     assert "\n" not in str(refusal.value)
 
 
 def test_a_file_that_is_absent_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"absent\.yaml does not exist; name one with --params"):
-        config.read(tmp_path / "absent.yaml")
+        config.read_parameters(tmp_path / "absent.yaml")
 
 
 def test_set_changes_a_copy() -> None:
@@ -222,8 +224,27 @@ def test_a_model_that_cannot_be_is_refused(changes: dict[str, Any], message: str
         config.build({"model": MODEL | changes}, OnlyModel)
 
 
+def test_a_renamed_key_is_answered_with_its_new_name() -> None:
+    raw = config.read_parameters(ROOT / "params.yaml")
+    message = r"^ttt_eval\.confidence: unknown key; it is called ttt_eval\.weight_by_surprise now$"
+    with pytest.raises(ValueError, match=message):
+        config.override(raw, ["ttt_eval.confidence=true"])
+    del raw["ttt_eval"]["weight_by_surprise"]
+    raw["ttt_eval"]["confidence"] = True
+    with pytest.raises(ValueError, match=message):
+        config.build(raw, TttEvalInput)
+
+
+def test_renamed_keys_exist_under_their_new_names_alone() -> None:
+    raw = config.read_parameters(ROOT / "params.yaml")
+    for old, new in config.RENAMED_KEYS.items():
+        config.override(raw, [f"{new}=null"])
+        with pytest.raises(ValueError, match="it is called"):
+            config.override(raw, [f"{old}=null"])
+
+
 def test_a_batch_that_is_no_multiple_of_the_context_is_refused() -> None:
-    raw = config.override(config.read(ROOT / "params.yaml"), ["train.batch_tokens=1"])
+    raw = config.override(config.read_parameters(ROOT / "params.yaml"), ["train.batch_tokens=1"])
     with pytest.raises(ValueError, match=r"^train\.batch_tokens: 1 is not a multiple of model\.context"):
         config.build(raw, Params)
 

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.pack.entropy import codecs
-from stages.pack.entropy.codecs import Layout
+from stages.pack.entropy.codecs import StreamLayout
 from stages.pack.file import container
-from stages.pack.file.container import Contents, Entry, Form, Stream
-from stages.pack.trellis import STATES
+from stages.pack.file.container import Contents, EncodedStream, EncodedTensor, Form
+from stages.pack.trellis import STATE_COUNTS
 
 EXAMPLES = settings(max_examples=60, deadline=None)
 NAMES = st.from_regex(r"[a-z0-9_]{1,6}(\.[a-z0-9_]{1,6}){0,2}", fullmatch=True)
@@ -28,7 +28,7 @@ def compiled() -> None:
 
 
 @st.composite
-def entries(draw: st.DrawFn) -> tuple[tuple[Entry, ...], list[tuple[bytes, ...]]]:
+def entries(draw: st.DrawFn) -> tuple[tuple[EncodedTensor, ...], list[tuple[bytes, ...]]]:
     """Tensors of random bytes, and those bytes."""
     made, raws = [], []
     for name in draw(st.lists(NAMES, max_size=4, unique=True)):
@@ -36,24 +36,25 @@ def entries(draw: st.DrawFn) -> tuple[tuple[Entry, ...], list[tuple[bytes, ...]]
         matrices = [
             Form("rows", draw(st.integers(2, 8)), rank),
             Form("groups", draw(st.integers(2, 7)), rank),
-            Form("lattice", draw(st.sampled_from(STATES)), rank),
+            Form("lattice", draw(st.sampled_from(STATE_COUNTS)), rank),
         ]
         form = draw(st.sampled_from([Form("float16", 16), *matrices]))
+
         dimensions = st.integers(0, 4) if form.kind == "float16" else st.just(2)
         shape = tuple(draw(st.lists(st.integers(0, 5), min_size=(n := draw(dimensions)), max_size=n)))
         layouts = container.layouts(form, shape)
         raw = tuple(
             draw(st.binary(min_size=layout.raw_bytes, max_size=layout.raw_bytes)) for layout in layouts
         )
-        # The arithmetic coder takes any integers of one state; on a trellis only those that it allows (test_level_coder.py). A series takes
-        # all numbers but the one with all bits set.
+        # The arithmetic coder takes any integers of one state, but on a trellis only those that it allows
+        # (test_level_coder.py). A series takes all numbers except the one with all bits set.
         raw = tuple(
             of.replace(b"\xff", b"\0") if layout.kind == "series" else of
             for of, layout in zip(raw, layouts, strict=True)
         )
         family = "adaptive" if form.kind != "lattice" and draw(st.booleans()) else "brotli"
         streams = container.encode_streams(form, shape, raw, family, 5)
-        made.append(Entry(name, shape, form, streams))
+        made.append(EncodedTensor(name, shape, form, streams))
         raws.append(raw)
     return tuple(made), raws
 
@@ -61,22 +62,24 @@ def entries(draw: st.DrawFn) -> tuple[tuple[Entry, ...], list[tuple[bytes, ...]]
 def example() -> Contents:
     """Three tensors, seven streams."""
 
-    def stream(raw: bytes, layout: Layout, by: str = "brotli") -> Stream:
-        return Stream(by, codecs.encode(by, raw, layout, 11))
+    def stream(raw: bytes, layout: StreamLayout, by: str = "brotli") -> EncodedStream:
+        return EncodedStream(by, codecs.encode(by, raw, layout, 11))
 
-    matrix = Entry(
+    matrix = EncodedTensor(
         "blocks.0.weight",
         (3, 4),
         Form("rows", 6),
-        (stream(bytes(range(12)), Layout(1, 3, 4)), stream(bytes(6), Layout(2, 1, 3))),
+        (stream(bytes(range(12)), StreamLayout(1, 3, 4)), stream(bytes(6), StreamLayout(2, 1, 3))),
     )
     levels, step = (
-        stream(bytes(12), Layout(2, 2, 3, 8), "adaptive"),
-        stream(bytes(4), Layout(4, 1, 1), "plain"),
+        stream(bytes(12), StreamLayout(2, 2, 3, 8), "adaptive"),
+        stream(bytes(4), StreamLayout(4, 1, 1), "plain"),
     )
-    rows, columns = (stream(bytes(size), Layout(1, 1, size, kind="series"), "series") for size in (2, 3))
-    on_axes = Entry("blocks.1.weight", (2, 3), Form("lattice", 8), (levels, step, rows, columns))
-    gain = Entry("gain", (2,), Form("float16", 16), (stream(b"abcd", Layout(2, 1, 2)),))
+    rows, columns = (
+        stream(bytes(size), StreamLayout(1, 1, size, kind="series"), "series") for size in (2, 3)
+    )
+    on_axes = EncodedTensor("blocks.1.weight", (2, 3), Form("lattice", 8), (levels, step, rows, columns))
+    gain = EncodedTensor("gain", (2,), Form("float16", 16), (stream(b"abcd", StreamLayout(2, 1, 2)),))
     return Contents({"layers": 1, "rope_base": 10000.0}, (matrix, on_axes, gain))
 
 
@@ -99,17 +102,17 @@ def canonical(header: Any) -> bytes:
 
 
 def read_all(blob: bytes) -> list[tuple[bytes, ...]]:
-    return [container.decode_streams(entry) for entry in container.read(blob).entries]
+    return [container.decode_streams(entry) for entry in container.parse(blob).tensors]
 
 
 @EXAMPLES
 @given(entries())
-def test_round_trip(case: tuple[tuple[Entry, ...], list[tuple[bytes, ...]]]) -> None:
+def test_round_trip(case: tuple[tuple[EncodedTensor, ...], list[tuple[bytes, ...]]]) -> None:
     made, raws = case
     contents = Contents({"width": 8, "base": 0.5}, made)
-    blob = container.write(contents)
-    assert container.write(contents) == blob
-    assert container.read(blob) == contents
+    blob = container.serialise(contents)
+    assert container.serialise(contents) == blob
+    assert container.parse(blob) == contents
     assert read_all(blob) == raws
 
 
@@ -119,36 +122,36 @@ def test_codec_round_trip(item_bytes: int, raw: bytes) -> None:
     raw = raw[: len(raw) // item_bytes * item_bytes]
     assert codecs.unshuffle(codecs.shuffle(raw, item_bytes), item_bytes) == raw
     items = len(raw) // item_bytes
-    payload = codecs.encode("brotli", raw, Layout(item_bytes, 1, items), 11)
-    assert codecs.decode("brotli", payload, Layout(item_bytes, 1, items)) == raw
+    payload = codecs.encode("brotli", raw, StreamLayout(item_bytes, 1, items), 11)
+    assert codecs.decode("brotli", payload, StreamLayout(item_bytes, 1, items)) == raw
     for wrong in {items + 1, max(0, items - 1)} - {items}:
         with pytest.raises(ValueError, match="declared"):
-            codecs.decode("brotli", payload, Layout(item_bytes, 1, wrong))
+            codecs.decode("brotli", payload, StreamLayout(item_bytes, 1, wrong))
 
 
 def test_every_truncation_and_every_addition_is_refused() -> None:
-    blob = container.write(example())
+    blob = container.serialise(example())
     for length in range(len(blob)):
         with pytest.raises(ValueError, match="model file"):
-            container.read(blob[:length])
+            container.parse(blob[:length])
     with pytest.raises(ValueError, match="sha256"):
-        container.read(blob + b"\0")
+        container.parse(blob + b"\0")
 
 
 def test_every_bit_flip_is_refused() -> None:
-    blob = container.write(example())
+    blob = container.serialise(example())
     for position in range(8 * len(blob)):
         flipped = bytearray(blob)
         flipped[position // 8] ^= 1 << position % 8
         with pytest.raises(ValueError, match="model file"):
-            container.read(bytes(flipped))
+            container.parse(bytes(flipped))
 
 
 @EXAMPLES
 @given(st.data())
 def test_damage_below_a_right_checksum_is_refused_or_harmless(data: st.DataObject) -> None:
     """The worst a forger can do with random bytes: an error, or tensors of the sizes declared."""
-    blob = container.write(example())
+    blob = container.serialise(example())
     covered = bytearray(blob[container.HEADER_START :])
     for _ in range(data.draw(st.integers(1, 3))):
         covered[data.draw(st.integers(0, len(covered) - 1))] = data.draw(st.integers(0, 255))
@@ -168,21 +171,22 @@ def test_any_json_in_the_header_is_refused_or_sized(data: st.DataObject) -> None
         | st.text(max_size=5)
         | st.lists(st.integers(-3, 2**40), max_size=3)
     )
-    header = header_of(container.write(example()))
+    header = header_of(container.serialise(example()))
     record = data.draw(st.sampled_from(header["tensors"]))
     target = data.draw(st.sampled_from([header, record, record["streams"][0]]))
     target[data.draw(st.sampled_from(sorted(target)))] = data.draw(leaves)
-    streams = b"".join(stream.payload for entry in example().entries for stream in entry.streams)
+
+    streams = b"".join(stream.payload for entry in example().tensors for stream in entry.streams)
     _refused_or_sized(forge(canonical(header), streams))
 
 
 def _refused_or_sized(blob: bytes) -> None:
     try:
-        contents = container.read(blob)
+        contents = container.parse(blob)
         raws = read_all(blob)
     except ValueError:
         return
-    for entry, raw in zip(contents.entries, raws, strict=True):
+    for entry, raw in zip(contents.tensors, raws, strict=True):
         assert [len(part) for part in raw] == [
             layout.raw_bytes for layout in container.layouts(entry.form, entry.shape)
         ]
@@ -191,8 +195,9 @@ def _refused_or_sized(blob: bytes) -> None:
 
 def hostile(change: str) -> bytes:
     """A forged file: the header of the example with one thing changed."""
-    header = header_of(container.write(example()))
+    header = header_of(container.serialise(example()))
     first = header["tensors"][0]
+
     match change:
         case "duplicate name":
             header["tensors"][1]["name"] = first["name"]
@@ -204,22 +209,28 @@ def hostile(change: str) -> bytes:
             header["tensors"] = [first | {"name": f"t{i}", "shape": [2**14, 2**13]} for i in range(3)]
         case "long side":
             first["shape"] = [2**20 + 1, 0]
+
         case "negative size":
             first["shape"] = [-3, -4]
         case "negative length":
             first["streams"][0]["bytes"] = -1
         case "length beyond the file":
             first["streams"][0]["bytes"] += 1
+
+        # Codecs, forms and streams.
         case "unknown codec":
             first["streams"][0]["codec"] = "pickle"
         case "unknown form":
             first["form"][0] = "object"
+
         case "form without size":
             first["form"].pop()
         case "impossible trellis":
             header["tensors"][1]["form"][1] = 3
         case "missing stream":
             first["streams"].pop()
+
+        # Names, bits and ranks.
         case "odd name":
             first["name"] = "../\ud800"
         case "long name":
@@ -228,20 +239,25 @@ def hostile(change: str) -> bytes:
             first["form"][1] = True
         case "wide bits":
             first["form"][1] = 9
+
         case "rank of a vector":
             header["tensors"][2]["form"][2] = 1
         case "large rank":
             first["form"][2] = 17
+
         case "negative rank":
             first["form"][2] = -1
         case "boolean rank":
             first["form"][2] = True
         case "rank without its streams":
             first["form"][2] = 2
+
+        # Groups, and the header as a whole.
         case "groups of eight bits":
             first["form"][:2] = ["groups", 8]
         case "groups without their stream":
             first["form"][0] = "groups"
+
         case "extra key":
             first["pickle"] = "x"
         case "five dimensions":
@@ -250,7 +266,8 @@ def hostile(change: str) -> bytes:
             header["tensors"] = [first | {"name": f"t{i}"} for i in range(container.MAX_TENSORS + 1)]
         case "list header":
             header = [header]
-    streams = b"".join(stream.payload for entry in example().entries for stream in entry.streams)
+
+    streams = b"".join(stream.payload for entry in example().tensors for stream in entry.streams)
     return forge(canonical(header), streams)
 
 
@@ -289,7 +306,7 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_hostile_headers_are_refused(change: str) -> None:
     with pytest.raises(ValueError, match=CHANGES[change]):
-        container.read(hostile(change))
+        container.parse(hostile(change))
 
 
 @pytest.mark.parametrize(
@@ -308,12 +325,12 @@ def test_hostile_headers_are_refused(change: str) -> None:
 )
 def test_headers_that_are_not_canonical_json_are_refused(header: bytes) -> None:
     with pytest.raises(ValueError, match="damaged model file"):
-        container.read(forge(header))
+        container.parse(forge(header))
 
 
 def test_decompression_bombs_stop_at_what_is_declared() -> None:
     bomb = brotli.compress(bytes(1 << 28), quality=1)
-    header = header_of(container.write(example()))
+    header = header_of(container.serialise(example()))
     header["tensors"] = [header["tensors"][2]]
     header["tensors"][0]["streams"][0]["bytes"] = len(bomb)
     stream_bomb, header_bomb = forge(canonical(header), bomb), forge(b"")
@@ -330,15 +347,15 @@ def test_decompression_bombs_stop_at_what_is_declared() -> None:
 
 
 def test_bytes_after_the_end_of_a_brotli_stream_are_refused() -> None:
-    payload = codecs.encode("brotli", b"abcd", Layout(2, 1, 2), 11)
+    payload = codecs.encode("brotli", b"abcd", StreamLayout(2, 1, 2), 11)
     for tail in (b"\0", payload):
         with pytest.raises(ValueError, match="damaged"):
-            codecs.decode("brotli", payload + tail, Layout(2, 1, 2))
+            codecs.decode("brotli", payload + tail, StreamLayout(2, 1, 2))
 
 
 def test_another_version_and_another_file_say_so() -> None:
-    blob = container.write(example())
+    blob = container.serialise(example())
     with pytest.raises(ValueError, match="version 1; this program reads version 5"):
-        container.read(blob[:8] + (1).to_bytes(4, "little") + blob[12:])
+        container.parse(blob[:8] + (1).to_bytes(4, "little") + blob[12:])
     with pytest.raises(ValueError, match="not a model file: it begins with b'PK"):
-        container.read(b"PK\3\4" + blob)
+        container.parse(b"PK\3\4" + blob)

@@ -1,4 +1,4 @@
-"""Train and val disjoint (B15): what is planted is found, what is not is not, and shares are those of a slow count."""
+"""Train and val disjoint (B15): planted overlaps are found, nothing else, and shares equal a slow count."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from stages.audit.checks import contamination
-from stages.audit.checks.contamination import SHINGLE_BYTES, check_passages, overlap
+from stages.audit.checks.contamination import SHINGLE_BYTES, check_passages, measure_overlap
 from stages.common import bpb, shards
 from stages.tokenize import tokenizer
 
@@ -23,7 +23,7 @@ def given(documents: list[bytes]) -> Iterator[tuple[int, np.ndarray]]:
 
 
 def found(train: list[bytes], val: list[bytes], rate: int = 1) -> contamination.Overlap:
-    return overlap(given(train), given(val), rate)
+    return measure_overlap(given(train), given(val), rate)
 
 
 def slowly(train: list[bytes], val: list[bytes]) -> list[int]:
@@ -39,7 +39,7 @@ def test_nothing_planted_nothing_found() -> None:
     assert (verdict.outcome, verdict.saw, verdict.positions) == ("pass", 0.0, ())
 
 
-def test_a_planted_document_is_convicted_where_it_begins() -> None:
+def test_a_planted_document_is_found_where_it_begins() -> None:
     val = [*VAL[:5], TRAIN[40], *VAL[5:]]
     planted = found(TRAIN, val)
     verdict = check_passages(planted)
@@ -62,7 +62,7 @@ def test_a_passage_of_60_bytes_in_the_middle_is_found_and_is_no_guilt_by_itself(
     assert short.shared.sum() == 0
 
 
-def test_a_document_mostly_of_trains_passages_is_convicted_and_one_with_boilerplate_is_not() -> None:
+def test_a_document_mostly_of_trains_passages_fails_and_one_with_boilerplate_does_not() -> None:
     licence = GENERATOR.bytes(300)
     train = [*TRAIN, licence + b"one", licence + b"two"]
     patched = TRAIN[3][:150] + b"another word" + TRAIN[3][150:]
@@ -96,7 +96,7 @@ def test_sampled_shingles_keep_the_stated_share_and_find_long_passages() -> None
         not found([of], [VAL[0] + of[100:180] + VAL[1]], rate=16).shared.sum()
         for of in (GENERATOR.bytes(300) for _ in range(300))
     ]
-    assert abs(np.mean(missing) - contamination.missed(16, 80)) < 0.1
+    assert abs(np.mean(missing) - contamination.miss_probability(16, 80)) < 0.1
     with pytest.raises(ValueError, match="1 or more"):
         found(TRAIN, VAL, rate=0)
 
@@ -114,16 +114,19 @@ def test_shards_are_read_as_text(tmp_path: Path) -> None:
         "train": [*map(processor.encode, texts[:20]), letters],
         "val": list(map(processor.encode, texts[20:])),
     }
+
     for side, documents in sides.items():
         (tmp_path / side).mkdir()
         ids = [np.array([processor.bos_id(), *of], dtype=np.uint16) for of in documents]
         shards.write(tmp_path / side / "a_0.bin", np.concatenate(ids[:7]))
         shards.write(tmp_path / side / "a_1.bin", np.concatenate(ids[7:]))
     spelled = [
-        text.tobytes().decode() for _, text in contamination.texts(shards.find(tmp_path / "val"), processor)
+        text.tobytes().decode()
+        for _, text in contamination.document_texts(shards.find(tmp_path / "val"), processor)
     ]
     assert spelled == texts[20:]
-    planted = contamination.find(tmp_path / "train", tmp_path / "val", processor)
+
+    planted = contamination.find_overlap(tmp_path / "train", tmp_path / "val", processor)
     assert planted.whole.nonzero()[0].tolist() == [2]
     assert planted.starts[2] == sum(len(processor.encode(text)) + 1 for text in texts[20:22])
     assert check_passages(planted).outcome == "fail"

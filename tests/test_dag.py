@@ -1,4 +1,4 @@
-"""The wiring: dvc.yaml, the source, params.yaml, the tests and the README name the same stages, files and commands."""
+"""Wiring: dvc.yaml, source, params.yaml, tests and README name the same stages, files and commands."""
 
 import argparse
 import ast
@@ -16,44 +16,41 @@ import pytest
 import yaml
 
 from benchmarks import real_text
-from stages.bundle.closure import closure, module_name
+from stages.bundle.closure import import_closure, module_name
 from stages.bundle.importer_template import ENTRY
-from stages.common import command, config
-from tools.__main__ import described
+from stages.common import config
+from stages.common.stage import MEASURED_OUTPUTS, Stage
+from tools import dag
+from tools.__main__ import descriptions
 
 ROOT = Path(__file__).resolve().parent.parent
 # The pipeline's order: a stage may import from those before it.
-ORDER = (
-    "tokenize",
-    "train",
-    "calibrate",
-    "pack",
-    "sliding_eval",
-    "ttt_eval",
-    "bundle",
-    "audit",
-    "submission",
-)
-# The folders of stages/ in the order of their imports: each may import from those before it. Two are no stages.
+ORDER = tuple("tokenize train calibrate pack sliding_eval ttt_eval bundle audit submission".split())  # noqa: SIM905
+# The folders of stages/ in the order of their imports: each may import from those before it. Two of them
+# hold what stages share.
 SHARED = ("common", "scoring")
 LAYERS = ("common", *ORDER[:4], "scoring", *ORDER[4:])
-# Where the environment is read: torchrun's variables, and the bundle's SEED; or written: the instruction set, and what numba shall do in a
-# process of its own.
+# Modules that read the environment (torchrun's variables, the bundle's SEED) or write it (the instruction
+# set, and numba's settings in a process of its own).
 ENVIRONMENT_READERS = {
     "stages/common/clock.py",
-    "stages/common/command.py",
+    "stages/common/stage.py",
     "stages/common/instruction_set.py",
     "stages/pack/file/decode_process.py",
     "stages/common/parallel.py",
 }
-# Modules that need a package which a CPU machine does not have; their stage imports them behind a check.
+# Packages that a CPU machine does not have; modules that need them are imported after a check.
 OPTIONAL_PACKAGES = {"triton"}
-# What is imported late, for a process to be begun before: torch, by those who wait for the weights, and numba, by the one that decodes.
+# Imports within functions, by module. torch and numba are imported after the process that decodes was
+# started.
 LATE = {
     ("stages/bundle/program/entry.py", "stages.bundle.program"),
     ("stages/pack/file/decode_process.py", "stages.pack.entropy"),
     ("stages/pack/file/decode_process.py", "stages.pack.file"),
 }
+
+# Folders that no stage imports from.
+OUTSIDE = {"tools", "tests", "benchmarks", "experiments", "examples"}
 
 PIPELINE: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
 SOURCES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "stages").rglob("*.py"))
@@ -70,14 +67,14 @@ def tree_of(source: str) -> ast.Module:
     return ast.parse((ROOT / source).read_text(encoding="utf-8"))
 
 
-def declared(stage: str) -> command.Stage[Any]:
+def declared(stage: str) -> Stage[Any]:
     found = importlib.import_module(f"stages.{stage}.__main__").STAGE
-    assert isinstance(found, command.Stage)
+    assert isinstance(found, Stage)
     return found
 
 
 def paths(stage: str, *kinds: str) -> list[str]:
-    """The paths under the keys `kinds` of a stage in dvc.yaml, their options aside."""
+    """The paths under the keys `kinds` of a stage in dvc.yaml, without their options."""
     entries = [entry for kind in kinds for entry in PIPELINE[stage].get(kind, [])]
     return [next(iter(entry)) if isinstance(entry, dict) else entry for entry in entries]
 
@@ -110,7 +107,7 @@ def test_one_word_for_a_stage() -> None:
     assert tuple(PIPELINE) == ORDER
     assert folders == set(ORDER) | set(SHARED)
     assert set(ORDER) <= set(config.SECTIONS)
-    assert set(ORDER) <= set(config.read(ROOT / "params.yaml"))
+    assert set(ORDER) <= set(config.read_parameters(ROOT / "params.yaml"))
 
 
 @each_stage
@@ -124,29 +121,48 @@ def test_a_stage_has_its_name_everywhere(stage: str) -> None:
 def needed_by(stage: str) -> set[str]:
     """The files that a stage imports; for `bundle` also those that it carries."""
     modules = [f"stages.{stage}.__main__", *([ENTRY] if stage == "bundle" else [])]
-    return {path.as_posix() for module in modules for path in closure(ROOT, module)}
+    return {path.as_posix() for module in modules for path in import_closure(ROOT, module)}
+
+
+def uncovered(dependencies: list[str], needed: set[str]) -> list[str]:
+    """Files that are needed and in no dependency, which is a file or a folder."""
+    return sorted(path for path in needed if not any(covers(dependency, path) for dependency in dependencies))
+
+
+def superfluous(dependencies: list[str], needed: set[str]) -> list[str]:
+    """Source files that a dependency names or has in it, and that are not needed."""
+    sources = [*SOURCES, *TOOLS]
+    named = {path for path in sources if any(covers(dependency, path) for dependency in dependencies)}
+    return sorted(named - needed)
 
 
 @each_stage
 def test_deps_cover_what_the_stage_imports(stage: str) -> None:
-    dependencies = paths(stage, "deps")
-    missing = sorted(
-        path for path in needed_by(stage) if not any(covers(dependency, path) for dependency in dependencies)
-    )
+    missing = uncovered(paths(stage, "deps"), needed_by(stage))
     assert missing == [], f"add to the deps of {stage} in dvc.yaml"
 
 
 @each_stage
 def test_deps_name_no_source_that_the_stage_does_not_import(stage: str) -> None:
     """A folder is listed only if the stage needs every file in it."""
-    dependencies = paths(stage, "deps")
-    covered = {
-        source
-        for source in [*SOURCES, *TOOLS]
-        if any(covers(dependency, source) for dependency in dependencies)
-    }
-    assert sorted(covered - needed_by(stage)) == [], f"an edit there re-runs {stage} for nothing"
-    assert [path for path in dependencies if covers("tools", path)] == []
+    assert superfluous(paths(stage, "deps"), needed_by(stage)) == [], (
+        f"an edit there re-runs {stage} for nothing"
+    )
+
+
+def test_missing_and_superfluous_dependencies_are_found() -> None:
+    needed = {path for path in SOURCES if path.startswith("stages/scoring/")} | {"stages/common/bpb.py"}
+    assert uncovered(["stages/scoring"], needed) == ["stages/common/bpb.py"]
+    assert superfluous(["stages/scoring", "stages/common/bpb.py"], needed) == []
+    assert "stages/common/ledger.py" in superfluous(["stages/scoring", "stages/common"], needed)
+    assert superfluous(["stages/scoring", "tools/__main__.py"], needed) == ["tools/__main__.py"]
+
+
+@each_stage
+def test_editing_a_tool_a_test_or_a_benchmark_re_runs_no_stage(stage: str) -> None:
+    outside = [path for path in needed_by(stage) if not path.startswith("stages/")]
+    assert outside == []
+    assert [path for path in paths(stage, "deps") if path.split("/")[0] in OUTSIDE] == []
 
 
 @each_stage
@@ -174,9 +190,7 @@ def test_what_a_stage_reads_and_writes_is_declared(stage: str) -> None:
             covers(str(path), dependency) for dependency in dependencies
         )
         assert inside or any(covers(dependency, str(path)) for dependency in dependencies), f"{name}: {path}"
-    written = {
-        str(Path("artifacts") / stage / name) for name in declared(stage).writes + command.MEASURED_OUTPUTS
-    }
+    written = {str(Path("artifacts") / stage / name) for name in declared(stage).writes + MEASURED_OUTPUTS}
     assert set(outputs(stage)) == written
 
 
@@ -209,17 +223,36 @@ def test_metrics_json_is_a_metric_wherever_it_is_written() -> None:
         assert [path for path in outputs(stage) if path.endswith("metrics.json")] == paths(stage, "metrics")
 
 
+def not_upstream(source: str, names: set[str]) -> list[str]:
+    """Imports `names` of the file `source` that are not from its own folder or one before it in LAYERS."""
+    own = Path(source).parts[1]
+    allowed = LAYERS[: LAYERS.index(own) + 1] if own in LAYERS else ("common",)
+    found = []
+    for name in sorted(names):
+        top, *below = name.split(".")
+        if top in OUTSIDE or (top == "stages" and below and below[0] not in allowed):
+            found.append(name)
+    return found
+
+
 @pytest.mark.parametrize("source", SOURCES)
 def test_imports_point_upstream_only(source: str) -> None:
-    """In the order of the layers; a tool may import from any of them, and none of them from a tool."""
-    own = Path(source).parts[1]
-    allowed = set(LAYERS[: LAYERS.index(own) + 1]) if own in LAYERS else {"common"}
-    names = imported(source)
-    assert (
-        sorted(name for name in names if name.startswith("stages.") and name.split(".")[1] not in allowed)
-        == []
-    )
-    assert not {name.partition(".")[0] for name in names} & {"tools", "tests", "benchmarks"}
+    """A tool may import from every stage, and no stage from a tool."""
+    assert not_upstream(source, imported(source)) == []
+
+
+def test_an_import_that_points_downstream_is_found() -> None:
+    names = {
+        "stages.common.bpb",
+        "stages.train.model",
+        "stages.pack.artifact",
+        "stages.scoring",
+        "tools.plan",
+        "json",
+    }
+    downstream = ["stages.pack.artifact", "stages.scoring", "tools.plan"]
+    assert not_upstream("stages/calibrate/hessians.py", names) == downstream
+    assert not_upstream("stages/audit/verdict.py", names) == ["tools.plan"]
 
 
 def test_stages_common_imports_nothing_before_the_instruction_set_is_pinned() -> None:
@@ -262,32 +295,24 @@ def test_what_is_begun_first_waits_for_nothing(module: str) -> None:
 
 
 def test_what_decodes_has_no_torch() -> None:
-    program = (
-        "import sys; from stages.pack.entropy import codecs; from stages.pack.file import container, shared_memory, tensors;"
-        " assert 'torch' not in sys.modules"
-    )
+    modules = "stages.pack.entropy.codecs, stages.pack.file.container, stages.pack.file.shared_memory"
+    program = f"import sys, {modules}, stages.pack.file.tensors; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
 @each_source
 def test_the_environment_is_read_in_one_place(source: str) -> None:
-    """No parameter comes from an environment variable; the carrier and entry of the bundle may read SEED."""
+    """No parameter comes from an environment variable; only the bundle's program may read SEED."""
     if source in ENVIRONMENT_READERS or source.startswith("stages/bundle/"):
         return
     readers = {"environ", "getenv", "environb", "putenv"}
-    lines = [
-        node.lineno
-        for node in ast.walk(tree_of(source))
-        if isinstance(node, ast.Attribute) and node.attr in readers
-    ]
-    names = {
-        alias.name
-        for node in ast.walk(tree_of(source))
-        if isinstance(node, ast.ImportFrom) and node.module == "os"
-        for alias in node.names
-    }
-    assert lines == []
-    assert not names & readers
+    found = []
+    for node in ast.walk(tree_of(source)):
+        if isinstance(node, ast.Attribute) and node.attr in readers:
+            found.append(f"{node.lineno}: {node.attr}")
+        if isinstance(node, ast.ImportFrom) and node.module == "os":
+            found += [f"{node.lineno}: {alias.name}" for alias in node.names if alias.name in readers]
+    assert found == []
 
 
 @each_source
@@ -348,25 +373,43 @@ def test_the_benchmark_of_the_whole_path_hands_on_every_artifact_that_a_stage_re
     assert read <= given
 
 
-@pytest.mark.parametrize(
-    "document", ["README.md", "CONTRIBUTING.md", "benchmarks/README.md", "records/README.md"]
-)
-def test_documented_commands_exist(document: str) -> None:
+def unknown_commands(text: str) -> list[str]:
+    """Targets of make, modules, presets and parameters that the commands of a Markdown text name in vain."""
     targets = set(re.findall(r"^([a-z]+):", MAKEFILE, flags=re.MULTILINE))
-    text = (ROOT / document).read_text(encoding="utf-8")
     lines = "\n".join(commands(text) + re.findall(r"`([^`\n]+)`", text))
-    for target in re.findall(r"\bmake ([a-z]+)", lines):
-        assert target in targets, f"make {target}"
-    for module in re.findall(r"-m ((?:stages|tools|benchmarks)\.[a-z_][a-z_.0-9]*)", lines):
+    found = [f"make {target}" for target in re.findall(r"\bmake ([a-z]+)", lines) if target not in targets]
+    for module in re.findall(r"-m ((?:stages|tools|tests|benchmarks|experiments)\.[a-z_][a-z_.0-9]*)", lines):
         stem = ROOT / Path(*module.split("."))
-        assert stem.with_suffix(".py").is_file() or (stem / "__main__.py").is_file(), module
+        if not (stem.with_suffix(".py").is_file() or (stem / "__main__.py").is_file()):
+            found.append(module)
+
     for preset in re.findall(r"NAME=([a-z]+)", lines):
-        assert (ROOT / "presets" / f"{preset}.yaml").is_file(), preset
-    for key in re.findall(r"(?:-S|--set) '?([a-z_.]+)=", lines):
-        raw: Any = config.read(ROOT / "params.yaml")
+        if not (ROOT / "presets" / f"{preset}.yaml").is_file():
+            found.append(f"NAME={preset}")
+    for key in re.findall(r"(?:-S|--set|--set-param) '?([a-z_.]+)=", lines):
+        raw: Any = config.read_parameters(ROOT / "params.yaml")
         for part in key.split("."):
-            assert part in raw, key
-            raw = raw[part]
+            raw = raw.get(part) if isinstance(raw, dict) else None
+        if raw is None and key != "key.path":  # a placeholder
+            found.append(key)
+    return found
+
+
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
+PAGES += [ROOT / folder / "README.md" for folder in ("benchmarks", "experiments", "examples", "records")]
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+
+
+@each_page
+def test_documented_commands_exist(page: Path) -> None:
+    assert unknown_commands(page.read_text(encoding="utf-8")) == []
+
+
+def test_an_unknown_command_is_found() -> None:
+    text = "`make nothing`, `make test`\n```sh\npython -m tools.nothing\npython -m tools.preset\n"
+    text += "make preset NAME=nothing\nmake preset NAME=record\n"
+    text += "dvc exp run -S train.nothing=1 -S train.steps=2\n```\n"
+    assert unknown_commands(text) == ["make nothing", "tools.nothing", "NAME=nothing", "train.nothing"]
 
 
 def test_the_readme_names_its_two_commands_and_every_stage() -> None:
@@ -374,20 +417,51 @@ def test_the_readme_names_its_two_commands_and_every_stage() -> None:
     assert [stage for stage in ORDER if f"`{stage}`" not in README] == []
 
 
-@pytest.mark.parametrize(
-    "document",
-    ["README.md", "CONTRIBUTING.md", "docs/README.md", "benchmarks/README.md", "records/README.md"],
-)
-def test_links_between_documents_lead_somewhere(document: str) -> None:
-    text = (ROOT / document).read_text(encoding="utf-8")
-    for target in re.findall(r"\]\(([^)#\s]+)", text) + re.findall(r'(?:src|href)="([^"#]+)"', text):
-        if not target.startswith(("http:", "https:")):
-            assert ((ROOT / document).parent / target).exists(), target
+def anchors(document: Path) -> set[str]:
+    """The names by which links reach the headings of a Markdown file on GitHub."""
+    headings = re.findall(r"^#+ (.*)$", document.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def broken_links(document: Path) -> list[str]:
+    """Links of a Markdown file to files or headings that do not exist; paths are relative to the document."""
+    text = document.read_text(encoding="utf-8")
+    targets = re.findall(r"\]\(([^)\s]+)", text) + re.findall(r'(?:src|href)="([^"]+)"', text)
+    targets += re.findall(r"^\[[^\]]+\]: (\S+)$", text, flags=re.MULTILINE)
+    broken = []
+    for target in targets:
+        path, _, anchor = target.partition("#")
+        linked = document.parent / path if path else document
+        if target.startswith(("http:", "https:")):
+            continue
+        if not linked.exists() or (anchor and anchor not in anchors(linked)):
+            broken.append(target)
+    return broken
+
+
+@each_page
+def test_links_between_documents_lead_somewhere(page: Path) -> None:
+    assert broken_links(page) == []
+
+
+def test_links_in_the_log_lead_somewhere() -> None:
+    for page in ROOT.glob("docs/log/*.md"):
+        assert broken_links(page) == []
+
+
+def test_a_broken_link_is_found(tmp_path: Path) -> None:
+    (tmp_path / "other.md").write_text("# A heading, of `words`\n")
+    page = tmp_path / "page.md"
+    page.write_text(
+        "## Here\n[a](#here) [b](other.md#a-heading-of-words) [c](https://example.org/#x) [d](#there)\n"
+        "[e](nowhere.md) [f](other.md#heading)\n\n[g]: missing.md\n"
+    )
+    assert broken_links(page) == ["#there", "nowhere.md", "other.md#heading", "missing.md"]
 
 
 def test_every_tool_is_a_command_with_a_line_in_the_list() -> None:
     """`python -m tools` lists them; a package has its command in cli.py."""
-    lines = described()
+    lines = descriptions()
     names = {Path(path).relative_to("tools").parts[0].removesuffix(".py") for path in TOOLS}
     assert set(lines) == {name for name in names if not name.startswith("__")}
     for name, line in lines.items():
@@ -417,26 +491,47 @@ def test_lock_files_pin_exactly_and_name_no_cuda_package() -> None:
                 continue
             match = re.fullmatch(r"([a-z0-9.-]+)==([0-9][A-Za-z0-9.]*)", line)
             assert match, f"{name}: {line}"
-            assert match.group(1) not in pinned, f"{line} is pinned twice"
-            assert not match.group(1).startswith(("nvidia", "cuda")), line
-            assert match.group(1) != "triton" or name == "requirements-dev.lock", "torch for CUDA brings it"
-            pinned[match.group(1)] = match.group(2)
+            package, version = match.groups()
+            assert package not in pinned, f"{line} is pinned twice"
+            assert not package.startswith(("nvidia", "cuda")), line
+            assert package != "triton" or name == "requirements-dev.lock", "torch for CUDA brings it"
+            pinned[package] = version
+
     assert pinned["dvc"] == "3.67.1"
-    assert {
-        "torch",
-        "numpy",
-        "sympy",
-        "networkx",
-        "sentencepiece",
-        "brotli",
-        "safetensors",
-        "matplotlib",
-        "pyyaml",
-        "pytest",
-    } <= set(pinned)
+    expected = "torch numpy sympy networkx sentencepiece brotli safetensors matplotlib pyyaml pytest"
+    assert set(expected.split()) <= set(pinned)
 
 
 def test_dvcignore_keeps_bytecode_out_of_folder_dependencies() -> None:
-    assert {"__pycache__", "*.pyc", ".partial"} <= set(
-        (ROOT / ".dvcignore").read_text(encoding="utf-8").splitlines()
-    )
+    ignored = (ROOT / ".dvcignore").read_text(encoding="utf-8").splitlines()
+    assert {"__pycache__", "*.pyc", ".partial"} <= set(ignored)
+
+
+@pytest.mark.parametrize("document", dag.DOCUMENTS)
+def test_the_chart_of_the_pipeline_is_the_one_that_dvc_yaml_gives(document: str) -> None:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    assert dag.with_chart(text, dag.mermaid(PIPELINE)) == text, "run: python -m tools.dag"
+
+
+def test_the_chart_leaves_out_what_a_path_over_other_stages_implies() -> None:
+    first = {"deps": ["data/text"], "outs": ["artifacts/a/x.bin"]}
+    middle = {"deps": ["artifacts/a/x.bin", "artifacts/a/timing.json"], "outs": ["artifacts/b/y"]}
+    last = {"deps": ["artifacts/a/x.bin", "artifacts/b/y"]}
+    chart = dag.mermaid({"a": first, "b": middle, "c": last})
+    assert '  a -->|"x.bin"| b\n' in chart
+    assert '  b -->|"y/"| c\n' in chart
+    assert '  a -->|"x.bin"| c\n' in chart
+
+    many = {
+        f"s{i}": {"deps": [f"artifacts/s{i - 1}/y"] if i else [], "outs": [f"artifacts/s{i}/y"]}
+        for i in range(6)
+    }
+    everything = {"deps": [f"artifacts/s{i}/y" for i in range(6)]}
+    assert [line for line in dag.mermaid(many | {"end": everything}).splitlines() if "> end" in line] == [
+        "  s5 --> end"
+    ]
+
+
+def test_a_document_without_the_markers_is_refused() -> None:
+    with pytest.raises(ValueError, match="expected one <!-- dag -->"):
+        dag.with_chart("no chart here", "chart\n")

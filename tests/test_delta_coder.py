@@ -6,11 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.pack.entropy import codecs, delta_coder
-from stages.pack.entropy.codecs import Layout
+from stages.pack.entropy.codecs import StreamLayout
 
 
-def layout(item_bytes: int, count: int) -> Layout:
-    return Layout(item_bytes, 1, count, kind="series")
+def layout(item_bytes: int, count: int) -> StreamLayout:
+    return StreamLayout(item_bytes, 1, count, kind="series")
 
 
 def comes_back(raw: bytes, item_bytes: int) -> bytes:
@@ -43,7 +43,7 @@ def test_the_number_with_all_bits_set_is_refused() -> None:
 
 
 def test_heads_of_one_scale_cost_less_than_the_same_numbers_in_disorder() -> None:
-    """A head's numbers lie within a few of its mean; the means lie far apart."""
+    """A head's numbers are within a few of its mean; the means are far apart."""
     generator = np.random.default_rng(0)
     values = (np.repeat(generator.integers(-60, 60, 8), 64) + generator.normal(0, 2, 512)).astype(np.int8)
     together, apart = (len(comes_back(of.tobytes(), 1)) for of in (values, generator.permutation(values)))
@@ -79,12 +79,12 @@ def test_no_mean_moves_as_a_payload_of_nine_says() -> None:
         delta_coder.decode(b"\x09" + payload[1:], 1, 20)
 
 
-@pytest.mark.parametrize("wrong", [Layout(1, 1, 20), Layout(4, 1, 5)])
-def test_what_is_no_series_is_not_decoded_as_one(wrong: Layout) -> None:
-    with pytest.raises(ValueError, match="no series"):
+@pytest.mark.parametrize("wrong", [StreamLayout(1, 1, 20), StreamLayout(4, 1, 5)])
+def test_what_is_no_series_is_not_decoded_as_one(wrong: StreamLayout) -> None:
+    with pytest.raises(ValueError, match="not a series"):
         codecs.decode("series", delta_coder.encode(bytes(20), 1), wrong)
 
 
 def test_a_series_is_no_longer_than_side_information() -> None:
     with pytest.raises(ValueError, match="a series of 1048577 numbers"):
-        delta_coder.decode(delta_coder.encode(bytes(20), 1), 1, delta_coder.LONGEST + 1)
+        delta_coder.decode(delta_coder.encode(bytes(20), 1), 1, delta_coder.MAX_NUMBERS + 1)

@@ -13,16 +13,16 @@ SHAPES = [(24, 16), (16, 48), (5, 130), (40, 300)]  # the last two are wider tha
 
 
 class Made(NamedTuple):
-    """tensors.Quantised on the device that made it."""
+    """tensors.RowQuantised on the device that made it."""
 
     values_RC: Tensor
     steps_R: Tensor
-    finer_C: Tensor
+    extra_bits_C: Tensor
 
 
 def dequantised(made: Made) -> Tensor:
     """The weights that a reader gets."""
-    weights = tensors.decoded(tensors.Quantised(*(of.cpu().numpy() for of in made)))
+    weights = tensors.dequantised(tensors.RowQuantised(*(of.cpu().numpy() for of in made)))
     return torch.from_numpy(weights).to(made.values_RC.device)
 
 
@@ -42,9 +42,10 @@ def layer(rows: int, columns: int, seed: int = 0, dead: tuple[int, ...] = ()) ->
 def slow_gptq(
     weight: Tensor, hessian: Tensor, qmax: int, clip: float, damping: float
 ) -> tuple[Tensor, Tensor]:
-    """GPTQ by its definition: one column at a time, H^-1 of what is still free computed afresh, everything float64.
+    """GPTQ by its definition: one column at a time, H^-1 of the free columns computed each time, in float64.
 
-    Fixing column j at q moves the free columns k by -(w_j - q) [H_F^-1]_jk / [H_F^-1]_jj, with F the columns not yet fixed.
+    Fixing column j at q moves the free columns k by -(w_j - q) [H_F^-1]_jk / [H_F^-1]_jj, where F are the
+    columns that are not fixed yet.
     """
     steps = (clip * weight.double().std(dim=1).float() / qmax).half().double()
     left, hessian = weight.double().clone(), hessian.double().clone()
@@ -79,12 +80,12 @@ def quantised(
     finer: int = 0,
 ) -> list[Made]:
     """Matrices of one shape, quantised together; the first 64 columns finer by `finer` powers of two."""
-    known = gptq.feedback(torch.stack(hessians), 0.01, [f"matrix {i}" for i in range(len(hessians))])
+    known = gptq.factorise(torch.stack(hessians), 0.01, [f"matrix {i}" for i in range(len(hessians))])
     steps = torch.stack([gptq.row_steps(weight, clip, qmax, "matrix") for weight in weights])
-    finer_BC = torch.zeros(len(weights), weights[0].shape[1], dtype=torch.uint8, device=steps.device)
-    finer_BC[:, :64] = finer
-    values, _ = gptq.quantise(torch.stack(weights), known, steps, finer_BC, qmax, block_columns)
-    return [Made(*of) for of in zip(values, steps, finer_BC, strict=True)]
+    extra_bits_BC = torch.zeros(len(weights), weights[0].shape[1], dtype=torch.uint8, device=steps.device)
+    extra_bits_BC[:, :64] = finer
+    values, _ = gptq.quantise(torch.stack(weights), known, steps, extra_bits_BC, qmax, block_columns)
+    return [Made(*of) for of in zip(values, steps, extra_bits_BC, strict=True)]
 
 
 @pytest.mark.parametrize("shape", [(24, 16), (5, 130), (33, 67), (512, 96)])
@@ -93,7 +94,7 @@ def test_company_changes_no_bit(shape: tuple[int, int]) -> None:
     weights, hessians = zip(
         *(layer(*shape, seed=seed, dead=(3,) if seed == 1 else ()) for seed in range(5)), strict=True
     )
-    torch.set_num_threads(1)  # as exact_operations() lets it be
+    torch.set_num_threads(1)  # as exact_float32() lets it be
     together = quantised(list(weights), list(hessians))
     for i, (weight, hessian) in enumerate(zip(weights, hessians, strict=True)):
         assert all(
@@ -110,8 +111,8 @@ def test_finer_columns_are_closer() -> None:
     assert torch.equal(dequantised(fine)[:, :64], fine.values_RC[:, :64] * steps)
     assert errors[1] < errors[0] / 2
     assert (
-        gptq.costs(dequantised(fine) - weight, hessian).sum()
-        < gptq.costs(dequantised(coarse) - weight, hessian).sum()
+        gptq.squared_output_errors(dequantised(fine) - weight, hessian).sum()
+        < gptq.squared_output_errors(dequantised(coarse) - weight, hessian).sum()
     )
 
 
@@ -122,7 +123,8 @@ def test_equals_the_slow_version(shape: tuple[int, int], dead: tuple[int, ...]) 
     expected, steps = slow_gptq(weight, hessian, 31, 12.85, 0.01)
     got = pack(weight, hessian)
     assert torch.equal(got.steps_R.double(), steps)
-    # A value that lies within float32 rounding of a half may go either way, and its row then takes another path; hardly any does.
+    # A value within float32 rounding of a half may go either way, and its row then takes another path; that
+    # is rare.
     rows_that_differ = (got.values_RC.double() != expected).any(dim=1).sum()
     assert rows_that_differ <= shape[0] // 10, f"{rows_that_differ} of {shape[0]} rows differ"
 
@@ -137,7 +139,7 @@ def test_block_size_does_not_matter(block_columns: int) -> None:
 
 def test_the_worked_case_of_the_docstring() -> None:
     weight, hessian = torch.tensor([[0.4, 0.4]]), torch.tensor([[1.0, 0.9], [0.9, 1.0]])
-    known = gptq.feedback(hessian[None], 0.0, ["case"])[0]
+    known = gptq.factorise(hessian[None], 0.0, ["case"])[0]
     torch.testing.assert_close(
         known.upper_CC, torch.tensor([[2.2942, -2.0647], [0.0, 1.0]]), atol=1e-4, rtol=0
     )
@@ -146,8 +148,8 @@ def test_the_worked_case_of_the_docstring() -> None:
         weight[None], [known], torch.ones(1, 1).half(), torch.zeros(1, 2, dtype=torch.uint8), 31, 128
     )[0][0]
     assert values.tolist() == [[0, 1]]
-    assert float(gptq.costs(weight, hessian).sum()) == pytest.approx(0.608)
-    assert float(gptq.costs(weight - values, hessian).sum()) == pytest.approx(0.088)
+    assert float(gptq.squared_output_errors(weight, hessian).sum()) == pytest.approx(0.608)
+    assert float(gptq.squared_output_errors(weight - values, hessian).sum()) == pytest.approx(0.088)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -157,8 +159,8 @@ def test_better_than_rounding_to_nearest(shape: tuple[int, int]) -> None:
     steps = got.steps_R.float()[:, None]
     nearest = torch.round(weight / steps).clamp(-31, 31) * steps
     assert (
-        gptq.costs(dequantised(got) - weight, hessian).sum()
-        < 0.8 * gptq.costs(nearest - weight, hessian).sum()
+        gptq.squared_output_errors(dequantised(got) - weight, hessian).sum()
+        < 0.8 * gptq.squared_output_errors(nearest - weight, hessian).sum()
     )
 
 
@@ -214,7 +216,7 @@ def indefinite() -> Tensor:
 @pytest.mark.parametrize("hessian", [indefinite(), torch.full((20, 20), float("nan")), -torch.eye(20)])
 def test_a_hessian_that_is_not_positive_definite_names_the_layer(hessian: Tensor) -> None:
     with pytest.raises(ValueError, match=r"blocks\.3\.mlp\.up\.weight: its Hessian is not positive definite"):
-        gptq.feedback(
+        gptq.factorise(
             torch.stack([torch.eye(20), hessian]), 0.01, ["blocks.2.mlp.up.weight", "blocks.3.mlp.up.weight"]
         )
 
@@ -234,6 +236,6 @@ def test_cuda_is_as_good_as_the_cpu() -> None:
     on_cpu = dequantised(pack(weight, hessian)) - weight
     first, second = (dequantised(pack(weight.cuda(), hessian.cuda())) for _ in range(2))
     assert torch.equal(first, second)
-    assert float(gptq.costs(first.cpu() - weight, hessian).sum()) == pytest.approx(
-        float(gptq.costs(on_cpu, hessian).sum()), rel=0.02
+    assert float(gptq.squared_output_errors(first.cpu() - weight, hessian).sum()) == pytest.approx(
+        float(gptq.squared_output_errors(on_cpu, hessian).sum()), rel=0.02
     )

@@ -1,4 +1,7 @@
-"""The same bytes on every x86-64 machine with AVX2: hashes of operations and of a tiny pipeline, here and on emulated CPUs."""
+"""The same bytes on every x86-64 machine with AVX2: hashes of operations and of a tiny pipeline.
+
+They are compared on this CPU and on emulated ones.
+"""
 
 import json
 import os
@@ -16,7 +19,7 @@ from tests import identity
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMITTED: dict[str, str] = json.loads(identity.COMMITTED.read_text(encoding="utf-8"))
-# Variables that would choose other code if the pin did not overwrite them, or that tests set and users do not.
+# Variables that would choose other code if they were not overwritten, or that tests set and users do not.
 MISLEADING = {
     "ATEN_CPU_CAPABILITY": "default",
     "MKL_CBWR": "AUTO",
@@ -99,7 +102,8 @@ def test_importing_stages_last_is_said() -> None:
 
 
 def test_a_process_pins_itself_and_its_children() -> None:
-    program = "import stages, os, torch; print(torch.backends.cpu.get_cpu_capability(), *(os.environ[n] for n in ('MKL_CBWR', 'NUMBA_CPU_NAME')))"
+    program = "import stages, os, torch; print(torch.backends.cpu.get_cpu_capability());"
+    program += " print(os.environ['MKL_CBWR'], os.environ['NUMBA_CPU_NAME'])"
     done = subprocess.run(
         [sys.executable, "-c", program],
         cwd=ROOT,
@@ -114,7 +118,7 @@ def test_a_process_pins_itself_and_its_children() -> None:
 def strided(
     rows: int, columns: int, how: str, batch: int = 0, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """A matrix of normal numbers in memory by rows, by columns, as a slice of a larger one, with gaps, or the same for a whole batch."""
+    """A matrix of normal numbers by rows, by columns, as a slice, with gaps, or one for a whole batch."""
     shape = (batch, rows, columns) if batch else (rows, columns)
     if how == "columns":
         return torch.randn(*shape[:-2], columns, rows, dtype=dtype).mT

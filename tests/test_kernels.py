@@ -1,7 +1,8 @@
-"""The fused kernels against their plain twins in float64: results and every gradient.
+"""The fused kernels against their reference implementations in float64: results and every gradient.
 
-Without a GPU they run in Triton's interpreter, in float32 and with blocks so small that a few tokens fill several; on a GPU as they are, in
-bfloat16. The interpreter shows what a kernel computes, and nothing of what the compiler makes of it.
+Without a GPU they run in Triton's interpreter, in float32 and with blocks so small that a few tokens fill
+several; on a GPU as they are, in bfloat16. The interpreter shows what a kernel computes, but not what the
+compiler makes of it.
 """
 
 import importlib
@@ -17,14 +18,14 @@ import pytest
 import torch
 
 from stages.train import reference as plain
-from stages.train.model import Model, rotary
-from stages.train.ops import LARGEST_SOFTCAP, PLAIN
-from stages.train.reference import Term
+from stages.train.model import Model, rope_cos_sin
+from stages.train.ops import MAX_FUSED_SOFTCAP
+from stages.train.reference import REFERENCE_OPS, Term
 from tests.factories import TINY, random_model
 
 pytest.importorskip(
     "triton",
-    reason="Triton is not installed: it comes with torch for CUDA, and `pip install triton` is enough on a CPU",
+    reason="Triton is not installed: torch for CUDA brings it, and `pip install triton` does on a CPU",
 )
 kernels = importlib.import_module("stages.train.kernels")
 
@@ -33,7 +34,10 @@ HEADS = [(4, 2), (3, 3)]  # query heads and key-value heads
 
 
 class Place(NamedTuple):
-    """Where kernels run, in which dtype, how far from float64 they may be, and how much longer texts have to be to fill several blocks."""
+    """A device on which kernels run.
+
+    `tolerance` bounds the distance to float64; texts are `stretch` times as long, to fill several blocks.
+    """
 
     device: torch.device
     dtype: torch.dtype
@@ -69,7 +73,7 @@ def set_attention_blocks(monkeypatch, *sizes):
     ):
         monkeypatch.setitem(blocks, "BM", rows)
         monkeypatch.setitem(blocks, "BN", columns)
-    monkeypatch.setattr(attention, "LARGEST_BLOCK", max(map(max, sizes)))
+    monkeypatch.setattr(attention, "MAX_BLOCK", max(map(max, sizes)))
 
 
 @pytest.fixture
@@ -102,7 +106,7 @@ def distance(tensor, reference):
 
 
 def check(place, fused, twin, *inputs):
-    """`fused` of the inputs is `twin` of their doubles, and so are the gradients of all inputs for the same random upstream."""
+    """Check results and all gradients of `fused` against `twin` in float64, for the same random upstream."""
     mine = results_and_gradients(fused, inputs, place.dtype)
     expected = results_and_gradients(twin, [tensor.double() for tensor in inputs], place.dtype)
     errors = [distance(*pair) for pair in zip(mine, expected, strict=True)]
@@ -120,7 +124,9 @@ def windows_with_bos(place, tokens, pattern):
         ids[0, step - 1 :: step] = ids[1, step::step] = TINY.bos_id
     if pattern == "last token":
         ids[:, -1] = TINY.bos_id
-    return plain.Documents(*(tensor.to(place.device) for tensor in plain.documents_of(ids, TINY.bos_id)))
+    return plain.DocumentBounds(
+        *(tensor.to(place.device) for tensor in plain.document_bounds(ids, TINY.bos_id))
+    )
 
 
 # The stream
@@ -136,7 +142,7 @@ UNITS = [
 
 
 def as_terms(inputs, units):
-    """Terms of as many tensors as there are flags, and of the vectors that follow for those that are no unit."""
+    """Make terms of the first inputs, with the other inputs as weights of those that are not `units`."""
     tensors, vectors = inputs[: len(units)], iter(inputs[len(units) :])
     return [
         Term(tensor, None if unit else next(vectors)) for tensor, unit in zip(tensors, units, strict=True)
@@ -150,47 +156,47 @@ def stream_inputs(draw, units, shape):
 
 
 @pytest.mark.parametrize("units", UNITS, ids=str)
-def test_combine(place, draw, units):
+def test_weighted_sum(place, draw, units):
     inputs = stream_inputs(draw, units, (3, 7, 24))
     check(
         place,
-        lambda *inputs: kernels.combine(as_terms(inputs, units)),
-        lambda *inputs: plain.combine(as_terms(inputs, units)),
+        lambda *inputs: kernels.weighted_sum(as_terms(inputs, units)),
+        lambda *inputs: plain.weighted_sum(as_terms(inputs, units)),
         *inputs,
     )
 
 
 @pytest.mark.parametrize("units", UNITS, ids=str)
-def test_combine_norm(place, draw, units):
+def test_weighted_sum_norm(place, draw, units):
     inputs = stream_inputs(draw, units, (3, 7, 24))
     check(
         place,
-        lambda *inputs: kernels.combine_norm(as_terms(inputs, units), 0.7),
-        lambda *inputs: plain.combine_norm(as_terms(inputs, units), 0.7),
+        lambda *inputs: kernels.weighted_sum_norm(as_terms(inputs, units), 0.7),
+        lambda *inputs: plain.weighted_sum_norm(as_terms(inputs, units), 0.7),
         *inputs,
     )
 
 
 @pytest.mark.parametrize("used", [0, 1], ids=["sum", "norm"])
 @pytest.mark.parametrize("units", [(True, False), (False, False)], ids=str)
-def test_combine_norm_of_which_one_result_is_used(place, draw, units, used):
+def test_weighted_sum_norm_of_which_one_result_is_used(place, draw, units, used):
     inputs = stream_inputs(draw, units, (3, 7, 24))
     check(
         place,
-        lambda *inputs: kernels.combine_norm(as_terms(inputs, units), 0.7)[used],
-        lambda *inputs: plain.combine_norm(as_terms(inputs, units), 0.7)[used],
+        lambda *inputs: kernels.weighted_sum_norm(as_terms(inputs, units), 0.7)[used],
+        lambda *inputs: plain.weighted_sum_norm(as_terms(inputs, units), 0.7)[used],
         *inputs,
     )
 
 
 @pytest.mark.parametrize("shape", [(1, 5), (2, 1), (67, 33), (5, 64)], ids=str)
-def test_combine_norm_of_any_shape(place, draw, shape):
+def test_weighted_sum_norm_of_any_shape(place, draw, shape):
     """Widths that are and are not powers of two, one row, and more rows than programs take at once."""
     units = (True, False)
     check(
         place,
-        lambda *inputs: kernels.combine_norm(as_terms(inputs, units), 0.7),
-        lambda *inputs: plain.combine_norm(as_terms(inputs, units), 0.7),
+        lambda *inputs: kernels.weighted_sum_norm(as_terms(inputs, units), 0.7),
+        lambda *inputs: plain.weighted_sum_norm(as_terms(inputs, units), 0.7),
         *stream_inputs(draw, units, shape),
     )
 
@@ -201,33 +207,33 @@ def test_combine_norm_of_any_shape(place, draw, shape):
 def angles(place, tokens, rope_dims):
     return [
         tensor.to(place.device)
-        for tensor in rotary(tokens, replace(TINY, rope_dims=rope_dims, width=64), torch.device("cpu"))
+        for tensor in rope_cos_sin(tokens, replace(TINY, rope_dims=rope_dims, width=64), torch.device("cpu"))
     ]
 
 
 @pytest.mark.parametrize("pattern", [None, "some"])
 @pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
 @pytest.mark.parametrize("tokens", [5, 35])
-def test_split_heads(place, draw, tokens, heads, kv_heads, pattern):
+def test_qk_norm_rope(place, draw, tokens, heads, kv_heads, pattern):
     """Fewer rows than a block, and no multiple of one."""
     cos, sin = angles(place, tokens, 8)
     starts = windows_with_bos(place, tokens, pattern).starts_BT if pattern else None
     check(
         place,
-        lambda joint, gain: kernels.split_heads(joint, gain, cos, sin, starts, kv_heads),
-        lambda joint, gain: plain.split_heads(joint, gain, cos.double(), sin.double(), starts, kv_heads),
+        lambda joint, gain: kernels.qk_norm_rope(joint, gain, cos, sin, starts, kv_heads),
+        lambda joint, gain: plain.qk_norm_rope(joint, gain, cos.double(), sin.double(), starts, kv_heads),
         draw(2, tokens, (heads + 2 * kv_heads) * 16),
         3 + draw(heads, dtype=torch.float32),
     )
 
 
 @pytest.mark.parametrize("rope_dims", [0, 2, 16])
-def test_split_heads_rotates_none_or_all_of_a_head(place, draw, rope_dims):
+def test_qk_norm_rope_rotates_none_or_all_of_a_head(place, draw, rope_dims):
     cos, sin = angles(place, 9, rope_dims)
     check(
         place,
-        lambda joint, gain: kernels.split_heads(joint, gain, cos, sin, None, 1),
-        lambda joint, gain: plain.split_heads(joint, gain, cos.double(), sin.double(), None, 1),
+        lambda joint, gain: kernels.qk_norm_rope(joint, gain, cos, sin, None, 1),
+        lambda joint, gain: plain.qk_norm_rope(joint, gain, cos.double(), sin.double(), None, 1),
         draw(2, 9, 4 * 16),
         3 + draw(2, dtype=torch.float32),
     )
@@ -317,14 +323,14 @@ def test_attention_over_whole_windows_repeats_bit_for_bit(place, draw):
 
 
 @pytest.mark.parametrize(("tokens", "width", "hidden"), [(70, 24, 40), (7, 8, 16), (64, 32, 64)])
-def test_squared_leaky_mlp(place, draw, tokens, width, hidden):
+def test_squared_leaky_relu_mlp(place, draw, tokens, width, hidden):
     """No side a multiple of a block, all smaller than one, and all multiples."""
     inputs = draw(tokens, width), draw(hidden, width), draw(width, hidden)
-    check(place, kernels.squared_leaky_mlp, plain.squared_leaky_mlp, *inputs)
+    check(place, kernels.squared_leaky_relu_mlp, plain.squared_leaky_relu_mlp, *inputs)
 
 
-def test_squared_leaky_mlp_with_frozen_weights(place, draw):
-    """Adapters train beside weights that take no gradients; the input's is the same to the bit."""
+def test_squared_leaky_relu_mlp_with_frozen_weights(place, draw):
+    """Adapters train while these weights take no gradients; the input's gradient is the same to the bit."""
     x, up, down = draw(70, 24), draw(40, 24), draw(24, 40)
     gradients = []
     for frozen in (False, True):
@@ -333,12 +339,12 @@ def test_squared_leaky_mlp_with_frozen_weights(place, draw):
             up.clone().requires_grad_(not frozen),
             down.clone().requires_grad_(not frozen),
         )
-        kernels.squared_leaky_mlp(leaf, *weights).float().square().sum().backward()
+        kernels.squared_leaky_relu_mlp(leaf, *weights).float().square().sum().backward()
         gradients.append(leaf.grad)
         assert all((weight.grad is None) == frozen for weight in weights)
     assert torch.equal(*gradients)
-    arguments = operator_arguments(draw, place)["squared_leaky_mlp_backward"]
-    torch.library.opcheck(torch.ops.caddie.squared_leaky_mlp_backward.default, (*arguments[:-1], True))
+    arguments = operator_arguments(draw, place)["squared_leaky_relu_mlp_backward"]
+    torch.library.opcheck(torch.ops.caddie.squared_leaky_relu_mlp_backward.default, (*arguments[:-1], True))
 
 
 # Cross entropy
@@ -361,7 +367,7 @@ def test_softcapped_cross_entropy(place, draw, vocab, scale):
 @pytest.mark.parametrize("sign", [-1, 1])
 def test_cross_entropy_of_logits_that_all_are_at_the_cap(place, sign):
     """The sum of exponentials has no running maximum; for the largest softcap it still is a number."""
-    cap = LARGEST_SOFTCAP
+    cap = MAX_FUSED_SOFTCAP
     z = torch.full((2, 5), sign * 1e4, device=place.device, dtype=place.dtype)
     losses = kernels.softcapped_cross_entropy(z, torch.tensor([0, 4], device=place.device), cap)
     torch.testing.assert_close(losses.cpu(), torch.full((2,), 5.0).log(), atol=1e-4, rtol=0)
@@ -370,15 +376,25 @@ def test_cross_entropy_of_logits_that_all_are_at_the_cap(place, sign):
 # All together
 
 SMALL = replace(
-    TINY, context=17, width=32, layers=3, heads=2, kv_heads=1, rope_dims=8, parallel_from=2, loop_first=1, loop_last=1, loops=1,
+    TINY,
+    context=17,
+    width=32,
+    layers=3,
+    heads=2,
+    kv_heads=1,
+    rope_dims=8,
+    parallel_from=2,
+    loop_first=1,
+    loop_last=1,
+    loops=1,
     value_tables=1,
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("looped", [False, True], ids=["straight", "looped"])
 @pytest.mark.parametrize("attention", ["windows", "documents"])
 def test_the_model_of_fused_operations_is_the_plain_model(place, monkeypatch, attention, looped):
-    """Losses, and the gradient of every parameter, are about as near to those of float64 as the plain model's in the same dtype."""
+    """Losses and gradients are about as near to float64's as those of the plain model in the same dtype."""
     if place is CPU:  # larger blocks: the interpreter's time is that of its programs
         set_attention_blocks(monkeypatch, *[(32, 32)] * 3)
         for module, name in (
@@ -387,21 +403,22 @@ def test_the_model_of_fused_operations_is_the_plain_model(place, monkeypatch, at
             (kernels.qkv_rope, "ROWS"),
         ):
             monkeypatch.setattr(module, name, 32)
+
     tokens = torch.randint(TINY.vocab_size, (2, 18), generator=torch.Generator().manual_seed(0))
     tokens[0, 5] = tokens[1, 0] = tokens[1, 16] = TINY.bos_id
     tokens = tokens.to(place.device)
-    exact, simple, fused = (
-        losses_and_gradients(replace(SMALL, attention=attention), dtype, operations, tokens, looped)
-        for dtype, operations in ((torch.float64, PLAIN), (place.dtype, PLAIN), (place.dtype, kernels.FUSED))
-    )
+    params = replace(SMALL, attention=attention)
+    exact = losses_and_gradients(params, torch.float64, REFERENCE_OPS, tokens, looped)
+    simple = losses_and_gradients(params, place.dtype, REFERENCE_OPS, tokens, looped)
+    fused = losses_and_gradients(params, place.dtype, kernels.FUSED_OPS, tokens, looped)
+
     for name, reference in exact.items():
-        assert (
-            distance(fused[name], reference) < 4 * distance(simple[name], reference) + 10 * place.tolerance
-        ), name
+        allowed = 4 * distance(simple[name], reference) + 10 * place.tolerance
+        assert distance(fused[name], reference) < allowed, name
 
 
-def losses_and_gradients(model_params, dtype, operations, tokens, looped):
-    model = Model(model_params, dtype, operations).to(tokens.device)
+def losses_and_gradients(model_params, dtype, ops, tokens, looped):
+    model = Model(model_params, dtype, ops).to(tokens.device)
     model.load_state_dict(random_model(7, model_params).state_dict())
     if dtype == torch.float64:
         model.double()
@@ -416,34 +433,52 @@ def losses_and_gradients(model_params, dtype, operations, tokens, looped):
 
 
 def operator_arguments(draw, place):
-    """For each operator arguments of small shapes; those that have a gradient ask for it."""
+    """Arguments of small shapes for each operator; those that have a gradient require it."""
 
     def leaf(*shape, dtype=None):
         return draw(*shape, dtype=dtype).requires_grad_()
 
+    # Shapes: qkv projection, queries, keys or values, one number a query; stream and hidden layer.
     single = torch.float32
     joint, query, value, row = (1, 5, 64), (1, 5, 2, 16), (1, 5, 1, 16), (1, 2, 5)
-    cos, sin = angles(place, 5, 8)
-    within = plain.whole_windows(1, 5, place.device)
-    targets = torch.tensor([0, 1, 2, 3, 6], device=place.device)
     small, wide = (5, 8), (5, 16)
-    return {
-        "combine": ([leaf(*small), leaf(*small)], leaf(2, 8, dtype=single), 2, True, 0.5),
-        "combine_backward": (draw(*small), draw(*small), draw(*small), [draw(*small), draw(*small)], draw(2, 8, dtype=single), 2, 0.5),
-        "split_heads": (leaf(*joint), leaf(2, dtype=single), cos, sin, within.starts_BT, 1),
-        "split_heads_backward": (
-            draw(*joint), draw(2, dtype=single), cos, sin, None, draw(*query), draw(*value), draw(*value)
-        ),
+    cos, sin = angles(place, 5, 8)
+    within = plain.whole_window_bounds(1, 5, place.device)
+    targets = torch.tensor([0, 1, 2, 3, 6], device=place.device)
+
+    arguments = {
+        "weighted_sum": ([leaf(*small), leaf(*small)], leaf(2, 8, dtype=single), 2, True, 0.5),
+        "qk_norm_rope": (leaf(*joint), leaf(2, dtype=single), cos, sin, within.starts_BT, 1),
         "document_attention": (leaf(*query), leaf(*value), leaf(*value), *within),
-        "document_attention_backward": (
-            draw(*query), draw(*query), draw(*value), draw(*value), *within,
-            draw(*query), draw(*row, dtype=single), draw(*row, dtype=single),
-        ),
-        "squared_leaky_mlp": (leaf(*small), leaf(16, 8), leaf(8, 16)),
-        "squared_leaky_mlp_backward": (draw(*small), draw(*small), draw(16, 8), draw(8, 16), draw(*wide), draw(*wide), False),
+        "squared_leaky_relu_mlp": (leaf(*small), leaf(16, 8), leaf(8, 16)),
         "softcapped_cross_entropy": (leaf(5, 7), targets, SOFTCAP),
-        "softcapped_cross_entropy_backward": (draw(5, dtype=single), draw(5, 7), targets, draw(5, dtype=single), SOFTCAP),
-    }  # fmt: skip
+    }
+
+    # Their backward operators, of gradients, inputs, and what the forward pass saved.
+    terms = [draw(*small), draw(*small)]
+    arguments["weighted_sum_backward"] = (
+        *(draw(*small), draw(*small), draw(*small), terms, draw(2, 8, dtype=single)),
+        *(2, 0.5),
+    )
+    arguments["qk_norm_rope_backward"] = (
+        *(draw(*joint), draw(2, dtype=single), cos, sin, None),
+        *(draw(*query), draw(*value), draw(*value)),
+    )
+
+    arguments["document_attention_backward"] = (
+        *(draw(*query), draw(*query), draw(*value), draw(*value), *within),
+        *(draw(*query), draw(*row, dtype=single), draw(*row, dtype=single)),
+    )
+    arguments["squared_leaky_relu_mlp_backward"] = (
+        *(draw(*small), draw(*small), draw(16, 8), draw(8, 16)),
+        *(draw(*wide), draw(*wide), False),
+    )
+
+    losses = draw(5, dtype=single)
+    arguments["softcapped_cross_entropy_backward"] = (
+        *(losses, draw(5, 7), targets, draw(5, dtype=single), SOFTCAP),
+    )
+    return arguments
 
 
 def test_operators_keep_their_word_to_the_compiler(place, draw):
@@ -460,16 +495,17 @@ def test_operators_keep_their_word_to_the_compiler(place, draw):
 
 
 def test_kernels_are_compiled_side_by_side_and_then_no_more(tmp_path):
-    """For a GPU that is not there, on which nothing can be launched: within the block nothing is, and behind it all kernels are there."""
+    """For an absent GPU, on which a launch fails: the block makes none, and compiles all kernels."""
     program = """
         import torch
         from triton import knobs
         from triton.backends.compiler import GPUTarget
         from triton.runtime import driver
         from stages.train.kernels import residual_sum as stream
-        from stages.train.kernels.precompile import compiled_side_by_side
-        from stages.train.reference import Term
+        from stages.train.kernels.precompile import precompile_kernels
+        from stages.train.reference import REFERENCE_OPS, Term
 
+        # A GPU that is absent.
         class Absent:
             get_current_device = get_current_stream = lambda self, *of: 0
             get_current_target = lambda self: GPUTarget("cuda", 90, 32)
@@ -480,9 +516,9 @@ def test_kernels_are_compiled_side_by_side_and_then_no_more(tmp_path):
         x, w = torch.zeros(4, 8, requires_grad=True), torch.ones(8)
 
         def run():
-            stream.combine_norm([Term(x), Term(x, w)], 1.0)[1].sum().backward()
+            stream.weighted_sum_norm([Term(x), Term(x, w)], 1.0)[1].sum().backward()
 
-        with compiled_side_by_side(-1):
+        with precompile_kernels(-1):
             run()
             run()
         print(*sorted(compiled))
@@ -492,9 +528,9 @@ def test_kernels_are_compiled_side_by_side_and_then_no_more(tmp_path):
         except AttributeError:
             print("launched after", len(asked))
     """
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {
-        "TRITON_CACHE_DIR": str(tmp_path)
-    }
+
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
     ran = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program)],
         env=environment,
@@ -502,4 +538,4 @@ def test_kernels_are_compiled_side_by_side_and_then_no_more(tmp_path):
         text=True,
         check=True,
     )
-    assert ran.stdout.splitlines() == ["_combine_backward _combine_forward", "launched after 0"]
+    assert ran.stdout.splitlines() == ["_weighted_sum_backward _weighted_sum_forward", "launched after 0"]

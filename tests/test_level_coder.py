@@ -1,4 +1,4 @@
-"""The arithmetic coder: round trips, one stream for one matrix and no other, rates against the entropy, a golden stream."""
+"""The arithmetic coder: round trips, one stream for each matrix, rates near the entropy, a golden stream."""
 
 import hashlib
 
@@ -8,16 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.pack.entropy import level_coder
-from stages.pack.entropy.binary_coder import ONE
-from stages.pack.entropy.initial_probabilities import SCALES, first_chances
-from stages.pack.entropy.level_coder import LARGEST
-from stages.pack.trellis import STATES, trellis
+from stages.pack.entropy.binary_coder import PROB_ONE
+from stages.pack.entropy.initial_probabilities import SCALE_CONTEXTS, initial_probs
+from stages.pack.entropy.level_coder import MAX_LEVEL
+from stages.pack.trellis import STATE_COUNTS, build_trellis
 
 GOLDEN = {
     1: "479be0c42a1f10f04d797c6b9f78b5f263a7ff0ef423f084957e7af9800a4a47",
     8: "60fa0b12f6339c52ffd364422a51b602a50cc57f7a2d1610c4a9f5a084856a4d",
 }
-FIRST_CHANCES = {
+INITIAL_PROBS = {
     1: "607dfb887a0ecd44bfb3f7a3d5e2a582dea6b5347fd6f5592c558af75b87fece",
     2: "c4ddf18771837d095b53c1da3d959718bc5b700e530bc6c8f275535be094e7fd",
 }
@@ -25,13 +25,13 @@ SHAPES = [(0, 0), (0, 7), (7, 0), (1, 1), (1, 40), (40, 1), (5, 9)]
 
 
 def nearest_levels(values_RC: np.ndarray, states: int) -> np.ndarray:
-    """Each value's nearest level among those that the trellis allows after the levels before it; int16, at most +-LARGEST."""
-    code = trellis(states)
+    """The nearest levels (int16, at most +-MAX_LEVEL) that the trellis allows after the levels before."""
+    code = build_trellis(states)
     levels_RC, state_R = np.zeros(values_RC.shape, np.int16), np.zeros(len(values_RC), np.int64)
     for column in range(values_RC.shape[1]):
         odd_R = state_R % 2 if states > 1 else 0
-        most = (LARGEST - odd_R) // code.stride
-        least = -((LARGEST + odd_R) // code.stride)
+        most = (MAX_LEVEL - odd_R) // code.stride
+        least = -((MAX_LEVEL + odd_R) // code.stride)
         k_R = np.rint((values_RC[:, column] - odd_R) / code.stride).clip(least, most).astype(np.int64)
         levels_RC[:, column] = code.stride * k_R + odd_R
         state_R = code.next_S2[state_R, k_R % 2]
@@ -52,7 +52,7 @@ def decode(payload: bytes, rows: int, columns: int, states: int) -> np.ndarray:
 @st.composite
 def matrices(draw: st.DrawFn) -> tuple[np.ndarray, int]:
     """Levels of random walks, from nearly all zeros to nearly all at the limit, and the number of states."""
-    states = draw(st.sampled_from(STATES))
+    states = draw(st.sampled_from(STATE_COUNTS))
     shape = draw(st.integers(0, 12)), draw(st.integers(0, 40))
     generator = np.random.default_rng(draw(st.integers(0, 2**32)))
     # Cauchy values have outliers that go through every escape of a magnitude's code.
@@ -77,7 +77,7 @@ def comes_back(levels_RC: np.ndarray, states: int) -> bytes:
 
 
 def is_refused_or_canonical(payload: bytes, shape: tuple[int, int], states: int) -> None:
-    """A matrix has one stream: whatever else is decoded is an error, never a crash and never a second spelling."""
+    """Decode arbitrary bytes: an error, or a matrix whose one stream they are; never a crash."""
     try:
         levels_RC = decode(payload, *shape, states)
     except ValueError:
@@ -98,7 +98,7 @@ def test_what_was_encoded_is_decoded(case: tuple[np.ndarray, int]) -> None:
     comes_back(*case)
 
 
-@pytest.mark.parametrize("states", STATES)
+@pytest.mark.parametrize("states", STATE_COUNTS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_zeros_of_any_shape_come_back_in_few_bytes(shape: tuple[int, int], states: int) -> None:
     payload = comes_back(np.zeros(shape, np.int16), states)
@@ -109,7 +109,7 @@ def test_many_zeros_cost_next_to_nothing() -> None:
     assert len(comes_back(np.zeros((300, 1000), np.int16), 1)) < 40
 
 
-@pytest.mark.parametrize("states", STATES)
+@pytest.mark.parametrize("states", STATE_COUNTS)
 def test_the_largest_levels_come_back(states: int) -> None:
     signs_RC = np.random.default_rng(0).choice([-1.0, 1.0], (6, 50))
     for factor_RC in (
@@ -118,11 +118,11 @@ def test_the_largest_levels_come_back(states: int) -> None:
         signs_RC * (np.arange(50) % 7 == 0),
     ):  # the last: from zero to the limit and back
         levels_RC = nearest_levels(factor_RC * np.full((6, 50), 40000.0), states)
-        assert abs(levels_RC.astype(int)).max() >= LARGEST - 1
+        assert abs(levels_RC.astype(int)).max() >= MAX_LEVEL - 1
         comes_back(levels_RC, states)
 
 
-@pytest.mark.parametrize("states", STATES)
+@pytest.mark.parametrize("states", STATE_COUNTS)
 def test_rows_whose_scales_differ_by_a_thousand_come_back(states: int) -> None:
     generator = np.random.default_rng(1)
     comes_back(
@@ -134,7 +134,7 @@ def test_rows_whose_scales_differ_by_a_thousand_come_back(states: int) -> None:
 
 
 def test_the_least_int16_is_not_lost_in_silence() -> None:
-    """Its magnitude is beyond LARGEST: either it comes back or it is refused."""
+    """Its magnitude is beyond MAX_LEVEL: either it comes back or it is refused."""
     levels_RC = np.array([[5, -32768, 3]], np.int16)
     try:
         payload = encode(levels_RC, 1)
@@ -156,7 +156,7 @@ def test_whatever_the_exponents_the_levels_come_back(
     assert np.array_equal(level_coder.decode(payload, rows_R, columns_C, states), levels_RC)
 
 
-@pytest.mark.parametrize("states", STATES)
+@pytest.mark.parametrize("states", STATE_COUNTS)
 @pytest.mark.parametrize("size", [1.0, 300.0, 40000.0])
 def test_rows_along_one_direction_come_back(states: int, size: float) -> None:
     """The prediction at work, up to levels and shares that it must bound."""
@@ -170,7 +170,7 @@ def test_rows_along_one_direction_come_back(states: int, size: float) -> None:
     )
 
 
-@given(st.binary(max_size=60), st.integers(0, 5), st.integers(0, 12), st.sampled_from(STATES))
+@given(st.binary(max_size=60), st.integers(0, 5), st.integers(0, 12), st.sampled_from(STATE_COUNTS))
 @settings(max_examples=300, deadline=None)
 def test_garbage_is_refused_or_canonical(payload: bytes, rows: int, columns: int, states: int) -> None:
     is_refused_or_canonical(payload, (rows, columns), states)
@@ -204,8 +204,11 @@ def test_a_damaged_stream_is_refused_or_canonical(case: tuple[np.ndarray, int], 
     [(b"\x94\xe7", 22, 1), (b"\x11\x0fq+", 17, 4), (b"\x03%", 17, 8), (b"\x80", 32767, 1)],
 )
 def test_a_stream_that_lacks_its_last_zeros_is_refused(payload: bytes, columns: int, states: int) -> None:
-    """A decoder reads zeros behind the end of a stream. So it narrows its interval around a number that ends in zeros, until that is the
-    interval's lower end: a stream that ends there has zeros for its last bytes, and without them it looks complete."""
+    """Without the last zeros of its bytes a stream looks complete, since a decoder reads zeros after the end.
+
+    It narrows its interval around a number that ends in zeros, until that number is the lower end: a
+    stream that ends there has zeros for its last bytes.
+    """
     is_refused_or_canonical(payload, (1, columns), states)
 
 
@@ -247,7 +250,7 @@ def test_scales_of_rows_and_columns_are_learnt(deviation: float) -> None:
 
 @pytest.mark.parametrize("states", [1, 8])
 def test_known_exponents_spare_the_learning_of_scales(states: int) -> None:
-    """Levels whose scales are just what the exponents say cost about what they would cost if all had one scale."""
+    """Levels whose scales are those of the exponents cost about as much as levels of one scale."""
     generator = np.random.default_rng(6)
     rows_R, columns_C = (generator.integers(-8, 9, size).astype(np.int8) for size in (96, 128))
     factors_RC = 2.0 ** (-rows_R[:, None] / 8.0) * 2.0 ** (-columns_C / 8.0)
@@ -262,7 +265,10 @@ def test_known_exponents_spare_the_learning_of_scales(states: int) -> None:
 
 
 def test_rows_of_equal_deviation_cost_less_than_their_values_in_other_rows() -> None:
-    """What a row has had more of it will have less of, if its step is made of its own deviation: a quarter of a bit a row at least."""
+    """In a row whose step is made of its own deviation, large values make the others smaller.
+
+    That is worth a quarter of a bit a row at least.
+    """
     generator = np.random.default_rng(8)
     values_RC = generator.standard_normal((1000, 128))
     alike_RC = nearest_levels(2.4 * values_RC / values_RC.std(1, keepdims=True), 1)
@@ -271,7 +277,7 @@ def test_rows_of_equal_deviation_cost_less_than_their_values_in_other_rows() -> 
 
 @pytest.mark.parametrize("states", [1, 8])
 def test_a_direction_that_rows_share_is_predicted(states: int) -> None:
-    """Half of the variance lies along it, which is worth half a bit; of magnitudes alone it would not be seen."""
+    """Half of the variance is along it, which is worth half a bit; the magnitudes alone do not show it."""
     generator = np.random.default_rng(7)
     noise_RC = 4 * generator.standard_normal((500, 100))
     along_RC = 4 * generator.standard_normal((500, 1)) * generator.standard_normal(100)
@@ -285,8 +291,8 @@ def test_a_direction_that_rows_share_is_predicted(states: int) -> None:
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-def test_the_first_chances_are_of_normal_values(stride: int) -> None:
-    chances_KU = first_chances(stride) / ONE
+def test_the_initial_probabilities_are_of_normal_values(stride: int) -> None:
+    probs_KU = initial_probs(stride) / PROB_ONE
     for scale in (12, 24, 31, 34):
         deviation = 2.0 ** (scale // 4 - 6) * (1 + scale % 4 / 4) * (np.pi / 2) ** 0.5
         for odd in range(stride):
@@ -297,18 +303,21 @@ def test_the_first_chances_are_of_normal_values(stride: int) -> None:
             for k in range(6):
                 if at_least[k] > 1e-6 * at_least[0]:
                     expected = min(max(at_least[k + 1] / at_least[k], 2.0**-10), 1 - 2.0**-10)
-                    assert chances_KU[SCALES * odd + scale, k] == pytest.approx(expected, abs=1e-6)
+                    assert probs_KU[SCALE_CONTEXTS * odd + scale, k] == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.parametrize("stride", FIRST_CHANCES)
-def test_the_first_chances_are_the_same_on_every_machine(stride: int) -> None:
-    assert hashlib.sha256(first_chances(stride).astype("<i8").tobytes()).hexdigest() == FIRST_CHANCES[stride]
+@pytest.mark.parametrize("stride", INITIAL_PROBS)
+def test_the_initial_probabilities_are_the_same_on_every_machine(stride: int) -> None:
+    assert hashlib.sha256(initial_probs(stride).astype("<i8").tobytes()).hexdigest() == INITIAL_PROBS[stride]
 
 
 @pytest.mark.parametrize("states", GOLDEN)
 def test_the_bytes_of_a_fixed_matrix_never_change(states: int) -> None:
-    """Artifacts outlive this code: whoever changes the format must notice. The matrix is made of integers alone, as the stream is."""
-    code, number = trellis(states), 1
+    """Artifacts outlive this code, so a change of the format must not go unnoticed.
+
+    The matrix is made of integers alone, as the stream is.
+    """
+    code, number = build_trellis(states), 1
     levels_RC = np.zeros((48, 64), np.int16)
     for row in range(48):
         state = 0

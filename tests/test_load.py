@@ -1,4 +1,4 @@
-"""The model read by a process of its own: the same weights and the same errors; what is rehearsed meanwhile leaves no trace."""
+"""The model read by another process: the same weights and errors, and warming up leaves no trace."""
 
 import copy
 import dataclasses
@@ -17,23 +17,21 @@ import numpy as np
 import pytest
 import torch
 
-from stages.common import command, parallel
+from stages.common import parallel
 from stages.common.parallel import relaunch_under_torchrun
+from stages.common.stage import Run, launch
 from stages.pack.artifact import pack, unpack
 from stages.pack.file import container, shared_memory, tensors
-from stages.pack.file.decode_process import MOST_BYTES, Decoder
-from stages.pack.file.load import Unpacking
-from stages.scoring.evaluate import rehearse, scorer_of
+from stages.pack.file.decode_process import MAX_WEIGHT_BYTES, DecodeProcess
+from stages.pack.file.load import PendingModel
+from stages.scoring.evaluate import load_scorer, warm_up_kernels
 from stages.sliding_eval import __main__ as stage
-from stages.sliding_eval.params import SlidingEvalParams
 from stages.sliding_eval.scorer import SlidingScorer
-from stages.ttt_eval.build import scorer_for
+from stages.ttt_eval.build import build_scorer
 from stages.ttt_eval.lora import scorer as lora
 from stages.ttt_eval.sgd import scorer
-from tests.factories import PARALLEL, TTT, random_model, table, world
-from tests.test_pack import AT_RATE, CORRECTED, MODEL, SILENT, hessians_of, trained_like, with_budget
-
-SLIDING = SlidingEvalParams(window=16, stride=4, batch_windows=3, chunk=32)
+from tests.factories import PARALLEL, SLIDING, TTT, make_world, random_model, table
+from tests.pack_inputs import AT_RATE, CORRECTED, MODEL, SILENT, hessians_of, trained_like, with_budget
 
 
 @pytest.fixture(scope="module")
@@ -54,25 +52,25 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def damaged(packed: Path, folder: Path) -> Path:
-    """The same file with a byte too many behind the levels of every matrix, its checksum right."""
-    contents = container.read(packed.read_bytes())
+    """The same file with a byte too many after the levels of every matrix, its checksum right."""
+    contents = container.parse(packed.read_bytes())
     entries = []
-    for entry in contents.entries:
+    for entry in contents.tensors:
         levels, *others = entry.streams
         longer = dataclasses.replace(levels, payload=levels.payload + b"x")
         entries.append(
             dataclasses.replace(entry, streams=(longer, *others)) if entry.form.kind == "lattice" else entry
         )
     path = folder / "damaged.bin"
-    path.write_bytes(container.write(container.Contents(contents.model, tuple(entries))))
+    path.write_bytes(container.serialise(container.Contents(contents.model, tuple(entries))))
     return path
 
 
 def test_the_weights_are_those_that_this_process_would_decode(packed: Path) -> None:
     params, state = unpack(packed.read_bytes())
-    unpacking = Unpacking(packed)
-    assert unpacking.params == params
-    found = unpacking.state()
+    pending = PendingModel(packed)
+    assert pending.params == params
+    found = pending.wait()
     assert list(found) == list(state)
     assert all(
         torch.equal(found[name], tensor) and found[name].shape == tensor.shape
@@ -81,7 +79,7 @@ def test_the_weights_are_those_that_this_process_would_decode(packed: Path) -> N
 
 
 def test_a_model_without_skips_has_tensors_of_no_values(tmp_path: Path) -> None:
-    empty, full, last = shared_memory.arrays(
+    empty, full, last = shared_memory.array_views(
         mmap.mmap(-1, 24), {"a": (0, 5), "b": (3,), "c": (1, 2)}
     ).values()
     full[...], last[...] = 1, 2
@@ -90,7 +88,7 @@ def test_a_model_without_skips_has_tensors_of_no_values(tmp_path: Path) -> None:
 
 def test_all_that_a_lawful_header_declares_has_room() -> None:
     """No form takes less than a byte for a weight."""
-    assert MOST_BYTES == 4 * container.MAX_RAW_BYTES
+    assert MAX_WEIGHT_BYTES == 4 * container.MAX_RAW_BYTES
 
 
 def test_a_damaged_tensor_is_the_error_that_it_is_in_one_process(packed: Path, tmp_path: Path) -> None:
@@ -98,14 +96,14 @@ def test_a_damaged_tensor_is_the_error_that_it_is_in_one_process(packed: Path, t
     with pytest.raises(ValueError, match="damaged model file: tensor") as expected:
         unpack(path.read_bytes())
     with pytest.raises(ValueError, match="damaged") as seen:
-        Unpacking(path).state()
+        PendingModel(path).wait()
     assert str(seen.value) == str(expected.value)
 
 
 def test_a_damaged_header_is_an_error_at_once(packed: Path, tmp_path: Path) -> None:
     (tmp_path / "model.bin").write_bytes(packed.read_bytes()[:-1])
     with pytest.raises(ValueError, match="damaged model file: its sha256"):
-        Unpacking(tmp_path / "model.bin")
+        PendingModel(tmp_path / "model.bin")
 
 
 @pytest.mark.parametrize(
@@ -120,7 +118,7 @@ def test_the_other_process_s_end_is_one_error(
 ) -> None:
     monkeypatch.setattr(tensors, "decode", fate)
     with pytest.raises(ChildProcessError, match=f"the process that decoded the weights {message}"):
-        Unpacking(packed).state()
+        PendingModel(packed).wait()
 
 
 def test_the_other_process_ends_with_this_one(packed: Path) -> None:
@@ -128,13 +126,14 @@ def test_the_other_process_ends_with_this_one(packed: Path) -> None:
         import time
         from pathlib import Path
         from stages.pack.file import tensors
-        from stages.pack.file.decode_process import Decoder
+        from stages.pack.file.decode_process import DecodeProcess
         tensors.decode = lambda entry: time.sleep(60)
-        decoder = Decoder()
-        decoder.hear(Path({str(packed)!r}))
+        decoder = DecodeProcess()
+        decoder.request(Path({str(packed)!r}))
         print(decoder._process.pid, flush=True)
         time.sleep(60)
     """
+
     with subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(program)], stdout=subprocess.PIPE, text=True
     ) as parent:
@@ -142,6 +141,8 @@ def test_the_other_process_ends_with_this_one(packed: Path) -> None:
         child = int(parent.stdout.readline())
         assert Path(f"/proc/{child}").exists()
         parent.kill()
+
+    # It is gone, or a zombie that nobody waits for.
     for _ in range(100):
         stat = Path(f"/proc/{child}/stat")
         if not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z":
@@ -157,16 +158,16 @@ def test_a_stage_says_in_one_line_what_is_wrong_with_its_model(
     with pytest.raises(ValueError, match="damaged") as expected:
         unpack(path.read_bytes())
 
-    def load(run: command.Run[Any]) -> None:
-        scorer_of(
-            Unpacking(run.path("model")),
-            world(),
-            lambda model, report: SlidingScorer(model, SLIDING, world(), report),
-            run.report,
+    def load(run: Run[Any]) -> None:
+        load_scorer(
+            PendingModel(run.path("model")),
+            make_world(),
+            lambda model, logger: SlidingScorer(model, SLIDING, make_world(), logger),
+            run.logger,
         )
 
     with pytest.raises(SystemExit) as ended:
-        command.launch(stage.STAGE, load, ["--model", str(path), "--output", str(tmp_path / "out")])
+        launch(stage.STAGE, load, ["--model", str(path), "--output", str(tmp_path / "out")])
     assert ended.value.code == 2
     assert capfd.readouterr().err == f"error: sliding_eval: {expected.value}\n"
 
@@ -189,10 +190,10 @@ def test_the_command_begins_to_decode_first_and_says_in_one_line_what_is_wrong(
 
 
 def test_a_process_that_only_starts_others_ends_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    decoder = Decoder()
+    decoder = DecodeProcess()
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setattr("stages.common.parallel.torchrun.run", lambda arguments: None)
-    monkeypatch.setattr(parallel, "end_with_parent", lambda: None)
+    monkeypatch.setattr(parallel, "die_with_parent", lambda: None)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     with pytest.raises(SystemExit):
         relaunch_under_torchrun(dataclasses.replace(PARALLEL, nproc=2), "stages.sliding_eval", [])
@@ -204,23 +205,21 @@ def test_a_process_that_only_starts_others_ends_its_own(monkeypatch: pytest.Monk
     "changes", [None, {}, {"kind": "lora"}, {"tilt_rate": 0.1}], ids=["sliding", "sgd", "lora", "tilt"]
 )
 def test_a_rehearsal_leaves_no_trace(changes: dict[str, Any] | None) -> None:
-    """Not on the model, nor on the states of any generator, nor on the ledger."""
+    """Neither on the model, nor on the states of any generator, nor on the ledger."""
     tokens = (np.arange(150) * 5 % 23 + 4).astype(np.uint16)
     tokens[::40] = 1
 
     def make(model: Any) -> Any:
         if changes is None:
-            return SlidingScorer(model, SLIDING, world())
-        return scorer_for(
-            model, SLIDING, dataclasses.replace(TTT, **changes), world(), table(), len(tokens) - 1
-        )
+            return SlidingScorer(model, SLIDING, make_world())
+        params = dataclasses.replace(TTT, **changes)
+        return build_scorer(model, SLIDING, params, make_world(), table(), len(tokens) - 1)
 
     model = random_model(6)
-    before, drawn = (
-        copy.deepcopy(model.state_dict()),
-        (torch.get_rng_state(), random.getstate(), repr(np.random.get_state())),
-    )
-    rehearse(make(model))
+    before = copy.deepcopy(model.state_dict())
+    drawn = (torch.get_rng_state(), random.getstate(), repr(np.random.get_state()))
+    warm_up_kernels(make(model))
+
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
     assert torch.equal(drawn[0], torch.get_rng_state())
@@ -235,5 +234,9 @@ def test_a_rehearsal_trains(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = []
     module, name = (scorer, "sgd_") if kind == "sgd" else (lora, "adamw_")
     monkeypatch.setattr(module, name, lambda *of: steps.append(of))
-    rehearse(scorer_for(random_model(6), SLIDING, dataclasses.replace(TTT, kind=kind), world(), table(), 150))
+    warm_up_kernels(
+        build_scorer(
+            random_model(6), SLIDING, dataclasses.replace(TTT, kind=kind), make_world(), table(), 150
+        )
+    )
     assert steps

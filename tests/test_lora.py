@@ -13,30 +13,31 @@ import pytest
 import torch
 
 from stages.common.parallel import World
-from stages.scoring.queries import Asked
+from stages.scoring.queries import Queries
 from stages.sliding_eval.params import SlidingEvalParams
 from stages.train.model import Model
 from stages.train.params import ModelParams
-from stages.ttt_eval.lora.documents import groups, split
+from stages.ttt_eval.lora.documents import group_documents, split_documents
 from stages.ttt_eval.lora.scorer import LoRAScorer
-from stages.ttt_eval.lora.weights import Bank, Layout, adamw_, fresh_bank
+from stages.ttt_eval.lora.weights import AdapterBatch, AdapterLayout, adamw_, fresh_adapters
 from stages.ttt_eval.loss_weighting import weighted
 from stages.ttt_eval.params import LoraParams, Params, TttEvalParams
 from tests.factories import (
     LORA,
     PARALLEL,
+    SLIDING,
     TINY,
     TTT,
     assert_forks_are_independent,
     assert_pieces_and_predictions_agree,
+    make_world,
     random_model,
-    world,
 )
 
-SLIDING = SlidingEvalParams(window=16, stride=4, batch_windows=3, chunk=32)
 DOCUMENTS = replace(TINY, attention="documents")
 BOS = TINY.bos_id
-# Targets: a document of one, shorter than a chunk, whole chunks, longer than the window, of one again, and one that is left open.
+# Targets of each document: one, fewer than a chunk, whole chunks, more than the window, one again, and a
+# document that is left open.
 LENGTHS = (1, 3, 10, 42, 17, 1, 5, 26, 12, 23)
 VISITS = 9
 
@@ -59,13 +60,16 @@ def lora(**changes: Any) -> TttEvalParams:
     return replace(TTT, kind="lora", lora=replace(LORA, **changes))
 
 
-def scorer(model_params: ModelParams = TINY, confidence: bool = False, **changes: Any) -> LoRAScorer:
+def scorer(model_params: ModelParams = TINY, weight_by_surprise: bool = False, **changes: Any) -> LoRAScorer:
     return LoRAScorer(
-        random_model(6, model_params), SLIDING, replace(lora(**changes), confidence=confidence), world()
+        random_model(6, model_params),
+        SLIDING,
+        replace(lora(**changes), weight_by_surprise=weight_by_surprise),
+        make_world(),
     )
 
 
-def random_bank(layout: Layout, documents: int, seed: int = 0) -> torch.Tensor:
+def random_adapters(layout: AdapterLayout, documents: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(documents, sum(layout.sizes), generator=generator) * 0.1
 
@@ -78,8 +82,8 @@ def random_bank(layout: Layout, documents: int, seed: int = 0) -> torch.Tensor:
 def test_fresh_adapters_change_no_bit(model_params, looped):
     model = random_model(3, model_params)
     plan = model.plans[looped]
-    layout = Layout(model_params, LORA, len(plan.encoder) + len(plan.decoder))
-    adapters = layout.adapters(fresh_bank(layout.fresh(torch.device("cpu")), 3).weights_BP)
+    layout = AdapterLayout(model_params, LORA, len(plan.encoder) + len(plan.decoder))
+    adapters = layout.adapters(fresh_adapters(layout.fresh(torch.device("cpu")), 3).weights_BP)
     tokens = torch.from_numpy(stream()[:45].astype(np.int64)).view(3, 15)
     with torch.no_grad():
         plain, adapted = model.features(tokens, looped), model.features(tokens, looped, adapters.visits)
@@ -90,27 +94,31 @@ def test_fresh_adapters_change_no_bit(model_params, looped):
         )
 
 
-def merged(model: Model, weights_P: torch.Tensor, layout: Layout, visit: int) -> dict[str, torch.Tensor]:
+def merged(
+    model: Model, weights_P: torch.Tensor, layout: AdapterLayout, visit: int
+) -> dict[str, torch.Tensor]:
     """scale B A of each adapter of a visit, as whole matrices, read from the vector by hand."""
     rank, scale, offset, found = layout.params.rank, layout.params.alpha / layout.params.rank, 0, {}
-    for part in layout.parts:
-        down = weights_P[offset : offset + rank * part.inputs].view(rank, part.inputs)
+    for slot in layout.slots:
+        down = weights_P[offset : offset + rank * slot.inputs].view(rank, slot.inputs)
         offset += down.numel()
-        up = weights_P[offset : offset + part.outputs * rank].view(part.outputs, rank)
+        up = weights_P[offset : offset + slot.outputs * rank].view(slot.outputs, rank)
         offset += up.numel()
-        if part.visit == visit:
-            found[part.name] = scale * up @ down
+        if slot.visit == visit:
+            found[slot.name] = scale * up @ down
     assert offset == len(weights_P)
     return found
 
 
 def test_adapters_equal_changed_weights_row_by_row():
-    """Where an adapter reads what its product reads it is a change of the weight; no block is visited twice here."""
+    """An adapter that reads the product's input is a change of the weight; no block is visited twice here."""
     model_params = replace(TINY, loops=0)
-    layout = Layout(model_params, replace(LORA, adapters=("query", "key", "value", "head")), TINY.layers)
+    layout = AdapterLayout(
+        model_params, replace(LORA, adapters=("query", "key", "value", "head")), TINY.layers
+    )
     model = random_model(2, model_params)
     tokens = torch.from_numpy(stream()[:30].astype(np.int64)).view(2, 15)
-    weights = random_bank(layout, 2)
+    weights = random_adapters(layout, 2)
     adapters = layout.adapters(weights)
     with torch.no_grad():
         x = model.features(tokens, True, adapters.visits)
@@ -127,24 +135,24 @@ def test_adapters_equal_changed_weights_row_by_row():
 
 def test_adapters_beside_output_and_mlp_read_the_normed_input():
     model = random_model(2)
-    layout = Layout(TINY, replace(LORA, adapters=("output", "mlp")), VISITS)
-    visit = layout.adapters(random_bank(layout, 1)).visits[4]
+    layout = AdapterLayout(TINY, replace(LORA, adapters=("output", "mlp")), VISITS)
+    visit = layout.adapters(random_adapters(layout, 1)).visits[4]
     h = torch.randn(1, 7, TINY.width)
     with torch.no_grad():
         for name, adapter in (("output", visit.output), ("mlp", visit.mlp)):
             assert adapter is not None
-            matrix = merged(model, random_bank(layout, 1)[0], layout, 4)[name]
+            matrix = merged(model, random_adapters(layout, 1)[0], layout, 4)[name]
             torch.testing.assert_close(
-                adapter.added_to(torch.zeros(1, 7, TINY.width), h), h @ matrix.T, atol=1e-5, rtol=1e-4
+                adapter.add_to(torch.zeros(1, 7, TINY.width), h), h @ matrix.T, atol=1e-5, rtol=1e-4
             )
     assert visit.query is visit.key is visit.value is None
 
 
 def test_a_row_s_adapters_do_not_reach_its_neighbours():
     model = random_model(2)
-    layout = Layout(TINY, LORA, VISITS)
+    layout = AdapterLayout(TINY, LORA, VISITS)
     tokens = torch.from_numpy(stream()[:30].astype(np.int64)).view(2, 15)
-    weights = random_bank(layout, 2).requires_grad_()
+    weights = random_adapters(layout, 2).requires_grad_()
     x = model.features(tokens, True, layout.adapters(weights).visits)
     (gradient,) = torch.autograd.grad(x[0].square().sum(), weights)
     assert gradient[0].abs().max() > 0
@@ -158,7 +166,7 @@ def test_adamw_is_torch_s():
     generator = torch.Generator().manual_seed(0)
     ours, theirs = torch.randn(2, 30, generator=generator), []
     parameter = torch.nn.Parameter(ours.clone())
-    bank = Bank(ours.clone(), torch.zeros_like(ours))
+    bank = AdapterBatch(ours.clone(), torch.zeros_like(ours))
     optimizer = torch.optim.AdamW([parameter], lr=0.02, betas=(0.0, 0.99), eps=LORA.eps, weight_decay=0.5)
     for step in range(1, 6):
         gradient = torch.randn(2, 30, generator=generator)
@@ -169,7 +177,7 @@ def test_adamw_is_torch_s():
     torch.testing.assert_close(bank.weights_BP, theirs[-1], atol=1e-6, rtol=1e-5)
 
 
-def test_confidence_weighs_each_loss_by_itself():
+def test_surprise_weights_each_loss_by_itself():
     nll = torch.tensor([[1.0, 2.0, 9.0, 0.0], [2.0, 2.0, 2.0, 2.0], [0.0, 0.0, 0.0, 0.0]], requires_grad=True)
     assert weighted(nll, False) is nll
     (gradient,) = torch.autograd.grad(weighted(nll, True).sum(), nll)
@@ -181,9 +189,9 @@ def test_confidence_weighs_each_loss_by_itself():
 
 def test_a_stream_is_split_at_its_documents_and_every_target_is_in_one():
     tokens = stream().astype(np.int64)
-    documents = split(tokens[:1], tokens[1:], BOS)
-    assert [document.targets for document in documents] == [*LENGTHS[:-1], LENGTHS[-1] - 1]
-    assert [document.place for document in documents] == np.cumsum((0, *LENGTHS[:-1])).tolist()
+    documents = split_documents(tokens[:1], tokens[1:], BOS)
+    assert [document.n_targets for document in documents] == [*LENGTHS[:-1], LENGTHS[-1] - 1]
+    assert [document.offset for document in documents] == np.cumsum((0, *LENGTHS[:-1])).tolist()
     assert [document.is_open for document in documents] == [False] * 9 + [True]
     assert all(document.tokens[0] == BOS for document in documents)
     assert all(document.tokens[-1] == BOS for document in documents[:-1])
@@ -191,28 +199,31 @@ def test_a_stream_is_split_at_its_documents_and_every_target_is_in_one():
 
 def test_groups_are_of_similar_length_and_share_the_documents_out():
     tokens = stream().astype(np.int64)
-    documents = split(tokens[:1], tokens[1:], BOS)
-    both = [groups(documents, rank, 2, 3) for rank in (0, 1)]
-    lengths = [[[document.targets for document in group] for group in rank] for rank in both]
+    documents = split_documents(tokens[:1], tokens[1:], BOS)
+    both = [group_documents(documents, rank, 2, 3) for rank in (0, 1)]
+    lengths = [[[document.n_targets for document in group] for group in rank] for rank in both]
     assert lengths == [[[42, 22, 12], [5, 1]], [[26, 17, 10], [3, 1]]]
 
 
 # The scorer
 
 
-def slow_lora(tokens: np.ndarray, model_params: ModelParams, confidence: bool = False) -> np.ndarray:
-    """One document and one target at a time, adapters as parameters of their own, and torch's AdamW."""
+def slow_lora(tokens: np.ndarray, model_params: ModelParams, weight_by_surprise: bool = False) -> np.ndarray:
+    """One document and one target at a time, with adapters as parameters, and torch's AdamW."""
     model = random_model(6, model_params).requires_grad_(False)
-    layout = Layout(model_params, LORA, VISITS)
+    layout = AdapterLayout(model_params, LORA, VISITS)
     ids = torch.from_numpy(tokens.astype(np.int64))
-    nll, size = np.empty(len(tokens) - 1), LORA.chunk
+    nll = np.empty(len(tokens) - 1)
+    size = LORA.chunk
     starts = [*np.flatnonzero(tokens == BOS).tolist(), len(tokens) - 1]
+
     for begin, stop in itertools.pairwise(starts):
         weights = torch.nn.Parameter(layout.fresh(torch.device("cpu"))[None])
         optimizer = torch.optim.AdamW(
             [weights], lr=LORA.lr, betas=(0.0, LORA.beta2), eps=LORA.eps, weight_decay=LORA.weight_decay
         )
         for chunk in range(math.ceil((stop - begin) / size)):
+            # Score the chunk.
             first, end = begin + chunk * size, begin + chunk * size + size
             start = max(begin, end - SLIDING.window)
             losses = []
@@ -222,9 +233,13 @@ def slow_lora(tokens: np.ndarray, model_params: ModelParams, confidence: bool = 
                 logits = 30 * torch.tanh(model.head(x, model.embedding.weight, adapters.head)[0, 0] / 30)
                 losses.append(torch.nn.functional.cross_entropy(logits, ids[target + 1]))
                 nll[target] = losses[-1].item()
+
+            # Then train on it, unless it ends the document.
             if end < stop:
                 chunk_nll = torch.stack(losses)
-                share = chunk_nll.detach() / chunk_nll.detach().mean() if confidence else torch.ones(size)
+                share = torch.ones(size)
+                if weight_by_surprise:
+                    share = chunk_nll.detach() / chunk_nll.detach().mean()
                 optimizer.zero_grad()
                 (share.clip(1 / 3, 3) * chunk_nll).mean().backward()
                 optimizer.step()
@@ -232,11 +247,11 @@ def slow_lora(tokens: np.ndarray, model_params: ModelParams, confidence: bool = 
 
 
 @each_attention
-@pytest.mark.parametrize("confidence", [False, True])
-def test_equals_a_slow_version_with_torch_s_adamw(model_params, confidence):
+@pytest.mark.parametrize("weight_by_surprise", [False, True])
+def test_equals_a_slow_version_with_torch_s_adamw(model_params, weight_by_surprise):
     tokens = stream()
-    fast = scorer(model_params, confidence).score_stream(tokens)
-    np.testing.assert_allclose(fast, slow_lora(tokens, model_params, confidence), atol=5e-4)
+    fast = scorer(model_params, weight_by_surprise).score_stream(tokens)
+    np.testing.assert_allclose(fast, slow_lora(tokens, model_params, weight_by_surprise), atol=5e-4)
 
 
 def test_learning_helps_within_a_document_and_its_first_chunk_is_the_plain_model():
@@ -251,7 +266,7 @@ def test_learning_helps_within_a_document_and_its_first_chunk_is_the_plain_model
 
 
 def test_a_score_depends_on_its_own_document_s_past_alone():
-    """Bit for bit: a changed token moves no earlier score, and no score of another document but through its own targets."""
+    """A changed token moves no earlier score, to the bit, and of other documents only its own targets."""
     tokens = stream()
     base = scorer().score_stream(tokens)
     starts = np.cumsum((0, *LENGTHS))
@@ -267,7 +282,7 @@ def test_a_score_depends_on_its_own_document_s_past_alone():
 
 
 def test_few_documents_are_scored_by_the_past_alone_to_the_last_bit():
-    """Where documents end is the future's to say as well."""
+    """The end of a document is in the future, too."""
     tokens = stream()
     base = scorer(documents=100).score_stream(tokens)
     for position in (33, 60, 100, 130):
@@ -299,10 +314,10 @@ def test_pieces_predictions_and_the_whole_stream_agree():
 
 
 def test_predictions_beyond_the_training_context_are_those_of_whole_chunks():
-    """There the rotary base depends on the length of the context, which must be the chunk's and not the prefix's."""
+    """The rotary base then depends on the length of the context: it must be the chunk's, not the prefix's."""
     tokens, wide = stream(), SlidingEvalParams(window=30, stride=4, batch_windows=3, chunk=32)
-    whole = LoRAScorer(random_model(6), wide, lora(), world()).score_stream(tokens)
-    one_by_one = LoRAScorer(random_model(6), wide, lora(), world())
+    whole = LoRAScorer(random_model(6), wide, lora(), make_world()).score_stream(tokens)
+    one_by_one = LoRAScorer(random_model(6), wide, lora(), make_world())
     for target, token in enumerate(tokens[:60].tolist()):
         one_by_one.observe(token)
         assert abs(one_by_one.predict()[tokens[target + 1]] + whole[target]) < 2e-4
@@ -311,12 +326,12 @@ def test_predictions_beyond_the_training_context_are_those_of_whole_chunks():
 def test_the_model_given_and_the_forks_are_independent():
     observed = (9, 9, 8, 9, 7, 9, 6, 9, 9, 20, 21, BOS, 9)
     assert_forks_are_independent(
-        lambda model: LoRAScorer(model, SLIDING, lora(), world()), stream(), observed
+        lambda model: LoRAScorer(model, SLIDING, lora(), make_world()), stream(), observed
     )
 
 
 def test_ranks_share_the_documents_out_without_changing_a_score(monkeypatch):
-    """Ranks as threads that add what each of them has; also where a piece of a stream ends inside a document."""
+    """Ranks are threads that add their shares; a piece of a stream may end inside a document."""
     tokens = stream()
     whole = scorer(lr=0.001).score_stream(tokens)
     meeting, given = threading.Barrier(2), [torch.empty(0), torch.empty(0)]
@@ -329,7 +344,7 @@ def test_ranks_share_the_documents_out_without_changing_a_score(monkeypatch):
         return tensor
 
     monkeypatch.setattr(World, "sum_", sum_)
-    ranks = [LoRAScorer(random_model(6), SLIDING, lora(lr=0.001), world(rank, 2)) for rank in (0, 1)]
+    ranks = [LoRAScorer(random_model(6), SLIDING, lora(lr=0.001), make_world(rank, 2)) for rank in (0, 1)]
     with ThreadPoolExecutor(2) as threads:
         for piece, expected in (
             (tokens[:47], whole[:46]),
@@ -343,7 +358,7 @@ def test_ranks_share_the_documents_out_without_changing_a_score(monkeypatch):
 def test_hints_get_their_log_probabilities():
     tokens = stream()
     hints = np.arange(len(tokens) - 1) % TINY.vocab_size
-    losses, hinted = scorer().score(tokens, Asked(np.stack((hints, np.zeros_like(hints)))))
+    losses, hinted = scorer().score(tokens, Queries(hints, np.zeros_like(hints)))
     np.testing.assert_allclose(losses, scorer().score_stream(tokens), atol=1e-5)
     one_by_one = scorer()
     for target in range(50):

@@ -9,10 +9,10 @@ import torch
 import yaml
 
 from stages.common import config
-from stages.train.model import Model, initialise_, value_table, visit_plan, with_scaled_logits
-from stages.train.ops import PLAIN, operations
+from stages.train.model import Model, initialise_, scale_logits, value_table_index, visit_plan
+from stages.train.ops import select_ops
 from stages.train.params import ModelParams, Params
-from stages.train.reference import documents_of
+from stages.train.reference import REFERENCE_OPS, document_bounds
 from tests.factories import TINY, params, random_model
 from tests.slow_model import logits as slow_logits
 
@@ -30,7 +30,7 @@ each_plan = pytest.mark.parametrize("looped", [False, True], ids=["straight", "l
 
 
 def record_model_params() -> ModelParams:
-    raw = config.read(ROOT / "params.yaml")
+    raw = config.read_parameters(ROOT / "params.yaml")
     overlay = yaml.safe_load((ROOT / "presets/record.yaml").read_text())
     return config.build({**raw["model"], **overlay["model"]}, ModelParams)
 
@@ -79,7 +79,7 @@ def test_visits_of_the_record():
 
 
 def test_which_block_reads_which_value_table():
-    assert [value_table(replace(TINY, layers=6, value_tables=2), block) for block in range(6)] == [
+    assert [value_table_index(replace(TINY, layers=6, value_tables=2), block) for block in range(6)] == [
         0,
         1,
         None,
@@ -87,7 +87,7 @@ def test_which_block_reads_which_value_table():
         0,
         1,
     ]
-    assert [value_table(replace(TINY, value_tables=0), block) for block in range(TINY.layers)] == [
+    assert [value_table_index(replace(TINY, value_tables=0), block) for block in range(TINY.layers)] == [
         None
     ] * TINY.layers
 
@@ -114,9 +114,9 @@ def test_scaled_logits_are_those_of_the_same_model_times_the_factor(model_params
         random_model(8, model_params),
         torch.tensor(TOKENS)[None],
     )
-    scaled.load_state_dict(with_scaled_logits(model.state_dict(), 0.75))
+    scaled.load_state_dict(scale_logits(model.state_dict(), 0.75))
     with torch.no_grad():
-        before, after = (of.uncapped(tokens, True, slice(None)) for of in (model, scaled))
+        before, after = (of.raw_logits(tokens, True, slice(None)) for of in (model, scaled))
     torch.testing.assert_close(after, 0.75 * before, atol=1e-5, rtol=1e-4)
 
 
@@ -189,7 +189,7 @@ def test_with_bfloat16_activations_matrices_start_rounded_and_every_weight_is_fl
 
 def test_documents_begin_at_each_bos_and_what_precedes_the_first_is_one():
     tokens = torch.tensor([TOKENS[:11], (BOS, *TOKENS[1:10], BOS), (8,) * 11])
-    starts, ends = documents_of(tokens, BOS)
+    starts, ends = document_bounds(tokens, BOS)
     assert starts.tolist() == [
         [0, 0, 2, 2, 2, 2, 2, 2, 8, 9, 9],
         [0, 0, 2, 2, 2, 2, 2, 2, 8, 9, 10],
@@ -205,7 +205,7 @@ def test_documents_begin_at_each_bos_and_what_precedes_the_first_is_one():
 
 @each_plan
 def test_each_document_of_a_window_is_as_if_it_were_alone(looped):
-    """D20c: nothing of one document may reach the next."""
+    """D20c: no information of one document reaches the next."""
     model, across = random_model(4, DOCUMENTS), random_model(4, TINY)
     tokens = torch.tensor(TOKENS)
     with torch.no_grad():
@@ -224,9 +224,9 @@ def first_queries_and_keys(model_params, tokens):
 
     def attend(q, k, v, documents):
         seen.extend((q[0], k[0]))
-        return PLAIN.attend(q, k, v, documents)
+        return REFERENCE_OPS.attend(q, k, v, documents)
 
-    model = Model(model_params, operations=PLAIN._replace(attend=attend))
+    model = Model(model_params, ops=REFERENCE_OPS._replace(attend=attend))
     model.load_state_dict(random_model(6).state_dict())
     with torch.no_grad():
         model.logits(torch.tensor(tokens)[None])
@@ -277,5 +277,5 @@ def test_a_bos_outside_the_vocabulary_is_refused(bos_id):
 def test_shapes_that_the_kernels_cannot_take_are_refused_by_key(key, changes):
     model = replace(TINY, **({"width": 64, "hidden": 64} | changes))
     with pytest.raises(ValueError, match=rf"^{key}: .*parallel\.kernels: false"):
-        operations(True, model)
-    assert operations(False, model) is PLAIN
+        select_ops(True, model)
+    assert select_ops(False, model) is REFERENCE_OPS

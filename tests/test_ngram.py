@@ -1,4 +1,4 @@
-"""The tilt is a distribution, learns after it scores, and is the wrapped scorer where it has learnt nothing."""
+"""The tilt is a distribution, learns after it scores, and at first is the wrapped scorer."""
 
 import copy
 import dataclasses
@@ -10,21 +10,28 @@ import numpy as np
 import pytest
 
 from stages.audit import sampling
-from stages.audit.audit_scorer import Claim, Stream, audit_scorer
+from stages.audit.audit_scorer import AuditedStream, ClaimedEvaluation, audit_scorer
 from stages.audit.checks import coverage
-from stages.audit.verdict import convicted, reason
+from stages.audit.verdict import failure_message, failures
 from stages.common import bpb, ledger, shards
-from stages.common.progress import Report
-from stages.scoring.queries import Asked
+from stages.common.progress import Logger
+from stages.scoring.queries import Queries
 from stages.sliding_eval.scorer import SlidingScorer
-from stages.ttt_eval.build import scorer_for
+from stages.ttt_eval.build import build_scorer
 from stages.ttt_eval.lora.scorer import LoRAScorer
-from stages.ttt_eval.ngram.scorer import INPUTS, KNOTS, TiltScorer, _boost
-from stages.ttt_eval.ngram.table import AGREES, LENGTHS, MOST_HITS, MOST_MISSES, STATES, UNKNOWN, Hints
+from stages.ttt_eval.ngram.scorer import INPUTS, TiltScorer, _boost, new_tilt_state
+from stages.ttt_eval.ngram.table import (
+    AGREES_FLAG,
+    CONTEXT_LENGTHS,
+    MAX_HITS,
+    MAX_MISSES,
+    SLOT_STATES,
+    UNKNOWN,
+    NgramTable,
+)
 from stages.ttt_eval.sgd.scorer import TTTScorer
 from tests import factories
-from tests.factories import TINY, TTT, random_model, world
-from tests.test_ttt_eval import SLIDING
+from tests.factories import SLIDING, TINY, TTT, make_world, random_model
 from tests.zoo import lawful
 from tests.zoo.harness import PARAMS
 
@@ -40,8 +47,8 @@ class HintedBigram(lawful.Bigram):
     def fork(self) -> "HintedBigram":
         return copy.deepcopy(self)
 
-    def score(self, tokens: np.ndarray, asked: Asked | None) -> np.ndarray:
-        hints = np.zeros(len(tokens), np.int64) if asked is None else asked.about_2N[0]
+    def score(self, tokens: np.ndarray, queries: Queries | None) -> np.ndarray:
+        hints = np.zeros(len(tokens), np.int64) if queries is None else queries.hint_ids_N
         rows: list[tuple[float, float]] = []
         for token in tokens.tolist():
             if self.last is not None:
@@ -69,61 +76,69 @@ def tilted(targets: int, rate: float = RATE) -> TiltScorer:
     return TiltScorer(HintedBigram(targets), rate, CODES, targets)
 
 
-# Hints
+# NgramTable
 
 
 def slow_hints(tokens: np.ndarray) -> tuple[list[int], list[list[int]]]:
-    """With dictionaries: for each length, context -> [token, hits, misses]."""
-    memory: list[dict[tuple[int, ...], list[int]]] = [{} for _ in LENGTHS]
+    """Hints (N) and states (N, K), with a dictionary for each length: context -> [token, hits, misses]."""
+    lengths = CONTEXT_LENGTHS.tolist()
+    memory: list[dict[tuple[int, ...], list[int]]] = [{} for _ in lengths]
     hints, states = [], []
+
     for i, token in enumerate(tokens.tolist()):
-        hint, row = -1, [UNKNOWN] * len(LENGTHS)
-        contexts = [
-            tuple(tokens[i - length : i].tolist()) if length <= i else None for length in LENGTHS.tolist()
-        ]
-        for k in reversed(range(len(LENGTHS))):
+        contexts = [tuple(tokens[i - n : i].tolist()) if n <= i else None for n in lengths]
+
+        # The hint is that of the longest context that was seen; the states tell who agrees with it.
+        hint = -1
+        row = [UNKNOWN] * len(lengths)
+        for k in reversed(range(len(lengths))):
             found = memory[k].get(contexts[k]) if contexts[k] else None  # type: ignore[arg-type]
             if found:
                 hint = found[0] if hint < 0 else hint
-                row[k] = 4 * found[1] + found[2] + (AGREES if found[0] == hint else 0)
+                row[k] = 4 * found[1] + found[2] + (AGREES_FLAG if found[0] == hint else 0)
+        states.append(row)
+        hints.append(hint)
+
+        # Then every context learns the token.
         for k, context in enumerate(contexts):
             if context is None:
                 continue
+
             slot = memory[k].setdefault(context, [token, 0, 0])
             if slot[0] == token:
-                slot[1] = min(slot[1] + 1, MOST_HITS)
+                slot[1] = min(slot[1] + 1, MAX_HITS)
                 slot[2] -= slot[2] > 0 and slot[1] % 4 == 0
             else:
-                slot[1], slot[2] = slot[1] // 2, min(slot[2] + 1, MOST_MISSES)
+                slot[1] //= 2
+                slot[2] = min(slot[2] + 1, MAX_MISSES)
                 if slot[1] == 0:
                     slot[0], slot[1] = token, 1
-        hints.append(hint)
-        states.append(row)
+
     return hints, states
 
 
 def test_hints_equal_dictionaries_and_come_before_the_token() -> None:
     tokens = stream(3000)
     tokens[2000:2100] = 7  # a run: many hits
-    hints, states = Hints(CODES, 1 << 20).observe(tokens)
+    hints, states = NgramTable(CODES, 1 << 20).update(tokens)
     expected = slow_hints(tokens)
     # Of two million slots a few are hit twice.
     assert (hints != expected[0]).mean() < 1e-3
     assert (states != expected[1]).mean() < 1e-3
-    assert states.max() >= AGREES + 4 * MOST_HITS
-    one_by_one = Hints(CODES, 1 << 20)
+    assert states.max() >= AGREES_FLAG + 4 * MAX_HITS
+    one_by_one = NgramTable(CODES, 1 << 20)
     for i in range(300):
-        hint, state = one_by_one.next()
+        hint, state = one_by_one.peek()
         assert hint == hints[i]
         np.testing.assert_array_equal(state, states[i])
-        one_by_one.observe(tokens[i : i + 1])
+        one_by_one.update(tokens[i : i + 1])
 
 
 def test_tables_that_are_too_small_still_give_hints() -> None:
-    crowded = Hints(CODES, 10)
-    hints, _ = crowded.observe(stream(20_000))
+    crowded = NgramTable(CODES, 10)
+    hints, _ = crowded.update(stream(20_000))
     assert (hints >= 0).mean() > 0.2
-    assert crowded.tables.shape == (len(LENGTHS), 1024)
+    assert crowded.arrays.tables.shape == (len(CONTEXT_LENGTHS), 1024)
 
 
 def test_the_same_hints_with_other_names_for_the_ids() -> None:
@@ -131,8 +146,8 @@ def test_the_same_hints_with_other_names_for_the_ids() -> None:
     names = np.random.Generator(np.random.PCG64(8)).permutation(len(CODES))
     codes, tokens = np.empty_like(CODES), stream(5000)
     codes[names] = CODES
-    hints, states = Hints(CODES, 10).observe(tokens)
-    renamed, renamed_states = Hints(codes, 10).observe(names[tokens].astype(np.uint16))
+    hints, states = NgramTable(CODES, 10).update(tokens)
+    renamed, renamed_states = NgramTable(codes, 10).update(names[tokens].astype(np.uint16))
     np.testing.assert_array_equal(renamed, np.where(hints >= 0, names[hints], -1))
     np.testing.assert_array_equal(renamed_states, states)
 
@@ -146,8 +161,8 @@ def test_weights_at_zero_are_the_wrapped_scorer_bit_for_bit() -> None:
         tilted(len(tokens) - 1, rate=0.0).score_stream(tokens), HintedBigram(0).score_stream(tokens)
     )
     short = stream(200, TINY.vocab_size)
-    trained = TTTScorer(random_model(6), SLIDING, TTT, world(), len(short) - 1)
-    wrapped = TTTScorer(random_model(6), SLIDING, TTT, world(), len(short) - 1)
+    trained = TTTScorer(random_model(6), SLIDING, TTT, make_world(), len(short) - 1)
+    wrapped = TTTScorer(random_model(6), SLIDING, TTT, make_world(), len(short) - 1)
     np.testing.assert_array_equal(
         TiltScorer(wrapped, 0.0, CODES, len(short) - 1).score_stream(short), trained.score_stream(short)
     )
@@ -161,22 +176,24 @@ def test_it_learns_what_pairs_do_not_tell() -> None:
 
 
 def test_a_boost_moves_as_little_as_the_probability_that_it_stands_on() -> None:
-    """Two ways to compute one p(h) differ in their last bits; sets of weights with ends made losses jump by a nat there."""
+    """Two ways to compute one p(h) differ in their last bits.
+
+    Weights that changed abruptly between ranges of p(h) made losses jump by a nat there.
+    """
     random = np.random.Generator(np.random.PCG64(6))
-    weights = random.normal(size=(len(LENGTHS) * KNOTS, INPUTS))
-    shares, states, x = (
-        random.uniform(0.1, 0.9, (len(LENGTHS), STATES)),
-        random.integers(0, STATES, len(LENGTHS)).astype(np.uint8),
-        np.empty(INPUTS),
-    )
+    tilt = new_tilt_state()
+    tilt.weights_WX[:] = random.normal(size=tilt.weights_WX.shape)
+    tilt.hit_rates_KS[:] = random.uniform(0.1, 0.9, tilt.hit_rates_KS.shape)
+    states = random.integers(0, SLOT_STATES, len(CONTEXT_LENGTHS)).astype(np.uint8)
+    x = np.empty(INPUTS)
     logits = np.arange(-20, 14, 1e-3)
-    boosts = np.array([_boost(states, -np.logaddexp(0, -logit), weights, shares, x)[0] for logit in logits])
+    boosts = np.array([_boost(tilt, states, -np.logaddexp(0, -logit), x).boost for logit in logits])
     assert np.ptp(boosts) > 1
     assert np.abs(np.diff(boosts)).max() < 0.02
 
 
 def test_noise_cannot_be_beaten() -> None:
-    """The canary bound: on n uniform tokens of V, no lawful scorer is better than n log2 V - 64 bits, but once in 2^64 streams."""
+    """The canary bound: n uniform ids of V cost n log2 V - 64 bits, except in one of 2^64 streams."""
     tokens = np.random.Generator(np.random.PCG64(3)).integers(0, lawful.VOCAB, 20_000).astype(np.uint16)
     bits = tilted(len(tokens) - 1).score_stream(tokens).sum(dtype=np.float64) / math.log(2)
     plain = HintedBigram(0).score_stream(tokens).sum(dtype=np.float64) / math.log(2)
@@ -205,13 +222,13 @@ def test_distributions_sum_to_one_late_in_a_long_stream_and_are_what_is_scored()
 
 def test_pieces_predictions_and_the_whole_stream_agree() -> None:
     tokens = stream(400, TINY.vocab_size)
-    whole = TiltScorer(SlidingScorer(random_model(6), SLIDING, world()), RATE, CODES, 399).score_stream(
+    whole = TiltScorer(SlidingScorer(random_model(6), SLIDING, make_world()), RATE, CODES, 399).score_stream(
         tokens
     )
-    pieces = TiltScorer(SlidingScorer(random_model(6), SLIDING, world()), RATE, CODES, 399)
+    pieces = TiltScorer(SlidingScorer(random_model(6), SLIDING, make_world()), RATE, CODES, 399)
     parts = np.concatenate([pieces.score_stream(part) for part in np.split(tokens, [1, 20, 33, 34, 200])])
     np.testing.assert_allclose(parts, whole, atol=1e-5)
-    one_by_one = TiltScorer(SlidingScorer(random_model(6), SLIDING, world()), RATE, CODES, 399)
+    one_by_one = TiltScorer(SlidingScorer(random_model(6), SLIDING, make_world()), RATE, CODES, 399)
     one_by_one.observe(int(tokens[0]))
     for target in range(200):
         if target % 3 == 0:  # between them tokens wait, and are scored together
@@ -252,16 +269,16 @@ def test_tables_are_copied_for_a_fork_that_lives_and_for_no_other() -> None:
     tokens = stream(900)
     scorer = tilted(899)
     scorer.score_stream(tokens[:300])
-    tables, twin = scorer.hints.value.tables, scorer.fork()
+    tables, twin = scorer.table.value.arrays.tables, scorer.fork()
     scorer.score_stream(tokens[300:400])
-    assert scorer.hints.value.tables is not tables
-    assert twin.hints.value.tables is tables
+    assert scorer.table.value.arrays.tables is not tables
+    assert twin.table.value.arrays.tables is tables
     twin.score_stream(tokens[300:400])  # nobody else has them any more
-    assert twin.hints.value.tables is tables
+    assert twin.table.value.arrays.tables is tables
     scorer.fork()
-    own = scorer.hints.value.tables
+    own = scorer.table.value.arrays.tables
     np.testing.assert_array_equal(scorer.score_stream(tokens[400:]), twin.score_stream(tokens[400:]))
-    assert scorer.hints.value.tables is own
+    assert scorer.table.value.arrays.tables is own
 
 
 @pytest.mark.parametrize(("kind", "rate"), [("sgd", RATE), ("lora", RATE)])
@@ -271,46 +288,51 @@ def test_the_audit_passes_adaptive_scorers(
     tokens = stream(600, TINY.vocab_size)
     counted = (tokens[1:] != lawful.BOS).astype(np.int64)
     per_document = np.array([len(document) - 1 for document in shards.documents(tokens, lawful.BOS)])
-    params = dataclasses.replace(
-        TTT, kind=kind, tilt_rate=rate, chunk=128, lora=dataclasses.replace(TTT.lora, lr=0.001, documents=40)
-    )
+    documents = coverage.DocumentBytes(per_document, np.zeros(len(per_document), dtype=bool))
+
+    lora = dataclasses.replace(TTT.lora, lr=0.001, documents=40)
+    params = dataclasses.replace(TTT, kind=kind, tilt_rate=rate, chunk=128, lora=lora)
     of_kind = {
         "sgd": dataclasses.replace(PARAMS, substitutions=TINY.vocab_size),
         "lora": dataclasses.replace(
-            PARAMS, substitutions=8, perturbations=7, graph_documents=3, handed_stretches=1, canary_targets=96
+            PARAMS, substitutions=8, perturbations=7, order_documents=3, call_splits=1, canary_targets=96
         ),
     }
+
     model = random_model(6)
-    nll = scorer_for(model, SLIDING, params, world(), factories.table(), len(tokens) - 1).score_stream(tokens)
+    nll = build_scorer(model, SLIDING, params, make_world(), factories.table(), len(tokens) - 1).score_stream(
+        tokens
+    )
     table = tmp_path_factory.mktemp("chunks") / "chunks.tsv"
     ledger.write_chunks(table, nll, counted, 128)
+
     verdicts = audit_scorer(
         f"{kind}, tilt {rate}",
-        lambda n_targets: scorer_for(model, SLIDING, params, world(), factories.table(), n_targets),
-        Stream(
-            tokens,
-            lawful.BOS,
-            counted,
-            coverage.DocumentBytes(per_document, np.zeros(len(per_document), dtype=bool)),
-        ),
-        Claim(nll, table.read_text(), bpb.bits_per_byte(nll, counted), (1e-4, 1e-6)),
-        sampling.Edges(window=SLIDING.stride, chunk=128),
+        lambda n_targets: build_scorer(model, SLIDING, params, make_world(), factories.table(), n_targets),
+        AuditedStream(tokens, lawful.BOS, counted, documents),
+        ClaimedEvaluation(nll, table.read_text(), bpb.bits_per_byte(nll, counted), 1e-4, 1e-6),
+        sampling.Boundaries(window=SLIDING.stride, chunk=128),
         hashlib.sha256(b"tilt").digest(),
         of_kind[kind],
-        Report(is_main=False),
+        Logger(is_main=False),
     )
-    assert {verdict.outcome for verdict in verdicts} == {"pass"}, [
-        reason(verdict) for verdict in convicted(verdicts)
-    ]
+    failed = [failure_message(verdict) for verdict in failures(verdicts)]
+    assert {verdict.outcome for verdict in verdicts} == {"pass"}, failed
 
 
 def test_the_parameter_decides() -> None:
     model = random_model(6)
     kinds: tuple[tuple[float, Literal["sgd", "lora"], type], ...] = (
-        (0.0, "sgd", TTTScorer), (0.0, "lora", LoRAScorer), (RATE, "sgd", TiltScorer), (RATE, "lora", TiltScorer)
-    )  # fmt: skip
+        (0.0, "sgd", TTTScorer),
+        (0.0, "lora", LoRAScorer),
+        (RATE, "sgd", TiltScorer),
+        (RATE, "lora", TiltScorer),
+    )
     for rate, kind, expected in kinds:
         params = dataclasses.replace(TTT, tilt_rate=rate, kind=kind)
-        assert type(scorer_for(model, SLIDING, params, factories.world(), factories.table(), 100)) is expected
+        assert (
+            type(build_scorer(model, SLIDING, params, factories.make_world(), factories.table(), 100))
+            is expected
+        )
     with pytest.raises(ValueError, match="tilt_rate: -1 is negative"):
         dataclasses.replace(TTT, tilt_rate=-1)

@@ -9,11 +9,17 @@ import torch
 
 from stages.common.parallel import World
 from stages.train.model import is_matrix, is_table
-from stages.train.muon import NewtonSchulz, coefficients, muon_update, normalise_rows, orthogonalise
-from stages.train.optimizer import Optimizers
+from stages.train.muon import (
+    NewtonSchulz,
+    muon_update,
+    newton_schulz_coefficients,
+    normalise_rows,
+    orthogonalise,
+)
+from stages.train.optimizer import ShardedOptimizer
 from stages.train.schedule import StepSchedule
 from tests import ranks
-from tests.factories import TRAIN, random_model, world
+from tests.factories import TRAIN, make_world, random_model
 
 UNCLIPPED = 1e9  # a clip_norm above every gradient's norm
 FIXED = (3.4445, -4.7750, 2.0315)
@@ -22,7 +28,7 @@ EMBEDDING, VECTOR, MATRIX = "embedding.weight", "skip_weight", "blocks.1.mlp.dow
 
 
 def optimizers_of(model, **changes):
-    return Optimizers(model, replace(TRAIN, **changes), world())
+    return ShardedOptimizer(model, replace(TRAIN, **changes), make_world())
 
 
 def random_gradients(model, seed, scale=1.0):
@@ -34,9 +40,9 @@ def random_gradients(model, seed, scale=1.0):
 
 
 def take_step(optimizers, gradients, step, lr_multiplier=1.0, momentum=0.9):
-    optimizers.collect(gradients, 0)
+    optimizers.accumulate(gradients, 0)
     optimizers.step(
-        StepSchedule(fraction=0.0, lr_multiplier=lr_multiplier, momentum=momentum, looped=True), step
+        StepSchedule(budget_spent=0.0, lr_multiplier=lr_multiplier, momentum=momentum, looped=True), step
     )
 
 
@@ -69,7 +75,7 @@ def slow_muon(gradient, momentum, beta, triples):
 def test_muon_equals_a_slow_float64_version(shape, kind):
     generator = np.random.Generator(np.random.PCG64(0))
     gradient, momentum = generator.normal(size=shape), generator.normal(size=shape)
-    triples = coefficients(kind, 5)
+    triples = newton_schulz_coefficients(kind, 5)
     update, kept = muon_update(
         torch.from_numpy(gradient)[None], torch.from_numpy(momentum)[None], 0.95, triples, torch.float64
     )
@@ -79,25 +85,25 @@ def test_muon_equals_a_slow_float64_version(shape, kind):
 
 
 def test_coefficients_of_any_number_of_steps():
-    assert coefficients("fixed", 3) == (FIXED,) * 3
-    five = coefficients("polar_express", 5)
+    assert newton_schulz_coefficients("fixed", 3) == (FIXED,) * 3
+    five = newton_schulz_coefficients("polar_express", 5)
     assert len(set(five)) == 5
-    assert coefficients("polar_express", 3) == five[:3]
-    assert coefficients("polar_express", 7) == (*five, five[-1], five[-1])
+    assert newton_schulz_coefficients("polar_express", 3) == five[:3]
+    assert newton_schulz_coefficients("polar_express", 7) == (*five, five[-1], five[-1])
 
 
 @pytest.mark.parametrize(("kind", "low", "high"), [("fixed", 0.6, 1.3), ("polar_express", 0.85, 1.15)])
 def test_newton_schulz_brings_singular_values_near_one(kind, low, high):
     matrices = torch.randn(3, 20, 50, generator=torch.Generator().manual_seed(0))
     values = torch.linalg.svdvals(
-        orthogonalise(normalise_rows(matrices), coefficients(kind, 5), torch.float32)
+        orthogonalise(normalise_rows(matrices), newton_schulz_coefficients(kind, 5), torch.float32)
     )
     assert values.min() > low
     assert values.max() < high
 
 
 def test_polar_express_lifts_singular_values_of_a_thousandth():
-    """What one triple for all iterations cannot in as many."""
+    """One triple for all iterations needs more of them for that."""
     values = torch.logspace(-3, 0, 12, dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
     left, right = (
@@ -105,7 +111,9 @@ def test_polar_express_lifts_singular_values_of_a_thousandth():
     )
     matrix = ((left * values) @ right)[None]
     smallest = {
-        kind: torch.linalg.svdvals(orthogonalise(matrix, coefficients(kind, 5), torch.float64)).min()
+        kind: torch.linalg.svdvals(
+            orthogonalise(matrix, newton_schulz_coefficients(kind, 5), torch.float64)
+        ).min()
         for kind in KINDS
     }
     assert smallest["polar_express"] > 0.7
@@ -126,7 +134,7 @@ def test_steps_move_every_matrix_by_the_formulas(kind):
                 gradients[name].double().numpy(),
                 kept,
                 momentum,
-                coefficients(kind, TRAIN.newton_schulz_steps),
+                newton_schulz_coefficients(kind, TRAIN.newton_schulz_steps),
             )
             rate = TRAIN.matrix_lr * multiplier
             expected[name] = (weight - rate * TRAIN.matrix_weight_decay * weight - rate * update, kept)
@@ -146,14 +154,10 @@ def test_ten_steps_of_tables_and_vectors_equal_torch_s_adamw(scale):
     optimizers = optimizers_of(model, clip_norm=UNCLIPPED)
     vectors = {name: parameter for name, parameter in reference.named_parameters() if not is_matrix(name)}
     tables = {name: vectors.pop(name) for name in filter(is_table, list(vectors))}
-    groups = [
-        {
-            "params": list(tables.values()),
-            "lr": TRAIN.embedding_lr,
-            "weight_decay": TRAIN.embedding_weight_decay,
-        },
-        {"params": list(vectors.values()), "lr": TRAIN.scalar_lr, "weight_decay": TRAIN.scalar_weight_decay},
-    ]
+
+    of_tables = {"lr": TRAIN.embedding_lr, "weight_decay": TRAIN.embedding_weight_decay}
+    of_vectors = {"lr": TRAIN.scalar_lr, "weight_decay": TRAIN.scalar_weight_decay}
+    groups = [{"params": list(tables.values())} | of_tables, {"params": list(vectors.values())} | of_vectors]
     torch_adamw = torch.optim.AdamW(groups, betas=(TRAIN.adam_beta1, TRAIN.adam_beta2), eps=TRAIN.adam_eps)
     warmdown = torch.optim.lr_scheduler.LambdaLR(torch_adamw, lambda step: 1 - step / 10)
     for step in range(10):
@@ -163,6 +167,7 @@ def test_ten_steps_of_tables_and_vectors_equal_torch_s_adamw(scale):
         torch_adamw.step()
         warmdown.step()
         take_step(optimizers, gradients, step, lr_multiplier=1 - step / 10)
+
     for name, parameter in {**tables, **vectors}.items():
         np.testing.assert_allclose(
             model.get_parameter(name).detach(), parameter.detach(), atol=2e-6, err_msg=name
@@ -188,13 +193,13 @@ def test_clipping_equals_torch_s_clip_grad_norm(scale):
 
 
 def test_several_passes_count_as_their_mean():
-    """Clipped by the norm of the mean; the next step begins anew, whatever its number of passes."""
+    """Clipped by the norm of the mean; the next step begins from zero, whatever its number of passes."""
     model = random_model(0)
     in_passes, at_once = optimizers_of(model), optimizers_of(random_model(0))
     for step, passes in enumerate((3, 1, 2)):
         parts = [random_gradients(model, 10 * step + number, 0.02) for number in range(passes)]
         for number, part in enumerate(parts):
-            in_passes.collect(part, number)
+            in_passes.accumulate(part, number)
         in_passes.step(StepSchedule(0.0, 1.0, 0.9, True), step)
         take_step(at_once, {name: sum(part[name] for part in parts) / passes for name in parts[0]}, step)
     for mine, theirs in zip(held(in_passes), held(at_once), strict=True):
@@ -202,7 +207,7 @@ def test_several_passes_count_as_their_mean():
 
 
 def test_decay_is_decoupled_and_at_the_current_rate():
-    """Without gradients nothing moves but by the decay, so it is no part of a momentum."""
+    """Without gradients only the decay moves anything, so it is not part of a momentum."""
     model = random_model(0)
     before = weights_of(model)
     take_step(optimizers_of(model), random_gradients(model, 0, scale=0.0), 0, lr_multiplier=0.5)
@@ -230,7 +235,7 @@ def test_the_moving_average_follows_its_recurrence_from_the_initial_weights():
             name: TRAIN.ema_decay * expected[name] + (1 - TRAIN.ema_decay) * tensor
             for name, tensor in weights_of(model).items()
         }
-    average = optimizers.average()
+    average = optimizers.averaged_weights()
     assert set(average) == set(expected)
     for name, tensor in expected.items():
         torch.testing.assert_close(average[name], tensor, atol=1e-6, rtol=0)
@@ -243,7 +248,7 @@ def test_the_moving_average_follows_its_recurrence_from_the_initial_weights():
 def test_banks_cover_every_parameter_once_and_the_model_s_parameters_are_views_of_them():
     model = random_model(0)
     before = weights_of(model)
-    banks = optimizers_of(model).banks
+    banks = optimizers_of(model).groups
     assert sorted(name for bank in banks for name in bank.names) == sorted(before)
     assert sum(bank.weights.numel() for bank in banks) == sum(tensor.numel() for tensor in before.values())
     for name, parameter in model.named_parameters():
@@ -256,7 +261,7 @@ def test_banks_cover_every_parameter_once_and_the_model_s_parameters_are_views_o
 
 
 def test_every_matrix_is_a_unit_of_a_bank_of_its_shape():
-    banks = optimizers_of(random_model(0)).banks
+    banks = optimizers_of(random_model(0)).groups
     matrices = [bank for bank in banks if bank.weights.dim() == 3]
     assert sorted(name for bank in matrices for name in bank.names) == sorted(
         filter(is_matrix, weights_of(random_model(0)))
@@ -290,7 +295,7 @@ def test_a_loaded_state_gives_the_same_next_step_bit_for_bit():
     optimizers, resumed = optimizers_of(model), optimizers_of(other)
     for step in range(2):
         take_step(optimizers, random_gradients(model, step), step)
-    resumed.load([[tensor.clone() for tensor in bank] for bank in optimizers.state()])
+    resumed.load_state([[tensor.clone() for tensor in bank] for bank in optimizers.state()])
     assert all(torch.equal(tensor, other.get_parameter(name)) for name, tensor in weights_of(model).items())
     before = weights_of(model)
     for its_optimizers in (optimizers, resumed):
@@ -299,31 +304,36 @@ def test_a_loaded_state_gives_the_same_next_step_bit_for_bit():
     for name, tensor in weights_of(model).items():
         assert torch.equal(tensor, other.get_parameter(name))
         assert not torch.equal(tensor, before[name])
-    assert all(torch.equal(tensor, resumed.average()[name]) for name, tensor in optimizers.average().items())
+    assert all(
+        torch.equal(tensor, resumed.averaged_weights()[name])
+        for name, tensor in optimizers.averaged_weights().items()
+    )
 
 
 # Ranks
 
 
-def sharded(here: World) -> None:
+def sharded(world: World) -> None:
     alone, shared = random_model(0), random_model(0)
-    one, several = Optimizers(alone, TRAIN, world()), Optimizers(shared, TRAIN, here)
+    one, several = ShardedOptimizer(alone, TRAIN, make_world()), ShardedOptimizer(shared, TRAIN, world)
     padded = [
         bank.weights.shape[0] > sum(p.numel() for p in bank.parameters) // bank.weights[0].numel()
-        for bank in several.banks
+        for bank in several.groups
     ]
     assert any(padded)
-    assert all(bank.average.shape[0] * here.size == bank.weights.shape[0] for bank in several.banks)
+    assert all(bank.average.shape[0] * world.size == bank.weights.shape[0] for bank in several.groups)
     for step in range(3):
-        of_ranks = [random_gradients(alone, 100 * step + rank, 0.01) for rank in range(here.size)]
-        one.collect({name: torch.stack([part[name] for part in of_ranks]).mean(0) for name in of_ranks[0]}, 0)
-        several.collect(of_ranks[here.rank], 0)
+        of_ranks = [random_gradients(alone, 100 * step + rank, 0.01) for rank in range(world.size)]
+        one.accumulate(
+            {name: torch.stack([part[name] for part in of_ranks]).mean(0) for name in of_ranks[0]}, 0
+        )
+        several.accumulate(of_ranks[world.rank], 0)
         now = StepSchedule(0.0, 1 - step / 4, 0.9, True)
         one.step(now, step)
         several.step(now, step)
     for name, parameter in alone.named_parameters():
         torch.testing.assert_close(shared.get_parameter(name), parameter, atol=1e-6, rtol=0)
-    average, expected = several.average(), one.average()
+    average, expected = several.averaged_weights(), one.averaged_weights()
     assert set(average) == set(expected)
     for name, tensor in expected.items():
         torch.testing.assert_close(average[name], tensor, atol=1e-6, rtol=0)

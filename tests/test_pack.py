@@ -14,67 +14,26 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
-from stages.calibrate.hessians import hessian_name, importance_name
-from stages.common import command, config
-from stages.common.progress import Report
+from stages.calibrate.hessians import importance_name
+from stages.common import config
+from stages.common.stage import canonical_json, launch
 from stages.pack import __main__ as stage
 from stages.pack import artifact
 from stages.pack.artifact import pack, unpack
 from stages.pack.entropy import codecs
-from stages.pack.entropy.codecs import Layout
+from stages.pack.entropy.codecs import StreamLayout
 from stages.pack.file import container, tensors
-from stages.pack.file.container import Form, Stream
+from stages.pack.file.container import EncodedStream, Form
 from stages.pack.low_rank import Correction
 from stages.pack.params import PackParams
 from stages.pack.quantise import fit_budget, methods, tensor_kinds
-from stages.pack.quantise.fit_budget import Scales
+from stages.pack.quantise.fit_budget import CoarsenessRange
 from stages.pack.stats import layers_tsv, tensor_stats
-from stages.train.model import Model, initialise_, is_table
+from stages.train.model import Model, is_table
 from stages.train.params import ModelParams
-from tests.factories import world
+from tests.factories import PARALLEL, make_world
+from tests.pack_inputs import AT_RATE, CORRECTED, MODEL, PACK, SILENT, hessians_of, trained_like, with_budget
 from tools import inspect_model
-
-MODEL = ModelParams(
-    attention="windows",
-    bos_id=1,
-    vocab_size=96, context=16, width=32, layers=3, heads=4, kv_heads=2, hidden=64, rope_dims=4, rope_base=1.0e4, logit_softcap=30.0,
-    query_gain=5.25, parallel_from=2, loop_first=1, loop_last=1, loops=2, gate_width=3, smear_width=0, value_tables=1, embedding_std=0.005,
-)  # fmt: skip
-PACK = PackParams(
-    quantiser="sdclip", codec="brotli", states=8, rate_weight=0.1, row_weight=0.5,
-    matrix_bits=6, embedding_bits=8, attention_clip=12.85, mlp_clip=12.85, embedding_clip=20.0, lqer_rank=0, lqer_tensors=2, awq_groups=0,
-    damping=0.01, block_columns=16, brotli_quality=11,
-    budget_bytes=1_000_000, code_reserve_bytes=1_000,
-)  # fmt: skip
-AT_RATE = dataclasses.replace(PACK, quantiser="rate", codec="adaptive")
-SILENT = Report(is_main=False)
-
-
-def trained_like() -> dict[str, Tensor]:
-    """A state with no zero matrix and no constant vector."""
-    model = Model(MODEL)
-    initialise_(model, 7)
-    generator = torch.Generator().manual_seed(8)
-    return {
-        name: tensor.clone() + 0.02 * torch.randn(tensor.shape, generator=generator)
-        for name, tensor in model.state_dict().items()
-    }
-
-
-def hessians_of(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A Hessian of correlated inputs for each matrix that has its own, and the importance of every matrix's rows."""
-    generator = torch.Generator().manual_seed(9)
-    made = {}
-    for name in sorted(state):
-        if tensor_kinds.kind_of(name) != "rest" and hessian_name(name) == name:
-            columns = state[name].shape[1]
-            inputs = torch.randn(3 * columns, columns, generator=generator) @ torch.randn(
-                columns, columns, generator=generator
-            )
-            made[name] = inputs.T @ inputs / len(inputs)
-        if tensor_kinds.kind_of(name) != "rest":
-            made[importance_name(name)] = torch.rand(len(state[name]), generator=generator) * 1.0e-4
-    return made
 
 
 @pytest.fixture(scope="module")
@@ -87,10 +46,6 @@ def hessians(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return hessians_of(state)
 
 
-def with_budget(budget_bytes: int, params: PackParams = PACK) -> PackParams:
-    return dataclasses.replace(params, budget_bytes=budget_bytes + params.code_reserve_bytes)
-
-
 def test_decoded_weights_are_the_dequantised_ones(
     state: dict[str, Tensor], hessians: dict[str, Tensor]
 ) -> None:
@@ -98,7 +53,7 @@ def test_decoded_weights_are_the_dequantised_ones(
     params, decoded = unpack(with_figures.blob)
     assert params == MODEL
     assert decoded.keys() == state.keys()
-    entries = {entry.name: entry for entry in container.read(with_figures.blob).entries}
+    entries = {entry.name: entry for entry in container.parse(with_figures.blob).tensors}
     for name, tensor in decoded.items():
         entry = entries[name]
         assert tensor.dtype == torch.float32
@@ -114,9 +69,6 @@ def test_decoded_weights_are_the_dequantised_ones(
         assert torch.equal(integers.round() * steps, tensor)
         assert float(integers.abs().max()) < qmax + 0.01
         assert float((tensor - state[name]).abs().max()) < 6 * float(steps.max())
-
-
-CORRECTED: dict[str, Any] = {"lqer_rank": 2, "lqer_tensors": 3}
 
 
 @pytest.mark.parametrize(
@@ -149,7 +101,7 @@ def test_load_model_gives_the_model_in_the_file(
 ) -> None:
     blob = pack(state, hessians, MODEL, PACK, SILENT).blob
     (tmp_path / "model.bin").write_bytes(blob)
-    model = artifact.load_model(tmp_path / "model.bin", world())
+    model = artifact.load_model(tmp_path / "model.bin", make_world())
     assert all(torch.equal(unpack(blob)[1][name], tensor) for name, tensor in model.state_dict().items())
     original = Model(MODEL)
     original.load_state_dict(state)
@@ -164,14 +116,14 @@ def test_one_factor_on_the_clips_makes_it_fit(
     state: dict[str, Tensor], hessians: dict[str, Tensor], share: float
 ) -> None:
     full = pack(state, hessians, MODEL, PACK, SILENT)
-    assert full.scale == 1.0
+    assert full.coarseness == 1.0
     allowed = int(share * len(full.blob))
     small = pack(state, hessians, MODEL, with_budget(allowed), SILENT)
-    assert allowed - fit_budget.UNUSED <= len(small.blob) <= allowed
-    assert 1 < small.scale <= methods.WIDEST
+    assert allowed - fit_budget.MAX_UNUSED_BYTES <= len(small.blob) <= allowed
+    assert 1 < small.coarseness <= methods.MAX_CLIP_FACTOR
     _, decoded = unpack(small.blob)
     name = "blocks.0.mlp.up.weight"
-    steps = (12.85 * small.scale * state[name].std(dim=1) / 31).half().float()[:, None]
+    steps = (12.85 * small.coarseness * state[name].std(dim=1) / 31).half().float()[:, None]
     assert torch.equal((decoded[name] / steps).round() * steps, decoded[name])
 
 
@@ -180,14 +132,14 @@ def test_a_budget_that_cannot_be_met_gives_both_figures(
 ) -> None:
     with pytest.raises(
         ValueError,
-        match=r"artifact over the byte budget: \d+ bytes at scale 8 after \d+ attempts, 2000 allowed",
+        match=r"artifact over the byte budget: \d+ bytes at coarseness 8 after \d+ attempts, 2000 allowed",
     ):
         pack(state, hessians, MODEL, with_budget(2000), SILENT)
 
 
 @pytest.mark.parametrize("share", [0.999, 0.9, 0.6, 0.3, 0.2])
 def test_the_search_is_short_and_close_on_a_model_of_record_size(share: float) -> None:
-    """Size by the entropy of Gaussian integers, at 36 million weights, with brotli's habit of not being monotonic in the last digits."""
+    """Size by the entropy of 36 million Gaussian integers, with brotli's non-monotonic last digits."""
     weights, tried = 36_000_000, []
 
     def size(factor: float) -> int:
@@ -199,8 +151,10 @@ def test_the_search_is_short_and_close_on_a_model_of_record_size(share: float) -
 
     allowed = int(share * size(1.0))
     tried.clear()
-    factor, found = fit_budget.fill(size, lambda found: found, allowed, weights, Scales(1.0, 1.0, 8.0))
-    assert allowed - fit_budget.UNUSED <= found <= allowed
+    factor, found = fit_budget.fit_to_budget(
+        size, lambda found: found, allowed, weights, CoarsenessRange(1.0, 1.0, 8.0)
+    )
+    assert allowed - fit_budget.MAX_UNUSED_BYTES <= found <= allowed
     assert len(tried) <= 9
     assert tried.count(factor) == 1
 
@@ -210,9 +164,9 @@ def test_at_a_rate_the_budget_is_filled_and_never_exceeded(
     state: dict[str, Tensor], hessians: dict[str, Tensor], allowed: int
 ) -> None:
     packed = pack(state, hessians, MODEL, with_budget(allowed, AT_RATE), SILENT)
-    assert allowed - fit_budget.UNUSED <= len(packed.blob) <= allowed
+    assert allowed - fit_budget.MAX_UNUSED_BYTES <= len(packed.blob) <= allowed
     _, decoded = unpack(packed.blob)
-    for entry in container.read(packed.blob).entries:
+    for entry in container.parse(packed.blob).tensors:
         if tensor_kinds.kind_of(entry.name) == "rest":
             assert torch.equal(decoded[entry.name], state[entry.name].half().float())
         else:
@@ -221,22 +175,23 @@ def test_at_a_rate_the_budget_is_filled_and_never_exceeded(
 
 @pytest.mark.parametrize("share", [0.999, 0.6, 0.25, 0.08])
 def test_the_search_at_a_rate_is_short_on_a_model_of_record_size(share: float) -> None:
-    """Size by the entropy of normal values, 36 million of them, a first guess that is 4 % off, and some scatter."""
+    """Size by the entropy of 36 million normal values, with some scatter; the first guess is 4 % off."""
     weights, tried = 36_000_000, []
 
-    def size(scale: float) -> int:
-        tried.append(scale)
-        return int(weights / 8 * math.log2(1 + 12 / scale**2) / 2) + 300 * (hash(scale) % 3 - 1) + 20_000
+    def size(coarseness: float) -> int:
+        tried.append(coarseness)
+        scatter = 300 * (hash(coarseness) % 3 - 1)
+        return int(weights / 8 * math.log2(1 + 12 / coarseness**2) / 2) + scatter + 20_000
 
     allowed = int(share * size(1.0))
     rate = 2 * (allowed - 20_000) * 8 / weights
     first = 1.04 * (12 / (2**rate - 1)) ** 0.5
     tried.clear()
-    scale, best = fit_budget.fill(
-        lambda scale: size(scale), lambda bytes_: bytes_, allowed, weights, Scales(first, 1.0e-6, 1.0e6)
-    )
-    assert allowed - fit_budget.UNUSED <= best <= allowed
-    assert scale in tried
+    scales = CoarsenessRange(first, 1.0e-6, 1.0e6)
+    coarseness, best = fit_budget.fit_to_budget(size, lambda bytes_: bytes_, allowed, weights, scales)
+
+    assert allowed - fit_budget.MAX_UNUSED_BYTES <= best <= allowed
+    assert coarseness in tried
     assert len(tried) <= 5
 
 
@@ -245,7 +200,7 @@ def test_more_budget_than_the_model_can_use_is_left(
 ) -> None:
     packed = pack(state, hessians, MODEL, with_budget(900_000, AT_RATE), SILENT)
     weights = sum(tensor.numel() for tensor in state.values())
-    assert len(packed.blob) < 2 * methods.MOST_BITS / 8 * weights
+    assert len(packed.blob) < 2 * methods.MAX_BITS / 8 * weights
     _, decoded = unpack(packed.blob)
     assert all(torch.allclose(decoded[name], state[name], atol=2e-3, rtol=2e-3) for name in state)
 
@@ -255,7 +210,7 @@ def test_a_rate_that_is_too_low_gives_both_figures(
 ) -> None:
     with pytest.raises(
         ValueError,
-        match=r"artifact over the byte budget: \d+ bytes at scale \S+ after \d+ attempts, 2000 allowed",
+        match=r"artifact over the byte budget: \d+ bytes at coarseness \S+ after \d+ attempts, 2000 allowed",
     ):
         pack(state, hessians, MODEL, with_budget(2000, AT_RATE), SILENT)
 
@@ -265,7 +220,7 @@ def test_at_equal_bytes_the_rate_quantiser_is_expected_to_lose_half_at_most(
 ) -> None:
     plain = pack(state, hessians, MODEL, PACK, SILENT)
     at_rate = pack(state, hessians, MODEL, with_budget(len(plain.blob), AT_RATE), SILENT)
-    losses = [sum(row.expected_loss or 0.0 for row in packed.rows) for packed in (plain, at_rate)]
+    losses = [sum(row.expected_loss or 0.0 for row in packed.stats) for packed in (plain, at_rate)]
     assert losses[1] < 0.5 * losses[0]
 
 
@@ -274,9 +229,8 @@ def test_without_importance_the_tensor_is_named(
 ) -> None:
     name = "blocks.1.attention.value.weight"
     without = {key: tensor for key, tensor in hessians.items() if key != importance_name(name)}
-    with pytest.raises(
-        ValueError, match=r"blocks\.1\.attention\.value\.weight: the importance of its rows, .* is not among"
-    ):
+    absent = r"blocks\.1\.attention\.value\.weight: the importance of its rows, .* is not in the calibration"
+    with pytest.raises(ValueError, match=absent):
         pack(state, without, MODEL, with_budget(20_000, AT_RATE), SILENT)
     silent = hessians | {importance_name(name): torch.zeros(len(state[name]))}
     with pytest.raises(
@@ -297,22 +251,22 @@ def test_without_importance_the_tensor_is_named(
 def test_impossible_steps_are_refused(
     state: dict[str, Tensor], hessians: dict[str, Tensor], step: float
 ) -> None:
-    contents = container.read(pack(state, hessians, MODEL, with_budget(20_000, AT_RATE), SILENT).blob)
-    entry = contents.entries[[entry.form.kind for entry in contents.entries].index("lattice")]
+    contents = container.parse(pack(state, hessians, MODEL, with_budget(20_000, AT_RATE), SILENT).blob)
+    entry = contents.tensors[[entry.form.kind for entry in contents.tensors].index("lattice")]
     levels, _, *exponents = entry.streams
     changed = dataclasses.replace(
-        entry, streams=(levels, Stream("plain", np.array(step, "<f4").tobytes()), *exponents)
+        entry, streams=(levels, EncodedStream("plain", np.array(step, "<f4").tobytes()), *exponents)
     )
-    entries = tuple(changed if other is entry else other for other in contents.entries)
+    entries = tuple(changed if other is entry else other for other in contents.tensors)
     with pytest.raises(ValueError, match=f"damaged model file: tensor {entry.name} has the step"):
-        unpack(container.write(container.Contents(contents.model, entries)))
+        unpack(container.serialise(container.Contents(contents.model, entries)))
 
 
 def test_the_table_measures_rates_against_their_bounds() -> None:
-    """Normal values on a uniform grid, coded ideally, lie 0.2546 bits above their bound at a high rate; here at 4 bits a weight."""
+    """Normal values on a uniform grid, coded ideally, are 0.2546 bits above their bound at a high rate."""
     generator = np.random.default_rng(5)
     entered = generator.standard_normal((64, 4096)).astype(np.float32) * np.float32(50)
-    row = tensor_stats.Row("x", "matrix", (64, 4096), "rows:8", int(64 * 4096 * 7.5 / 8), 64 * 4096)
+    row = tensor_stats.TensorStats("x", "matrix", (64, 4096), "rows:8", int(64 * 4096 * 7.5 / 8), 64 * 4096)
     measured = tensor_stats.with_bounds(row, entered, np.rint(entered), np.ones(4096, np.float32))
     exact = 7.5 - math.log2(50 * 12**0.5)
     assert measured.above_bound == pytest.approx(exact, abs=0.003)
@@ -337,10 +291,10 @@ def test_roles_are_decided_by_name_not_by_size() -> None:
 
 def test_the_table_adds_up_to_the_file(state: dict[str, Tensor], hessians: dict[str, Tensor]) -> None:
     packed = pack(state, hessians, MODEL, PACK, SILENT)
-    assert [row.name for row in packed.rows] == [*sorted(state), "container"]
-    assert sum(row.bytes for row in packed.rows) == len(packed.blob)
+    assert [row.name for row in packed.stats] == [*sorted(state), "container"]
+    assert sum(row.bytes for row in packed.stats) == len(packed.blob)
     decoded = unpack(packed.blob)[1]
-    row = next(row for row in packed.rows if row.name == "blocks.1.attention.value.weight")
+    row = next(row for row in packed.stats if row.name == "blocks.1.attention.value.weight")
     difference = (decoded[row.name] - state[row.name]).double()
     hessian = hessians["blocks.1.attention.query.weight"].double()
     assert row.mean_squared_error == pytest.approx(float(difference.square().mean()))
@@ -348,12 +302,12 @@ def test_the_table_adds_up_to_the_file(state: dict[str, Tensor], hessians: dict[
         state[row.name].double() @ hessian @ state[row.name].double().T
     ).trace()
     assert row.relative_error == pytest.approx(float(relative), rel=1e-4)
-    figures = layers_tsv.metrics(packed.rows, packed.scale)
+    figures = layers_tsv.metrics(packed.stats, packed.coarseness)
     assert figures["bytes_model"] == len(packed.blob)
     assert figures["bits_per_weight"] == pytest.approx(
         8 * len(packed.blob) / sum(tensor.numel() for tensor in state.values())
     )
-    command.canonical_json(figures)
+    canonical_json(figures)
 
 
 def test_weights_or_hessians_that_do_not_fit_are_named(
@@ -375,6 +329,7 @@ def test_weights_or_hessians_that_do_not_fit_are_named(
         attempt({"extra": torch.zeros(1)})
     with pytest.raises(ValueError, match=r"blocks\.0\.attention\.gain: a value is not a finite float16"):
         attempt({"blocks.0.attention.gain": torch.full((4,), 1.0e5)})
+
     with pytest.raises(ValueError, match=r"is absent, and has shape"):
         attempt({}, model=dataclasses.replace(MODEL, smear_width=4))
     with pytest.raises(ValueError, match=r"blocks\.1\.mlp\.down\.weight: its Hessian .* is not among"):
@@ -389,9 +344,9 @@ def test_weights_or_hessians_that_do_not_fit_are_named(
 
 def rewritten(blob: bytes, model: dict[str, Any] | None = None, first: dict[str, Any] | None = None) -> bytes:
     """The file with other model parameters, or another first tensor, under a right checksum."""
-    contents = container.read(blob)
-    entries = (dataclasses.replace(contents.entries[0], **(first or {})), *contents.entries[1:])
-    return container.write(container.Contents({**contents.model, **(model or {})}, entries))
+    contents = container.parse(blob)
+    entries = (dataclasses.replace(contents.tensors[0], **(first or {})), *contents.tensors[1:])
+    return container.serialise(container.Contents({**contents.model, **(model or {})}, entries))
 
 
 @pytest.mark.parametrize(
@@ -421,13 +376,13 @@ def test_lawful_containers_of_impossible_models_are_refused(
 
 
 def test_values_beyond_their_bits_are_refused(state: dict[str, Tensor], hessians: dict[str, Tensor]) -> None:
-    contents = container.read(pack(state, hessians, MODEL, PACK, SILENT).blob)
+    contents = container.parse(pack(state, hessians, MODEL, PACK, SILENT).blob)
     narrow = [
         dataclasses.replace(entry, form=Form("rows", 3)) if "embedding" in entry.name else entry
-        for entry in contents.entries
+        for entry in contents.tensors
     ]
     with pytest.raises(ValueError, match=r"embedding\.weight has integers beyond 3"):
-        unpack(container.write(container.Contents(contents.model, tuple(narrow))))
+        unpack(container.serialise(container.Contents(contents.model, tuple(narrow))))
 
 
 @pytest.mark.parametrize(
@@ -456,30 +411,18 @@ def test_impossible_parameters_name_their_key(key: str, value: Any) -> None:
 
 def run_stage(folder: Path) -> None:
     sections = {
-        "parallel": {
-            "nproc": 1,
-            "threads": 1,
-            "device": "cpu",
-            "dtype": "auto",
-            "deterministic": True,
-            "compile": False,
-            "kernels": True,
-        },
+        "parallel": dataclasses.asdict(dataclasses.replace(PARALLEL, kernels=True)),
         "model": dataclasses.asdict(MODEL),
         "pack": dataclasses.asdict(PACK),
     }
     (folder / "params.yaml").write_text(yaml.safe_dump(sections), encoding="utf-8")
-    arguments = {
-        "params": "params.yaml",
-        "model": "model.safetensors",
-        "hessians": "hessians.safetensors",
-        "output": "out",
-    }
-    command.launch(
-        stage.STAGE,
-        stage.main,
-        [word for key, name in arguments.items() for word in (f"--{key}", str(folder / name))],
-    )
+    arguments = [
+        f"--params={folder / 'params.yaml'}",
+        f"--model={folder / 'model.safetensors'}",
+        f"--hessians={folder / 'hessians.safetensors'}",
+        f"--output={folder / 'out'}",
+    ]
+    launch(stage.STAGE, stage.main, arguments)
 
 
 def test_the_stage_and_inspect(
@@ -522,54 +465,52 @@ def test_damaged_inputs_end_with_one_line_and_code_2(
 def test_a_group_of_columns_gets_eight_bits_and_comes_back(
     state: dict[str, Tensor], hessians: dict[str, Tensor]
 ) -> None:
-    """AWQ-lite: the group with the largest product of input and weight in the whole model, here by a made-up loud input."""
+    """AWQ-lite: the group with the largest product of input and weight, here by a made-up loud input."""
     name = "blocks.1.mlp.down.weight"
     loud = 1.0e4 * hessians[name]
     params = dataclasses.replace(PACK, awq_groups=1)
     packed = pack(state, hessians | {name: loud}, MODEL, params, SILENT)
-    entries = {entry.name: entry for entry in container.read(packed.blob).entries}
+    entries = {entry.name: entry for entry in container.parse(packed.blob).tensors}
     assert [entry.name for entry in entries.values() if entry.form.kind == "groups"] == [name]
     steps = (12.85 * state[name].std(dim=1) / 31).half().float()[:, None]
     integers = unpack(packed.blob)[1][name] / (steps / 4)
     assert torch.equal(integers.round(), integers)
     assert (integers % 4 != 0).any()
+
+    # Its error is a quarter without, a half of that at most.
     plain = pack(state, hessians | {name: loud}, MODEL, PACK, SILENT)
-    errors = [{row.name: row.relative_error for row in of.rows}[name] for of in (packed, plain)]
+    errors = [{row.name: row.relative_error for row in of.stats}[name] for of in (packed, plain)]
     assert errors[0] is not None
     assert errors[1] is not None
     assert errors[0] < errors[1] / 2
+
+    # A file whose groups are neither coarse nor fine.
     entry = entries[name]
     hostile = codecs.encode("brotli", bytes([2]), container.layouts(entry.form, entry.shape)[2], 5)
-    changed = dataclasses.replace(entry, streams=(*entry.streams[:2], Stream("brotli", hostile)))
-    with pytest.raises(
-        ValueError, match=r"blocks\.1\.mlp\.down\.weight has groups of columns that are neither"
-    ):
-        unpack(
-            container.write(
-                container.Contents(
-                    container.read(packed.blob).model, tuple((entries | {name: changed}).values())
-                )
-            )
-        )
+    changed = dataclasses.replace(entry, streams=(*entry.streams[:2], EncodedStream("brotli", hostile)))
+    model = container.parse(packed.blob).model
+    forged = container.serialise(container.Contents(model, tuple((entries | {name: changed}).values())))
+    with pytest.raises(ValueError, match=r"mlp\.down\.weight has groups of columns that are neither"):
+        unpack(forged)
 
 
 @pytest.mark.parametrize("params", [PACK, with_budget(20_000, AT_RATE)], ids=["sdclip", "rate"])
 def test_corrections_are_in_the_file_where_they_gain_most(
     state: dict[str, Tensor], hessians: dict[str, Tensor], params: PackParams
 ) -> None:
-    """At the scale of the file without: what is corrected comes closer in the measure of the loss, all else is as it was."""
+    """At the scale of the uncorrected file, corrected tensors come closer and all others are unchanged."""
     plain = pack(state, hessians, MODEL, params, SILENT)
     corrected = pack(state, hessians, MODEL, dataclasses.replace(params, **CORRECTED), SILENT)
     assert len(corrected.blob) <= params.model_budget_bytes
-    entries = [entry for entry in container.read(corrected.blob).entries if entry.form.rank]
+    entries = [entry for entry in container.parse(corrected.blob).tensors if entry.form.rank]
     assert len(entries) == 3
     assert {entry.form.rank for entry in entries} == {2}
     assert all(entry.streams[-2].codec == params.codec for entry in entries)
     assert all(
-        ("+2" in row.form) == (row.name in {entry.name for entry in entries}) for row in corrected.rows
+        ("+2" in row.form) == (row.name in {entry.name for entry in entries}) for row in corrected.stats
     )
     if params is PACK:  # both at scale 1
-        before, after = ({row.name: row.expected_loss for row in of.rows} for of in (plain, corrected))
+        before, after = ({row.name: row.expected_loss for row in of.stats} for of in (plain, corrected))
         for entry in entries:
             assert (after[entry.name] or 1.0) < (before[entry.name] or 0.0)
         assert all(
@@ -581,11 +522,11 @@ def test_weights_are_the_bits_that_torch_would_make() -> None:
     generator = np.random.default_rng(0)
     values = generator.integers(-127, 128, (40, 64)).astype(np.int8)
     steps, finer = generator.normal(1e-3, 1e-4, 40).astype(np.float16), np.arange(64, dtype=np.uint8) % 7
-    quantised = tensors.Quantised(values, steps, finer)
+    quantised = tensors.RowQuantised(values, steps, finer)
     by_hand = torch.from_numpy(values).float() * (
         torch.from_numpy(steps).float()[:, None] / torch.exp2(torch.from_numpy(finer).float())
     )
-    assert torch.equal(torch.from_numpy(tensors.decoded(quantised)), by_hand)
+    assert torch.equal(torch.from_numpy(tensors.dequantised(quantised)), by_hand)
     correction = Correction(
         generator.integers(-127, 128, (3, 104)).astype(np.int8),
         generator.normal(0, 1e-4, 3).astype(np.float32),
@@ -596,23 +537,23 @@ def test_weights_are_the_bits_that_torch_would_make() -> None:
     ):
         total += (levels[:40] * step)[:, None] * levels[40:]
     assert torch.equal(
-        torch.from_numpy(tensors.decoded(tensors.Corrected(quantised, correction))), by_hand + total
+        torch.from_numpy(tensors.dequantised(tensors.Corrected(quantised, correction))), by_hand + total
     )
 
 
 def test_steps_of_a_correction_that_are_not_finite_are_refused(
     state: dict[str, Tensor], hessians: dict[str, Tensor]
 ) -> None:
-    contents = container.read(
+    contents = container.parse(
         pack(state, hessians, MODEL, dataclasses.replace(PACK, **CORRECTED), SILENT).blob
     )
-    entry = next(entry for entry in contents.entries if entry.form.rank)
-    steps = Stream(
-        "brotli", codecs.encode("brotli", np.array([1, np.inf], "<f4").tobytes(), Layout(4, 1, 2), 5)
+    entry = next(entry for entry in contents.tensors if entry.form.rank)
+    steps = EncodedStream(
+        "brotli", codecs.encode("brotli", np.array([1, np.inf], "<f4").tobytes(), StreamLayout(4, 1, 2), 5)
     )
     changed = dataclasses.replace(entry, streams=(*entry.streams[:-1], steps))
-    entries = tuple(changed if other is entry else other for other in contents.entries)
+    entries = tuple(changed if other is entry else other for other in contents.tensors)
     with pytest.raises(
         ValueError, match=f"damaged model file: tensor {entry.name} has values that are not finite"
     ):
-        unpack(container.write(container.Contents(contents.model, entries)))
+        unpack(container.serialise(container.Contents(contents.model, entries)))

@@ -1,4 +1,4 @@
-"""Processes that work together: collectives, runs over several machines, and what happens when a process dies."""
+"""Processes that work together: collectives, runs over several machines, and the death of a process."""
 
 import contextlib
 import os
@@ -17,15 +17,15 @@ import yaml
 
 from stages.common import shards
 from stages.common.clock import Interval
-from stages.common.command import MEASURED_OUTPUTS
 from stages.common.parallel import World
-from stages.common.progress import Report
+from stages.common.progress import Logger
+from stages.common.stage import MEASURED_OUTPUTS
 from stages.train.__main__ import STAGE
-from stages.train.checkpoint import MARKER, Checkpoints
-from stages.train.data import Windows
+from stages.train.checkpoint import RESUME_MARKER, Checkpoints
+from stages.train.data import TrainingWindows
 from stages.train.loop import train
 from tests import ranks
-from tests.factories import TINY, assert_trained_alike, params, world, write_shards
+from tests.factories import TINY, assert_trained_alike, make_world, params, write_shards
 
 ROOT = Path(__file__).resolve().parent.parent
 END_SECONDS = 30.0  # from a rank's death to the end of every command of the run
@@ -36,19 +36,22 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 # Collectives
 
 
-def collectives(here: World) -> None:
+def collectives(world: World) -> None:
     for dtype in (torch.float32, torch.bfloat16):
-        rows = torch.arange(here.size * 2 * 3).reshape(here.size * 2, 3)
-        mine = slice(2 * here.rank, 2 * here.rank + 2)
-        ranks_mean = (here.size + 1) / 2
+        rows = torch.arange(world.size * 2 * 3).reshape(world.size * 2, 3)
+        mine = slice(2 * world.rank, 2 * world.rank + 2)
+        ranks_mean = (world.size + 1) / 2
 
         mean = torch.empty(2, 3, dtype=dtype)
-        here.reduce_scatter_mean(mean, (rows * (here.rank + 1)).to(dtype)).wait()
+        world.reduce_scatter_mean(mean, (rows * (world.rank + 1)).to(dtype)).wait()
         assert torch.equal(mean, (rows[mine] * ranks_mean).to(dtype)), mean
 
-        inside, outside = torch.zeros(2, here.size * 2, 3, dtype=dtype).unbind()
+        inside, outside = torch.zeros(2, world.size * 2, 3, dtype=dtype).unbind()
         inside[mine] = rows[mine].to(dtype)
-        for handle in [here.all_gather(inside, inside[mine]), here.all_gather(outside, rows[mine].to(dtype))]:
+        for handle in [
+            world.all_gather(inside, inside[mine]),
+            world.all_gather(outside, rows[mine].to(dtype)),
+        ]:
             handle.wait()
         assert torch.equal(inside, rows.to(dtype))
         assert torch.equal(outside, inside)
@@ -59,7 +62,7 @@ def test_slices_of_a_mean_and_all_slices_on_every_rank() -> None:
 
 
 def test_alone_a_process_copies_only_what_lies_elsewhere() -> None:
-    alone, rows = world(), torch.arange(6.0).reshape(2, 3)
+    alone, rows = make_world(), torch.arange(6.0).reshape(2, 3)
     for collective in (alone.reduce_scatter_mean, alone.all_gather):
         elsewhere = torch.zeros(2, 3)
         collective(elsewhere, rows).wait()
@@ -69,14 +72,14 @@ def test_alone_a_process_copies_only_what_lies_elsewhere() -> None:
         assert rows._version == before
 
 
-# The lifeline, between processes that need no torch
+# The failure detector, between processes that need no torch
 
 RANK = """
 import sys, time
 from pathlib import Path
-from stages.common import failure_detector as lifeline
+from stages.common import failure_detector
 
-lifeline.UNWIND_SECONDS = 0.3
+failure_detector.UNWIND_SECONDS = 0.3
 rank, size, folder, role = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]
 
 class Board:
@@ -91,8 +94,8 @@ class Board:
 def speak(reason):
     (folder / f"spoken-{rank}").write_text(reason)
 
-lines = lifeline.connect(rank, size, "localhost", Board(), 20.0)
-with lifeline.Lifeline(rank, lines, lambda other: 0.1 * (other == 1), speak):
+lines = failure_detector.connect(rank, size, "localhost", Board(), 20.0)
+with failure_detector.FailureDetector(rank, lines, lambda other: 0.1 * (other == 1), speak):
     (folder / f"ready-{rank}").touch()
     while not (folder / "go").exists():
         time.sleep(0.01)
@@ -175,7 +178,7 @@ def test_a_killed_rank_ends_those_that_hang(tmp_path: Path, victim: int) -> None
         processes[victim].kill()
         codes = [process.wait(timeout=20) for process in processes]
     assert codes == [-signal.SIGKILL if rank == victim else 1 for rank in range(3)]
-    reason = f"rank {victim} is gone without a word; the output on its machine may say why"
+    reason = f"rank {victim} is gone without a message; the output on its machine may say why"
     assert spoken(tmp_path) == {rank: reason for rank in range(3) if rank != victim}
 
 
@@ -198,13 +201,13 @@ def test_an_error_of_a_collective_that_no_death_explains_is_the_rank_s_own(tmp_p
     assert spoken(tmp_path) == {1: "rank 0 failed: RuntimeError('connection reset by peer')"}
 
 
-def test_a_stranger_at_the_door_is_no_rank(tmp_path: Path) -> None:
+def test_a_connection_from_another_program_is_not_a_rank(tmp_path: Path) -> None:
     with running(rank_command(tmp_path, 0, 2, "well")) as first:
-        wait_for((tmp_path / "lifeline").exists, first)
-        port = int((tmp_path / "lifeline").read_text().split()[0])
-        with socket.create_connection(("localhost", port), timeout=20) as stranger:
-            stranger.sendall(b"GET 1\n")
-            assert stranger.recv(1) == b""
+        wait_for((tmp_path / "failure_detector").exists, first)
+        port = int((tmp_path / "failure_detector").read_text().split()[0])
+        with socket.create_connection(("localhost", port), timeout=20) as connection:
+            connection.sendall(b"GET 1\n")
+            assert connection.recv(1) == b""
             with running(rank_command(tmp_path, 1, 2, "well")) as second:
                 begin(tmp_path, [*first, *second])
                 assert [process.wait(timeout=20) for process in (*first, *second)] == [0, 0]
@@ -233,7 +236,7 @@ def stage(folder: Path, output: str, *options: str, train: str = "train") -> lis
 
 
 def two_machines(*arguments: Sequence[object]) -> list[list[object]]:
-    """torchrun's command on each of two machines, here two agents of one rank each that meet on the loopback."""
+    """torchrun's command of each of two machines: here two agents of one rank each, on the loopback."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         endpoint = f"127.0.0.1:{free.getsockname()[1]}"
@@ -263,7 +266,7 @@ def ranks_below(agent: subprocess.Popen[str]) -> dict[int, int]:
 
 def in_training(folder: Path, processes: Sequence[subprocess.Popen[str]]) -> dict[int, int]:
     """Wait for a checkpoint; the process of each rank."""
-    wait_for(lambda: list((folder / "scratch").glob(f"*/{MARKER}")), processes)
+    wait_for(lambda: list((folder / "scratch").glob(f"*/{RESUME_MARKER}")), processes)
     return {rank: process for agent in processes for rank, process in ranks_below(agent).items()}
 
 
@@ -278,7 +281,7 @@ LONG = ("--set", "train.steps=1000000", "--set", "train.checkpoint_every=20")
 
 
 def test_two_machines_train_like_one_process_and_one_of_them_writes(tmp_path: Path) -> None:
-    alone = train(params(), write_shards(tmp_path / "train"), world(), Report(is_main=False), Interval())
+    alone = train(params(), write_shards(tmp_path / "train"), make_world(), Logger(is_main=False), Interval())
     with running(*two_machines(stage(tmp_path, "first"), stage(tmp_path, "second"))) as agents:
         for agent in agents:
             _, error = agent.communicate(timeout=120)
@@ -320,7 +323,7 @@ def test_a_killed_rank_ends_both_machines(tmp_path: Path, device: str) -> None:
     assert (first_code, second_code) == (1, 1)
     assert (
         first_error.splitlines()[0]
-        == f"error: rank {rank} is gone without a word; the output on its machine may say why"
+        == f"error: rank {rank} is gone without a message; the output on its machine may say why"
     )
     assert f"Signal 9 (SIGKILL) received by PID {victim}" in second_error
     assert not (tmp_path / "out" / "model.safetensors").exists()
@@ -329,7 +332,7 @@ def test_a_killed_rank_ends_both_machines(tmp_path: Path, device: str) -> None:
 def test_the_error_of_one_rank_is_the_command_s(tmp_path: Path) -> None:
     """The last window of step 11 belongs to rank 1, and no other step before the data is over has it."""
     folder = write_shards(tmp_path / "train")
-    windows = Windows(folder, TINY.context, TINY.vocab_size, params().seed)
+    windows = TrainingWindows(folder, TINY.context, TINY.vocab_size, params().seed)
     tokens_of_window = windows.batch(43, 1)[0, 1:-1].astype("<u2").tobytes()
     for path in shards.find(folder):
         path.write_bytes(path.read_bytes().replace(tokens_of_window, b"\xff\x00" * (TINY.context - 1)))
@@ -356,7 +359,7 @@ def test_a_machine_without_shards_ends_both(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_of_which_this_rank_lacks_its_part_is_refused(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path / "run", 2, world())
+    checkpoints = Checkpoints(tmp_path / "run", 2, make_world())
     checkpoints.save(2, {"step": torch.tensor(2)})
     assert checkpoints.load() == {"step": torch.tensor(2)}
     (tmp_path / "run" / "step000002-rank0.pt").unlink()

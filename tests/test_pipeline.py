@@ -1,4 +1,4 @@
-"""The whole pipeline, through DVC, on tiny parameters in a repository of its own; and the bundle against it."""
+"""The whole pipeline through DVC on tiny parameters in a repository of its own, and the bundle against it."""
 
 import hashlib
 import json
@@ -10,40 +10,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
 
-from tools.preset import overlay
+from tests.tiny_repository import call, commit, make_repository
 
 ROOT = Path(__file__).resolve().parent.parent
-COPIED = (
-    "stages",
-    "tools",
-    "dvc.yaml",
-    "params.yaml",
-    "requirements.lock",
-    "pyproject.toml",
-    ".dvcignore",
-    ".gitignore",
-    "data",
-)
-TINY = {
-    "parallel": {"threads": 1},
-    "tokenize": {
-        "source": "files",
-        "train_glob": "*.jsonl",
-        "val_fraction": 0.2,
-        "vocab_size": 400,
-        "threads": 1,
-    },
-    "model": {"vocab_size": 400, "context": 32, "width": 32, "heads": 2, "kv_heads": 1, "hidden": 64},
-    "train": {"steps": 30, "batch_tokens": 256, "micro_batch_tokens": 128, "ema_decay": 0.9},
-    "calibrate": {"tokens": 512, "importance_tokens": 256, "micro_batch_tokens": 256},
-    "sliding_eval": {"window": 32, "stride": 8, "batch_windows": 16, "chunk": 256},
-    "ttt_eval": {"chunk": 256, "epochs": 1, "batch_tokens": 256},
-    "audit": {"distributions": 16, "segment_targets": 32},
-}
 MEASURED = {"log.txt", "timing.json", "train.log"}  # and the fields that submission.json itself lists
 STAGES = tuple(yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"])
 ONE_PROCESS = """
@@ -53,83 +25,18 @@ for stage in sys.argv[1:]:
     runpy.run_module(f"stages.{stage}", run_name="__main__", alter_sys=True)
 assert "torch._dynamo" not in sys.modules, "a stage on a CPU imports torch's compiler, which takes seconds"
 """
-# Lies on PYTHONPATH: the many processes of one repository compile the coder once. The isolated bundle does not see it.
+# A module on PYTHONPATH, by which the many processes of one repository compile the coder once. The
+# isolated bundle does not see it.
 COMPILED_ONCE = """
 import functools, numba
 numba.njit = functools.partial(numba.njit, cache=True)
 """
-WORDS = [
-    "tensor",
-    "gradient",
-    "matrix",
-    "returns",
-    "shape",
-    "loss",
-    "the",
-    "of",
-    "a",
-    "to",
-    "in",
-    "and",
-    "is",
-    "for",
-    "with",
-    "norm",
-]
 
 pytestmark = pytest.mark.xdist_group("pipeline")
 
 
-def call(folder: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A command in `folder` with this interpreter first on PATH; its failure is the test's, with its output."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    settings = {
-        **os.environ,
-        "PATH": path,
-        "DVC_SITE_CACHE_DIR": str(folder.parent / "site"),
-        "PYTHONPATH": str(folder.parent / "python"),
-        "NUMBA_CACHE_DIR": str(folder.parent / "compiled"),
-        "PYTHONDONTWRITEBYTECODE": "1",
-        **environment,
-    }
-    result = subprocess.run(words, cwd=folder, env=settings, capture_output=True, text=True, timeout=400)
-    assert result.returncode == 0, f"{words}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
-    return result
-
-
-def make_repository(folder: Path) -> Path:
-    """A Git and DVC repository with this tree's source, tiny parameters, and a small text of its own."""
-    folder.mkdir(parents=True)
-    for name in COPIED:
-        source = ROOT / name
-        if source.is_dir():
-            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(source, folder / name)
-    (folder / ".dvc").mkdir()
-    shutil.copy(ROOT / ".dvc/config", folder / ".dvc/config")
-    params = overlay((folder / "params.yaml").read_text(), yaml.safe_dump(TINY, default_flow_style=None))
-    (folder / "params.yaml").write_text(params)
-    generator = np.random.Generator(np.random.PCG64(0))
-    documents = [" ".join(generator.choice(WORDS, 60)) + f". Note {number}." for number in range(120)]
-    lines = (json.dumps({"text": text}) for text in documents)
-    (folder / "data/text/documents.jsonl").write_text("\n".join(lines) + "\n")
-    for words in (
-        ("init", "-q"),
-        ("add", "-A"),
-        ("-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", "start"),
-    ):
-        call(folder, "git", *words)
-    return folder
-
-
-def commit(folder: Path, message: str) -> None:
-    call(folder, "git", "add", "-A")
-    call(folder, "git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", message)
-
-
 def hashes(folder: Path) -> dict[str, str]:
-    """sha256 of every artifact that must repeat; submission.json without the fields that it declares measured."""
+    """sha256 of every artifact that must repeat; submission.json counts without its measured fields."""
     found = {}
     for path in sorted((folder / "artifacts").rglob("*")):
         if not path.is_file() or path.name in MEASURED or path.name == ".gitignore":
@@ -168,7 +75,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def test_these_tests_share_one_run(request):
-    """Side by side each process would run the pipeline again, unless they are a group, and pytest-xdist heeds it."""
+    """In parallel each process would run the pipeline again, unless the tests are a group of pytest-xdist."""
     if "PYTEST_XDIST_WORKER" not in os.environ:
         pytest.skip("one process: pytest -n 2 --dist loadgroup asks this")
     assert request.node.nodeid.endswith("@pipeline")
@@ -209,7 +116,7 @@ def test_nothing_to_do_is_quick(repository):
     started = time.monotonic()
     result = call(repository, "dvc", "repro")
     assert "Data and pipelines are up to date" in result.stdout
-    assert time.monotonic() - started < 8  # under 2 s on an idle machine; here other tests run beside it
+    assert time.monotonic() - started < 8  # under 2 s on an idle machine; here other tests run as well
 
 
 def test_the_same_seed_in_another_folder_gives_the_same_bytes(repository, tmp_path):
@@ -234,23 +141,15 @@ def test_another_seed_changes_train_and_what_follows_and_nothing_before(reposito
     for stage in ("train", "calibrate", "pack", "sliding_eval", "ttt_eval"):
         assert after[stage] != before[stage], stage
     assert source == {path: path.read_bytes() for path in (repository / "stages").rglob("*.py")}
+
+    # DVC's own commands show the difference.
     table = call(repository, "dvc", "metrics", "diff", "HEAD", "--precision", "8").stdout
     for metric in ("sliding_bpb", "ttt_bpb", "bytes_total"):
         assert metric in table, table
     diff = json.loads(call(repository, "dvc", "metrics", "diff", "HEAD", "--all", "--json").stdout)
     assert diff["artifacts/bundle/metrics.json"]["bytes_code"].get("diff", 0) == 0
-    plots = call(
-        repository,
-        "dvc",
-        "plots",
-        "diff",
-        "--targets",
-        "artifacts/train/loss.tsv",
-        "--json",
-        "HEAD",
-        "seed-999",
-    ).stdout
-    assert "seed-999" in plots
+    plots_of = ("dvc", "plots", "diff", "--targets", "artifacts/train/loss.tsv", "--json")
+    assert "seed-999" in call(repository, *plots_of, "HEAD", "seed-999").stdout
     call(repository, "git", "restore", "--staged", "--worktree", ".")
     call(repository, "dvc", "checkout", "--force", "-q")
 
@@ -295,7 +194,7 @@ def test_the_bundle_scores_as_the_pipeline_to_the_last_digit(repository, clean_r
 
 
 def test_the_bundle_is_the_same_file_after_a_run_and_with_its_output_in_the_tree(repository, tmp_path):
-    """#1858, findings 1, 3 and 4: a second seed packed what the first had left behind."""
+    """#1858, findings 1, 3 and 4: a second seed packed files that the first had left."""
     first = (repository / "artifacts/bundle/train_gpt.py").read_bytes()
     shutil.copy(repository / "artifacts/bundle/train_gpt.py", repository / "stages/train_gpt.py")
     try:

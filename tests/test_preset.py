@@ -13,7 +13,7 @@ from stages.common import config
 from tools import preset
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES = preset.available(ROOT / "presets")
+NAMES = preset.preset_names(ROOT / "presets")
 
 TOY = """\
 # A head comment.
@@ -47,7 +47,7 @@ def test_every_preset_validates_for_every_stage(name: str) -> None:
 
 
 def test_all_presets_set_the_same_keys() -> None:
-    keys = {name: set(preset.values(text(name), name)) for name in NAMES}
+    keys = {name: set(preset.scalar_spans(text(name), name)) for name in NAMES}
     first = keys[NAMES[0]]
     assert {name: sorted(first ^ found) for name, found in keys.items() if found != first} == {}
 
@@ -63,13 +63,13 @@ def test_params_yaml_as_committed_is_smoke() -> None:
 
 
 def test_params_yaml_holds_each_section_and_nothing_else() -> None:
-    assert set(config.read(ROOT / "params.yaml")) == set(config.SECTIONS)
+    assert set(config.read_parameters(ROOT / "params.yaml")) == set(config.SECTIONS)
 
 
 def test_every_key_of_params_yaml_has_a_comment() -> None:
     lines = params_text().splitlines()
     bare = []
-    for dotted, value in preset.values(params_text(), "params.yaml").items():
+    for dotted, value in preset.scalar_spans(params_text(), "params.yaml").items():
         row = params_text().count("\n", 0, value.start)
         after = lines[row][lines[row].index(value.text) + len(value.text) :]
         if "#" not in after and not lines[row - 1].lstrip().startswith("#"):

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.submission_fixture import call, dvc
+from tests.miniature_run import call, dvc
 from tools.rebuild import cli as rebuild
 from tools.rebuild import first_difference
-from tools.record.runs import Run
+from tools.record.runs import PipelineRun
 
 MAKE = """
 import json, os, random, sys, yaml
@@ -79,16 +79,16 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def write_record(folder: Path) -> None:
-    """What merge writes of a run, as far as a rebuild reads it."""
+    """The part of a record that a rebuild reads."""
     commit = call(folder, "git", "rev-parse", "HEAD").strip()
     stages = yaml.safe_load((folder / "dvc.lock").read_text())["stages"]
-    run = Run("42", commit, commit, {"seeds": [42], "parameters": PARAMETERS}, stages, {})
+    run = PipelineRun("42", commit, commit, {"seeds": [42], "parameters": PARAMETERS}, stages, {})
     bpb = json.loads((folder / "artifacts/submission/submission.json").read_text())["val_bpb"]
     summary = {
         "commits": {"42": {"run": commit, "base": commit}},
         "parameters": {"train": PARAMETERS["train"]},
         "seeds": [42],
-        "provenance": {"inputs_md5": run.inputs(), "outputs_md5": {"42": run.produced()}},
+        "provenance": {"inputs_md5": run.input_hashes(), "outputs_md5": {"42": run.output_hashes()}},
         "seed_results": {"42": {"val_bpb": bpb}},
         "sha256": {},
     }
@@ -141,15 +141,16 @@ def test_other_source_is_named_and_not_run(
     record = changed(made, tmp_path, "provenance", "inputs_md5", "make.py", value="0" * 32)
     assert exit_code(str(record)) == 1
     assert re.search(
-        "not run: at [0-9a-f]{10} other bytes stand in make.py than in what ran", capsys.readouterr().out
+        "not run: at [0-9a-f]{10} the content of make.py is not that of the recorded run",
+        capsys.readouterr().out,
     )
 
 
 def test_an_experiment_that_was_not_fetched_is_rebuilt_from_its_base(made: Path) -> None:
     commit = call(made, "git", "rev-parse", "HEAD").strip()
-    assert rebuild.available({"run": "1" * 40, "base": commit}) == commit
+    assert rebuild.available_commit({"run": "1" * 40, "base": commit}) == commit
     with pytest.raises(ValueError, match="neither 1111111111 nor 2222222222 is in this repository"):
-        rebuild.available({"run": "1" * 40, "base": "2" * 40})
+        rebuild.available_commit({"run": "1" * 40, "base": "2" * 40})
 
 
 @pytest.mark.parametrize(

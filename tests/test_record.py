@@ -1,4 +1,7 @@
-"""Two seeds through the real pipeline on tiny parameters, as experiments: order and repetition change nothing, merged, checked, rebuilt."""
+"""Two seeds through the real pipeline on tiny parameters, as experiments: merged, checked and rebuilt.
+
+Neither their order nor a repetition changes a byte.
+"""
 
 import json
 import shutil
@@ -9,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.test_pipeline import call, commit, make_repository
+from tests.tiny_repository import call, commit, make_repository
 
 SEEDS = (42, 999)
 NAMES = [f"seed-{seed}" for seed in SEEDS]

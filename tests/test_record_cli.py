@@ -1,4 +1,7 @@
-"""Several seeds, one record: figures against a plain count, every difference refused by name, the same bytes again and from a clone."""
+"""Several seeds, one record: figures against a plain count, and every difference refused by name.
+
+The record has the same bytes when it is made again, and from a clone.
+"""
 
 import copy
 import json
@@ -13,16 +16,16 @@ from typing import Any
 
 import pytest
 
-from tests import submission_fixture
-from tests.submission_fixture import PARAMS, call, dvc
+from tests import miniature_run
+from tests.miniature_run import PARAMS, call, dvc
 from tools.check_record import cli as check
-from tools.check_record.folder import read
+from tools.check_record.folder import read_folder
 from tools.compare import revisions
 from tools.record import baseline, leaderboard, record_readme
 from tools.record import cli as merge
-from tools.record.compatibility import require_agreement
-from tools.record.record import record
-from tools.record.runs import Run
+from tools.record.compatibility import require_compatible
+from tools.record.record import merge_runs
+from tools.record.runs import PipelineRun
 
 SEEDS = (42, 314, 999)
 NAMES = tuple(f"seed-{seed}" for seed in SEEDS)
@@ -39,17 +42,20 @@ pytestmark = pytest.mark.xdist_group("merge")
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The working folder: experiments of three seeds, and one whose learning rate is another. Read without DVC but in one test."""
+    """The working folder, with experiments of three seeds and one of another learning rate.
+
+    They are read without DVC, except in one test.
+    """
     folder = tmp_path_factory.mktemp("merge") / "repository"
     folder.mkdir()
-    submission_fixture.start(folder)
+    miniature_run.start(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for seed, name in zip(SEEDS, NAMES, strict=True):
-            submission_fixture.experiment(folder, name, replace(PARAMS, seed=seed))
+            miniature_run.experiment(folder, name, replace(PARAMS, seed=seed))
         faster = replace(PARAMS, seed=1000, train=replace(PARAMS.train, matrix_lr=0.03))
-        submission_fixture.experiment(folder, "faster", faster)
-        patch.setattr(revisions, "fetch", submission_fixture.fetch_from_cache)
+        miniature_run.experiment(folder, "faster", faster)
+        patch.setattr(revisions, "fetch_output", miniature_run.fetch_from_cache)
         yield folder
 
 
@@ -71,16 +77,20 @@ def test_a_record_is_mean_deviation_and_the_worst_seed_of_runs(repository: Path,
     assert first == written(tmp_path / "b")  # twice, in whatever order
     assert set(first) == FILES
     (folder,) = (tmp_path / "a").iterdir()
-    assert check.findings(read(folder)) == []
+    assert check.findings(read_folder(folder)) == []
+
+    # Figures.
     summary = summary_of(tmp_path / "a")
     scores = [result["val_bpb"] for result in summary["seed_results"].values()]
     assert summary["val_bpb"] == pytest.approx(statistics.mean(scores), rel=1e-15)
     assert summary["val_bpb_std"] == pytest.approx(statistics.stdev(scores), rel=1e-12)
     assert len(set(scores)) == 3
-    sizes = [len(submission_fixture.model(seed)) for seed in SEEDS]
+    sizes = [len(miniature_run.model_bytes(seed)) for seed in SEEDS]
     assert len(set(sizes)) > 1
     assert summary["bytes_model"] == max(sizes)
     assert summary["bytes_total"] == max(sizes) + len(first["train_gpt.py"])
+
+    # The runs that it was made of.
     assert summary["seeds"] == list(SEEDS)
     for seed, name in zip(SEEDS, NAMES, strict=True):
         commit = call(
@@ -91,6 +101,7 @@ def test_a_record_is_mean_deviation_and_the_worst_seed_of_runs(repository: Path,
     assert "seed" not in summary["parameters"]
     assert summary["measured"]["999"]["training_seconds"] == 20.0
     assert re.fullmatch(r"2030-01-02_A_name", next((tmp_path / "a").iterdir()).name)
+
     commits = [entry["run"] for entry in summary["commits"].values()]
     merge.main([*commits, "--records", str(tmp_path / "c")])  # by commit ids
     assert written(tmp_path / "c") == first
@@ -100,27 +111,21 @@ def test_the_readme_has_its_sections_and_only_lawful_figures(repository: Path, t
     merge.main([*NAMES, "--records", str(tmp_path)])
     text = written(tmp_path)["README.md"].decode()
     headings = re.findall(r"^## (.*)$", text, flags=re.MULTILINE)
-    assert headings == [
-        "Seeds",
-        "What is new",
-        "Base and credits",
-        "How to reproduce",
-        "Compliance",
-        "Experimental",
-        "Coverage",
-    ]
+    assert headings[:4] == ["Seeds", "What is new", "Base and credits", "How to reproduce"]
+    assert headings[4:] == ["Compliance", "Experimental", "Coverage"]
     for seed in SEEDS:
         assert f"SEED={seed} python train_gpt.py && python train_gpt.py eval" in text
     for number in (1394, 1331, 1437, 549, 1412, 1204, 1493):
         assert f"[#{number}](https://github.com/openai/parameter-golf/pull/{number})" in text
+
+    # Scores of the submitted scorer are in the table of seeds, those of the other one are experimental.
     table = text.partition("## Seeds")[2].partition("##")[0]
+    experimental = text.partition("## Experimental")[2].partition("##")[0]
     summary = summary_of(tmp_path)
     assert f"{summary['val_bpb']:.8f}" in table
-    assert f"{summary['scores']['sliding_eval']['bpb']:.8f}" not in table
-    assert (
-        f"{summary['scores']['sliding_eval']['bpb']:.8f}"
-        in text.partition("## Experimental")[2].partition("##")[0]
-    )
+    other = f"{summary['scores']['sliding_eval']['bpb']:.8f}"
+    assert other not in table
+    assert other in experimental
     assert "C4, one left-to-right pass:" in text
     assert "seen \\| it" in text
     assert "2030" not in text  # nothing measured
@@ -139,7 +144,7 @@ def test_the_readme_has_its_sections_and_only_lawful_figures(repository: Path, t
             ("seed-42", "seed-1000"),
             "seed-1000 is neither a file or folder here, nor a revision or experiment",
         ),
-        (("seed-42", "HEAD"), "has no dvc.lock: it is no run of the pipeline"),
+        (("seed-42", "HEAD"), "has no dvc.lock: it is not a run of the pipeline"),
         (("seed-42", "seed-314", "--against", "1493"), "bytes, this record on "),
     ],
 )
@@ -175,7 +180,7 @@ def test_a_clone_that_has_fetched_the_runs_merges_the_same_bytes(repository: Pat
         words,
         cwd=clone,
         check=True,
-        env={"PYTHONPATH": str(submission_fixture.ROOT), "PATH": "/usr/bin:/bin"},
+        env={"PYTHONPATH": str(miniature_run.ROOT), "PATH": "/usr/bin:/bin"},
         capture_output=True,
     )
     assert written(tmp_path / "there") == written(tmp_path / "here")
@@ -202,17 +207,17 @@ def test_a_claim_against_another_record_pairs_its_ledgers(
 
 
 @pytest.fixture(scope="module")
-def three(repository: Path) -> list[Run]:
+def three(repository: Path) -> list[PipelineRun]:
     assert Path.cwd() == repository
-    return merge.read_all(list(NAMES))
+    return merge.read_runs(list(NAMES))
 
 
-def _rate(run: Run) -> None:
+def _rate(run: PipelineRun) -> None:
     run.summary["parameters"]["train"]["matrix_lr"] = 0.03
 
 
-def _read(path: str, *stages: str) -> Callable[[Run], None]:
-    def change(run: Run) -> None:
+def _read(path: str, *stages: str) -> Callable[[PipelineRun], None]:
+    def change(run: PipelineRun) -> None:
         for stage in stages or run.stages:
             for dep in run.stages[stage]["deps"]:
                 dep["md5"] = "f" * 32 if dep["path"] == path else dep["md5"]
@@ -220,8 +225,8 @@ def _read(path: str, *stages: str) -> Callable[[Run], None]:
     return change
 
 
-def _out(path: str) -> Callable[[Run], None]:
-    def change(run: Run) -> None:
+def _out(path: str) -> Callable[[PipelineRun], None]:
+    def change(run: PipelineRun) -> None:
         next(out for stage in run.stages.values() for out in stage["outs"] if out["path"] == path)["md5"] = (
             "d" * 32
         )
@@ -229,47 +234,47 @@ def _out(path: str) -> Callable[[Run], None]:
     return change
 
 
-def _torch(run: Run) -> None:
+def _torch(run: PipelineRun) -> None:
     run.summary["measured"]["stages"]["ttt_eval"]["versions"]["torch"] = "2"
 
 
-def _machine(run: Run) -> None:
+def _machine(run: PipelineRun) -> None:
     run.summary["measured"]["stages"]["train"]["hardware"]["processor"] = "Q"
 
 
-def _command(run: Run) -> None:
+def _command(run: PipelineRun) -> None:
     run.stages["pack"]["cmd"] = "false"
 
 
-def _scorer(run: Run) -> None:
+def _scorer(run: PipelineRun) -> None:
     run.summary["scorer"] = "sliding_eval"
 
 
-def _no_audit(run: Run) -> None:
+def _no_audit(run: PipelineRun) -> None:
     run.summary["audit"] = []
 
 
-def _failed_audit(run: Run) -> None:
+def _failed_audit(run: PipelineRun) -> None:
     run.summary["audit"][0]["outcome"] = "fail"
 
 
-def _too_large(run: Run) -> None:
+def _too_large(run: PipelineRun) -> None:
     run.summary["bytes_total"] = 16_000_001
 
 
-def _too_long(run: Run) -> None:
+def _too_long(run: PipelineRun) -> None:
     run.summary["measured"]["training_seconds"] = 60.5
 
 
-def _too_slow(run: Run) -> None:
+def _too_slow(run: PipelineRun) -> None:
     run.summary["measured"]["evaluation_seconds"] = 600.1
 
 
-def _no_clock(run: Run) -> None:
+def _no_clock(run: PipelineRun) -> None:
     run.summary["measured"]["evaluation_seconds"] = None
 
 
-def _other_size(run: Run) -> None:
+def _other_size(run: PipelineRun) -> None:
     run.files["train_gpt.py"] += b"\n"
 
 
@@ -297,21 +302,21 @@ def _other_size(run: Run) -> None:
     ],
 )
 def test_every_difference_and_defect_is_named(
-    three: list[Run], spoil: Callable[[Run], None], message: str
+    three: list[PipelineRun], spoil: Callable[[PipelineRun], None], message: str
 ) -> None:
     runs = copy.deepcopy(three)
-    require_agreement(runs)
+    require_compatible(runs)
     spoil(runs[1])
     with pytest.raises(ValueError, match=re.escape(message)):
-        require_agreement(runs)
+        require_compatible(runs)
 
 
-def test_against_the_leaderboard_on_the_challenge_s_own_text(three: list[Run]) -> None:
-    summary = record(three)
+def test_against_the_leaderboard_on_the_challenge_s_own_text(three: list[PipelineRun]) -> None:
+    summary = merge_runs(three)
     summary["coverage"] = {"targets": 40_540_160, "bytes": 151_078_222, "documents": 50_000}
     for seed, bpb in zip(SEEDS, (1.0771, 1.0772, 1.0773), strict=True):
         summary["seed_results"][str(seed)]["val_bpb"] = bpb
-    claim = baseline.claim(summary, "#1493")
+    claim = baseline.claim_against(summary, "#1493")
     shown = {test["unit"]: test["shown"] for test in claim["tests"]}
     assert shown == {"token": True, "byte": False}
     assert claim["against"] == {
@@ -322,8 +327,8 @@ def test_against_the_leaderboard_on_the_challenge_s_own_text(three: list[Run]) -
         "deviation": 0.0002,
         "seeds": 3,
     }
-    text = record_readme.render(
-        summary | {"claim": claim}, leaderboard.read(submission_fixture.ROOT / leaderboard.FILE)
+    text = record_readme.render_readme(
+        summary | {"claim": claim}, leaderboard.read_leaderboard(miniature_run.ROOT / leaderboard.FILE)
     )
     assert "Against #1493 (https://github.com/openai/parameter-golf/pull/1493, merged): 1.081000 bpb" in text
     assert "bytes of the same text" in text

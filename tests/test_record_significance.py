@@ -1,4 +1,4 @@
-"""Claims: the t distribution against integration, Welch's test against simulation, ledgers against the bootstrap; the leaderboard."""
+"""Claims of a record: t distribution, Welch's test and bootstrap against simulations; the leaderboard."""
 
 import math
 import re
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import yaml
 
-from stages.common import config, paired_bootstrap
+from stages.common import config, paired_bootstrap, student_t
 from stages.common.student_t import upper_tail
 from tools.record import leaderboard, significance
 
@@ -49,50 +49,52 @@ def test_both_readings_of_the_challenge_s_nats() -> None:
 
 
 def test_welch_against_simulation() -> None:
-    """Where the truth lies on the margin, p is below 0.05 in one of twenty records."""
+    """If the truth is exactly on the margin, p is below 0.05 in one of twenty records."""
     generator = np.random.Generator(np.random.PCG64(0))
     ours, theirs = generator.normal(1.0, 0.001, (4000, 3)), generator.normal(1.005, 0.0005, (4000, 3))
     p = [
-        significance.welch(significance.sample(list(a)), significance.sample(list(b)), 0.005)
+        student_t.welch(student_t.seed_statistics(list(a)), student_t.seed_statistics(list(b)), 0.005)
         for a, b in zip(ours, theirs, strict=True)
     ]
     assert np.mean(np.array(p) < 0.05) == pytest.approx(0.05, abs=0.015)
 
 
 def test_welch_with_equal_samples_is_the_textbook_s_t_test() -> None:
-    ours, theirs = significance.sample([1.0, 1.1, 1.2]), significance.sample([1.5, 1.6, 1.7])
-    assert significance.welch(ours, theirs, 0.0) == pytest.approx(
+    ours, theirs = student_t.seed_statistics([1.0, 1.1, 1.2]), student_t.seed_statistics([1.5, 1.6, 1.7])
+    assert student_t.welch(ours, theirs, 0.0) == pytest.approx(
         upper_tail(0.5 / math.sqrt(2 * 0.01 / 3), 4), rel=1e-12
     )
-    exact = significance.Sample(1.6, None, None)
-    assert significance.welch(ours, exact, 0.0) == pytest.approx(
+    exact = student_t.SeedStatistics(1.6, None, None)
+    assert student_t.welch(ours, exact, 0.0) == pytest.approx(
         upper_tail(0.5 / math.sqrt(0.01 / 3), 2), rel=1e-12
     )
-    assert significance.welch(significance.Sample(1.0, 0.0, 3), exact, 0.1) == 0
-    assert significance.welch(significance.Sample(1.0, 0.0, 3), exact, 0.7) == 1
+    assert student_t.welch(student_t.SeedStatistics(1.0, 0.0, 3), exact, 0.1) == 0
+    assert student_t.welch(student_t.SeedStatistics(1.0, 0.0, 3), exact, 0.7) == 1
     with pytest.raises(ValueError, match="at least two seeds"):
-        significance.welch(significance.sample([1.0]), exact, 0.0)
+        student_t.welch(student_t.seed_statistics([1.0]), exact, 0.0)
 
 
 def test_seeds_needed_is_the_first_number_that_shows_it() -> None:
-    ours, theirs = significance.Sample(1.0780, 0.0006, 3), significance.Sample(1.0810, 0.0002, 3)
+    ours, theirs = student_t.SeedStatistics(1.0780, 0.0006, 3), student_t.SeedStatistics(1.0810, 0.0002, 3)
     margin = significance.margins(BYTES_PER_TOKEN)["token"]
     needed = significance.seeds_needed(ours, theirs, margin)
     assert needed is not None
     assert (
-        significance.welch(ours._replace(seeds=needed), theirs, margin)
+        student_t.welch(ours._replace(seeds=needed), theirs, margin)
         < 0.01
-        <= significance.welch(ours._replace(seeds=needed - 1), theirs, margin)
+        <= student_t.welch(ours._replace(seeds=needed - 1), theirs, margin)
     )
     assert significance.seeds_needed(ours, theirs, 0.003) is None  # a gain that is not above the margin
     assert (
-        significance.seeds_needed(ours, significance.Sample(1.0810, 0.02, 2), margin) is None
+        significance.seeds_needed(ours, student_t.SeedStatistics(1.0810, 0.02, 2), margin) is None
     )  # theirs scatter too much
 
 
 def test_a_claim_is_said_in_both_units() -> None:
     answers = significance.over_seeds(
-        significance.Sample(1.0780, 0.0001, 3), significance.Sample(1.0810, 0.0002, 3), BYTES_PER_TOKEN
+        student_t.SeedStatistics(1.0780, 0.0001, 3),
+        student_t.SeedStatistics(1.0810, 0.0002, 3),
+        BYTES_PER_TOKEN,
     )
     assert [(answer.unit, answer.shown) for answer in answers] == [("token", True), ("byte", False)]
     text = significance.verdict(answers)
@@ -108,7 +110,7 @@ def test_paired_ledgers_against_a_plain_count_and_the_bootstrap() -> None:
     counted = generator.integers(0, 6, len(documents))
     theirs = [generator.gamma(2.0, 1.0, len(documents)).astype(np.float32) for _ in range(3)]
     ours = [(nll - generator.normal(0.05, 0.3, len(nll))).clip(0).astype(np.float32) for nll in theirs]
-    found = significance.paired(ours, theirs, counted, documents)
+    found = significance.paired_gain(ours, theirs, counted, documents)
     bits = sum(float(np.sum(nll, dtype=np.float64)) for nll in theirs) - sum(
         float(np.sum(nll, dtype=np.float64)) for nll in ours
     )
@@ -119,16 +121,16 @@ def test_paired_ledgers_against_a_plain_count_and_the_bootstrap() -> None:
     assert found.documents == 300
     answers = significance.over_documents(found, 3.0)
     assert all(answer.shown == (answer.p < 0.01) for answer in answers)
-    assert significance.over_documents(significance.Documents(1.0, 0.0, 5), 3.0)[0].p == 0
+    assert significance.over_documents(significance.PairedGain(1.0, 0.0, 5), 3.0)[0].p == 0
 
 
 def test_the_leaderboard_is_whole() -> None:
-    """The rows that the project compares itself with, and the base's credits, under the default parameters and under others."""
-    board = leaderboard.read(ROOT / leaderboard.FILE)
+    """The rows to compare with, and the credits under the default parameters and under others."""
+    board = leaderboard.read_leaderboard(ROOT / leaderboard.FILE)
     assert board.row("1493") == board.row("#1493")
     assert board.row("1493").mean == 1.081
     assert board.row("1493").deviation == pytest.approx(
-        significance.sample([1.08079, 1.08103, 1.08118]).deviation, abs=5e-6
+        student_t.seed_statistics([1.08079, 1.08103, 1.08118]).deviation, abs=5e-6
     )
     assert board.row("2135").status == "accepted"
     scored = [row for row in board.rows if row.mean is not None]
@@ -138,7 +140,7 @@ def test_the_leaderboard_is_whole() -> None:
         min(row.mean for row in scored if row.mean is not None and row.status in ("merged", "accepted"))
         == 1.05651
     )
-    parameters = config.read(ROOT / "params.yaml")
+    parameters = config.read_parameters(ROOT / "params.yaml")
     base = {credit.number for credit in board.credited(parameters)}
     assert {1394, 1331, 1437, 549, 1412, 1204, 1493} <= base
     assert 1797 not in base
@@ -161,16 +163,16 @@ def test_a_wrong_file_is_named(change: dict[str, object], message: str, tmp_path
     path = tmp_path / "leaderboard.yaml"
     path.write_text(yaml.safe_dump({"rows": [], "credits": [], "own": []} | change))
     with pytest.raises(ValueError, match=re.escape(message)):
-        leaderboard.read(path)
+        leaderboard.read_leaderboard(path)
 
 
 def test_what_cannot_be_claimed_against_is_said() -> None:
-    board = leaderboard.read(ROOT / leaderboard.FILE)
+    board = leaderboard.read_leaderboard(ROOT / leaderboard.FILE)
     with pytest.raises(ValueError, match=r"7 is not in data/leaderboard\.yaml"):
         board.row("7")
     with pytest.raises(ValueError, match="#1879 reports no score"):
         board.row("1879")
-    with pytest.raises(ValueError, match="which is no parameter"):
+    with pytest.raises(ValueError, match="which is not a parameter"):
         leaderboard.Credit(1, None, "x", ("pack.nothing = 1",)).applies({"pack": {}})
     with pytest.raises(ValueError, match="does not exist"):
-        leaderboard.read(Path("nowhere.yaml"))
+        leaderboard.read_leaderboard(Path("nowhere.yaml"))

@@ -13,8 +13,8 @@ import pytest
 
 from stages.common import paired_bootstrap
 from stages.common.bpb import bits_per_byte
-from stages.scoring.evaluate import open_stream
-from tests import submission_fixture
+from stages.scoring.stream import open_validation_stream
+from tests import miniature_run
 from tools.report import cli as report
 from tools.report import figures, run_data
 
@@ -23,8 +23,10 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 PROBE = """
 <script>
 addEventListener("load", () => {
-  const images = [...document.images].map(i => [i.id, i.naturalWidth, i.getBoundingClientRect().width, i.getBoundingClientRect().height]);
-  const found = { images, rows: document.querySelectorAll("table tr").length, loaded: performance.getEntriesByType("resource").length };
+  const box = i => i.getBoundingClientRect();
+  const images = [...document.images].map(i => [i.id, i.naturalWidth, box(i).width, box(i).height]);
+  const rows = document.querySelectorAll("table tr").length;
+  const found = { images, rows, loaded: performance.getEntriesByType("resource").length };
   console.error("the probe ran");
   document.title = "PROBE" + JSON.stringify(found) + "END";
 });
@@ -40,10 +42,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         for place, seed in ((folder, 42), (folder / "other", 7)):
             patch.chdir(place)
-            submission_fixture.make(place, seed)
-            submission_fixture.run(
-                place, replace(submission_fixture.PARAMS, seed=seed), "artifacts/submission"
-            )
+            miniature_run.make(place, seed)
+            miniature_run.run(place, replace(miniature_run.PARAMS, seed=seed), "artifacts/submission")
         patch.chdir(folder)
         yield folder
 
@@ -69,7 +69,7 @@ def test_the_page_is_whole_in_itself_and_the_same_again(page: Path, tmp_path: Pa
 def test_the_figures_are_those_of_the_runs(page: Path, runs: Path) -> None:
     for folder in (runs, runs / "other"):
         summary = json.loads((folder / "artifacts/submission/submission.json").read_text())
-        for key in report.FIGURES:
+        for key in report.SUMMARY_FIELDS:
             assert f"<td>{summary[key]}</td>" in page.read_text()
 
 
@@ -85,8 +85,10 @@ def test_intervals_hold_the_score_that_they_are_of(runs: Path, monkeypatch: pyte
         return drawn[-1]
 
     monkeypatch.setattr(paired_bootstrap, "paired_difference", kept)
-    stream = open_stream(Path("artifacts/tokenize/val"), Path("artifacts/tokenize/tokenizer.model"))
-    both = [run_data.read(name, stream) for name in (".", "other")]
+    stream = open_validation_stream(
+        Path("artifacts/tokenize/val"), Path("artifacts/tokenize/tokenizer.model")
+    )
+    both = [run_data.read_run_data(name, stream) for name in (".", "other")]
     figures.side_by_side(both, stream)
     for found, run in zip(drawn[:2], both, strict=True):
         assert found.bpb == pytest.approx(bits_per_byte(run.claimed, stream.counted_bytes), rel=1e-12)
@@ -102,26 +104,19 @@ def test_a_browser_shows_every_picture_and_says_nothing(page: Path, tmp_path: Pa
     probed = tmp_path / "probed.html"
     probed.write_text(page.read_text() + PROBE)
     offline = ["--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={tmp_path / 'profile'}"]
-    words = [
-        str(CHROMIUM),
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--enable-logging=stderr",
-        *offline,
-    ]
-    done = subprocess.run(
-        [*words, "--dump-dom", probed.as_uri()], capture_output=True, text=True, check=True, timeout=120
-    )
+    words = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
+    words += [*offline, "--dump-dom", probed.as_uri()]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=120)
     match = re.search(r"PROBE(.*?)END", done.stdout)
     assert match, done.stderr
     found = json.loads(match[1])
+
     assert len(found["images"]) == 8
     for name, natural, width, height in found["images"]:
         assert natural > 500, name
         assert width > 300, name
         assert height > 100, name
-    assert found["rows"] == 2 + len(report.FIGURES) + 3  # heads, figures, verdicts
+    assert found["rows"] == 2 + len(report.SUMMARY_FIELDS) + 3  # heads, figures, verdicts
     assert found["loaded"] == 0  # nothing but the page itself
     (said,) = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
     assert "the probe ran" in said
@@ -147,8 +142,10 @@ def test_a_run_that_is_none_or_of_another_stream_is_one_line(
 
 def test_classes_cover_every_byte(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The bars of each picture, weighed by their bytes, are the whole score."""
-    stream = open_stream(Path("artifacts/tokenize/val"), Path("artifacts/tokenize/tokenizer.model"))
-    run = run_data.read(".", stream)
+    stream = open_validation_stream(
+        Path("artifacts/tokenize/val"), Path("artifacts/tokenize/tokenizer.model")
+    )
+    run = run_data.read_run_data(".", stream)
     parts: list[tuple[float, int]] = []
 
     def counted(nll: np.ndarray, size: np.ndarray) -> float:
@@ -156,7 +153,7 @@ def test_classes_cover_every_byte(runs: Path, monkeypatch: pytest.MonkeyPatch) -
         return parts[-1][0]
 
     monkeypatch.setattr(figures, "bits_per_byte", counted)
-    figures.classes([run], stream)
+    figures.bpb_by_bucket([run], stream)
     total = sum(size for _, size in parts)
     assert total == 2 * stream.counted_bytes.sum()
     assert sum(bpb * size for bpb, size in parts) / total == pytest.approx(

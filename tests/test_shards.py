@@ -1,4 +1,4 @@
-"""Shards and documents.u64: the challenge's format, both ways, and the proof that no val document is in train."""
+"""Shards and documents.u64: the challenge's format in both directions; no val document is in train."""
 
 import struct
 from array import array
@@ -10,7 +10,7 @@ import pytest
 from stages.common import shards
 from stages.tokenize import duplicates, split
 from stages.tokenize.encode import Encoded
-from stages.tokenize.split import Document
+from stages.tokenize.split import TextDocument
 from stages.tokenize.writer import SideWriter
 
 BOS = 1
@@ -27,7 +27,7 @@ def random_documents(count: int, seed: int = 0, longest: int = 50) -> list[np.nd
 
 
 def encoded(tokens: np.ndarray) -> Encoded:
-    return Encoded(Document("ab", "it"), "ab", tokens, 2)
+    return Encoded(TextDocument("ab", "it"), "ab", tokens, 2)
 
 
 def write_side(folder: Path, documents: list[np.ndarray], shard_tokens: int = 1 << 20) -> SideWriter:
@@ -58,11 +58,11 @@ def test_a_full_shard_is_followed_by_another_that_begins_with_bos(tmp_path: Path
     documents = random_documents(100)
     writer = write_side(tmp_path / "val", documents, shard_tokens=200)
     paths = shards.find(tmp_path / "val")
-    assert len(paths) == len(writer.facts) > 5
+    assert len(paths) == len(writer.shards) > 5
     for path in paths:
         assert shards.view(path)[0] == BOS
         assert len(shards.view(path)) <= 200
-        assert writer.facts[f"val/{path.name}"].tokens == len(shards.view(path))
+        assert writer.shards[f"val/{path.name}"].tokens == len(shards.view(path))
     assert shards.stream(tmp_path / "val").tolist() == np.concatenate(documents).tolist()
 
 
@@ -82,27 +82,28 @@ def test_documents_are_found_across_blocks_and_shards(
 
 def test_documents_u64_round_trip(tmp_path: Path) -> None:
     sides = [
-        array("Q", [duplicates.hash64(document) for document in random_documents(n, n)]) for n in (20, 7)
+        array("Q", [duplicates.document_hash(document) for document in random_documents(n, n)])
+        for n in (20, 7)
     ]
-    train, val = (duplicates.in_order(side) for side in sides)
-    duplicates.write(tmp_path / "documents.u64", train, val)
+    train, val = (duplicates.sorted_hashes(side) for side in sides)
+    duplicates.write_hashes(tmp_path / "documents.u64", train, val)
     assert (tmp_path / "documents.u64").stat().st_size == 8 * 27
-    read = duplicates.read(tmp_path / "documents.u64", 20, 7)
+    read = duplicates.read_hashes(tmp_path / "documents.u64", 20, 7)
     assert [part.tolist() for part in read] == [sorted(side) for side in sides]
     with pytest.raises(ValueError, match="expected 208 for 20 train and 6 val"):
-        duplicates.read(tmp_path / "documents.u64", 20, 6)
-    duplicates.write(tmp_path / "documents.u64", train[::-1], val)
+        duplicates.read_hashes(tmp_path / "documents.u64", 20, 6)
+    duplicates.write_hashes(tmp_path / "documents.u64", train[::-1], val)
     with pytest.raises(ValueError, match="hashes of train are not sorted"):
-        duplicates.read(tmp_path / "documents.u64", 20, 7)
+        duplicates.read_hashes(tmp_path / "documents.u64", 20, 7)
 
 
 def test_d8_a_val_document_in_train_is_found(tmp_path: Path) -> None:
     train, val = random_documents(50, 1), random_documents(20, 2)
     train.insert(31, val[13])
     sides = [write_side(tmp_path / name, documents) for name, documents in (("train", train), ("val", val))]
-    hits = duplicates.common(*(duplicates.in_order(side.hashes) for side in sides))
-    assert hits.tolist() == [duplicates.hash64(val[13])]
-    shared = duplicates.confirmed(tmp_path / "train", tmp_path / "val", BOS, hits)
+    hits = duplicates.common_hashes(*(duplicates.sorted_hashes(side.hashes) for side in sides))
+    assert hits.tolist() == [duplicates.document_hash(val[13])]
+    shared = duplicates.first_duplicate(tmp_path / "train", tmp_path / "val", BOS, hits)
     assert shared is not None
     assert shared.train.position == sum(map(len, train[:31]))
     assert shared.val.position == sum(map(len, val[:13]))
@@ -115,9 +116,9 @@ def test_d8_equal_hashes_of_different_documents_accuse_nobody(
     sides = [
         write_side(tmp_path / name, random_documents(40, seed)) for seed, name in enumerate(("train", "val"))
     ]
-    hits = duplicates.common(*(duplicates.in_order(side.hashes) for side in sides))
+    hits = duplicates.common_hashes(*(duplicates.sorted_hashes(side.hashes) for side in sides))
     assert len(hits) > 0
-    assert duplicates.confirmed(tmp_path / "train", tmp_path / "val", BOS, hits) is None
+    assert duplicates.first_duplicate(tmp_path / "train", tmp_path / "val", BOS, hits) is None
 
 
 def test_common_equals_the_intersection_of_sets() -> None:
@@ -126,4 +127,6 @@ def test_common_equals_the_intersection_of_sets() -> None:
         train, val = (
             np.sort(random.integers(0, 99, size=size).astype(np.uint64)) for size in (train_size, val_size)
         )
-        assert duplicates.common(train, val).tolist() == sorted(set(train.tolist()) & set(val.tolist()))
+        assert duplicates.common_hashes(train, val).tolist() == sorted(
+            set(train.tolist()) & set(val.tolist())
+        )

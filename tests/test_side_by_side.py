@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 import yaml
 
-from tests import submission_fixture
-from tests.submission_fixture import call
+from tests import miniature_run
+from tests.miniature_run import call
 
 ROOT = Path(__file__).resolve().parent.parent
 TITLES = (
-    "Training loss", "Bytes by tensor", "Sliding windows", "Test-time training", "Bits per byte by chunk", "Squared error of quantisation",
-)  # fmt: skip
+    *("Training loss", "Bytes by tensor", "Sliding windows", "Test-time training"),
+    *("Bits per byte by chunk", "Squared error of quantisation"),
+)
 
 
 def dvc(folder: Path, *words: str, **environment: str) -> str:
@@ -55,7 +56,7 @@ def commit(folder: Path, message: str) -> None:
 
 
 def in_git(entries: list[Any]) -> list[Any]:
-    """Of metrics and plots, those that lie in Git."""
+    """The metrics and plots that are in Git."""
     return [entry for entry in entries if isinstance(entry, dict)]
 
 
@@ -73,8 +74,8 @@ def two_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "artifacts/submission/plots").mkdir(parents=True)
     shutil.copy(ROOT / "docs/report/side_by_side.png", folder / "artifacts/submission/plots")
     for name, seed in (("a", 42), ("b", 7)):
-        submission_fixture.make(folder, seed)
-        submission_fixture.write_json(
+        miniature_run.make(folder, seed)
+        miniature_run.write_json(
             folder / "artifacts/submission/metrics.json",
             {"val_bpb": 1.234567 + seed * 1e-7, "bytes_total": 500},
         )
@@ -102,10 +103,10 @@ def test_plots_overlay_both_runs(two_runs: Path) -> None:
 
 # A remote
 
-POOL = {"stages": {
-    "first": {"cmd": "python work.py 1", "deps": ["work.py"], "params": ["seed"], "outs": ["one", {"note.json": {"cache": False}}]},
-    "second": {"cmd": "python work.py 2", "deps": ["work.py", "one"], "outs": ["two.bin"]},
-}}  # fmt: skip
+FIRST: dict[str, Any] = {"cmd": "python work.py 1", "deps": ["work.py"], "params": ["seed"]}
+FIRST["outs"] = ["one", {"note.json": {"cache": False}}]
+SECOND = {"cmd": "python work.py 2", "deps": ["work.py", "one"], "outs": ["two.bin"]}
+POOL = {"stages": {"first": FIRST, "second": SECOND}}
 WORK = """
 import os, pathlib, sys
 with open(os.environ["RUNS"], "a") as runs:

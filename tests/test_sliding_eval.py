@@ -7,15 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stages.common import ledger, paired_bootstrap, shards
-from stages.common.bpb import ByteTable
-from stages.common.progress import Report
-from stages.scoring.evaluate import Stream, read_stream, score, write_results
+from stages.common.progress import Logger
+from stages.scoring.evaluate import score, write_results
+from stages.scoring.stream import ValidationStream, open_stream_for_model
 from stages.sliding_eval.params import SlidingEvalParams
 from stages.sliding_eval.scorer import SlidingScorer
-from stages.sliding_eval.windows import plan, window_of
-from tests.factories import TINY, random_model, world
-
-PARAMS = SlidingEvalParams(window=16, stride=4, batch_windows=3, chunk=32)
+from stages.sliding_eval.windows import plan_windows, window_start
+from tests.factories import SLIDING, TINY, make_world, random_model, two_byte_table
 
 
 def tokens_of(count: int, seed: int = 0) -> np.ndarray:
@@ -24,15 +22,15 @@ def tokens_of(count: int, seed: int = 0) -> np.ndarray:
     return tokens
 
 
-def scorer(params: SlidingEvalParams = PARAMS) -> SlidingScorer:
-    return SlidingScorer(random_model(6), params, world())
+def scorer(params: SlidingEvalParams = SLIDING) -> SlidingScorer:
+    return SlidingScorer(random_model(6), params, make_world())
 
 
 # The plan
 
 
 def record_plan(targets: int, window: int, stride: int) -> dict[int, int]:
-    """Target -> start of the window that scores it, by the record's own words (techniques 1.5), one window after the other."""
+    """Target -> start of the window that scores it, window by window as #1493 describes it."""
     scored: dict[int, int] = {}
     start = 0
     while start == 0 or start + window - stride < targets:
@@ -49,18 +47,20 @@ def test_plan_equals_the_record_s_and_scores_each_target_once(targets, window, s
     stride = min(stride, window)
     expected = record_plan(targets, window, stride)
     assert sorted(expected) == list(range(targets))
-    found = {target: w.start for w in plan(0, targets, window, stride) for target in range(w.first, w.end)}
+    found = {
+        target: w.start for w in plan_windows(0, targets, window, stride) for target in range(w.first, w.end)
+    }
     assert found == expected
-    assert all(window_of(target, window, stride) == start for target, start in expected.items())
+    assert all(window_start(target, window, stride) == start for target, start in expected.items())
 
 
 @given(st.integers(1, 300), st.data())
 def test_a_plan_in_pieces_is_the_plan(targets, data):
     cut = data.draw(st.integers(0, targets))
-    whole = {t: w.start for w in plan(0, targets, 16, 4) for t in range(w.first, w.end)}
+    whole = {t: w.start for w in plan_windows(0, targets, 16, 4) for t in range(w.first, w.end)}
     pieces = {
         t: w.start
-        for part in (plan(0, cut, 16, 4), plan(cut, targets, 16, 4))
+        for part in (plan_windows(0, cut, 16, 4), plan_windows(cut, targets, 16, 4))
         for w in part
         for t in range(w.first, w.end)
     }
@@ -68,9 +68,9 @@ def test_a_plan_in_pieces_is_the_plan(targets, data):
 
 
 def test_the_record_s_number_of_windows():
-    """633,409 windows for 40,540,160 targets (techniques 1.5): counted by arithmetic, not by listing them."""
+    """633,409 windows for 40,540,160 targets, as in #1493: counted by arithmetic, not by listing them."""
     window, stride, targets = 2048, 64, 40_540_160
-    assert window_of(targets - 1, window, stride) // stride + 1 == 633_409
+    assert window_start(targets - 1, window, stride) // stride + 1 == 633_409
 
 
 # The scorer
@@ -141,18 +141,9 @@ def test_batching_does_not_change_the_scores():
 # Results
 
 
-def table() -> ByteTable:
-    return ByteTable(
-        (b"ab",) * TINY.vocab_size,
-        np.zeros(TINY.vocab_size, dtype=bool),
-        np.zeros(TINY.vocab_size, dtype=bool),
-        bos=1,
-    )
-
-
 def test_results_are_written_and_agree(tmp_path):
     tokens = tokens_of(100)
-    stream = Stream(tokens, np.full(99, 2, dtype=np.int64), table())
+    stream = ValidationStream(tokens, np.full(99, 2, dtype=np.int64), two_byte_table())
     nll = score(scorer(), stream)
     written = {}
     bpb = write_results(
@@ -188,7 +179,7 @@ class Holes(Short):
 def test_a_dropped_tail_or_a_hole_is_an_error(bad, message):
     """D9, D11."""
     with pytest.raises(ValueError, match=message):
-        score(bad(), Stream(tokens_of(50), np.full(49, 2), table()))
+        score(bad(), ValidationStream(tokens_of(50), np.full(49, 2), two_byte_table()))
 
 
 def test_ledgers_of_another_stream_are_refused(tmp_path):
@@ -215,12 +206,12 @@ def test_too_short_or_foreign_streams(tmp_path, shared_data):
     tokenizer = shared_data / "tokenizers/fineweb_1024_bpe.model"
     shards.write(tmp_path / "val_000000.bin", np.array([1, 5, 6], dtype=np.uint16))
     with pytest.raises(ValueError, match="2 targets are fewer than one window of 16"):
-        read_stream(tmp_path, tokenizer, 1024, 16)
+        open_stream_for_model(tmp_path, tokenizer, 1024, 16)
     with pytest.raises(ValueError, match="has 1024 ids, but the model was trained on 37"):
-        read_stream(tmp_path, tokenizer, 37, 16)
+        open_stream_for_model(tmp_path, tokenizer, 37, 16)
     shards.write(tmp_path / "val_000000.bin", np.array([5, 1, 6], dtype=np.uint16))
     with pytest.raises(ValueError, match="does not begin with BOS"):
-        read_stream(tmp_path, tokenizer, 1024, 1)
+        open_stream_for_model(tmp_path, tokenizer, 1024, 1)
 
 
 def test_a_stride_above_the_window_would_leave_holes():
@@ -229,5 +220,5 @@ def test_a_stride_above_the_window_would_leave_holes():
 
 
 def test_progress_is_silent_on_other_ranks(capsys):
-    SlidingScorer(random_model(6), PARAMS, world(), Report(is_main=False)).score_stream(tokens_of(60))
+    SlidingScorer(random_model(6), SLIDING, make_world(), Logger(is_main=False)).score_stream(tokens_of(60))
     assert capsys.readouterr().out == ""

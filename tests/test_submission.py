@@ -1,4 +1,7 @@
-"""The folder to hand in: every figure computed from files, nothing measured outside `measured`, nothing from mixed or unaudited runs."""
+"""The folder to hand in: every figure is computed from files, and measured figures are in `measured` alone.
+
+Mixed or unaudited runs are refused.
+"""
 
 import io
 import json
@@ -16,15 +19,15 @@ from PIL import Image
 from stages.common import ledger
 from stages.submission import plots
 from stages.submission.__main__ import STAGE
-from tests import submission_fixture
-from tests.submission_fixture import CLAIM, CODE, PARAMS, TEXT, TIMING, run, verdict, write_json, write_report
+from tests import miniature_run
+from tests.miniature_run import CLAIM, CODE, PARAMS, TEXT, TIMING, run, verdict, write_json, write_report
 
 
 @pytest.fixture
 def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Artifacts of all stages below the working folder."""
     monkeypatch.chdir(tmp_path)
-    submission_fixture.make(tmp_path)
+    miniature_run.make(tmp_path)
     return tmp_path
 
 
@@ -44,7 +47,8 @@ def files_of(folder: Path) -> dict[str, bytes]:
 def test_every_field_is_there_and_every_size_is_that_of_a_file(tree: Path) -> None:
     folder = run(tree)
     summary = summary_of(folder)
-    challenge = "author github_id name date track val_bpb val_loss bytes_total bytes_code bytes_model seeds seed_results hardware blurb"
+    challenge = "author github_id name date track val_bpb val_loss bytes_total bytes_code bytes_model"
+    challenge += " seeds seed_results hardware blurb"
     ours = "parameters source_sha256 sha256 data coverage val_bpb_note audit attention_backend measured"
     assert {*challenge.split(), *ours.split()} <= summary.keys()
     on_disk = [
@@ -201,14 +205,14 @@ def test_bytes_by_part_add_up() -> None:
         "skip_gate",
         "container",
     ]
-    sizes = plots.part_sizes([{"name": name, "bytes": str(10 + i)} for i, name in enumerate(names)], 7)
+    sizes = plots.sizes_by_part([{"name": name, "bytes": str(10 + i)} for i, name in enumerate(names)], 7)
     assert sizes == {
         "embedding (tied head)": 10,
         "attention: query": 11,
         "MLP: down": 12,
-        plots.OTHER: 13 + 14,
+        plots.OTHER_PART: 13 + 14,
         "container": 15,
-        plots.CODE: 7,
+        plots.CODE_PART: 7,
     }
 
 
@@ -216,15 +220,15 @@ def test_smoothing_is_an_average_without_the_pull_of_its_start() -> None:
     values = np.array([5.0, 4.0, 3.0])
     keep = np.exp(-1 / 2)
     expected = [5.0, (4 + 5 * keep) / (1 + keep), (3 + 4 * keep + 5 * keep**2) / (1 + keep + keep**2)]
-    np.testing.assert_allclose(plots.smoothed(values, 2), expected)
+    np.testing.assert_allclose(plots.exponential_average(values, 2), expected)
 
 
 @pytest.mark.parametrize("steps", [1, 2])
 def test_a_run_of_one_step_can_be_drawn(steps: int) -> None:
     rows = [{"step": str(i + 1), "loss": "3.0", "looped": str(i)} for i in range(steps)]
-    assert plots.loss(rows).startswith(b"\x89PNG")
+    assert plots.training_loss(rows).startswith(b"\x89PNG")
 
 
 def test_a_missing_column_is_named() -> None:
     with pytest.raises(ValueError, match="no column loss"):
-        plots.column([{"step": "1"}], "loss")
+        plots.number_column([{"step": "1"}], "loss")

@@ -16,11 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.common import bpb, shards
-from stages.common.command import launch
+from stages.common.stage import launch
 from stages.tokenize import docstrings, split, tokenizer
 from stages.tokenize.__main__ import STAGE, main
 from stages.tokenize.encode import encode
-from stages.tokenize.split import Document
+from stages.tokenize.split import TextDocument
 
 OUTPUTS = {"train", "val", "tokenizer.model", "documents.u64", "manifest.json", "log.txt", "timing.json"}
 DEFAULTS: dict[str, Any] = {
@@ -75,7 +75,7 @@ class Workspace:
         return manifest
 
     def texts(self, side: str) -> list[str]:
-        """What the shards of a side decode to."""
+        """The texts that the shards of a side decode to."""
         processor = bpb.load_tokenizer(self.output / "tokenizer.model")
         stream = shards.stream(self.output / side)
         return [
@@ -144,6 +144,7 @@ def test_files_end_to_end(workspace: Workspace) -> None:
 def test_every_kind_of_file_gives_the_same_documents(workspace: Workspace) -> None:
     texts = some_texts(40)
     content = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts).encode()
+
     folder = workspace.root / "text"
     expected = None
     for name, data in [
@@ -156,6 +157,8 @@ def test_every_kind_of_file_gives_the_same_documents(workspace: Workspace) -> No
         produced = folder_bytes(workspace.output)
         expected = expected or produced
         assert produced == expected
+
+    # The same texts as files of text, whose manifest names other files.
     for i, text in enumerate(texts):
         data = text.encode()
         name, packed = [
@@ -198,7 +201,7 @@ def test_the_tokenizer_sees_train_alone(workspace: Workspace) -> None:
     (workspace.root / "text" / "val.jsonl").unlink()
     texts = some_texts(100)
     workspace.write_jsonl("train.jsonl", texts)
-    expected = tokenizer.sample([Document(text, "") for text in texts], 0.2, 1_000_000).texts
+    expected = tokenizer.sample([TextDocument(text, "") for text in texts], 0.2, 1_000_000).texts
     workspace.run()
     assert sorted(expected) == sorted(workspace.texts("train"))
 
@@ -248,10 +251,10 @@ def test_adopted_shards_are_the_files_themselves(workspace: Workspace, tmp_path:
 def test_adopted_documents_may_go_on_in_the_next_shard(
     workspace: Workspace, lossless: tokenizer.Tokenizer
 ) -> None:
-    (workspace.root / "tokenizer" / "own.model").write_bytes(lossless.model)
+    (workspace.root / "tokenizer" / "own.model").write_bytes(lossless.model_bytes)
     tokens = {}
     for seed, side in enumerate(("train", "val")):
-        encoded = list(encode([Document(text, "") for text in some_texts(20, seed)], lossless, 1))
+        encoded = list(encode([TextDocument(text, "") for text in some_texts(20, seed)], lossless, 1))
         tokens[side] = np.concatenate([one.tokens for one in encoded])
         for i, part in enumerate(np.split(tokens[side], [len(tokens[side]) // 3, len(tokens[side]) // 2])):
             shards.write(workspace.root / "shards" / f"fineweb_{side}_{i:06d}.bin", part)
@@ -267,6 +270,7 @@ def test_adopted_documents_may_go_on_in_the_next_shard(
 
 def test_docstrings_of_a_module() -> None:
     long = "what it does, " * 20
+
     source = f'''
 """{long}module"""
 class A:
@@ -288,15 +292,11 @@ match 1:
 x = """{long}no docstring"""
 def j(): """{long}\\ud800 no text"""
 '''
+
     texts = docstrings.docstrings(source.encode())
     assert texts is not None
-    assert [text.removeprefix(long) for text in texts] == [
-        "module",
-        "class",
-        "nested\n\nindented",
-        "handler",
-        "case",
-    ]
+    found = [text.removeprefix(long) for text in texts]
+    assert found == ["module", "class", "nested\n\nindented", "handler", "case"]
     assert docstrings.docstrings(b'def f[T]():\n  """x"""') is None  # 3.12's syntax, on every Python
     assert docstrings.docstrings(b'"""\x00') is None
 
@@ -315,6 +315,8 @@ def test_pydocs_splits_whole_modules(
         f"caddietoy/m{i:03d}.py": f'"""{texts[2 * i]}"""\ndef f():\n    """{texts[2 * i + 1]}"""\n'
         for i in range(100)
     }
+
+    # Modules with a docstring of another, but for case.
     same = texts[0].upper()
     modules |= {
         f"caddietoy/n{i:03d}.py": f'"""{same}"""\ndef f():\n    """{texts[1]}"""\n' for i in range(20)
@@ -326,13 +328,17 @@ def test_pydocs_splits_whole_modules(
         tmp_path / "lib",
         {"caddietoy-1.2.dist-info/METADATA": "Metadata-Version: 2.1\nName: caddietoy\nVersion: 1.2+cpu\n"},
     )
+
     monkeypatch.syspath_prepend(str(tmp_path / "lib"))
     monkeypatch.setattr(docstrings, "PACKAGES", ("caddietoy",))
     monkeypatch.setattr(docstrings, "MIN_CHARACTERS", 50)
     workspace.lock.write_text("# pinned\ncaddietoy==1.2\nother==3\n")
+
+    # Docstrings of one module are on one side, and repeated ones count once.
     manifest = workspace.run(source="pydocs")
     train, val = set(workspace.texts("train")), set(workspace.texts("val"))
     assert val
+
     for i in range(100):
         assert len({texts[2 * i], texts[2 * i + 1]} & val) in (0, 2)
     sides = {
@@ -344,6 +350,8 @@ def test_pydocs_splits_whole_modules(
     assert len(sides) == 1
     assert manifest["corpus"]["packages"] == {"caddietoy": "1.2"}
     assert manifest["corpus"]["docstrings_repeated"] + manifest["corpus"]["docstrings_on_both_sides"] == 39
+
+    # A version that is not the installed one is refused.
     workspace.lock.write_text("caddietoy==1.3\n")
     with pytest.raises(SystemExit):
         workspace.run(source="pydocs")
@@ -368,16 +376,16 @@ def test_own_tokenizer_has_the_design_s_properties(lossless: tokenizer.Tokenizer
     processor = lossless.processor
     assert (processor.pad_id(), processor.bos_id(), processor.eos_id(), processor.unk_id()) == (0, 1, 2, 3)
     assert processor.vocab_size() == 400
-    assert tokenizer.uncountable(lossless) == {}
+    assert tokenizer.miscounted_ids(lossless) == {}
     pieces = [processor.id_to_piece(i) for i in range(400) if not processor.is_byte(i)]
     assert all(sum(character.isdigit() for character in piece) <= 1 for piece in pieces)
 
 
 @pytest.mark.parametrize("text", AWKWARD)
 def test_own_tokenizer_loses_nothing(lossless: tokenizer.Tokenizer, text: str) -> None:
-    (encoded,) = encode([Document(text, "it")], lossless, 1)
+    (encoded,) = encode([TextDocument(text, "it")], lossless, 1)
     assert encoded.text == text
-    assert encoded.counted == len(text.encode()) - text.startswith(" ")
+    assert encoded.counted_bytes == len(text.encode()) - text.startswith(" ")
 
 
 def test_the_marker_itself_is_a_changed_document(workspace: Workspace) -> None:
@@ -405,7 +413,9 @@ def test_the_marker_itself_is_a_changed_document(workspace: Workspace) -> None:
 def test_any_text_survives(texts: list[str]) -> None:
     processor = _PROCESSOR
     model = tokenizer.Tokenizer(b"", processor, bpb.byte_table(processor))
-    for encoded, text in zip(encode([Document(text, "it") for text in texts], model, 1), texts, strict=True):
+    for encoded, text in zip(
+        encode([TextDocument(text, "it") for text in texts], model, 1), texts, strict=True
+    ):
         assert encoded.text == text
 
 
@@ -418,7 +428,7 @@ def test_training_repeats_and_is_silent(capfd: pytest.CaptureFixture[str]) -> No
 
 
 def test_the_sample_does_not_depend_on_order() -> None:
-    documents = [Document(text, "") for text in some_texts(60)]
+    documents = [TextDocument(text, "") for text in some_texts(60)]
     size = sum(len(document.text.encode()) for document in documents)
     forward, backward = (tokenizer.sample(order, 0.1, size // 3) for order in (documents, documents[::-1]))
     assert forward == backward

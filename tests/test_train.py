@@ -19,19 +19,19 @@ import yaml
 
 from stages.common import config
 from stages.common.clock import Interval
-from stages.common.command import launch
-from stages.common.progress import Report
+from stages.common.progress import Logger
+from stages.common.stage import launch
 from stages.train.__main__ import STAGE, main
 from stages.train.checkpoint import Checkpoints, open_checkpoints
-from stages.train.data import Prefetched, Windows, micro_batch_size
-from stages.train.loop import _batch_shape, _Loop, train
+from stages.train.data import PrefetchedBatches, TrainingWindows, micro_batch_size
+from stages.train.loop import TrainingLoop, _batch_shape, train
 from stages.train.model import Model, initialise_
 from stages.train.params import Params
-from stages.train.schedule import pacing, read_fractions, settings
-from tests.factories import TINY, TRAIN, assert_trained_alike, params, world, write_shards
+from stages.train.schedule import budget_tracker, read_replay, step_schedule
+from tests.factories import TINY, TRAIN, assert_trained_alike, make_world, params, write_shards
 
 ROOT = Path(__file__).parents[1]
-QUIET = Report(is_main=False)
+QUIET = Logger(is_main=False)
 
 
 # Schedule
@@ -39,24 +39,24 @@ QUIET = Report(is_main=False)
 
 def test_schedule_of_the_record():
     record = replace(TRAIN, steps=1000, warmdown=0.72, loop_from=0.35)
-    assert settings(0, 0.0, record)[1:] == (1.0, 0.92, False)
-    assert settings(280, 0.28, record).lr_multiplier == pytest.approx(1.0)
-    assert settings(640, 0.64, record).lr_multiplier == pytest.approx(0.5)
-    assert settings(750, 0.349999, record).looped is False
-    assert settings(750, 0.35, record).looped is True
-    assert settings(750, 0.5, record).momentum == pytest.approx(0.955)
-    assert settings(3000, 0.5, record).momentum == 0.99
-    assert settings(999, 0.999, replace(record, min_lr=0.1)).lr_multiplier == 0.1
+    assert step_schedule(0, 0.0, record)[1:] == (1.0, 0.92, False)
+    assert step_schedule(280, 0.28, record).lr_multiplier == pytest.approx(1.0)
+    assert step_schedule(640, 0.64, record).lr_multiplier == pytest.approx(0.5)
+    assert step_schedule(750, 0.349999, record).looped is False
+    assert step_schedule(750, 0.35, record).looped is True
+    assert step_schedule(750, 0.5, record).momentum == pytest.approx(0.955)
+    assert step_schedule(3000, 0.5, record).momentum == 0.99
+    assert step_schedule(999, 0.999, replace(record, min_lr=0.1)).lr_multiplier == 0.1
     rising = replace(record, warmup_steps=10)
-    assert [settings(step, step / 1000, rising).lr_multiplier for step in (0, 4, 9, 10)] == pytest.approx(
-        [0.1, 0.5, 1.0, 1.0]
-    )
-    assert settings(0, 0.64, rising).lr_multiplier == pytest.approx(0.05)
+    assert [
+        step_schedule(step, step / 1000, rising).lr_multiplier for step in (0, 4, 9, 10)
+    ] == pytest.approx([0.1, 0.5, 1.0, 1.0])
+    assert step_schedule(0, 0.64, rising).lr_multiplier == pytest.approx(0.05)
 
 
 def test_a_budget_of_seconds_ends_with_the_first_step_after_it():
     clock = iter([0.0, 20.0, 40.0, 59.0])
-    fraction = pacing(
+    fraction = budget_tracker(
         replace(TRAIN, budget="seconds", seconds=60.0, reserve_seconds=2.0), None, lambda: next(clock)
     )
     assert [fraction(step) for step in range(4)] == [0.0, 20 / 58, 40 / 58, None]
@@ -65,10 +65,10 @@ def test_a_budget_of_seconds_ends_with_the_first_step_after_it():
 def test_a_run_of_seconds_replayed_gives_the_same_weights(tmp_path):
     folder = write_shards(tmp_path / "train")
     run = params(budget="seconds", seconds=1.5, reserve_seconds=0.5)
-    by_clock = train(run, folder, world(), QUIET, Interval())
-    fractions = [now.fraction for now in by_clock.schedule]
+    by_clock = train(run, folder, make_world(), QUIET, Interval())
+    fractions = [now.budget_spent for now in by_clock.schedule]
     (tmp_path / "schedule.json").write_text(json.dumps({"budget": "seconds", "fractions": fractions}))
-    replayed = train(run, folder, world(), QUIET, Interval(), read_fractions(tmp_path / "schedule.json"))
+    replayed = train(run, folder, make_world(), QUIET, Interval(), read_replay(tmp_path / "schedule.json"))
     assert len(by_clock.losses) > 3
     assert replayed.losses == by_clock.losses
     assert all(torch.equal(replayed.state[name], tensor) for name, tensor in by_clock.state.items())
@@ -78,7 +78,7 @@ def test_a_run_of_seconds_replayed_gives_the_same_weights(tmp_path):
 def test_a_file_that_is_no_schedule_is_refused(tmp_path, text):
     (tmp_path / "s.json").write_text(text)
     with pytest.raises(ValueError, match=r"s\.json"):
-        read_fractions(tmp_path / "s.json")
+        read_replay(tmp_path / "s.json")
 
 
 # Data order
@@ -86,13 +86,13 @@ def test_a_file_that_is_no_schedule_is_refused(tmp_path, text):
 
 def test_an_epoch_visits_every_window_once_and_the_seed_decides_the_order(tmp_path):
     folder = write_shards(tmp_path, lengths=(200, 5, 333))
-    windows = Windows(folder, 16, TINY.vocab_size, seed=1)
+    windows = TrainingWindows(folder, 16, TINY.vocab_size, seed=1)
     count = len(windows._order)
     rows = windows.batch(0, count)
     assert rows.shape == (count, 17)
     assert len({row.tobytes() for row in rows}) == count
-    assert not np.array_equal(rows, Windows(folder, 16, TINY.vocab_size, seed=2).batch(0, count))
-    np.testing.assert_array_equal(rows[5:9], Windows(folder, 16, TINY.vocab_size, seed=1).batch(5, 4))
+    assert not np.array_equal(rows, TrainingWindows(folder, 16, TINY.vocab_size, seed=2).batch(0, count))
+    np.testing.assert_array_equal(rows[5:9], TrainingWindows(folder, 16, TINY.vocab_size, seed=1).batch(5, 4))
     beyond = windows.batch(count, 3)
     np.testing.assert_array_equal(windows.batch(0, count), rows)  # back into the first epoch
     np.testing.assert_array_equal(windows.batch(count, 3), beyond)
@@ -100,16 +100,16 @@ def test_an_epoch_visits_every_window_once_and_the_seed_decides_the_order(tmp_pa
 
 def test_too_little_text_for_one_window(tmp_path):
     with pytest.raises(ValueError, match="too few for one window"):
-        Windows(write_shards(tmp_path, lengths=(10,)), 16, TINY.vocab_size, 0)
+        TrainingWindows(write_shards(tmp_path, lengths=(10,)), 16, TINY.vocab_size, 0)
 
 
 def test_a_token_outside_the_vocabulary(tmp_path):
     with pytest.raises(ValueError, match="vocab_size is 10"):
-        Windows(write_shards(tmp_path), 16, 10, 0).batch(0, 20)
+        TrainingWindows(write_shards(tmp_path), 16, 10, 0).batch(0, 20)
 
 
 def prefetched(windows, first=lambda step: 4 * step, step=0):
-    return Prefetched(windows, first, 4, step, torch.device("cpu"))
+    return PrefetchedBatches(windows, first, 4, step, torch.device("cpu"))
 
 
 def readers():
@@ -119,7 +119,7 @@ def readers():
 def test_batches_read_ahead_are_those_of_the_windows_in_order(tmp_path):
     """Also from a later step on, with other ranks' windows between, and over the end of an epoch."""
     folder = write_shards(tmp_path)
-    read, ahead = (Windows(folder, TINY.context, TINY.vocab_size, 3) for _ in range(2))
+    read, ahead = (TrainingWindows(folder, TINY.context, TINY.vocab_size, 3) for _ in range(2))
     count = len(read._order)
     with prefetched(ahead, lambda step: 8 * step + 4, step=5) as batches:
         for step in range(5, 5 + count // 8):
@@ -132,14 +132,14 @@ def test_batches_read_ahead_are_those_of_the_windows_in_order(tmp_path):
 
 
 def test_an_error_of_the_reading_thread_is_the_caller_s(tmp_path):
-    windows = Windows(write_shards(tmp_path), TINY.context, 10, 0)
+    windows = TrainingWindows(write_shards(tmp_path), TINY.context, 10, 0)
     with pytest.raises(ValueError, match="vocab_size is 10"), prefetched(windows) as batches:
         batches.next()
     assert readers() == []
 
 
 def test_the_reading_thread_ends_with_its_context(tmp_path):
-    windows = Windows(write_shards(tmp_path), TINY.context, TINY.vocab_size, 0)
+    windows = TrainingWindows(write_shards(tmp_path), TINY.context, TINY.vocab_size, 0)
     with prefetched(windows) as batches:
         batches.next()
         assert len(readers()) == 1
@@ -188,19 +188,19 @@ def finish(command, environment):
 
 def test_training_learns_and_repeats_bit_for_bit(tmp_path):
     folder = write_shards(tmp_path)
-    first = train(params(steps=30), folder, world(), QUIET, Interval())
-    again = train(params(steps=30), folder, world(), QUIET, Interval())
+    first = train(params(steps=30), folder, make_world(), QUIET, Interval())
+    again = train(params(steps=30), folder, make_world(), QUIET, Interval())
     assert first.losses == again.losses
     assert first.losses[0] == pytest.approx(math.log(TINY.vocab_size), abs=0.01)
     assert first.losses[-1] < first.losses[0] - 0.3
     assert all(torch.equal(first.state[name], again.state[name]) for name in first.state)
-    assert train(params(seed=7, steps=3), folder, world(), QUIET, Interval()).losses != first.losses[:3]
+    assert train(params(seed=7, steps=3), folder, make_world(), QUIET, Interval()).losses != first.losses[:3]
 
 
 def test_the_scale_of_the_logits_is_that_of_the_finished_weights_and_of_nothing_before(tmp_path):
     folder = write_shards(tmp_path)
     whole, half = (
-        train(params(logit_scale=scale), folder, world(), QUIET, Interval()) for scale in (1.0, 0.5)
+        train(params(logit_scale=scale), folder, make_world(), QUIET, Interval()) for scale in (1.0, 0.5)
     )
     assert whole.losses == half.losses
     assert torch.equal(half.state["embedding.weight"], 0.5 * whole.state["embedding.weight"])
@@ -211,8 +211,8 @@ def test_the_scale_of_the_logits_is_that_of_the_finished_weights_and_of_nothing_
 
 def test_accumulating_micro_batches_equals_one_large_batch(tmp_path):
     folder = write_shards(tmp_path)
-    whole = train(params(micro_batch_tokens=64), folder, world(), QUIET, Interval())
-    parts = train(params(micro_batch_tokens=16), folder, world(), QUIET, Interval())
+    whole = train(params(micro_batch_tokens=64), folder, make_world(), QUIET, Interval())
+    parts = train(params(micro_batch_tokens=16), folder, make_world(), QUIET, Interval())
     np.testing.assert_allclose(whole.losses, parts.losses, atol=2e-5)
 
 
@@ -221,7 +221,7 @@ def a_loop(model_params=TINY, steps=0):
     run = replace(params(), model=model_params)
     model = Model(run.model)
     initialise_(model, run.seed)
-    loop = _Loop(run, model, world(), Checkpoints(None, 0, world()), micro=2)
+    loop = TrainingLoop(run, model, make_world(), Checkpoints(None, 0, make_world()), windows_per_pass=2)
     for step in range(steps):
         go_on(loop, looped=step % 2 == 1)
     return loop
@@ -231,7 +231,7 @@ def go_on(loop, looped):
     tokens = torch.randint(
         TINY.vocab_size, (2, 4, TINY.context), generator=torch.Generator().manual_seed(loop.steps_done)
     )
-    now = settings(loop.steps_done, 0.0, loop.params.train)
+    now = step_schedule(loop.steps_done, 0.0, loop.params.train)
     loop.step(now._replace(looped=looped), *tokens.unbind())
 
 
@@ -239,13 +239,13 @@ def everything(loop):
     """Weights, averages and momenta, and what else the model holds."""
     return [
         tensor.clone()
-        for tensors in (*loop.optimizers.state(), loop.model.state_dict().values())
+        for tensors in (*loop.optimizer.state(), loop.model.state_dict().values())
         for tensor in tensors
     ]
 
 
 def test_warm_up_takes_back_all_that_it_changed():
-    """D41, bit for bit, from momenta that are not zero; and it has run what a step runs, straight and looped."""
+    """D41: bit for bit, from momenta that are not zero, after all that a step runs, straight and looped."""
     loop = a_loop(steps=2)
     before, losses, random_state = everything(loop), list(loop.local_losses), torch.get_rng_state()
     moved, ran = [], []
@@ -280,7 +280,7 @@ def test_steps_after_warm_up_are_those_without(layers):
 def test_four_gloo_ranks_give_one_rank_s_loss(tmp_path):
     """Two: tests/test_parallel.py, on two machines."""
     command, several, environment = run_train(tmp_path, "several", "--set", "parallel.nproc=4")
-    alone = train(params(), tmp_path / "train", world(), QUIET, Interval())
+    alone = train(params(), tmp_path / "train", make_world(), QUIET, Interval())
     result = finish(command, environment)
     assert result.returncode == 0, result.stderr
     assert_trained_alike(several, alone, 4)
@@ -313,7 +313,7 @@ def test_killed_then_resumed_ends_with_the_same_bytes(tmp_path):
 def test_a_checkpoint_of_another_seed_is_not_continued(tmp_path):
     folder = write_shards(tmp_path / "train")
     names = {
-        open_checkpoints(run, folder, tmp_path / "scratch", world()).folder
+        open_checkpoints(run, folder, tmp_path / "scratch", make_world()).folder
         for run in (
             params(seed=1, checkpoint_every=2),
             params(seed=2, checkpoint_every=2),
@@ -323,7 +323,9 @@ def test_a_checkpoint_of_another_seed_is_not_continued(tmp_path):
     assert len(names) == 3
     write_shards(tmp_path / "train", seed=5)
     names.add(
-        open_checkpoints(params(seed=1, checkpoint_every=2), folder, tmp_path / "scratch", world()).folder
+        open_checkpoints(
+            params(seed=1, checkpoint_every=2), folder, tmp_path / "scratch", make_world()
+        ).folder
     )
     assert len(names) == 4
 
@@ -343,7 +345,8 @@ def test_a_stage_ends_when_its_parent_dies(tmp_path):
     command, _, environment = run_train(
         tmp_path, "out", "--set", "train.steps=100000", "--set", "train.checkpoint_every=5"
     )
-    script = "import subprocess, sys, time; p = subprocess.Popen(sys.argv[1:]); print(p.pid, flush=True); time.sleep(600)"
+    script = "import subprocess, sys, time; child = subprocess.Popen(sys.argv[1:]);"
+    script += " print(child.pid, flush=True); time.sleep(600)"
     parent = subprocess.Popen(
         [sys.executable, "-c", script, *command], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
     )
@@ -365,7 +368,7 @@ def test_a_stage_ends_when_its_parent_dies(tmp_path):
 
 def test_batches_that_do_not_divide_over_ranks():
     with pytest.raises(ValueError, match=r"train\.batch_tokens: 4 windows a step do not divide over 3 ranks"):
-        _batch_shape(params(), world(size=3))
+        _batch_shape(params(), make_world(size=3))
 
 
 def test_missing_shards_are_one_clear_line(tmp_path):

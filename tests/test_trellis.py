@@ -1,4 +1,4 @@
-"""The trellis: its graph, Ungerboeck's parity check along random walks, the free distances of his table, errors."""
+"""The trellis: its graph, Ungerboeck's parity check along random walks, his free distances, errors."""
 
 import heapq
 import random
@@ -7,9 +7,10 @@ import re
 import numpy as np
 import pytest
 
-from stages.pack.trellis import STATES, UNGERBOECK, trellis
+from stages.pack.trellis import STATE_COUNTS, UNGERBOECK_CHECKS, build_trellis
 
-# Squared free distances in squared level distances: Ungerboeck 1982, table I. No code has more than 16: levels four apart share a branch.
+# Squared free distances in squared level distances: Ungerboeck 1982, table I. No code has more than 16,
+# since levels four apart share a branch.
 FREE_DISTANCE = {4: 9, 8: 10, 16: 11, 32: 13, 64: 14, 128: 16, 256: 16}
 
 
@@ -19,8 +20,11 @@ def squared_distance(coset: int, other: int) -> int:
 
 
 def free_distance(states: int) -> int:
-    """The least squared distance of two different level sequences that leave one state and meet again (Dijkstra over pairs of states)."""
-    following = trellis(states).next_S2.tolist()
+    """The least squared distance of two level sequences that leave one state and meet again.
+
+    By Dijkstra's algorithm over pairs of states.
+    """
+    following = build_trellis(states).next_S2.tolist()
     waiting: list[tuple[int, int, int]] = []
     for state in range(states):
         heapq.heappush(waiting, (squared_distance(state & 1, (state & 1) + 2), *sorted(following[state])))
@@ -41,34 +45,34 @@ def free_distance(states: int) -> int:
     raise AssertionError("no two paths meet")
 
 
-@pytest.mark.parametrize("states", UNGERBOECK)
+@pytest.mark.parametrize("states", UNGERBOECK_CHECKS)
 def test_each_state_has_two_successors_and_two_predecessors(states: int) -> None:
-    code = trellis(states)
+    code = build_trellis(states)
     assert (code.states, code.stride) == (states, 2)
     assert code.next_S2.shape == (states, 2)
     assert (code.next_S2[:, 0] != code.next_S2[:, 1]).all()
     assert np.bincount(code.next_S2.ravel(), minlength=states).tolist() == [2] * states
 
 
-@pytest.mark.parametrize("states", UNGERBOECK)
+@pytest.mark.parametrize("states", UNGERBOECK_CHECKS)
 def test_every_state_can_be_reached_from_the_first(states: int) -> None:
     reached = {0}
     for _ in range(states.bit_length()):
-        reached |= {int(state) for state in trellis(states).next_S2[sorted(reached)].ravel()}
+        reached |= {int(state) for state in build_trellis(states).next_S2[sorted(reached)].ravel()}
     assert len(reached) == states
 
 
-@pytest.mark.parametrize("states", UNGERBOECK)
+@pytest.mark.parametrize("states", UNGERBOECK_CHECKS)
 @pytest.mark.parametrize("seed", range(3))
 def test_the_parity_check_holds_along_random_walks(states: int, seed: int) -> None:
-    draw, code, state = random.Random(seed), trellis(states), 0
+    draw, code, state = random.Random(seed), build_trellis(states), 0
     levels = []
     for _ in range(500):
         levels.append(2 * draw.randint(-1000, 1000) + (state & 1))
         state = int(code.next_S2[state, levels[-1] // 2 % 2])
-    # Each level's coset has the bits z0 (its parity) and z1 (the branch); before the walk, in state 0, all were zero.
+    # A level's coset has the bits z0 (its parity) and z1 (the branch); before the walk all were zero.
     z0, z1 = [level % 2 for level in levels], [level // 2 % 2 for level in levels]
-    h0, h1 = UNGERBOECK[states]
+    h0, h1 = UNGERBOECK_CHECKS[states]
     for time in range(len(levels)):
         terms = [
             (h0 >> i & 1) * z0[time - i] + (h1 >> i & 1) * z1[time - i]
@@ -83,12 +87,12 @@ def test_the_free_distance_is_ungerboecks(states: int, distance: int) -> None:
 
 
 def test_one_state_is_the_uniform_grid() -> None:
-    code = trellis(1)
+    code = build_trellis(1)
     assert (code.states, code.stride, code.next_S2.tolist()) == (1, 1, [[0, 0]])
 
 
 @pytest.mark.parametrize("states", [-1, 0, 2, 3, 512])
 def test_an_unknown_number_of_states_names_the_known_ones(states: int) -> None:
-    known = ", ".join(str(number) for number in STATES)
+    known = ", ".join(str(number) for number in STATE_COUNTS)
     with pytest.raises(ValueError, match=re.escape(f"no trellis of {states} states; known are {known}")):
-        trellis(states)
+        build_trellis(states)

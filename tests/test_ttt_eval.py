@@ -11,15 +11,14 @@ from stages.ttt_eval.params import Params, TttEvalParams
 from stages.ttt_eval.sgd.scorer import TTTScorer, chunk_lr
 from tests.factories import (
     PARALLEL,
+    SLIDING,
     TINY,
     TTT,
     assert_forks_are_independent,
     assert_pieces_and_predictions_agree,
+    make_world,
     random_model,
-    world,
 )
-
-SLIDING = SlidingEvalParams(window=16, stride=4, batch_windows=3, chunk=32)
 
 
 def stream(count: int = 150) -> np.ndarray:
@@ -31,18 +30,19 @@ def stream(count: int = 150) -> np.ndarray:
 
 def scorer(tokens: np.ndarray, **changes: float) -> TTTScorer:
     return TTTScorer(
-        random_model(6), SLIDING, TttEvalParams(**{**TTT.__dict__, **changes}), world(), len(tokens) - 1
+        random_model(6), SLIDING, TttEvalParams(**{**TTT.__dict__, **changes}), make_world(), len(tokens) - 1
     )
 
 
 def slow_ttt(tokens: np.ndarray) -> np.ndarray:
-    """Chunk by chunk with torch's own SGD: score all targets of the chunk, then train on them."""
+    """Test-time training with torch's own SGD: all targets of a chunk are scored, then it is trained on."""
     model = random_model(6)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
     targets = len(tokens) - 1
     chunks = math.ceil(targets / 32)
     ids = torch.from_numpy(tokens.astype(np.int64))
     nll = np.empty(targets)
+
     for chunk in range(chunks):
         first, end = 32 * chunk, min(targets, 32 * chunk + 32)
         with torch.no_grad():
@@ -50,6 +50,8 @@ def slow_ttt(tokens: np.ndarray) -> np.ndarray:
                 start = 0 if target < 16 else ((target - 16) // 4 + 1) * 4
                 logits = model.logits(ids[None, start : target + 1])[0, -1]
                 nll[target] = float(torch.nn.functional.cross_entropy(logits, ids[target + 1]))
+
+        # Then train on them, unless no target follows.
         if chunk == chunks - 1:
             break
         optimizer.param_groups[0]["lr"] = 0.05 * 0.5 * (1 + math.cos(math.pi * chunk / (chunks - 1)))
@@ -85,10 +87,13 @@ def test_what_is_not_trained_stays_as_it_is(trained):
     assert moved == (matrices if trained == "matrices" else set(before) - matrices - tables)
 
 
-def test_confidence_weighs_losses_within_each_sequence():
-    """One chunk of one batch: the gradient is that of each loss times itself over its sequence's mean, bounded."""
+def test_weights_by_surprise_are_relative_to_each_sequence():
+    """The gradient of one batch is that of each loss times a bounded weight.
+
+    The weight is the loss over the mean of its sequence.
+    """
     tokens = stream(65)
-    s = scorer(tokens, confidence=True, batch_tokens=32, epochs=1)
+    s = scorer(tokens, weight_by_surprise=True, batch_tokens=32, epochs=1)
     s.score_stream(tokens[:33])
     model = random_model(6)
     ids = torch.from_numpy(tokens[:33].astype(np.int64))
@@ -104,13 +109,13 @@ def test_confidence_weighs_losses_within_each_sequence():
 def test_learning_helps_and_the_first_chunk_is_the_plain_model():
     tokens = stream(400)
     adapted = scorer(tokens).score_stream(tokens)
-    plain = SlidingScorer(random_model(6), SLIDING, world()).score_stream(tokens)
+    plain = SlidingScorer(random_model(6), SLIDING, make_world()).score_stream(tokens)
     np.testing.assert_allclose(adapted[:32], plain[:32], atol=2e-5)
     assert adapted[200:].mean() < plain[200:].mean() - 0.5
 
 
 def test_scores_come_before_updates():
-    """Changing any token leaves every earlier score as it was, bit for bit, and scores of its own chunk see old weights."""
+    """A changed token leaves every earlier score as it was, to the bit; old weights score its own chunk."""
     tokens = stream()
     base = scorer(tokens).score_stream(tokens)
     for position in (31, 32, 33, 40, 64, 65, 100, 149):
@@ -123,7 +128,7 @@ def test_scores_come_before_updates():
 
 def test_zero_epochs_or_zero_rate_is_the_sliding_scorer():
     tokens = stream()
-    plain = SlidingScorer(random_model(6), SLIDING, world()).score_stream(tokens)
+    plain = SlidingScorer(random_model(6), SLIDING, make_world()).score_stream(tokens)
     np.testing.assert_allclose(scorer(tokens, epochs=0).score_stream(tokens), plain, atol=2e-5)
     np.testing.assert_allclose(scorer(tokens, lr=0.0).score_stream(tokens), plain, atol=2e-5)
 
@@ -136,7 +141,7 @@ def test_pieces_predictions_and_the_whole_stream_agree():
 def test_the_model_given_and_the_forks_are_independent():
     tokens = stream()
     assert_forks_are_independent(
-        lambda model: TTTScorer(model, SLIDING, TTT, world(), len(tokens) - 1), tokens
+        lambda model: TTTScorer(model, SLIDING, TTT, make_world(), len(tokens) - 1), tokens
     )
 
 

@@ -1,20 +1,20 @@
-"""The zoo: each cheat is convicted by the test that names it; lawful scorers are not, whatever is drawn."""
+"""The zoo: each cheat fails the test that is named for it; lawful scorers pass, whatever is drawn."""
 
 from pathlib import Path
 
 import pytest
 
-from stages.audit.verdict import convicted, reason
-from tests.zoo import causal, harness, lawful, paper
+from stages.audit.verdict import failure_message, failures
+from tests.zoo import acausal, bookkeeping, harness, lawful
 from tests.zoo.registry import CHEATS, Cheat
 
 
 @pytest.mark.parametrize("cheat", CHEATS, ids=lambda cheat: cheat.name)
-def test_a_cheat_is_convicted_by_the_test_that_names_it(cheat: Cheat, tmp_path: Path) -> None:
+def test_a_cheat_fails_the_test_that_is_named_for_it(cheat: Cheat, tmp_path: Path) -> None:
     verdicts = cheat.run(tmp_path, harness.KEY)
-    assert cheat.convicted_by in harness.failed(verdicts)
-    for verdict in convicted(verdicts):
-        assert verdict.saw != verdict.expected, reason(verdict)
+    assert cheat.detected_by in harness.failed_checks(verdicts)
+    for verdict in failures(verdicts):
+        assert verdict.saw != verdict.expected, failure_message(verdict)
 
 
 @pytest.mark.parametrize("scorer", lawful.LAWFUL)
@@ -23,27 +23,27 @@ def test_a_lawful_scorer_passes_everything_whatever_is_drawn(
 ) -> None:
     """A sample; benchmarks/audit_matrix.py has more than 200 such runs."""
     for seed in (1, 2):
-        verdicts = harness.audit(scorer, tmp_path, key=bytes([seed]), tokens=lawful.stream(1500, seed))
+        verdicts = harness.audit(scorer, tmp_path, key=bytes([seed]), tokens=lawful.random_stream(1500, seed))
         assert {verdict.outcome for verdict in verdicts} == {"pass"}, [
-            reason(verdict) for verdict in convicted(verdicts)
+            failure_message(verdict) for verdict in failures(verdicts)
         ]
 
 
 def test_each_way_to_cheat_with_time_is_told_from_the_others(tmp_path: Path) -> None:
     graphs = {
         scorer: next(verdict for verdict in harness.audit(scorer, tmp_path) if verdict.check == "B1c")
-        for scorer in (causal.LongestFirst, causal.Circular, causal.SmearAcrossBos)
+        for scorer in (acausal.LongestFirst, acausal.Circular, acausal.SmearAcrossBos)
     }
-    assert "another order" in graphs[causal.LongestFirst].evidence
-    assert "circle" in graphs[causal.Circular].evidence
-    assert "declared to score each document by itself" in graphs[causal.SmearAcrossBos].evidence
+    assert "another order" in graphs[acausal.LongestFirst].evidence
+    assert "circle" in graphs[acausal.Circular].evidence
+    assert "declared to score each document by itself" in graphs[acausal.SmearAcrossBos].evidence
 
 
 def test_only_the_text_shows_documents_that_were_tokenized_otherwise(tmp_path: Path) -> None:
-    assert harness.failed(paper.overlap(tmp_path, harness.KEY, spelt=True)) == {
+    assert harness.failed_checks(bookkeeping.overlap(tmp_path, harness.KEY, spelt=True)) == {
         "B15 passages shared by train and val"
     }
 
 
 def test_lawful_bytes_pass(tmp_path: Path) -> None:
-    assert {verdict.outcome for verdict in paper.lawful_bytes(tmp_path, harness.KEY)} == {"pass"}
+    assert {verdict.outcome for verdict in bookkeeping.lawful_bytes(tmp_path, harness.KEY)} == {"pass"}

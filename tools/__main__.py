@@ -1,27 +1,27 @@
-"""List the tools, with a line each: `python -m tools`."""
+"""List the tools with one line each: `python -m tools`."""
 
 import argparse
 import ast
 from pathlib import Path
 
-FOLDER = Path(__file__).resolve().parent
+TOOLS_FOLDER = Path(__file__).resolve().parent
 
 
-def described() -> dict[str, str]:
-    """The name of every tool, and the first line of its docstring (of a package: that of its `__init__.py`)."""
-    files = {path.stem: path for path in FOLDER.glob("*.py") if not path.stem.startswith("_")}
-    files |= {path.parent.name: path for path in FOLDER.glob("*/__init__.py")}
-    return {name: _first_line(files[name]) for name in sorted(files)}
+def descriptions() -> dict[str, str]:
+    """Return the first docstring line of every tool by name; that of a package is in its `__init__.py`."""
+    files = {path.stem: path for path in TOOLS_FOLDER.glob("*.py") if not path.stem.startswith("_")}
+    files |= {path.parent.name: path for path in TOOLS_FOLDER.glob("*/__init__.py")}
+    return {name: _first_docstring_line(files[name]) for name in sorted(files)}
 
 
-def _first_line(file: Path) -> str:
+def _first_docstring_line(file: Path) -> str:
     docstring = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
     return docstring.partition("\n")[0]
 
 
 def main() -> None:
-    """The command."""
-    lines = described()
+    """Print the list, with or without --help."""
+    lines = descriptions()
     width = max(map(len, lines))
     listed = "\n".join(f"  {name:<{width}}  {line}" for name, line in lines.items())
     parser = argparse.ArgumentParser(

@@ -1,104 +1,122 @@
-"""Predict from a measured rate whether an evaluation will keep to its budget: `python -m tools.plan TIMING ...`.
+"""Predict from a measured rate if an evaluation keeps to its time budget.
 
-TIMING is the timing.json of an evaluation of any stream on any number of devices (artifacts/ttt_eval/timing.json); its start and its rate
-are taken to hold for others of the same kind. Exit code 0: within the budget; 1: over it; 2: a user's error.
+In `python -m tools.plan TIMING ...`, TIMING is the timing.json that an evaluation wrote
+(artifacts/ttt_eval/timing.json), for any stream and any number of devices. Its start-up time and
+its rate are assumed to hold for other devices of the same kind. Exit code 0: within the budget; 1:
+over it; 2: user error.
 """
 
 import argparse
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from stages.audit.params import AuditParams
-from stages.common import clock, config, shards
-from stages.common.cli_errors import refusing
+from stages.common import challenge, clock, config, shards
+from stages.common.cli_errors import user_errors
+from stages.common.json_object import read_json_object
 
-OFFICIAL_TARGETS = (
-    40_540_160  # of the challenge's validation set with SP8192, as the records count them (#1493)
-)
-NEEDED = ("startup_seconds", "warm_up_targets", "targets_per_second", "ranks")
+REQUIRED_KEYS = ("startup_seconds", "warm_up_targets", "targets_per_second", "ranks")
 
 
 @dataclass(frozen=True)
 class Params:
-    """What is read of params.yaml."""
+    """Sections of params.yaml that are read."""
 
     audit: AuditParams
 
 
-def measured(path: Path) -> dict[str, Any]:
-    """The figures of a timing.json; a ValueError when it is none of an evaluation."""
-    try:
-        timing = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    missing = (
-        [key for key in NEEDED if not isinstance(timing.get(key), (int, float))]
-        if isinstance(timing, dict)
-        else list(NEEDED)
-    )
+class Prediction(NamedTuple):
+    """Predicted evaluation: one sentence, and if it is within the budget."""
+
+    sentence: str
+    within_budget: bool
+
+
+def read_timing(path: Path) -> dict[str, Any]:
+    """Return the REQUIRED_KEYS of a timing.json; ValueError if it is not that of an evaluation."""
+    timing = read_json_object(path)
+    missing = [key for key in REQUIRED_KEYS if not isinstance(timing.get(key), (int, float))]
     if missing:
         raise ValueError(
             f"{path} has no {', '.join(missing)}: expected the timing.json of sliding_eval or ttt_eval"
         )
-    return {key: timing[key] for key in NEEDED}
+    return {key: timing[key] for key in REQUIRED_KEYS}
 
 
-def plan(path: Path, targets: int, processes: int, budget_seconds: float) -> tuple[str, bool]:
-    """A sentence, and whether the budget holds."""
-    timing = measured(path)
+def predict(path: Path, targets: int, processes: int, budget_seconds: float) -> Prediction:
+    """Predict the seconds for `targets` on `processes` devices of the kind that was measured."""
+    timing = read_timing(path)
     seconds = clock.projected_seconds(timing, targets, processes)
     if seconds is None:
         raise ValueError(
-            f"{path} holds no rate: the whole stream was warm-up; measure on more than {timing['warm_up_targets']:,} targets"
+            f"{path} holds no rate: the whole stream was warm-up;"
+            f" measure on more than {timing['warm_up_targets']:,} targets"
         )
-    rate = timing["targets_per_second"] / timing["ranks"]
-    holds = seconds <= budget_seconds
+
+    rate_per_device = timing["targets_per_second"] / timing["ranks"]
+    within_budget = seconds <= budget_seconds
     sentence = (
-        f"{path}: {timing['startup_seconds']:.1f} s to start, then {targets:,} targets on {processes} x {rate:,.0f} a second:"
-        f" {seconds:.1f} s of {budget_seconds:g}, {'within' if holds else 'OVER'} the budget"
+        f"{path}: {timing['startup_seconds']:.1f} s to start,"
+        f" then {targets:,} targets on {processes} x {rate_per_device:,.0f} a second:"
+        f" {seconds:.1f} s of {budget_seconds:g}, {'within' if within_budget else 'OVER'} the budget"
     )
-    return sentence, holds
+    return Prediction(sentence, within_budget)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.plan",
-        description="Say from a measured rate whether an evaluation will keep to its budget.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("timing", nargs="+", type=Path, metavar="TIMING", help="timing.json of an evaluation")
-    parser.add_argument("--targets", type=int, default=OFFICIAL_TARGETS, metavar="N", help="targets to score")
-    parser.add_argument("--val", type=Path, metavar="DIR", help="shards to score, instead of --targets")
-    parser.add_argument(
-        "--processes",
-        type=int,
-        default=clock.OFFICIAL_PROCESSES,
-        metavar="N",
-        help="devices of the measured kind",
-    )
-    parser.add_argument(
-        "--params",
-        type=Path,
-        default=Path("params.yaml"),
-        metavar="FILE",
-        help="has audit.evaluation_budget_seconds",
-    )
-    arguments = parser.parse_args(argv)
-    with refusing("plan"):
+    """Print a prediction for each TIMING; exits with 1 if one is over the budget."""
+    arguments = _parser().parse_args(argv)
+    with user_errors("plan"):
         budget = config.load(arguments.params, Params, []).audit.evaluation_budget_seconds
-        targets = (
-            sum(map(shards.count, shards.find(arguments.val))) - 1 if arguments.val else arguments.targets
-        )
+        targets = arguments.targets
+        if arguments.val:
+            targets = sum(map(shards.count, shards.find(arguments.val))) - 1
         if targets < 1 or arguments.processes < 1:
             raise ValueError(
                 f"{targets} targets on {arguments.processes} devices: expected at least one of each"
             )
-        plans = [plan(path, targets, arguments.processes, budget) for path in arguments.timing]
-    print("\n".join(sentence for sentence, _ in plans))
-    raise SystemExit(0 if all(holds for _, holds in plans) else 1)
+        predictions = [predict(path, targets, arguments.processes, budget) for path in arguments.timing]
+
+    for prediction in predictions:
+        print(prediction.sentence)
+    raise SystemExit(0 if all(prediction.within_budget for prediction in predictions) else 1)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.plan",
+        description="Predict from a measured rate if an evaluation keeps to its time budget.",
+    )
+    add = parser.add_argument
+
+    # The measured evaluation, and the one to predict.
+    add("timing", nargs="+", type=Path, metavar="TIMING", help="timing.json of an evaluation")
+    add(
+        "--targets",
+        type=int,
+        default=challenge.VALIDATION_TARGETS,
+        metavar="N",
+        help="targets to score (default: %(default)s)",
+    )
+    add("--val", type=Path, metavar="DIR", help="shards to score, instead of --targets")
+    add(
+        "--processes",
+        type=int,
+        default=challenge.GPUS,
+        metavar="N",
+        help="number of devices, of the kind that was measured (default: %(default)s)",
+    )
+
+    # The budget.
+    add(
+        "--params",
+        type=Path,
+        default=Path("params.yaml"),
+        metavar="FILE",
+        help="parameter file; its audit.evaluation_budget_seconds is the budget (default: %(default)s)",
+    )
+    return parser
 
 
 if __name__ == "__main__":

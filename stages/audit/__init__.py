@@ -1,1 +1,1 @@
-"""audit: prove or refute, on a concrete run, that scores are lawful and the number is right."""
+"""audit: prove or refute, on this run, that the scores are lawful and the reported number is right."""

@@ -1,9 +1,10 @@
-"""audit: prove or refute, on this run, that the scores are lawful and the number is right.
+"""audit: prove or refute, on this run, that the scores are lawful and the reported number is right.
 
-`python -m tools.audit_scorer` audits a scorer that is not this run's (docs/audit.md).
+`python -m tools.audit_scorer` audits any other scorer (docs/audit.md).
 
-A failed audit exits with 1 and one line. Its report is no output of the stage (a pipeline must not go on from it) but is kept for a person
-as failed-report.md and failed-report.json in the output folder, until the next audit starts.
+A failed audit exits with 1 and prints one line. Its report is not an output of the stage, because a
+pipeline must not go on from it, but is kept in the output folder as failed-report.md and
+failed-report.json until the next audit starts.
 """
 
 import dataclasses
@@ -19,18 +20,26 @@ import numpy as np
 from sentencepiece import SentencePieceProcessor
 
 from stages.audit import catalogue, pipeline_scorers, report, scorer_recipe
-from stages.audit.audit_scorer import Claim, Factory, Stream, audit_scorer
+from stages.audit.audit_scorer import (
+    AuditedStream,
+    ClaimedEvaluation,
+    ScorerFactory,
+    audit_scorer,
+    audited_stream,
+)
 from stages.audit.checks import budgets, contamination, coverage, round_trip, significance
 from stages.audit.params import Params
-from stages.audit.sampling import key_of
+from stages.audit.sampling import hash_files
 from stages.audit.sandbox import clean_room
-from stages.audit.verdict import Verdict, convicted, reason
-from stages.common import bpb, command, shards
-from stages.common.lossless_text import Speller
-from stages.common.parallel import World, activation_dtype, relaunch_under_torchrun, world
+from stages.audit.verdict import Verdict, failure_message, failures
+from stages.common import bpb, shards
+from stages.common.json_object import read_json_object
+from stages.common.parallel import World, activation_dtype, distributed, relaunch_under_torchrun
+from stages.common.stage import Run, Stage, canonical_json, launch
 from stages.pack.artifact import load_model
+from stages.scoring.stream import open_validation_stream
 
-STAGE = command.Stage(
+STAGE = Stage(
     name="audit",
     summary="Audit both scorers, their ledgers, the counted files, the data and the clocks.",
     params=Params,
@@ -49,163 +58,153 @@ STAGE = command.Stage(
     },
     writes=("report.json", "report.md", "metrics.json"),
 )
-FAILED = ("failed-report.json", "failed-report.md")
-REASONS = {  # why a test may be missing from the pipeline's report
+FAILED_REPORTS = ("failed-report.json", "failed-report.md")
+NOT_RUN_REASONS = {  # check number -> the setting that switched it off
     "B12": "switched off: audit.decoded_targets is 0",
     "B14": "switched off: audit.clean_room is false",
 }
-ROOM_TOLERANCE = 1.0e-3  # bits per byte between two runs on one kind of GPU
-BUDGETED = {"sliding_eval": "sliding", "ttt_eval": "ttt"}  # scorer and the option that names its folder
+CLEAN_ROOM_TOLERANCE = 1.0e-3  # bits per byte between two runs on one kind of GPU; on a CPU they are equal
+EVALUATIONS = {"sliding_eval": "sliding", "ttt_eval": "ttt"}  # scorer -> option that names its folder
 
 
-def main(run: command.Run[Params]) -> None:
-    """Load what is audited, judge the files, then walk each scorer; write the report, or keep it and exit 1."""
+def main(run: Run[Params]) -> None:
+    """Load everything, check the files, audit each scorer, and write the report.
+
+    Exits with 1 if a check failed.
+    """
     paths = {name: run.path(name) for name in STAGE.reads}
     relaunch_under_torchrun(run.params.parallel, "stages.audit", sys.argv[1:])
-    if run.is_main:
-        for name in FAILED:
-            (run.output.parent / name).unlink(missing_ok=True)
+    run.discard_failed(*FAILED_REPORTS)
+
+    # Inputs. All positions follow from a hash of the artifact, the code and the validation shards.
     tokenizer = bpb.load_tokenizer(paths["tokenizer"])
-    table = bpb.byte_table(tokenizer)
-    stream = read_stream(paths["val"], tokenizer, table)
-    key = key_of([paths["model"], paths["code"], *shards.find(paths["val"])])
-    verdicts = audit_files(run, paths, stream, tokenizer)
-    # float32 and deterministic kernels, whatever the evaluation used: then a moved bit is a dependence, and not the order of some sum.
+    validation = open_validation_stream(paths["val"], paths["tokenizer"])
+    stream = audited_stream(validation, tokenizer)
+    key = hash_files([paths["model"], paths["code"], *shards.find(paths["val"])])
+
+    # Checks. Scorers run in float32 with deterministic kernels, whatever the evaluation used: a changed
+    # bit is then a dependence, and not the order of a sum.
+    verdicts = audit_files(run.params, paths, stream, tokenizer)
     exact = dataclasses.replace(run.params.parallel, dtype="float32", deterministic=True, compile=False)
-    with world(exact) as here:
-        verdicts += audit_scorers(run, paths, stream, table, key, here)
+    with distributed(exact) as world:
+        verdicts += audit_scorers(run, paths, stream, validation.table, key, world)
         if run.params.audit.clean_room and run.is_main:
-            verdicts += visit_room(run.params, paths, here)
-    verdicts = catalogue.complete(verdicts, list(BUDGETED), REASONS)
+            verdicts += audit_in_clean_room(run.params, paths, world)
+    verdicts = catalogue.with_missing(verdicts, list(EVALUATIONS), NOT_RUN_REASONS)
+    for verdict in verdicts:
+        run.logger.log(
+            f"audit: {verdict.outcome}: {verdict.subject} {verdict.check} {verdict.name}: {verdict.evidence}"
+        )
+
+    # Report.
     declared: dict[str, Any] = {
         "targets": len(stream.tokens) - 1,
         "bytes": int(stream.target_bytes.sum()),
-        "share that scorers with chunks were led over": run.params.audit.trained_share,
-        "positions' key": key.hex(),
+        "share of the stream shown to scorers that train in chunks": run.params.audit.chunked_scorer_share,
+        "key of all positions": key.hex(),
     }
-    guilty = convicted(verdicts)
-    names = FAILED if guilty else ("report.json", "report.md")
-    folder = ".." if guilty else "."
-    run.write_json(f"{folder}/{names[0]}", report.as_json(verdicts, declared))
-    run.write_text(f"{folder}/{names[1]}", report.as_markdown(verdicts, declared))
-    for verdict in verdicts:
-        run.report.log(
-            f"audit: {verdict.outcome}: {verdict.subject} {verdict.check} {verdict.name}: {verdict.evidence}"
-        )
-    if guilty:
+    as_json = report.as_json(verdicts, declared)
+    as_markdown = report.as_markdown(verdicts, declared)
+    if failed := failures(verdicts):
+        json_name, markdown_name = FAILED_REPORTS
+        run.keep_failed(json_name, canonical_json(as_json))
+        kept = run.keep_failed(markdown_name, as_markdown)
         if run.is_main:
             sys.stderr.write(
-                f"error: audit: {reason(guilty[0])}; {len(guilty)} failed, see {run.output.parent / FAILED[1]}\n"
+                f"error: audit: {failure_message(failed[0])}; {len(failed)} failed, see {kept}\n"
             )
         raise SystemExit(1)
-    run.write_json("metrics.json", report.summary(verdicts))
-
-
-def read_stream(val: Path, tokenizer: SentencePieceProcessor, table: bpb.ByteTable) -> Stream:
-    """The validation stream, its bytes by the table and by decoding."""
-    for path in shards.find(val):
-        shards.check_ids(path, table.vocab_size)
-    tokens = shards.stream(val)
-    by_decoding = coverage.count_documents(tokens, tokenizer)
-    return Stream(
-        tokens, table.bos, bpb.target_bytes(tokens, table), by_decoding, Speller(tokenizer).bytes_of
-    )
+    run.write_json("report.json", as_json)
+    run.write_text("report.md", as_markdown)
+    run.write_json("metrics.json", report.count_outcomes(verdicts))
 
 
 def audit_files(
-    run: command.Run[Params], paths: Mapping[str, Path], stream: Stream, tokenizer: SentencePieceProcessor
+    params: Params, paths: Mapping[str, Path], stream: AuditedStream, tokenizer: SentencePieceProcessor
 ) -> list[Verdict]:
-    """Bytes, clocks, denominator, data, seeds."""
-    params, manifest = run.params, read_json(paths["manifest"])
-    documents = np.frombuffer(paths["documents"].read_bytes(), dtype="<u8")
-    training = [
-        budgets.seconds_of(read_json(paths[name]), "training_seconds")
-        for name in ("train_timing", "calibrate_timing")
-    ]
-    whole = None if None in training else sum(seconds for seconds in training if seconds is not None)
+    """Run the checks that need no scorer: sizes, clocks, bytes of the text, data, seeds."""
+    # Budgets: bytes on disk, training and evaluation seconds.
+    sizes = {paths[name].name: paths[name].stat().st_size for name in ("model", "code")}
+    training_seconds: float | None = 0.0
+    for name in ("train_timing", "calibrate_timing"):
+        seconds = budgets.measured_seconds(read_json_object(paths[name]), "training_seconds")
+        if seconds is None or training_seconds is None:
+            training_seconds = None
+        else:
+            training_seconds += seconds
     verdicts = [
-        budgets.check_sizes(
-            {paths[name].name: paths[name].stat().st_size for name in ("model", "code")},
-            params.pack.budget_bytes,
-        ),
-        budgets.check_clock("training", "files", whole, params.train.seconds),
+        budgets.check_sizes(sizes, params.pack.budget_bytes),
+        budgets.check_clock("training", "files", training_seconds, params.train.seconds),
     ]
-    for subject, option in BUDGETED.items():
-        seconds = budgets.seconds_of(read_json(paths[option] / "timing.json"), "process_seconds")
+    for scorer, option in EVALUATIONS.items():
+        seconds = budgets.measured_seconds(read_json_object(paths[option] / "timing.json"), "process_seconds")
         verdicts.append(
-            budgets.check_clock("evaluation", subject, seconds, params.audit.evaluation_budget_seconds)
+            budgets.check_clock("evaluation", scorer, seconds, params.audit.evaluation_budget_seconds)
         )
-    recorded, counts = budgets.manifest_entries(manifest)
+
+    # Text and data: counted bytes, validation shards, documents of val in train.
+    documents = np.frombuffer(paths["documents"].read_bytes(), dtype="<u8")
+    recorded, document_counts = budgets.manifest_entries(read_json_object(paths["manifest"]))
     found = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in shards.find(paths["val"])}
+    val_hashes = budgets.document_hashes(stream.tokens, stream.bos)
     verdicts += [
         coverage.check_denominator(stream.tokens, stream.bos, stream.target_bytes, stream.document_bytes),
-        coverage.check_table(tokenizer, coverage.FUZZ),
+        coverage.check_table(tokenizer, coverage.AWKWARD_TEXTS),
         budgets.check_shards(recorded, found),
-        budgets.check_disjoint(budgets.document_hashes(stream.tokens, stream.bos), documents, *counts),
-        significance.check_seeds([{}], []),
+        budgets.check_disjoint(val_hashes, documents, *document_counts),
+        significance.check_seeds([{}], []),  # one run has one seed: "cannot tell"
     ]
     if params.audit.shingle_rate:
-        verdicts.append(
-            contamination.check_passages(
-                contamination.find(paths["train"], paths["val"], tokenizer, params.audit.shingle_rate)
-            )
+        overlap = contamination.find_overlap(
+            paths["train"], paths["val"], tokenizer, params.audit.shingle_rate
         )
+        verdicts.append(contamination.check_passages(overlap))
     return verdicts
 
 
 def audit_scorers(
-    run: command.Run[Params],
+    run: Run[Params],
     paths: Mapping[str, Path],
-    stream: Stream,
+    stream: AuditedStream,
     table: bpb.ByteTable,
     key: bytes,
-    here: World,
+    world: World,
 ) -> list[Verdict]:
-    """Both scorers of the pipeline, each against its own ledger."""
-    params, verdicts = run.params, []
-    model = load_model(paths["model"], here)
-    tolerances = (params.audit.loss_tolerance, params.audit.mean_tolerance)
-    if activation_dtype(params.parallel, here.device) != here.dtype:
-        tolerances = (params.audit.bfloat16_loss_tolerance, params.audit.bfloat16_mean_tolerance)
-    for name, one in pipeline_scorers.scorers(
-        model, params.sliding_eval, params.ttt_eval, here, table, len(stream.tokens) - 1
-    ).items():
-        claim = read_claim(paths[BUDGETED[name]], f"{BUDGETED[name]}_bpb", tolerances)
+    """Audit both scorers of the pipeline, each with its own ledger."""
+    params = run.params
+    model = load_model(paths["model"], world)
+    scorers = pipeline_scorers.build_scorers(
+        model, params.sliding_eval, params.ttt_eval, world, table, len(stream.tokens) - 1
+    )
+
+    # A ledger written with bfloat16 activations differs more from the audit's float32 losses.
+    loss_tolerance = params.audit.loss_tolerance
+    mean_tolerance = params.audit.mean_tolerance
+    if activation_dtype(params.parallel, world.device) != world.dtype:
+        loss_tolerance = params.audit.bfloat16_loss_tolerance
+        mean_tolerance = params.audit.bfloat16_mean_tolerance
+
+    verdicts: list[Verdict] = []
+    for name, (factory, boundaries, variants) in scorers.items():
+        option = EVALUATIONS[name]
+        claim = read_claim(paths[option], f"{option}_bpb", loss_tolerance, mean_tolerance)
         verdicts += audit_scorer(
-            name, one.factory, stream, claim, one.edges, key, params.audit, run.report, one.variants
+            name, factory, stream, claim, boundaries, key, params.audit, run.logger, variants
         )
         if params.audit.decoded_targets:
-            verdicts.append(_decoded(name, one.factory, params, paths, stream, claim))
+            verdicts.append(audit_decoder(name, factory, params, paths, stream, claim))
     return verdicts
 
 
-def visit_room(params: Params, paths: Mapping[str, Path], here: World) -> list[Verdict]:
-    """B14: the counted files score in a room of their own, with each scorer; training data and this repository are covered."""
-    artifact = {"train_gpt.py": paths["code"], "model.bin": paths["model"]}
-    data = {"data/val": paths["val"], "data/tokenizer.model": paths["tokenizer"]}
-    verdicts = []
-    for name, option in BUDGETED.items():
-        metric = f"{option}_bpb"
-        claimed = float(read_json(paths[option] / "metrics.json").get(metric, math.nan))
-        command_words = ("train_gpt.py", "eval", "--scorer", name)
-        seen = clean_room.visit(
-            clean_room.Artifact(artifact, data, command_words),
-            covered=[paths["train"].absolute(), Path.cwd()],
-        )
-        exact = here.device.type == "cpu"
-        claim = clean_room.Claim(
-            metric, claimed, params.audit.evaluation_budget_seconds, 0.0 if exact else ROOM_TOLERANCE
-        )
-        verdicts += [
-            dataclasses.replace(verdict, subject=name) for verdict in clean_room.check_clean_room(seen, claim)
-        ]
-    return verdicts
-
-
-def _decoded(
-    name: str, factory: Factory, params: Params, paths: Mapping[str, Path], stream: Stream, claim: Claim
+def audit_decoder(
+    name: str,
+    factory: ScorerFactory,
+    params: Params,
+    paths: Mapping[str, Path],
+    stream: AuditedStream,
+    claim: ClaimedEvaluation,
 ) -> Verdict:
-    """B12: the stream's first targets, by a process of its own that computes as this one does."""
+    """B12: encode the first targets of the stream; another process with the same arithmetic decodes them."""
     parallel = dataclasses.replace(
         params.parallel, dtype="float32", deterministic=True, compile=False, nproc=1
     )
@@ -215,37 +214,56 @@ def _decoded(
         "ttt_eval": dataclasses.asdict(params.ttt_eval),
     }
     words = (name, str(paths["model"].absolute()), str(paths["tokenizer"].absolute()), json.dumps(sections))
-    ledger = claim.ledger if claim.ledger.shape == (len(stream.tokens) - 1,) else None
-    recipe = scorer_recipe.Recipe(scorer_recipe.OWN, words)
+    recipe = scorer_recipe.Recipe(scorer_recipe.PIPELINE_FACTORY, words)
+
+    # An incomplete ledger fails B6; the file is then compared with the scorer's own losses.
+    is_complete = claim.ledger.shape == (len(stream.tokens) - 1,)
     return round_trip.check_round_trip(
-        name, factory, recipe, stream.tokens, 1, params.audit.decoded_targets, ledger, claim.tolerances[0]
+        name,
+        factory,
+        recipe,
+        stream.tokens,
+        1,
+        params.audit.decoded_targets,
+        claim.ledger if is_complete else None,
+        claim.loss_tolerance,
     )
 
 
-def read_claim(folder: Path, metric: str, tolerances: tuple[float, float]) -> Claim:
-    """What an evaluation left in its folder; a ledger of the wrong shape is a finding, one that is no array an error."""
+def audit_in_clean_room(params: Params, paths: Mapping[str, Path], world: World) -> list[Verdict]:
+    """B14: run the counted files in a sandbox, once with each scorer.
+
+    Training data and this repository are masked.
+    """
+    counted = {"train_gpt.py": paths["code"], "model.bin": paths["model"]}
+    data = {"data/val": paths["val"], "data/tokenizer.model": paths["tokenizer"]}
+    tolerance = 0.0 if world.device.type == "cpu" else CLEAN_ROOM_TOLERANCE
+    verdicts = []
+    for scorer, option in EVALUATIONS.items():
+        metric = f"{option}_bpb"
+        value = float(read_json_object(paths[option] / "metrics.json").get(metric, math.nan))
+        claim = clean_room.ClaimedMetric(metric, value, params.audit.evaluation_budget_seconds, tolerance)
+
+        artifact = clean_room.AuditedArtifact(counted, data, ("train_gpt.py", "eval", "--scorer", scorer))
+        room_run = clean_room.run_in_clean_room(artifact, masked=[paths["train"].absolute(), Path.cwd()])
+        for verdict in clean_room.check_clean_room(room_run, claim):
+            verdicts.append(dataclasses.replace(verdict, subject=scorer))
+    return verdicts
+
+
+def read_claim(folder: Path, metric: str, loss_tolerance: float, mean_tolerance: float) -> ClaimedEvaluation:
+    """Read the results that an evaluation wrote to its folder.
+
+    A ledger of the wrong shape is left to the checks; a file that is not an array is a ValueError.
+    """
     try:
         nll = np.load(folder / "nll.npy", allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise ValueError(f"{folder / 'nll.npy'} is not a ledger: {error}") from error
-    return Claim(
-        nll,
-        (folder / "chunks.tsv").read_text(encoding="utf-8"),
-        read_json(folder / "metrics.json").get(metric),
-        tolerances,
-    )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; a ValueError that names the file when it is none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds {type(value).__name__}, expected an object")
-    return value
+    chunk_table = (folder / "chunks.tsv").read_text(encoding="utf-8")
+    reported_bpb = read_json_object(folder / "metrics.json").get(metric)
+    return ClaimedEvaluation(nll, chunk_table, reported_bpb, loss_tolerance, mean_tolerance)
 
 
 if __name__ == "__main__":
-    command.launch(STAGE, main)
+    launch(STAGE, main)

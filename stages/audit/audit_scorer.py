@@ -1,7 +1,8 @@
-"""The audit of one scorer: draw positions, walk once, judge.
+"""The audit of one scorer: draw positions, run the probes of all checks in one pass, judge their findings.
 
-A scorer comes as a factory, `n_targets -> scorer at the empty prefix`, and nothing else of it is seen. The list of checks below is the list
-of checks: a new one is some probes for the walk, and a judgement on what they found.
+The audit gets a scorer as a factory, `n_targets -> scorer at the empty prefix`, and knows nothing else
+of it. A check is a list of probes for that pass, and a function that judges what they found;
+`_build_checks` lists all of them.
 """
 
 import itertools
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+from sentencepiece import SentencePieceProcessor
 
 from stages.audit import probe_runner, sampling
 from stages.audit.checks import (
@@ -24,211 +26,283 @@ from stages.audit.checks import (
 )
 from stages.audit.params import AuditParams
 from stages.audit.verdict import Verdict
-from stages.common.progress import Report
+from stages.common.lossless_text import LosslessTokenizer
+from stages.common.progress import Logger
 from stages.common.scorer import Scorer
+from stages.scoring.stream import ValidationStream
 
-Factory = Callable[[int], Scorer]
+ScorerFactory = Callable[[int], Scorer]
+SHORTEST_STREAM = 9  # tokens, so that a segment of sampling.SHORTEST_SEGMENT targets fits
 
 
 @dataclass(frozen=True)
-class Stream:
-    """The validation stream and what is known of it without any scorer."""
+class AuditedStream:
+    """Validation stream, and everything that is known of it without a scorer."""
 
     tokens: np.ndarray  # (N,) uint16
     bos: int
-    target_bytes: np.ndarray  # (N-1,) int64, by the byte table
-    document_bytes: coverage.DocumentBytes  # by decoding
-    spelling: Sequence[bytes] | None = None  # the bytes of each id, where they are known
+    target_bytes: np.ndarray  # (N-1,) int64, counted by the byte table
+    document_bytes: coverage.DocumentBytes  # counted by decoding
+    token_bytes: Sequence[bytes] | None = None  # the bytes of each id, if they are known
 
 
 @dataclass(frozen=True)
-class Claim:
-    """What a scorer's evaluation left behind."""
+class ClaimedEvaluation:
+    """Results of an evaluation that the audit verifies."""
 
-    ledger: np.ndarray  # as read: whether it is whole is a finding, not an assumption
-    chunks: str | None  # chunks.tsv, where there is one
+    ledger: np.ndarray  # as read from its file: a check tests that it is complete
+    chunk_table: str | None  # text of chunks.tsv, if there is one
     reported_bpb: Any  # from metrics.json
-    tolerances: tuple[
-        float, float
-    ]  # nats, for one loss and for the mean: how closely the auditor's arithmetic can repeat the evaluation's
+    # Nats by which the audit's own arithmetic may differ from the evaluation's, for one loss and for
+    # the mean loss.
+    loss_tolerance: float
+    mean_tolerance: float
 
 
 class Check(NamedTuple):
-    """Probes, and what is made of their findings."""
+    """Probes, and the function that turns their findings, one for each probe, into verdicts."""
 
     probes: Sequence[probe_runner.Probe]
     judge: Callable[[list[Any]], list[Verdict]]
 
 
 @dataclass(frozen=True)
-class Case:
-    """One scorer before the audit: how to make it, what it is to score, where its machinery changes gear, and the key of all draws."""
+class AuditCase:
+    """Inputs that the checks of one scorer share."""
 
     name: str
-    factory: Factory
-    stream: Stream
-    edges: sampling.Edges
-    key: bytes
+    factory: ScorerFactory
+    stream: AuditedStream
+    boundaries: sampling.Boundaries
+    key: bytes  # of all random draws
     params: AuditParams
-    variants: metamorphic.Variants = metamorphic.NONE
+    variants: metamorphic.Variants = metamorphic.NO_VARIANTS
 
     @property
     def tokens(self) -> np.ndarray:
-        """The part of the stream that the scorer is led over: less than all where each chunk costs a training."""
-        share = self.params.trained_share if self.edges.chunk else 1.0
-        return self.stream.tokens[: max(9, round(share * len(self.stream.tokens)))]
+        """Tokens that the scorer is shown, (n,) uint16.
+
+        Only the first part of the stream if each chunk costs a training.
+        """
+        share = self.params.chunked_scorer_share if self.boundaries.chunk else 1.0
+        return self.stream.tokens[: max(SHORTEST_STREAM, round(share * len(self.stream.tokens)))]
+
+
+def audited_stream(stream: ValidationStream, tokenizer: SentencePieceProcessor) -> AuditedStream:
+    """Add the bytes of each document, which the audit counts by itself, and the bytes of each id."""
+    return AuditedStream(
+        stream.tokens,
+        stream.table.bos,
+        stream.counted_bytes,
+        coverage.count_decoded_bytes(stream.tokens, tokenizer),
+        LosslessTokenizer(tokenizer).token_bytes,
+    )
 
 
 def audit_scorer(
     name: str,
-    factory: Factory,
-    stream: Stream,
-    claim: Claim,
-    edges: sampling.Edges,
+    factory: ScorerFactory,
+    stream: AuditedStream,
+    claim: ClaimedEvaluation,
+    boundaries: sampling.Boundaries,
     key: bytes,
     params: AuditParams,
-    report: Report,
-    variants: metamorphic.Variants = metamorphic.NONE,
+    logger: Logger,
+    variants: metamorphic.Variants = metamorphic.NO_VARIANTS,
 ) -> list[Verdict]:
-    """Every verdict on one scorer and its ledger."""
-    whole = coverage.check_ledger(name, claim.ledger, len(stream.tokens) - 1)
-    ledger = claim.ledger if whole.outcome == "pass" else None
-    on_files = [whole, coverage.check_reported(name, ledger, claim.reported_bpb, stream.document_bytes)]
-    if claim.chunks is not None:
-        on_files.append(coverage.check_chunks(name, claim.chunks, ledger, stream.target_bytes))
+    """Run every check on one scorer and its ledger."""
+    # The claimed files by themselves. An incomplete ledger is not compared with anything.
+    complete = coverage.check_ledger(name, claim.ledger, len(stream.tokens) - 1)
+    ledger = claim.ledger if complete.outcome == "pass" else None
+    verdicts = [complete, coverage.check_reported(name, ledger, claim.reported_bpb, stream.document_bytes)]
+    if claim.chunk_table is not None:
+        verdicts.append(coverage.check_chunks(name, claim.chunk_table, ledger, stream.target_bytes))
+
+    # The scorer.
+    case = AuditCase(name, factory, stream, boundaries, key, params, variants)
     try:
-        return on_files + _walked(
-            Case(name, factory, stream, edges, key, params, variants), ledger, claim.tolerances, report
-        )
-    except probe_runner.BrokenProtocol as error:
-        return [*on_files, _broken(name, error)]
+        verdicts += _run_checks(case, ledger, claim, logger)
+    except probe_runner.ProtocolError as error:
+        verdicts.append(_protocol_failure(name, error))
+    return verdicts
 
 
-def _walked(
-    case: Case, ledger: np.ndarray | None, tolerances: tuple[float, float], report: Report
+def _run_checks(
+    case: AuditCase, ledger: np.ndarray | None, claim: ClaimedEvaluation, logger: Logger
 ) -> list[Verdict]:
-    tokens, params = case.tokens, case.params
+    """Run the probes of all checks in one pass, and judge their findings.
+
+    ledger: (N-1,) float32, or None without a complete one.
+    """
     targets = len(case.stream.tokens) - 1
     scorer = case.factory(targets)
-    segment = min(params.segment_targets, len(tokens) - 1)
-    predicts = bool(getattr(scorer, "predicts", True))
+    segment = min(case.params.segment_targets, len(case.tokens) - 1)
     groups = sampling.perturbation_groups(
-        case.key, tokens, case.stream.bos, case.edges, params.perturbations, segment
+        case.key, case.tokens, case.stream.bos, case.boundaries, case.params.perturbations, segment
     )
-    futures = Check(
-        causality.probes(case.key, groups, tokens, scorer.vocab_size, case.stream.bos),
-        lambda seen: [causality.judge_perturbation(case.name, groups, seen)],
+    checks = _build_checks(case, scorer, groups, segment, ledger, claim.loss_tolerance)
+
+    # One pass over the stream for all of them, which also recomputes a share of the losses.
+    probes = [probe for check in checks.values() for probe in check.probes]
+    spans = sampling.recomputed_spans(case.key, len(case.tokens), case.params.recomputed_share, segment)
+    with logger.progress(f"audit of {case.name}", len(case.tokens)) as progress:
+        results = probe_runner.run_probes(scorer, case.tokens, probes, spans, segment, progress.advance)
+
+    # Give each check the findings of its own probes.
+    remaining = iter(results.findings)
+    findings = {name: list(itertools.islice(remaining, len(check.probes))) for name, check in checks.items()}
+    verdicts = []
+    for name, check in checks.items():
+        verdicts += check.judge(findings[name])
+
+    # Compare the ledger with all losses that were computed without the future, also those of the
+    # perturbed segments.
+    recomputed = np.full(targets, np.nan, dtype=np.float32)
+    recomputed[: len(results.losses)] = results.losses
+    verdicts.append(
+        causality.judge_recomputation(
+            case.name, ledger, recomputed, groups, findings["B1"], claim.loss_tolerance, claim.mean_tolerance
+        )
     )
-    checks = [
-        futures,
-        _distributions(case, ledger, tolerances[0], scorer.vocab_size)
-        if predicts
-        else _totals(case, scorer.vocab_size),
-        _documents(case, scorer),
-        _handings(case, segment, predicts),
-        *_canaries(case, scorer.vocab_size, predicts),
-    ]
-    stretches = sampling.recomputed_stretches(case.key, len(tokens), params.recomputed_share, segment)
-    probes = [probe for check in checks for probe in check.probes]
-    with report.progress(f"audit of {case.name}", len(tokens)) as progress:
-        losses, findings = probe_runner.walk(scorer, tokens, probes, stretches, segment, progress.advance)
-    again = np.full(targets, np.nan, dtype=np.float32)
-    again[: len(losses)] = losses
-    first_of = np.cumsum([0, *(len(check.probes) for check in checks)])
-    found = [findings[a:b] for a, b in itertools.pairwise(first_of)]
-    return [
-        *(verdict for check, seen in zip(checks, found, strict=True) for verdict in check.judge(seen)),
-        causality.judge_recomputation(case.name, ledger, again, groups, found[0], tolerances),
-        *_restarted(case, segment, scorer.vocab_size),
-    ]
+    return verdicts + _rerun_checks(case, segment, scorer.vocab_size)
 
 
-def _distributions(case: Case, ledger: np.ndarray | None, tolerance: float, vocab_size: int) -> Check:
-    """B2, B3, B4: what predict() shows, and what is charged."""
-    count, params = len(case.tokens), case.params
-    places = sampling.distribution_positions(case.key, count, params.distributions)
-    return Check(
-        normalisation.probes(case.key, places, count, vocab_size, params.substitutions),
-        lambda seen: [
-            normalisation.judge_independence(case.name, seen),
-            normalisation.judge_sum(case.name, seen, params.sum_tolerance),
-            normalisation.judge_substitution(case.name, seen, vocab_size, params.loss_tolerance),
-            normalisation.judge_commitment(case.name, ledger, seen, tolerance),
-        ],
-    )
+def _build_checks(
+    case: AuditCase,
+    scorer: Scorer,
+    groups: list[sampling.PerturbationGroup],
+    segment: int,
+    ledger: np.ndarray | None,
+    ledger_tolerance: float,
+) -> dict[str, Check]:
+    """Build every check that runs in the common pass, by number."""
+    vocab_size = scorer.vocab_size
+    predicts = bool(getattr(scorer, "predicts", True))
+
+    # Causality. Its findings are needed again, for the recomputed losses.
+    perturbations = causality.probes(case.key, groups, case.tokens, vocab_size, case.stream.bos)
+    checks = {
+        "B1": Check(
+            perturbations,
+            lambda segments: [causality.judge_perturbation(case.name, groups, segments)],
+        )
+    }
+
+    # Normalisation: with predict() its sum can be computed, without it only sums of losses.
+    if predicts:
+        checks["B2 B3 B4"] = _distribution_check(case, ledger, ledger_tolerance, vocab_size)
+    else:
+        checks["B3"] = _blackbox_check(case, vocab_size)
+
+    # Order of documents, division into calls, and spans that nobody can predict.
+    checks["B1c"] = _document_order_check(case, scorer)
+    checks["B5 B13"] = _call_split_check(case, segment, predicts)
+    return checks | _canary_checks(case, vocab_size, predicts)
 
 
-def _totals(case: Case, vocab_size: int) -> Check:
-    """B3 where there is no predict()."""
+def _distribution_check(
+    case: AuditCase, ledger: np.ndarray | None, ledger_tolerance: float, vocab_size: int
+) -> Check:
+    """B2, B3 and B4: the distribution that predict() shows, and the losses that are charged."""
     params = case.params
-    places = sampling.distribution_positions(case.key, len(case.tokens), params.distributions)
+    length = len(case.tokens)
+    positions = sampling.distribution_positions(case.key, length, params.distributions)
     return Check(
-        normalisation_blackbox.probes(case.key, places, case.tokens, vocab_size, params.substitutions),
-        lambda seen: [
-            normalisation_blackbox.judge(case.name, seen, params.loss_tolerance, params.canary_bits)
+        normalisation.probes(case.key, positions, length, vocab_size, params.substitutions),
+        lambda findings: [
+            normalisation.judge_independence(case.name, findings),
+            normalisation.judge_sum(case.name, findings, params.sum_tolerance),
+            normalisation.judge_substitution(case.name, findings, vocab_size, params.loss_tolerance),
+            normalisation.judge_commitment(case.name, ledger, findings, ledger_tolerance),
         ],
     )
 
 
-def _documents(case: Case, scorer: Scorer) -> Check:
+def _blackbox_check(case: AuditCase, vocab_size: int) -> Check:
+    """B3 for a scorer without predict()."""
+    params = case.params
+    positions = sampling.distribution_positions(case.key, len(case.tokens), params.distributions)
+    return Check(
+        normalisation_blackbox.probes(case.key, positions, case.tokens, vocab_size, params.substitutions),
+        lambda findings: [
+            normalisation_blackbox.judge(case.name, findings, params.loss_tolerance, params.canary_bits)
+        ],
+    )
+
+
+def _document_order_check(case: AuditCase, scorer: Scorer) -> Check:
     """B1c."""
-    start = sampling.spread(case.key, "graph", len(case.tokens), 1)[0]
+    start = sampling.late_positions(case.key, "graph", len(case.tokens), 1)[0]
     probe = document_order.probe(
-        case.key, start, case.tokens, scorer.vocab_size, case.stream.bos, case.params.graph_documents
+        case.key, start, case.tokens, scorer.vocab_size, case.stream.bos, case.params.order_documents
     )
     scope = getattr(scorer, "scope", "stream")
-    return Check([probe], lambda seen: [document_order.judge(case.name, probe, seen[0], scope)])
+    return Check([probe], lambda findings: [document_order.judge(case.name, probe, findings[0], scope)])
 
 
-def _handings(case: Case, segment: int, predicts: bool) -> Check:
-    """B5 and B13."""
+def _call_split_check(case: AuditCase, segment: int, predicts: bool) -> Check:
+    """B13, and B5 for a scorer with predict()."""
     tolerance = case.params.loss_tolerance
-    places = sampling.spread(case.key, "pieces", len(case.tokens), case.params.handed_stretches)
-    probes = call_invariance.probes(case.key, places, len(case.tokens), segment, predicts)
-    return Check(
-        probes,
-        lambda seen: [
-            call_invariance.judge_pieces(case.name, probes, seen, tolerance),
-            *([call_invariance.judge_trace(case.name, probes, seen, tolerance)] if predicts else []),
-        ],
+    length = len(case.tokens)
+    positions = sampling.late_positions(case.key, "pieces", length, case.params.call_splits)
+    probes = call_invariance.probes(case.key, positions, length, segment, predicts)
+
+    def judge(findings: list[Any]) -> list[Verdict]:
+        verdicts = [call_invariance.judge_pieces(case.name, probes, findings, tolerance)]
+        if predicts:
+            verdicts.append(call_invariance.judge_trace(case.name, probes, findings, tolerance))
+        return verdicts
+
+    return Check(probes, judge)
+
+
+def _canary_checks(case: AuditCase, vocab_size: int, predicts: bool) -> dict[str, Check]:
+    """B7, B9 and, for a scorer with predict(), B8."""
+    params = case.params
+    bits = params.canary_bits
+    starts = sampling.late_positions(case.key, "canary", len(case.tokens), 1 + len(canary.SOURCES))
+    uniform, *others = canary.probes(
+        case.key, starts, params.canary_targets, case.tokens, vocab_size, case.stream.token_bytes
     )
+    checks = {
+        "B7": Check([uniform], lambda found: [canary.judge(case.name, "B7", "uniform canary", found, bits)]),
+        "B9": Check(
+            others, lambda found: [canary.judge(case.name, "B9", "known-entropy canaries", found, bits)]
+        ),
+    }
+    if predicts:
+        sampled = canary.self_sampled_probe(case.key, starts[-1], params.sampled_targets)
+        checks["B8"] = Check(
+            [sampled], lambda found: [canary.judge(case.name, "B8", "self-sampled canary", found, bits)]
+        )
+    return checks
 
 
-def _canaries(case: Case, vocab_size: int, predicts: bool) -> list[Check]:
-    """B7, B8, B9."""
-    params, tokens = case.params, case.tokens
-    starts = sampling.spread(case.key, "canary", len(tokens), 1 + len(canary.SOURCES))
-    known = canary.probes(case.key, starts, params.canary_targets, tokens, vocab_size, case.stream.spelling)
-    sampled = [canary.self_sampled(case.key, starts[-1], params.sampled_targets)] if predicts else []
-    made = [
-        Check(known[:1], _judge_canary(case, "B7", "uniform canary")),
-        Check(known[1:], _judge_canary(case, "B9", "known-entropy canaries")),
-        Check(sampled, _judge_canary(case, "B8", "self-sampled canary")),
-    ]
-    return [check for check in made if check.probes]
-
-
-def _judge_canary(case: Case, check: str, name: str) -> Callable[[list[Any]], list[Verdict]]:
-    return lambda seen: [canary.judge(case.name, check, name, seen, case.params.canary_bits)]
-
-
-def _restarted(case: Case, segment: int, vocab_size: int) -> list[Verdict]:
-    """B13 and B10: other scorers from the same factory, on the stream's first segment."""
+def _rerun_checks(case: AuditCase, segment: int, vocab_size: int) -> list[Verdict]:
+    """B13 and B10: other scorers from the same factory, on the first segment of the stream."""
     targets = len(case.stream.tokens) - 1
-    first = case.tokens[: segment + 1]
+    first_segment = case.tokens[: segment + 1]
     runs = []
     for _ in range(2):
         scorer = case.factory(targets)
-        scorer.observe(int(first[0]))
-        runs.append(probe_runner.score(scorer, first[1:]))
-    tolerances = (case.params.loss_tolerance, case.params.canary_bits)
+        scorer.observe(int(first_segment[0]))
+        runs.append(probe_runner.checked_score(scorer, first_segment[1:]))
     return [
-        call_invariance.judge_again(case.name, runs[0], runs[1]),
-        *metamorphic.check(case.name, case.variants, case.key, first, runs[0], vocab_size, tolerances),
+        call_invariance.judge_rerun(case.name, runs[0], runs[1]),
+        *metamorphic.check(
+            case.name,
+            case.variants,
+            case.key,
+            first_segment,
+            runs[0],
+            vocab_size,
+            case.params.loss_tolerance,
+            case.params.canary_bits,
+        ),
     ]
 
 
-def _broken(name: str, error: probe_runner.BrokenProtocol) -> Verdict:
+def _protocol_failure(name: str, error: probe_runner.ProtocolError) -> Verdict:
     return Verdict(
         check="B6",
         name="protocol",
@@ -240,6 +314,6 @@ def _broken(name: str, error: probe_runner.BrokenProtocol) -> Verdict:
         expected="one loss for each token, one probability for each id",
         bound=0,
         positions=(),
-        sees="scorers that leave targets out or show no distribution",
-        blind="everything that the checks which could not be run would see",
+        sees="scorers that leave targets out or return no distribution",
+        blind="everything that the checks which could not run would detect",
     )

@@ -1,6 +1,6 @@
-"""Every test of the list of rules, B1 to B16: what was not run is said, and not forgotten.
+"""Catalogue of the checks, B1 to B16: the report has a verdict for each of them on each subject.
 
-The report has a verdict for each of them on each subject. Where nothing ran, that verdict is "cannot tell" with the reason.
+A check that did not run gets the verdict "cannot tell" with the reason, so that it is never forgotten.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,62 +9,68 @@ from typing import NamedTuple
 from stages.audit.verdict import Verdict
 
 
-class Entry(NamedTuple):
-    """A test of the list."""
+class CatalogueEntry(NamedTuple):
+    """One check of the catalogue."""
 
     name: str
-    conditions: tuple[str, ...]
-    needs: str  # why it may not have been run
+    conditions: tuple[str, ...]  # keys of report.CONDITIONS
+    needs: str  # without this it cannot run
 
 
-OF_SCORERS = {
-    "B1": Entry("future perturbation", ("C1", "C3", "C4"), "a scorer that could be run"),
-    "B1c": Entry("dependency graph", ("C1", "C4"), "a scorer that could be run"),
-    "B2": Entry("own-token independence", ("C1", "C2", "C3"), "predict(), observe() and fork()"),
-    "B3": Entry("counterfactual sum", ("C2", "C3"), "a scorer that could be run"),
-    "B4": Entry("ledger equals commitment", ("C1", "C2", "C3", "metric"), "predict(), and a ledger"),
-    "B5": Entry("reading leaves no trace", ("C3", "C4"), "predict(), observe() and fork()"),
-    "B6": Entry("coverage", ("C4", "metric"), "a ledger of the whole stream"),
-    "B7": Entry("uniform canary", ("C1", "C2"), "a scorer that could be run"),
-    "B8": Entry("self-sampled canary", ("C1", "C2"), "predict(), observe() and fork()"),
-    "B9": Entry("known-entropy canaries", ("C1", "C2"), "a scorer that could be run"),
-    "B10": Entry(
+ANY_SCORER = "a scorer that could be run"
+STEPWISE = "predict(), observe() and fork()"
+SCORER_CHECKS = {
+    "B1": CatalogueEntry("future perturbation", ("C1", "C3", "C4"), ANY_SCORER),
+    "B1c": CatalogueEntry("dependency graph", ("C1", "C4"), ANY_SCORER),
+    "B2": CatalogueEntry("own-token independence", ("C1", "C2", "C3"), STEPWISE),
+    "B3": CatalogueEntry("counterfactual sum", ("C2", "C3"), ANY_SCORER),
+    "B4": CatalogueEntry("ledger equals commitment", ("C1", "C2", "C3", "metric"), "predict(), and a ledger"),
+    "B5": CatalogueEntry("reading leaves no trace", ("C3", "C4"), STEPWISE),
+    "B6": CatalogueEntry("coverage", ("C4", "metric"), "a ledger of the whole stream"),
+    "B7": CatalogueEntry("uniform canary", ("C1", "C2"), ANY_SCORER),
+    "B8": CatalogueEntry("self-sampled canary", ("C1", "C2"), STEPWISE),
+    "B9": CatalogueEntry("known-entropy canaries", ("C1", "C2"), ANY_SCORER),
+    "B10": CatalogueEntry(
         "metamorphic variants", ("C2",), "a factory that takes `permutation`, `buckets` or `memory_weight`"
     ),
-    "B12": Entry(
-        "decoder round trip", ("C1", "C2", "C3", "C4"), "predict(), observe() and fork(), and a fresh process"
-    ),
-    "B13": Entry("whole or in pieces", ("C1", "C3", "C4"), "a scorer that could be run"),
+    "B12": CatalogueEntry("decoder round trip", ("C1", "C2", "C3", "C4"), f"{STEPWISE}, and a fresh process"),
+    "B13": CatalogueEntry("whole or in pieces", ("C1", "C3", "C4"), ANY_SCORER),
 }
-OF_FILES = {
-    "B11": Entry("denominator", ("metric",), "tokens and their tokenizer"),
-    "B14": Entry("clean room", ("clean room",), "a command that scores in an empty folder"),
-    "B15": Entry("train and val disjoint", ("data",), "the training documents, or their hashes"),
-    "B16": Entry("significance", ("statistics",), "three seeds of one configuration and a baseline"),
-    "budget": Entry("bytes", ("budget",), "the counted files"),
+FILE_CHECKS = {
+    "B11": CatalogueEntry("denominator", ("metric",), "tokens and their tokenizer"),
+    "B14": CatalogueEntry("clean room", ("clean room",), "a command that scores in an empty folder"),
+    "B15": CatalogueEntry("train and val disjoint", ("data",), "the training documents, or their hashes"),
+    "B16": CatalogueEntry("significance", ("statistics",), "three seeds of one configuration and a baseline"),
+    "budget": CatalogueEntry("bytes", ("budget",), "the counted files"),
 }
 
 
-def complete(
+def with_missing(
     verdicts: Sequence[Verdict], scorers: Sequence[str], reasons: Mapping[str, str] | None = None
 ) -> list[Verdict]:
-    """The verdicts, and one "cannot tell" for each test that is missing among them; `reasons` says why, by test."""
-    found = {(verdict.subject, verdict.check) for verdict in verdicts}
-    wanted = [(subject, check, entry) for subject in scorers for check, entry in OF_SCORERS.items()]
-    absent = [
-        not_run(subject, check, entry, reasons or {})
-        for subject, check, entry in wanted
-        if (subject, check) not in found
-    ]
-    run = {verdict.check for verdict in verdicts}
-    absent += [
-        not_run("files", check, entry, reasons or {}) for check, entry in OF_FILES.items() if check not in run
-    ]
-    return [*verdicts, *absent]
+    """Add a "cannot tell" for each check of the catalogue that has no verdict.
+
+    scorers: subjects that need every check of SCORER_CHECKS; reasons: explanations by check number,
+    instead of `needs`.
+    """
+    reasons = reasons or {}
+    complete = list(verdicts)
+
+    checks_on_subject = {(verdict.subject, verdict.check) for verdict in verdicts}
+    for subject in scorers:
+        for check, entry in SCORER_CHECKS.items():
+            if (subject, check) not in checks_on_subject:
+                complete.append(not_run(subject, check, entry, reasons))
+
+    checks_on_anything = {verdict.check for verdict in verdicts}
+    for check, entry in FILE_CHECKS.items():
+        if check not in checks_on_anything:
+            complete.append(not_run("files", check, entry, reasons))
+    return complete
 
 
-def not_run(subject: str, check: str, entry: Entry, reasons: Mapping[str, str]) -> Verdict:
-    """The verdict of a test that was not run."""
+def not_run(subject: str, check: str, entry: CatalogueEntry, reasons: Mapping[str, str]) -> Verdict:
+    """Build the verdict of a check that did not run."""
     return Verdict(
         check=check,
         name=entry.name,

@@ -1,4 +1,4 @@
-"""The pipeline's own scorers as the audit takes them: a factory, where their machinery changes gear, and other names for their ids."""
+"""The pipeline's scorers prepared for the audit: factory, boundaries, and a variant with permuted ids."""
 
 import copy
 import dataclasses
@@ -8,77 +8,85 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from stages.audit.audit_scorer import Factory
+from stages.audit.audit_scorer import ScorerFactory
 from stages.audit.checks.metamorphic import Variants
-from stages.audit.sampling import Edges
+from stages.audit.sampling import Boundaries
 from stages.common.bpb import ByteTable
 from stages.common.parallel import World
 from stages.common.scorer import Scorer
 from stages.sliding_eval.params import SlidingEvalParams
 from stages.sliding_eval.scorer import SlidingScorer
 from stages.train.model import Model
-from stages.ttt_eval.build import scorer_for
+from stages.ttt_eval.build import build_scorer
 from stages.ttt_eval.params import TttEvalParams
 
+Builder = Callable[[Model, ByteTable, int], Scorer]  # the int is the number of targets
 
-class Own(NamedTuple):
-    """One of them."""
 
-    factory: Factory
-    edges: Edges
+class AuditedScorer(NamedTuple):
+    """One scorer of the pipeline, prepared for the audit."""
+
+    factory: ScorerFactory
+    boundaries: Boundaries
     variants: Variants
 
 
-Make = Callable[[Model, ByteTable, int], Scorer]
-
-
-def scorers(
+def build_scorers(
     model: Model,
     sliding: SlidingEvalParams,
     ttt: TttEvalParams,
-    here: World,
+    world: World,
     table: ByteTable,
     n_targets: int,
-) -> dict[str, Own]:
-    """All of them, by the name of their stage."""
-    made: dict[str, tuple[Make, Edges]] = {
-        "sliding_eval": (
-            lambda model, _, __: SlidingScorer(model, sliding, here),
-            Edges(window=sliding.stride, chunk=None),
-        ),
-        "ttt_eval": (
-            lambda model, table, targets: scorer_for(model, sliding, ttt, here, table, targets),
-            Edges(window=sliding.stride, chunk=ttt.chunk if ttt.kind == "sgd" else None),
-        ),
+) -> dict[str, AuditedScorer]:
+    """Prepare both scorers, by the name of their stage."""
+
+    def build_sliding(model: Model, table: ByteTable, n_targets: int) -> Scorer:
+        return SlidingScorer(model, sliding, world)
+
+    def build_ttt(model: Model, table: ByteTable, n_targets: int) -> Scorer:
+        return build_scorer(model, sliding, ttt, world, table, n_targets)
+
+    chunk = ttt.chunk if ttt.kind == "sgd" else None
+    without_chunks = Boundaries(window=sliding.stride, chunk=None)
+    with_chunks = Boundaries(window=sliding.stride, chunk=chunk)
+    return {
+        "sliding_eval": _prepare(build_sliding, without_chunks, model, table, n_targets),
+        "ttt_eval": _prepare(build_ttt, with_chunks, model, table, n_targets),
     }
-    return {name: _own(make, edges, model, table, n_targets) for name, (make, edges) in made.items()}
 
 
-def _own(make: Make, edges: Edges, model: Model, table: ByteTable, n_targets: int) -> Own:
-    return Own(
-        factory=lambda targets: make(model, table, targets),
-        edges=edges,
-        variants=Variants(
-            relabelled=lambda names: make(relabelled(model, names), respelled(table, names), n_targets)
-        ),
-    )
+def permute_model_ids(model: Model, permutation: np.ndarray) -> Model:
+    """Copy a model and rename id a to permutation[a], (V,).
 
-
-def relabelled(model: Model, names: np.ndarray) -> Model:
-    """A model that calls id a names[a], (V,): the rows of its tables in another order, and nothing else."""
-    twin = copy.deepcopy(model)
-    order = torch.from_numpy(np.argsort(names)).to(model.embedding.weight.device)
+    The rows of its embedding tables are reordered; nothing else changes.
+    """
+    permuted = copy.deepcopy(model)
+    order = torch.from_numpy(np.argsort(permutation)).to(model.embedding.weight.device)
     with torch.no_grad():
-        for table in (twin.embedding, *twin.value_tables):
+        for table in (permuted.embedding, *permuted.value_tables):
             table.weight.copy_(table.weight[order])
-    twin.params = dataclasses.replace(model.params, bos_id=int(names[model.params.bos_id]))
-    if twin.smear is not None:
-        twin.smear.bos_id = twin.params.bos_id
-    return twin
+    permuted.params = dataclasses.replace(model.params, bos_id=int(permutation[model.params.bos_id]))
+    if permuted.smear is not None:
+        permuted.smear.bos_id = permuted.params.bos_id
+    return permuted
 
 
-def respelled(table: ByteTable, names: np.ndarray) -> ByteTable:
-    """The table of a tokenizer that calls id a names[a], (V,)."""
-    order = np.argsort(names)
+def permute_table_ids(table: ByteTable, permutation: np.ndarray) -> ByteTable:
+    """Copy a byte table and rename id a to permutation[a], (V,)."""
+    order = np.argsort(permutation)
     texts = tuple(table.texts[i] for i in order.tolist())
-    return ByteTable(texts, table.leading_space[order], table.boundary[order], int(names[table.bos]))
+    return ByteTable(texts, table.leading_space[order], table.boundary[order], int(permutation[table.bos]))
+
+
+def _prepare(
+    build: Builder, boundaries: Boundaries, model: Model, table: ByteTable, n_targets: int
+) -> AuditedScorer:
+    def with_permuted_ids(permutation: np.ndarray) -> Scorer:
+        return build(permute_model_ids(model, permutation), permute_table_ids(table, permutation), n_targets)
+
+    return AuditedScorer(
+        factory=lambda targets: build(model, table, targets),
+        boundaries=boundaries,
+        variants=Variants(permuted_ids=with_permuted_ids),
+    )

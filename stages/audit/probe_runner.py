@@ -1,10 +1,11 @@
-"""One causal pass over a stream, with forks at the places that the checks ask for.
+"""Runs the probes of all checks in one causal pass over the stream.
 
-The walker is a single scorer that is shown the stream's tokens one after the other and never a token ahead. `observe` is the cheap way
-forward (a sliding window does nothing there, test-time training only its updates), so late positions are reached without paying for an
-evaluation. Inside the stretches that are to be recomputed it goes forward by `score_stream`, at most `segment` targets at a time: the
-losses that it then returns cannot depend on anything behind the segment. Where a probe wants to begin, the walker is forked and the
-probe does with the fork what it likes.
+A single scorer is shown the tokens of the stream one after the other, and never a token ahead.
+`observe` is the cheap way forward (a sliding window does nothing there, test-time training only its
+updates), so late positions are reached without paying for an evaluation. Inside the spans that are to
+be recomputed the scorer goes forward by `score_stream`, at most `segment` targets at a time: the losses
+that it then returns cannot depend on anything after the segment. Where a probe starts, the scorer is
+forked, and the probe may do anything with the fork.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,100 +15,117 @@ import numpy as np
 
 from stages.common.scorer import Scorer
 
+# Nats by which two losses may differ and still count as equal. Other boundaries after a target may put
+# it into a batch of another shape, whose sums differ in the last bits.
+ROUNDING = 1.0e-5
+
 
 class Probe(Protocol):
-    """Something to do with a scorer that has observed tokens[:start] and nothing more."""
+    """An experiment with a scorer that has observed tokens[:start] and nothing more."""
 
     @property
     def start(self) -> int:
-        """How many tokens the scorer has observed."""
+        """Number of tokens that the scorer has observed."""
         ...
 
     def run(self, scorer: Scorer, tokens: np.ndarray) -> Any:
-        """What was seen; the scorer is the probe's own."""
+        """Run the experiment and return its finding.
+
+        scorer: a fork that the probe may change; tokens: (N,) uint16, the whole stream.
+        """
         ...
 
 
-ROUNDING = 1.0e-5  # nats: other boundaries behind a target may put it into a batch of another shape, whose sums differ in the last bits
+class ProtocolError(ValueError):
+    """A scorer did not return what the protocol promises (common/scorer.py)."""
 
 
-class BrokenProtocol(ValueError):
-    """A scorer did not return what the protocol promises."""
+class ProbeResults(NamedTuple):
+    """Results of one pass."""
+
+    losses: np.ndarray  # (N-1,) float32: recomputed losses by target, NaN where none was wanted
+    findings: list[Any]  # one for each probe, in the order of the probes
 
 
-class Walk(NamedTuple):
-    """What came of a walk: recomputed losses by target, NaN where none was asked for, and each probe's finding in the probes' order."""
-
-    losses: np.ndarray  # (N-1,) float32
-    findings: list[Any]
-
-
-def walk(
+def run_probes(
     scorer: Scorer,
     tokens: np.ndarray,
     probes: Sequence[Probe],
-    stretches: Sequence[tuple[int, int]],
+    spans: Sequence[tuple[int, int]],
     segment: int,
     advance: Callable[[int], None] = lambda tokens: None,
-) -> Walk:
-    """Lead a fresh scorer over `tokens`, (N,) uint16, to the last place of interest.
+) -> ProbeResults:
+    """Show a stream to a fresh scorer, and run each probe on the way.
 
-    `stretches` are the disjoint, sorted half-open ranges of target positions (tokens indices) to recompute; `advance` is told how many
-    tokens have gone by.
+    tokens: (N,) uint16; the pass ends at the last position of interest.
+
+    spans: disjoint, sorted half-open ranges of target positions (token indices) to recompute.
+    advance: called with the number of tokens passed since its last call.
     """
     losses = np.full(len(tokens) - 1, np.nan, dtype=np.float32)
     findings: list[Any] = [None] * len(probes)
     waiting = sorted(range(len(probes)), key=lambda i: probes[i].start)
-    inside = _membership(stretches, len(tokens))
-    marks = {probe.start for probe in probes} | {edge for stretch in stretches for edge in stretch}
+    recomputed = _in_spans(spans, len(tokens))
+
+    # Positions where something changes: a probe starts, or a span begins or ends.
+    stops = {probe.start for probe in probes}
+    for span in spans:
+        stops.update(span)
+
     scorer.observe(int(tokens[0]))
-    at = 1
-    for mark in sorted(marks):
-        assert 1 <= mark <= len(tokens), f"a probe cannot start at {mark}"
-        while at < mark:
-            stop = min(at + segment, mark) if inside[at] else mark
-            if inside[at]:
-                losses[at - 1 : stop - 1] = score(scorer, tokens[at:stop])
+    position = 1
+    for stop in sorted(stops):
+        assert 1 <= stop <= len(tokens), f"a probe cannot start at {stop}"
+
+        # Go forward to the stop: scoring inside a span, observing outside.
+        while position < stop:
+            end = min(position + segment, stop) if recomputed[position] else stop
+            if recomputed[position]:
+                losses[position - 1 : end - 1] = checked_score(scorer, tokens[position:end])
             else:
-                for token in tokens[at:stop].tolist():
+                for token in tokens[position:end].tolist():
                     scorer.observe(token)
-            advance(stop - at)
-            at = stop
-        while waiting and probes[waiting[0]].start == at:
+            advance(end - position)
+            position = end
+
+        # Run the probes that start here.
+        while waiting and probes[waiting[0]].start == position:
             i = waiting.pop(0)
             findings[i] = probes[i].run(scorer.fork(), tokens)
     assert not waiting
-    return Walk(losses, findings)
+    return ProbeResults(losses, findings)
 
 
-def score(scorer: Scorer, tokens: np.ndarray) -> np.ndarray:
-    """`score_stream` of a scorer that has observed something, held to its promise: one float32 for each token."""
-    return _held_to("score_stream", scorer.score_stream(tokens), np.dtype(np.float32), tokens.shape)
+def checked_score(scorer: Scorer, tokens: np.ndarray) -> np.ndarray:
+    """Call `score_stream`; a ProtocolError unless it returns one float32 loss for each of tokens (n,).
+
+    The scorer must have observed at least one token before.
+    """
+    return _checked("score_stream", scorer.score_stream(tokens), np.dtype(np.float32), tokens.shape)
 
 
-def moved(losses: np.ndarray, base: np.ndarray) -> np.ndarray:
-    """Where two runs differ by more than rounding, (n,) bool; what is no number differs."""
+def checked_predict(scorer: Scorer) -> np.ndarray:
+    """Call `predict` and copy its result; a ProtocolError unless it is float64 (V,)."""
+    return _checked("predict", scorer.predict(), np.dtype(np.float64), (scorer.vocab_size,)).copy()
+
+
+def differs(losses: np.ndarray, base: np.ndarray) -> np.ndarray:
+    """Mark losses (..., n) that differ from `base` by more than rounding; NaN always differs."""
     return ~(np.abs(losses.astype(np.float64) - base.astype(np.float64)) <= ROUNDING)
 
 
-def distribution(scorer: Scorer) -> np.ndarray:
-    """`predict`, held to its promise: one float64 for each id."""
-    return _held_to("predict", scorer.predict(), np.dtype(np.float64), (scorer.vocab_size,)).copy()
+def _checked(method: str, returned: Any, dtype: np.dtype[Any], shape: tuple[int, ...]) -> np.ndarray:
+    if isinstance(returned, np.ndarray) and returned.dtype == dtype and returned.shape == shape:
+        return returned
+    saw = (
+        f"{returned.dtype} {returned.shape}" if isinstance(returned, np.ndarray) else type(returned).__name__
+    )
+    raise ProtocolError(f"{method} returned {saw}, expected {dtype} {shape}")
 
 
-def _held_to(what: str, returned: Any, dtype: np.dtype[Any], shape: tuple[int, ...]) -> np.ndarray:
-    if not isinstance(returned, np.ndarray) or returned.dtype != dtype or returned.shape != shape:
-        saw = (
-            f"{returned.dtype} {returned.shape}"
-            if isinstance(returned, np.ndarray)
-            else type(returned).__name__
-        )
-        raise BrokenProtocol(f"{what} returned {saw}, expected {dtype} {shape}")
-    return returned
-
-
-def _membership(stretches: Sequence[tuple[int, int]], length: int) -> np.ndarray:
+def _in_spans(spans: Sequence[tuple[int, int]], length: int) -> np.ndarray:
+    """Mark the positions 0 ... length that are inside a span, (length + 1,) bool."""
     inside = np.zeros(length + 1, dtype=bool)
-    for start, stop in stretches:
+    for start, stop in spans:
         inside[start:stop] = True
     return inside

@@ -1,11 +1,14 @@
-"""The report: one verdict a row for a person, everything for a program. Neither holds a time or a date."""
+"""The audit's report: report.md for people, report.json for programs.
+
+Neither holds a time or a date, so both repeat exactly.
+"""
 
 from collections.abc import Mapping
 from typing import Any
 
-from stages.audit.verdict import Outcome, Verdict, convicted, reason
+from stages.audit.verdict import Outcome, Verdict, failure_message, failures
 
-CONDITIONS = {
+CONDITIONS = {  # the rules of the challenge; C1 to C4 are the four conditions of a lawful score (#1017)
     "C1": "strict causal dependence",
     "C2": "full normalised distribution",
     "C3": "score before update",
@@ -16,7 +19,7 @@ CONDITIONS = {
     "data": "train and val data",
     "statistics": "statistics",
 }
-# Without these a condition cannot be said to hold; the other checks add to them.
+# Checks without which a condition cannot be said to hold; the other checks add to them.
 ESSENTIAL = {
     "C1": {"B1"},
     "C2": {"B3"},
@@ -29,143 +32,146 @@ ESSENTIAL = {
     "statistics": {"B16"},
 }
 WORST_FIRST: tuple[Outcome, ...] = ("fail", "cannot tell", "pass")
-SHOWN = 6  # positions of a verdict in the readable report; report.json has all
+SHOWN_POSITIONS = 6  # of a verdict in report.md; report.json has all
+HEADER = ["subject", "check", "verdict", "saw", "expected", "bound", "evidence", "positions"]
 
 
-def of_conditions(verdicts: list[Verdict]) -> dict[str, dict[str, Outcome]]:
-    """For each condition and each subject that was held against it: one outcome.
+def outcomes_by_condition(verdicts: list[Verdict]) -> dict[str, dict[str, Outcome]]:
+    """Combine the verdicts to one outcome for each condition and each subject that was checked against it.
 
-    "fail" if one check fails; "cannot tell" if an essential check could not tell, or nothing passed; else "pass".
+    "fail" if one check fails; "cannot tell" if an essential check could not tell, or nothing passed;
+    else "pass".
     """
-    table: dict[str, dict[str, Outcome]] = {key: {} for key in CONDITIONS}
-    for key, row in table.items():
-        for subject in dict.fromkeys(verdict.subject for verdict in verdicts if key in verdict.conditions):
-            held = [
-                verdict for verdict in verdicts if verdict.subject == subject and key in verdict.conditions
-            ]
-            outcomes = {verdict.outcome for verdict in held}
-            missing = any(
-                verdict.outcome == "cannot tell" and verdict.check in ESSENTIAL[key] for verdict in held
-            )
-            row[subject] = (
-                "fail"
-                if "fail" in outcomes
-                else "cannot tell"
-                if missing or "pass" not in outcomes
-                else "pass"
-            )
+    table: dict[str, dict[str, Outcome]] = {}
+    for condition in CONDITIONS:
+        relevant = [verdict for verdict in verdicts if condition in verdict.conditions]
+        table[condition] = {
+            subject: _combine(condition, [verdict for verdict in relevant if verdict.subject == subject])
+            for subject in dict.fromkeys(verdict.subject for verdict in relevant)
+        }
     return table
 
 
-def summary(verdicts: list[Verdict]) -> dict[str, Any]:
-    """metrics.json: whether the audit passed, and how many verdicts there are of each kind."""
-    counts = {
-        name: sum(verdict.outcome == name for verdict in verdicts) for name in ("pass", "fail", "cannot tell")
-    }
+def count_outcomes(verdicts: list[Verdict]) -> dict[str, Any]:
+    """Build metrics.json: whether the audit passed (1 or 0), and the number of verdicts with each outcome."""
+    outcomes = [verdict.outcome for verdict in verdicts]
     return {
-        "audit_passed": int(counts["fail"] == 0),
-        "audit_pass": counts["pass"],
-        "audit_fail": counts["fail"],
-        "audit_cannot_tell": counts["cannot tell"],
+        "audit_passed": int("fail" not in outcomes),
+        "audit_pass": outcomes.count("pass"),
+        "audit_fail": outcomes.count("fail"),
+        "audit_cannot_tell": outcomes.count("cannot tell"),
     }
 
 
 def as_json(verdicts: list[Verdict], declared: Mapping[str, Any]) -> dict[str, Any]:
-    """report.json: conditions by subject, every verdict whole, and what the audit was told (the stream's length, the positions' key)."""
-    return summary(verdicts) | {
+    """Build report.json: counts, declared inputs, outcomes by condition, and every verdict in full."""
+    return count_outcomes(verdicts) | {
         "declared": dict(declared),
-        "conditions": of_conditions(verdicts),
+        "conditions": outcomes_by_condition(verdicts),
         "verdicts": [verdict.as_json() for verdict in verdicts],
     }
 
 
 def as_markdown(verdicts: list[Verdict], declared: Mapping[str, Any]) -> str:
-    """report.md: conditions by subject, the verdicts under each condition, and what each kind of check can and cannot see."""
-    guilty = convicted(verdicts)
-    lines = ["# Audit", "", f"**{'fail' if guilty else 'pass'}**: " + _counted(verdicts), ""]
-    lines += [f"- {reason(verdict)}" for verdict in guilty] + ([""] if guilty else [])
-    lines += ["Declared: " + ", ".join(f"{name} {value}" for name, value in declared.items()) + ".", ""]
-    lines += ["## Conditions", "", *_overview(verdicts)]
-    for key, name in CONDITIONS.items():
-        lines += ["", f"## {_title(key, name)}", "", *_table(HEAD, _rows(key, verdicts))]
-    lines += ["", "## What each check can and cannot see", ""]
-    lines += _table(["check", "name", "sees", "cannot see"], _sight_rows(verdicts))
-    lines += [
+    """Build report.md: outcomes by condition, the verdicts on each, and the limits of each kind of check."""
+    failed = failures(verdicts)
+    counts = count_outcomes(verdicts)
+    lines = [
+        "# Audit",
         "",
-        "A verdict speaks of the run that was audited and of the positions drawn, and of nothing else.",
+        f"**{'fail' if failed else 'pass'}**: {counts['audit_pass']} passed, {counts['audit_fail']} failed,"
+        f" {counts['audit_cannot_tell']} cannot tell.",
         "",
     ]
+    if failed:
+        lines += [*(f"- {failure_message(verdict)}" for verdict in failed), ""]
+    lines += ["Declared: " + ", ".join(f"{name} {value}" for name, value in declared.items()) + ".", ""]
+
+    lines += ["## Conditions", "", *_overview(verdicts)]
+    for condition in CONDITIONS:
+        lines += ["", f"## {_title(condition)}", "", *_table(HEADER, _verdict_rows(condition, verdicts))]
+
+    lines += ["", "## What each check can and cannot detect", ""]
+    lines += _table(["check", "name", "detects", "cannot detect"], _detection_rows(verdicts))
+    lines += ["", "A verdict holds for this run and the drawn positions only.", ""]
     return "\n".join(lines)
 
 
-HEAD = ["subject", "check", "verdict", "saw", "expected", "bound", "evidence", "positions"]
+def _combine(condition: str, verdicts: list[Verdict]) -> Outcome:
+    """Combine the verdicts of one subject on one condition."""
+    outcomes = {verdict.outcome for verdict in verdicts}
+    if "fail" in outcomes:
+        return "fail"
+    essential = {verdict.outcome for verdict in verdicts if verdict.check in ESSENTIAL[condition]}
+    if "cannot tell" in essential or "pass" not in outcomes:
+        return "cannot tell"
+    return "pass"
 
 
-def _title(key: str, name: str) -> str:
-    return f"{key}: {name}" if key.startswith("C") else name[0].upper() + name[1:]
+def _title(condition: str) -> str:
+    name = CONDITIONS[condition]
+    return f"{condition}: {name}" if condition.startswith("C") else name[0].upper() + name[1:]
 
 
 def _overview(verdicts: list[Verdict]) -> list[str]:
+    """Build the table with a row for each condition and a column for each subject."""
     subjects = list(dict.fromkeys(verdict.subject for verdict in verdicts))
-    table = of_conditions(verdicts)
-    rows = [
-        [_title(key, name), *(_cell(key, subject, table[key], verdicts) for subject in subjects)]
-        for key, name in CONDITIONS.items()
-    ]
+    rows = []
+    for condition, outcomes in outcomes_by_condition(verdicts).items():
+        cells = [_overview_cell(condition, subject, outcomes, verdicts) for subject in subjects]
+        rows.append([_title(condition), *cells])
     return _table(["condition", *subjects], rows)
 
 
-def _cell(key: str, subject: str, row: Mapping[str, Outcome], verdicts: list[Verdict]) -> str:
-    unsure = sum(v.outcome == "cannot tell" for v in verdicts if v.subject == subject and key in v.conditions)
-    more = f" ({unsure} could not tell)" if unsure and row[subject] == "pass" else ""
-    return _marked(row.get(subject, "-")) + more
+def _overview_cell(
+    condition: str, subject: str, outcomes: Mapping[str, Outcome], verdicts: list[Verdict]
+) -> str:
+    if subject not in outcomes:
+        return "-"
+    relevant = [v for v in verdicts if v.subject == subject and condition in v.conditions]
+    unsure = sum(verdict.outcome == "cannot tell" for verdict in relevant)
+    if outcomes[subject] == "pass" and unsure:
+        return f"pass ({unsure} could not tell)"
+    return _bold_fail(outcomes[subject])
 
 
-def _rows(key: str, verdicts: list[Verdict]) -> list[list[str]]:
-    """The verdicts on one condition, the worst first; a condition that nothing looked at says so."""
-    held = [verdict for verdict in verdicts if key in verdict.conditions]
-    held.sort(key=lambda verdict: WORST_FIRST.index(verdict.outcome))
-    return [_row(verdict) for verdict in held] or [
-        ["-", "-", "cannot tell", "-", "-", "-", "no check looked at it", "-"]
-    ]
+def _verdict_rows(condition: str, verdicts: list[Verdict]) -> list[list[str]]:
+    """Build a row for each verdict on the condition, the worst first."""
+    relevant = [verdict for verdict in verdicts if condition in verdict.conditions]
+    relevant.sort(key=lambda verdict: WORST_FIRST.index(verdict.outcome))
+    if not relevant:
+        return [["-", "-", "cannot tell", "-", "-", "-", "no check covers this condition", "-"]]
+    return [_verdict_row(verdict) for verdict in relevant]
 
 
-def _row(verdict: Verdict) -> list[str]:
-    places = ", ".join(map(str, verdict.positions[:SHOWN])) + (
-        ", ..." if len(verdict.positions) > SHOWN else ""
-    )
+def _verdict_row(verdict: Verdict) -> list[str]:
     numbers = [
         f"{number:.9g}" if isinstance(number, float) else str(number)
         for number in (verdict.saw, verdict.expected, verdict.bound)
     ]
-    return [
-        verdict.subject,
-        f"{verdict.check} {verdict.name}",
-        _marked(verdict.outcome),
-        *numbers,
-        verdict.evidence,
-        places or "-",
-    ]
+    positions = ", ".join(map(str, verdict.positions[:SHOWN_POSITIONS]))
+    if len(verdict.positions) > SHOWN_POSITIONS:
+        positions += ", ..."
+    check = f"{verdict.check} {verdict.name}"
+    outcome = _bold_fail(verdict.outcome)
+    return [verdict.subject, check, outcome, *numbers, verdict.evidence, positions or "-"]
 
 
-def _marked(result: str) -> str:
-    return f"**{result}**" if result == "fail" else result
-
-
-def _counted(verdicts: list[Verdict]) -> str:
-    counts = summary(verdicts)
-    return f"{counts['audit_pass']} passed, {counts['audit_fail']} failed, {counts['audit_cannot_tell']} cannot tell."
-
-
-def _sight_rows(verdicts: list[Verdict]) -> list[list[str]]:
+def _detection_rows(verdicts: list[Verdict]) -> list[list[str]]:
+    """Build a row for each kind of check that ran, without repetitions."""
     rows = [
-        [verdict.check, verdict.name, verdict.sees, verdict.blind]
+        (verdict.check, verdict.name, verdict.sees, verdict.blind)
         for verdict in verdicts
         if verdict.outcome != "cannot tell"
     ]
-    return [list(row) for row in dict.fromkeys(map(tuple, rows))]
+    return [list(row) for row in dict.fromkeys(rows)]
 
 
-def _table(head: list[str], rows: list[list[str]]) -> list[str]:
-    lines = [head, ["---"] * len(head), *rows]
+def _bold_fail(outcome: str) -> str:
+    return f"**{outcome}**" if outcome == "fail" else outcome
+
+
+def _table(header: list[str], rows: list[list[str]]) -> list[str]:
+    """Format a Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
     return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]

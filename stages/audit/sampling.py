@@ -1,7 +1,9 @@
-"""Where the audit looks: drawn from the hash of what is audited, so that the report repeats and nobody can aim between the probes.
+"""Pseudo-random positions that the audit examines; the seed is a hash of everything that is audited.
 
-The key is a hash over the artifact, the code and the validation shards. Whoever changes one of them to move the positions has another
-artifact. Draws are raw words of PCG64, whose sequence NumPy guarantees, and so are the same under every version of it.
+The report therefore repeats exactly, and nobody can cheat only between the probes: whoever changes the
+artifact, the code or the validation shards to move the positions has another artifact. Random numbers
+are raw words of PCG64, whose sequence NumPy guarantees, so they are the same under every version of
+NumPy.
 """
 
 import hashlib
@@ -12,140 +14,172 @@ from typing import NamedTuple
 
 import numpy as np
 
-# One of seven groups crosses a chunk's edge. There test-time training runs once for each position, so it has one; the others have three.
+# The groups of perturbed positions take these kinds in turn. Only one of seven is at a chunk boundary,
+# because test-time training runs once for each position there; it has one position, and the others have
+# three.
 KINDS = ("chunk", "window", "document", "random", "window", "document", "random")
 POSITIONS_PER_GROUP = 3
-BLOCK = 1 << 20
+SHORTEST_SEGMENT = 8  # targets: a boundary, its neighbours and a future to replace
+READ_BYTES = 1 << 20  # read from a file at a time while it is hashed
 
 
-class Draw:
-    """A repeatable source of positions and ids, one for each purpose."""
+class KeyedRng:
+    """Random number generator seeded by a key and a purpose: each purpose has its own sequence."""
 
     def __init__(self, key: bytes, purpose: str) -> None:
         seed = hashlib.sha256(key + purpose.encode()).digest()
         self._words = np.random.PCG64(int.from_bytes(seed[:16], "little"))
 
     def below(self, bound: int, count: int) -> np.ndarray:
-        """`count` whole numbers in [0, bound), int64."""
+        """Draw `count` integers in [0, bound), int64 (count,)."""
         return (self._words.random_raw(count) % np.uint64(bound)).astype(np.int64)
 
-    def one(self, low: int, high: int) -> int:
-        """A whole number in [low, high)."""
+    def integer(self, low: int, high: int) -> int:
+        """Draw one integer in [low, high)."""
         return low + int(self.below(high - low, 1)[0])
 
-    def order(self, count: int) -> np.ndarray:
-        """A permutation of `count` things."""
+    def permutation(self, count: int) -> np.ndarray:
+        """Draw a permutation of 0 ... count - 1, int64 (count,)."""
         return np.argsort(self._words.random_raw(count), kind="stable")
 
 
-class Edges(NamedTuple):
-    """Where a scorer's machinery changes gear, as its parameters declare it; None where it has no such thing."""
+class Boundaries(NamedTuple):
+    """Periods after which a scorer's batches or weights change, as its parameters say; None without."""
 
     window: int | None  # targets that one window adds (the stride)
-    chunk: int | None  # targets between two updates
+    chunk: int | None  # targets between two updates of the weights
 
 
 @dataclass(frozen=True)
-class Group:
-    """A segment [start, stop) of token positions, and the positions in it after which the future is replaced."""
+class PerturbationGroup:
+    """Segment [start, stop) of token positions, and positions in it after which the future is replaced."""
 
-    kind: str
+    kind: str  # one of KINDS
     start: int
     stop: int
     positions: tuple[int, ...]
 
 
-def key_of(paths: Iterable[Path]) -> bytes:
-    """The key of a set of files: a hash over each one's hash, in the order given."""
+def hash_files(paths: Iterable[Path]) -> bytes:
+    """Hash a sequence of files: sha256 over the sha256 of each, in the order given."""
     together = hashlib.sha256()
     for path in paths:
         one = hashlib.sha256()
         with path.open("rb") as file:
-            while block := file.read(BLOCK):
+            while block := file.read(READ_BYTES):
                 one.update(block)
         together.update(one.digest())
     return together.digest()
 
 
 def perturbation_groups(
-    key: bytes, tokens: np.ndarray, bos: int, edges: Edges, count: int, segment: int
-) -> list[Group]:
-    """About `count` positions in segments spread over the stream, around edges of every kind and anywhere."""
-    draw = Draw(key, "perturbation")
-    length = min(segment, len(tokens) - 1)
-    if length < 8:
-        raise ValueError(f"the stream has {len(tokens)} tokens; an audit needs at least 9")
+    key: bytes, tokens: np.ndarray, bos: int, boundaries: Boundaries, count: int, segment: int
+) -> list[PerturbationGroup]:
+    """Draw about `count` positions in segments spread over the stream, many of them at boundaries.
+
+    tokens: (N,) uint16; segment: targets of one segment. A ValueError if the stream is too short.
+    """
+    length = len(tokens)
+    segment = min(segment, length - 1)
+    if segment < SHORTEST_SEGMENT:
+        raise ValueError(f"the stream has {length} tokens; an audit needs at least {SHORTEST_SEGMENT + 1}")
+
+    # One group in each of as many equal parts of the stream (strata), in random order.
+    rng = KeyedRng(key, "perturbation")
     kinds = [KINDS[i % len(KINDS)] for i in range(-(-count // POSITIONS_PER_GROUP))]
     groups = []
-    for kind, stratum in zip(kinds, draw.order(len(kinds)).tolist(), strict=True):
-        low = 3 + (len(tokens) - 6) * stratum // len(kinds)
-        anchor = draw.one(low, max(low + 1, 3 + (len(tokens) - 6) * (stratum + 1) // len(kinds)))
-        edge = _nearest_edge(kind, anchor, tokens, bos, edges)
-        groups.append(
-            _group(
-                draw,
-                kind if edge is not None else "random",
-                anchor if edge is None else edge,
-                len(tokens),
-                length,
-            )
-        )
+    for kind, stratum in zip(kinds, rng.permutation(len(kinds)).tolist(), strict=True):
+        low = 3 + (length - 6) * stratum // len(kinds)
+        high = 3 + (length - 6) * (stratum + 1) // len(kinds)
+        anchor = rng.integer(low, max(low + 1, high))
+
+        # Move the group to the nearest boundary of its kind; without one it stays where it was drawn.
+        boundary = _nearest_boundary(kind, anchor, tokens, bos, boundaries)
+        if boundary is None:
+            groups.append(_group(rng, "random", anchor, length, segment))
+        else:
+            groups.append(_group(rng, kind, boundary, length, segment))
     return groups
 
 
 def distribution_positions(key: bytes, length: int, count: int) -> list[int]:
-    """`count` target positions, at least half of them in the last quarter of a stream of `length` tokens, evenly spread and jittered."""
-    draw = Draw(key, "distribution")
-    early, late_from = count // 2, 1 + 3 * (length - 1) // 4
-    found = [*_stratified(draw, 1, late_from, early), *_stratified(draw, late_from, length, count - early)]
-    return sorted(set(found))
+    """Draw up to `count` target positions of a stream of `length` tokens, evenly spread and jittered.
+
+    At least half of them are in its last quarter.
+    """
+    rng = KeyedRng(key, "distribution")
+    early = count // 2
+    late_from = 1 + 3 * (length - 1) // 4
+    positions = _stratified(rng, 1, late_from, early) + _stratified(rng, late_from, length, count - early)
+    return sorted(set(positions))
 
 
-def spread(key: bytes, purpose: str, length: int, count: int) -> list[int]:
-    """`count` target positions in the later half of a stream of `length` tokens, where caches are full, each with a token behind it."""
-    return _stratified(Draw(key, f"place {purpose}"), 1 + (length - 1) // 2, length - 1, count)
+def late_positions(key: bytes, purpose: str, length: int, count: int) -> list[int]:
+    """Draw `count` target positions in the second half of a stream of `length` tokens.
+
+    Caches are full there. At least one token follows each position.
+    """
+    return _stratified(KeyedRng(key, f"place {purpose}"), 1 + (length - 1) // 2, length - 1, count)
 
 
-def recomputed_stretches(key: bytes, length: int, share: float, segment: int) -> list[tuple[int, int]]:
-    """Disjoint ranges of target positions that hold `share` of them, one in each of as many equal parts of the stream."""
-    draw, targets = Draw(key, "recomputed"), length - 1
+def recomputed_spans(key: bytes, length: int, share: float, segment: int) -> list[tuple[int, int]]:
+    """Draw disjoint half-open ranges of target positions that hold `share` of all targets.
+
+    The stream of `length` tokens is divided into equal parts; one range of at most `segment` targets
+    is drawn in each.
+    """
     if share >= 1:
         return [(1, length)]
+
+    rng = KeyedRng(key, "recomputed")
+    targets = length - 1
     count = -(-round(share * targets) // segment)
-    stretches = []
+    spans = []
     for i in range(count):
-        low, high = 1 + targets * i // count, 1 + targets * (i + 1) // count
+        low = 1 + targets * i // count
+        high = 1 + targets * (i + 1) // count
         size = min(segment, high - low)
-        start = draw.one(low, high - size + 1)
-        stretches.append((start, start + size))
-    return stretches
+        start = rng.integer(low, high - size + 1)
+        spans.append((start, start + size))
+    return spans
 
 
-def _group(draw: Draw, kind: str, anchor: int, length: int, segment: int) -> Group:
-    start = min(max(1, anchor - segment // 4 - draw.one(0, segment // 2)), length - segment)
+def _group(rng: KeyedRng, kind: str, anchor: int, length: int, segment: int) -> PerturbationGroup:
+    """Place a segment around `anchor` at random, and choose the perturbed positions in it."""
+    start = min(max(1, anchor - segment // 4 - rng.integer(0, segment // 2)), length - segment)
     stop = start + segment
-    last = stop - 2  # something must follow
+    last = stop - 2  # a token to replace must follow
+
+    # At a boundary: the positions before, at and after it; of a chunk's boundary one of the three.
     wanted = [anchor - 1, anchor, anchor + 1] if kind != "random" else []
-    wanted = [wanted[draw.one(0, len(wanted))]] if kind == "chunk" else wanted
+    if kind == "chunk":
+        wanted = [wanted[rng.integer(0, len(wanted))]]
     chosen = {position for position in wanted if start <= position <= last}
+
+    # Fill up with random ones.
     while len(chosen) < (1 if kind == "chunk" else POSITIONS_PER_GROUP):
-        chosen.add(draw.one(start, last + 1))
-    return Group(kind, start, stop, tuple(sorted(chosen)))
+        chosen.add(rng.integer(start, last + 1))
+    return PerturbationGroup(kind, start, stop, tuple(sorted(chosen)))
 
 
-def _nearest_edge(kind: str, anchor: int, tokens: np.ndarray, bos: int, edges: Edges) -> int | None:
-    """The edge of that kind nearest to the anchor: the position of the first target behind it."""
+def _nearest_boundary(
+    kind: str, anchor: int, tokens: np.ndarray, bos: int, boundaries: Boundaries
+) -> int | None:
+    """Find the boundary of that kind nearest to the anchor: the position of the first target after it."""
     if kind == "document":
         candidates = np.flatnonzero(tokens[2:-2] == bos) + 2
     else:
-        step = {"window": edges.window, "chunk": edges.chunk}.get(kind)
-        candidates = np.arange(1 + step, len(tokens) - 2, step) if step else np.empty(0, dtype=np.int64)
+        period = {"window": boundaries.window, "chunk": boundaries.chunk}.get(kind)
+        candidates = np.arange(1 + period, len(tokens) - 2, period) if period else np.empty(0, dtype=np.int64)
     return int(candidates[np.abs(candidates - anchor).argmin()]) if len(candidates) else None
 
 
-def _stratified(draw: Draw, low: int, high: int, count: int) -> list[int]:
+def _stratified(rng: KeyedRng, low: int, high: int, count: int) -> list[int]:
+    """Draw one integer in each of `count` equal parts of [low, high)."""
     span = high - low
-    return [
-        draw.one(low + span * i // count, max(low + span * i // count + 1, low + span * (i + 1) // count))
-        for i in range(count)
-    ]
+    drawn = []
+    for i in range(count):
+        first = low + span * i // count
+        after = low + span * (i + 1) // count
+        drawn.append(rng.integer(first, max(first + 1, after)))
+    return drawn

@@ -1,4 +1,4 @@
-"""How a process of its own makes a scorer: by a name that can be written down."""
+"""Scorer factory as plain strings, so that another process can call it (the decoder of B12)."""
 
 import json
 from dataclasses import dataclass
@@ -6,30 +6,35 @@ from pathlib import Path
 
 from stages.common import config
 from stages.common.bpb import byte_table, load_tokenizer
-from stages.common.parallel import world
+from stages.common.parallel import distributed
 from stages.common.scorer import Scorer
 from stages.pack.artifact import load_model
 from stages.sliding_eval.scorer import SlidingScorer
-from stages.ttt_eval.build import scorer_for
+from stages.ttt_eval.build import build_scorer
 from stages.ttt_eval.params import Params
 
-OWN = "stages.audit.scorer_recipe:own_scorer"
+PIPELINE_FACTORY = "stages.audit.scorer_recipe:build_pipeline_scorer"
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """`factory` is `module:function`, which is called with the number of targets and these words."""
+    """A factory, `module:function`, and the strings that it is called with after the number of targets."""
 
     factory: str
     words: tuple[str, ...] = ()
 
 
-def own_scorer(n_targets: int, name: str, model_file: str, tokenizer_file: str, sections: str) -> Scorer:
-    """The pipeline's scorer of that name, for a process of its own; `sections`: parallel, sliding_eval and ttt_eval as JSON."""
+def build_pipeline_scorer(
+    n_targets: int, name: str, model_file: str, tokenizer_file: str, sections: str
+) -> Scorer:
+    """Build the pipeline's scorer `name` in a process that has nothing but these strings.
+
+    sections: the parameter sections parallel, sliding_eval and ttt_eval as JSON.
+    """
     params = config.build(json.loads(sections), Params)
-    with world(params.parallel) as here:
-        model = load_model(Path(model_file), here)
+    with distributed(params.parallel) as world:
+        model = load_model(Path(model_file), world)
         if name == "sliding_eval":
-            return SlidingScorer(model, params.sliding_eval, here)
+            return SlidingScorer(model, params.sliding_eval, world)
         table = byte_table(load_tokenizer(Path(tokenizer_file)))
-        return scorer_for(model, params.sliding_eval, params.ttt_eval, here, table, n_targets)
+        return build_scorer(model, params.sliding_eval, params.ttt_eval, world, table, n_targets)

@@ -1,1 +1,1 @@
-"""bundle: the counted code as one file."""
+"""bundle: the counted code, packed into one file."""

@@ -1,6 +1,7 @@
-"""Which files a module needs: the closure of its imports, read from the source text without importing anything.
+"""Import closure of a module: the files it needs, read from the source text without importing anything.
 
-The bundle carries this set, and a test holds each stage's `deps` in dvc.yaml against it (DVC does not trace imports).
+The bundle carries this set of files, and a test compares each stage's `deps` in dvc.yaml with it
+(DVC does not trace imports).
 """
 
 import ast
@@ -8,28 +9,30 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
-def closure(root: Path, module: str) -> set[Path]:
-    """Paths relative to `root` of `module` and all it imports from its own top-level package, `__init__.py` files included.
+def import_closure(root: Path, module: str) -> set[Path]:
+    """Return `module` and everything it imports from its own top-level package, as paths relative to `root`.
 
-    Imports inside functions count. A module that does not exist is a ValueError.
+    The `__init__.py` files of all packages on the way are included, and so are imports inside
+    functions. Raises ValueError for a module that does not exist.
     """
     package = module.partition(".")[0]
     first = locate(root, module)
     if first is None:
         raise ValueError(f"{root / package} has no module {module}")
+
     found: set[Path] = set()
-    waiting = [first, *_packages(root, module)]
-    while waiting:
-        path = waiting.pop()
+    pending = [first, *_parent_packages(root, module)]
+    while pending:
+        path = pending.pop()
         if path in found:
             continue
         found.add(path)
-        waiting += _imports(root, path, package)
+        pending += _imported_files(root, path, package)
     return found
 
 
 def locate(root: Path, module: str) -> Path | None:
-    """The file of a module relative to `root`, or None when there is none."""
+    """Return the file of a module relative to `root`, or None if there is none."""
     stem = Path(*module.split("."))
     for path in (stem / "__init__.py", stem.with_name(stem.name + ".py")):
         if (root / path).is_file():
@@ -38,7 +41,7 @@ def locate(root: Path, module: str) -> Path | None:
 
 
 def module_name(path: Path) -> str:
-    """The name under which a file relative to the root is imported.
+    """Return the dotted name under which a file, given relative to the root, is imported.
 
     >>> module_name(Path("stages/train/__init__.py")), module_name(Path("stages/common/bpb.py"))
     ('stages.train', 'stages.common.bpb')
@@ -47,15 +50,16 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def read(path: Path) -> str:
-    """The text of a source file; line ends become newlines, so that a checkout that changes them changes nothing."""
+def read_source(path: Path) -> str:
+    """Return the text of a source file with newlines as line ends, whatever the checkout made of them."""
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8: {error}") from error
 
 
-def _packages(root: Path, module: str) -> Iterator[Path]:
+def _parent_packages(root: Path, module: str) -> Iterator[Path]:
+    """Yield the `__init__.py` of each package that contains the module."""
     parts = module.split(".")
     for length in range(1, len(parts)):
         path = locate(root, ".".join(parts[:length]))
@@ -63,33 +67,40 @@ def _packages(root: Path, module: str) -> Iterator[Path]:
             yield path
 
 
-def _imports(root: Path, path: Path, package: str) -> list[Path]:
-    """The files that one file imports, with the packages above each."""
+def _imported_files(root: Path, path: Path, package: str) -> list[Path]:
+    """Return the files of `package` that one file imports, with the packages that contain each."""
     try:
-        tree = ast.parse(read(root / path))
+        tree = ast.parse(read_source(root / path))
     except SyntaxError as error:
         raise ValueError(f"{root / path} is not Python: {error}") from error
+
     found: list[Path] = []
     for node in ast.walk(tree):
-        for module, required in _names(node, path):
+        for module, is_module in _imported_names(node, path):
             if module.partition(".")[0] != package:
                 continue
-            target = locate(root, module)
-            if target is None and required:
+            file = locate(root, module)
+            if file is None and is_module:
                 raise ValueError(f"{root / path} imports {module}, which does not exist")
-            if target is not None:
-                found += [target, *_packages(root, module)]
+            if file is not None:
+                found += [file, *_parent_packages(root, module)]
     return found
 
 
-def _names(node: ast.AST, path: Path) -> Iterator[tuple[str, bool]]:
-    """The modules that an import statement names; not required are those that may be attributes (`from package import name`)."""
+def _imported_names(node: ast.AST, path: Path) -> Iterator[tuple[str, bool]]:
+    """Yield (dotted name, is certainly a module) for each name in an import statement.
+
+    In `from package import name` the name may be a module or an attribute.
+    """
     if isinstance(node, ast.Import):
-        yield from ((alias.name, True) for alias in node.names)
+        for alias in node.names:
+            yield alias.name, True
     elif isinstance(node, ast.ImportFrom):
         base = node.module or ""
         if node.level:
+            # A relative import: drop as many parts of this file's path as there are dots.
             above = path.parts[: len(path.parts) - node.level]
             base = ".".join([*above, *base.split(".")] if base else above)
         yield base, True
-        yield from ((f"{base}.{alias.name}", False) for alias in node.names)
+        for alias in node.names:
+            yield f"{base}.{alias.name}", False

@@ -1,23 +1,27 @@
-"""Bytes as a string literal in a Latin-1 source: one byte of file for each, but for the few that Python's reader would change.
+"""Quote bytes as a string literal in a Latin-1 source: one byte of file per byte of data, with few escapes.
 
-A bytes literal takes ASCII alone, so the characters are those whose numbers are the bytes: `.encode("latin-1")` gives them back. Base85,
-which the records use, takes 1.25 bytes for each; this takes about 1.012 for what is as good as random.
+A bytes literal takes ASCII only, so the literal is a str whose code points are the bytes;
+`.encode("latin-1")` gives the bytes back. Base85, which the records use, takes 1.25 bytes per byte;
+this takes about 1.012 for data that looks random.
 """
 
 import re
 
-# NUL ends a source, a reader of text makes CR a newline, a backslash begins an escape; a quote counts where three, or the end, may follow.
+# Escaped: NUL, which ends a source; CR, which Python's reader turns into a newline; a backslash;
+# and a double quote where a closing triple quote would be read, that is before two more quotes or
+# at the end.
 UNSAFE = re.compile(r'[\0\r\\]|"(?="")|"\Z')
 ESCAPES = {"\r": r"\r", "\\": r"\\", '"': r"\""}
 
 
 def quote(data: bytes) -> str:
-    """An expression of type str, in characters below 256; in a Latin-1 source it evaluates to `data` decoded as Latin-1."""
-    return '"""' + UNSAFE.sub(_escaped, data.decode("latin-1")) + '"""'
+    """Return a str expression, all characters below 256, that evaluates to `data.decode("latin-1")`."""
+    return '"""' + UNSAFE.sub(_escape, data.decode("latin-1")) + '"""'
 
 
-def _escaped(found: re.Match[str]) -> str:
-    """NUL is written with three digits where a digit follows that would join it."""
+def _escape(found: re.Match[str]) -> str:
+    """Return the escape; before a digit NUL gets three octal digits, so that the digit does not join it."""
     if found[0] != "\0":
         return ESCAPES[found[0]]
-    return r"\000" if found.string[found.end() : found.end() + 1].isdigit() else r"\0"
+    next_character = found.string[found.end() : found.end() + 1]
+    return r"\000" if next_character.isdigit() else r"\0"

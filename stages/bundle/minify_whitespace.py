@@ -1,8 +1,10 @@
-"""Python source laid out for the compressor: no comments, no blank lines, a statement on one line, one space for each level,
-and otherwise none but between words.
+"""Minify the whitespace of Python source for the compressor; the text of every token stays as it was.
 
-The text of every token stays as it was written. `ast.unparse` would do as much, and prints another text in another Python version; the
-bundle is counted and hashed, so it must be the same file whoever builds it.
+The result has no comments and no blank lines, one statement per line, one space per level of
+indentation, and no other whitespace except between words.
+
+`ast.unparse` would do nearly the same, but prints different text in different Python versions. The
+bundle is counted and hashed, so it must be the same file on every machine.
 """
 
 import io
@@ -14,8 +16,8 @@ from typing import NamedTuple
 WORD = re.compile(r"\w")
 
 
-class Piece(NamedTuple):
-    """A token, or a whole f-string, as it stands in the source."""
+class SourcePiece(NamedTuple):
+    """A token, or a whole f-string, as written in the source; positions are (line, column)."""
 
     type: int
     text: str
@@ -23,52 +25,53 @@ class Piece(NamedTuple):
     end: tuple[int, int]
 
 
-def relaid(source: str) -> str:
-    """`source` in the layout above; a line that a backslash continues is joined like one that a bracket does."""
-    laid: list[str] = []
-    level, before = 0, None
-    for piece in pieces(source):
-        if piece.type in (tokenize.INDENT, tokenize.DEDENT):
-            level += 1 if piece.type == tokenize.INDENT else -1
+def minify_whitespace(source: str) -> str:
+    """Return `source` in the layout above; lines continued by a backslash or a bracket are joined."""
+    output: list[str] = []
+    level = 0
+    previous: SourcePiece | None = None  # on the same line
+    for piece in source_pieces(source):
+        if piece.type == tokenize.INDENT:
+            level += 1
+        elif piece.type == tokenize.DEDENT:
+            level -= 1
         elif piece.type == tokenize.NEWLINE:
-            laid.append("\n")
-            before = None
+            output.append("\n")
+            previous = None
         elif piece.type not in (tokenize.COMMENT, tokenize.NL, tokenize.ENDMARKER):
-            laid += [" " * level if before is None else _gap(before, piece), piece.text]
-            before = piece
-    return "".join(laid)
+            output.append(" " * level if previous is None else _separator(previous, piece))
+            output.append(piece.text)
+            previous = piece
+    return "".join(output)
 
 
-def pieces(source: str) -> Iterator[Piece]:
-    """The tokens of `source`; an f-string is one piece, as it is one token up to Python 3.11."""
+def source_pieces(source: str) -> Iterator[SourcePiece]:
+    """Yield the tokens of `source`; an f-string is one piece, as it is one token up to Python 3.11."""
     lines = source.split("\n")
-    opened: list[tuple[int, int]] = []
-    for token in tokenize.generate_tokens(
-        io.StringIO(source + "\n").readline
-    ):  # whose last line may want its end
+    open_fstrings: list[tuple[int, int]] = []  # where each begins; they nest
+    with_final_newline = io.StringIO(source + "\n")
+    for token in tokenize.generate_tokens(with_final_newline.readline):
         kind = tokenize.tok_name[token.type]
         if kind == "FSTRING_START":
-            opened.append(token.start)
+            open_fstrings.append(token.start)
         elif kind == "FSTRING_END":
-            start = opened.pop()
-            if not opened:
-                yield Piece(tokenize.STRING, _between(lines, start, token.end), start, token.end)
-        elif not opened:
-            yield Piece(token.type, token.string, token.start, token.end)
+            start = open_fstrings.pop()
+            if not open_fstrings:
+                text = _text_between(lines, start, token.end)
+                yield SourcePiece(tokenize.STRING, text, start, token.end)
+        elif not open_fstrings:
+            yield SourcePiece(token.type, token.string, token.start, token.end)
 
 
-def _gap(before: Piece, piece: Piece) -> str:
-    """A space where two pieces of a statement would otherwise be read as one: word after word, or an attribute of a number."""
-    joins = WORD.match(piece.text[0]) or piece.text[0] == "."
-    return (
-        " "
-        if joins
-        and (before.type == tokenize.NUMBER or (WORD.match(before.text[-1]) and piece.text[0] != "."))
-        else ""
-    )
+def _separator(previous: SourcePiece, piece: SourcePiece) -> str:
+    """Return a space if the two pieces would otherwise be read as one: two words, or a number and a dot."""
+    begins_word = bool(WORD.match(piece.text[0]))
+    if previous.type == tokenize.NUMBER and (begins_word or piece.text[0] == "."):
+        return " "
+    return " " if begins_word and WORD.match(previous.text[-1]) else ""
 
 
-def _between(lines: list[str], start: tuple[int, int], end: tuple[int, int]) -> str:
+def _text_between(lines: list[str], start: tuple[int, int], end: tuple[int, int]) -> str:
     rows = lines[start[0] - 1 : end[0]]
     rows[-1] = rows[-1][: end[1]]
     rows[0] = rows[0][start[1] :]

@@ -1,4 +1,8 @@
-"""Parameters of the bundle, and those of the submission, of which the bundle needs the name of the scorer."""
+"""Parameters of the stages bundle and submission.
+
+Both are defined here because the bundle needs one parameter of the submission: the name of the
+scorer.
+"""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -14,9 +18,9 @@ from stages.ttt_eval.params import TttEvalParams
 
 @dataclass(frozen=True)
 class BundleParams:
-    """The section `bundle`."""
+    """Section `bundle` of params.yaml."""
 
-    brotli_quality: int  # 0 to 11; 11 is what the records use (techniques: 15,443 bytes against LZMA's 16,700 for #1493's code)
+    brotli_quality: int
 
     def __post_init__(self) -> None:
         if not 0 <= self.brotli_quality <= 11:
@@ -25,16 +29,14 @@ class BundleParams:
 
 @dataclass(frozen=True)
 class SubmissionParams:
-    """The section `submission`: what the challenge asks of the author, and which score is claimed."""
+    """Section `submission` of params.yaml."""
 
-    scorer: Literal[
-        "sliding_eval", "ttt_eval"
-    ]  # whose ledger is val_bpb, named before the run and never chosen after it
-    author: str  # as it shall appear on the leaderboard
-    github_id: str  # account that opens the pull request
-    name: str  # of the submission, one line
-    track: str  # the challenge's: 10min_16mb for records, non-record-16mb for the rest
-    blurb: str  # what is new, in a sentence or two
+    scorer: Literal["sliding_eval", "ttt_eval"]
+    author: str
+    github_id: str
+    name: str
+    track: str
+    blurb: str
 
     def __post_init__(self) -> None:
         for key in ("author", "github_id", "name", "track", "blurb"):
@@ -44,7 +46,7 @@ class SubmissionParams:
 
 @dataclass(frozen=True)
 class Params:
-    """What bundle reads of params.yaml: all that train_gpt.py runs with, and not the seed."""
+    """Sections that the stage bundle reads: everything that train_gpt.py runs with, except the seed."""
 
     parallel: ParallelParams
     model: ModelParams

@@ -1,21 +1,25 @@
-"""Python source without what only its readers need; names and the text of every other token stay as they were written.
+"""Strip Python source to what runs; names and the text of every remaining token stay as written.
 
-What remains must parse to the tree that the source has when the same is taken out of it.
+The result is checked: it must parse to the syntax tree that the source has once the same things are
+removed from the tree.
 """
 
 import ast
 
 from stages.bundle import strip_ast
-from stages.bundle.minify_whitespace import relaid
+from stages.bundle.minify_whitespace import minify_whitespace
 
 
 def strip(source: str) -> str:
-    """`source` without comments, docstrings, annotations and what they import; a body that held nothing else becomes `pass`."""
-    stripped = relaid(strip_ast.cut(relaid(source)))
-    assert shape(stripped) == shape(source), "stripping changed the program"
+    """Return `source` without comments, docstrings, annotations and the imports that only annotations used.
+
+    A body that held nothing else becomes `pass`.
+    """
+    stripped = minify_whitespace(strip_ast.strip_text(minify_whitespace(source)))
+    assert syntax_tree_text(stripped) == syntax_tree_text(source), "stripping changed the program"
     return stripped
 
 
-def shape(source: str) -> str:
-    """What the source does: its syntax tree, written out, without what is stripped."""
-    return ast.dump(strip_ast.module(ast.parse(source)))
+def syntax_tree_text(source: str) -> str:
+    """Return the syntax tree of the source, as text, without what is stripped."""
+    return ast.dump(strip_ast.strip_tree(ast.parse(source)))

@@ -1,1 +1,1 @@
-"""calibrate: what the inputs of every matrix look like on training data, for GPTQ."""
+"""calibrate: statistics of activations and gradients on training data, for quantisation."""

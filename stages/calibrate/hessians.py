@@ -1,17 +1,20 @@
-"""What quantisation must know of the data: Hessians of the layer-wise error, and the importance of rows.
+"""Calibration statistics for quantisation: Hessians of the layer-wise error, and the importance of rows.
 
-The Hessian of a matrix W with inputs x is the mean of x x^T over calibration tokens (GPTQ, arXiv 2210.17323).
+**Hessians.** Rounding the matrix W of a layer by dW adds tr(dW H dW^T) to the squared error of its
+output, where H is the mean of x x^T over the layer's inputs x on calibration tokens. H is all that
+GPTQ needs of the data (arXiv 2210.17323). Forward hooks collect it from the model's one forward
+pass, with looping on. The Hessian of a looped block is therefore the sum over its visits, with a
+weight of its own for those after the first. The tied embedding is measured as the head: on the
+normalised residual stream (#1394). A value table is only looked up, one row for each token, so that
+all of its columns count equally: its Hessian is the identity.
 
-The error that rounding adds to a layer's output is tr(dW H dW^T), so H is all that GPTQ needs to know of the data. Observers hang on the
-one forward definition, with looping on, so that a looped block's Hessian is the sum over its visits, of which those after the first have a
-weight of their own. The tied embedding is measured where it is the head: on the normalised residual stream (#1394). A value table is only
-looked up, one row for a token: all of its columns count alike, and its rows by their importance.
+**Importance.** The importance of a row of weights is the mean over tokens of the squared gradient
+of the token's loss with respect to the row, summed over the row: the diagonal of the empirical
+Fisher matrix. One backward pass estimates it for a whole batch: with independent random signs on
+the tokens' losses, the square of the summed gradient is in expectation the sum of the squares,
+since the products of two tokens' gradients cancel (Hutchinson 1990).
 
-The importance of a row is the mean over tokens of the squared gradient of the token's loss in the row's weights, summed over the row: the
-diagonal of the empirical Fisher matrix. One backward pass gives it for a whole batch: with independent random signs on the tokens' losses,
-the square of the summed gradient is in the mean the sum of the squares, since products of two tokens' gradients cancel (Hutchinson 1990).
-
-Shapes: N tokens, C columns of a matrix, which are its inputs.
+Shapes: B windows of a pass, T tokens, C columns of a matrix, which are its inputs, R its rows.
 """
 
 import itertools
@@ -24,132 +27,163 @@ from torch import Tensor, nn
 from stages.calibrate.params import Params
 from stages.common.clock import Interval
 from stages.common.parallel import World
-from stages.common.progress import Report
-from stages.train.data import Windows, micro_batch_size, to_device
-from stages.train.model import EMBEDDING, MLP, Model, is_matrix, is_quantised, is_table, model_for, visit_plan
+from stages.common.progress import Logger
+from stages.train.data import TrainingWindows, micro_batch_size, windows_to_device
+from stages.train.model import (
+    EMBEDDING,
+    MLP,
+    Model,
+    build_model,
+    is_matrix,
+    is_quantised,
+    is_table,
+    visit_plan,
+)
 
 
 def hessian_name(matrix_name: str) -> str:
-    """Under which name the Hessian of a quantised matrix is kept: query, key and value see the same input, so they share one."""
+    """The key of a quantised matrix's Hessian: query, key and value have the same input and share one."""
     for projection in (".key.", ".value."):
         matrix_name = matrix_name.replace(projection, ".query.")
     return matrix_name
 
 
 def importance_name(matrix_name: str) -> str:
-    """Under which name the importance of a matrix's rows is kept."""
+    """The key of the importance of a matrix's rows."""
     return f"{matrix_name}.importance"
 
 
-def accumulate_(hessian_CC: Tensor, inputs: Tensor, weight: float = 1.0) -> None:
+def accumulate_hessian_(hessian_CC: Tensor, inputs: Tensor, weight: float = 1.0) -> None:
     """Add `weight` times the sum of x x^T over all leading dimensions of inputs (..., C), in float32."""
     x_NC = inputs.detach().flatten(0, -2).float()
     hessian_CC.addmm_(x_NC.T, x_NC, alpha=weight)
 
 
-def collect(
+def collect_hessians(
     state: dict[str, Tensor],
     params: Params,
     shard_folder: Path,
     world: World,
-    report: Report,
+    logger: Logger,
     clock: Interval,
 ) -> dict[str, Tensor]:
-    """Hessians and importances by name, float32 on the CPU; the clock runs from the first read of training data to the last."""
-    model = model_for(params.model, world)
+    """Hessians (C, C) and importances (R,) by name, float32, on the CPU.
+
+    `state` holds the model's weights by name. `clock` runs from the first read of training data to
+    the last.
+    """
+    model = build_model(params.model, world)
     model.load_state_dict(state)
-    sums = observe_(model, params.calibrate.revisit_weight)
+    hessians = register_hessian_hooks_(model, params.calibrate.revisit_weight)
     squares = {
         name: torch.zeros(len(weight), device=world.device)
         for name, weight in model.named_parameters()
         if is_quantised(name)
     }
-    local = local_windows(params, world)
+
+    # Each rank measures the next `local` windows of the training order, `per_pass` at a time. The
+    # first passes, until `differentiated` windows are covered, also run backward.
+    local = windows_per_rank(params, world)
     differentiated = max(1, params.calibrate.importance_tokens // params.model.context // world.size)
-    micro = micro_batch_size(local, params.calibrate.micro_batch_tokens // params.model.context)
+    per_pass = micro_batch_size(local, params.calibrate.micro_batch_tokens // params.model.context)
+    start = world.rank * local
+
+    # The clock covers all reads of training data.
     clock.start()
-    windows = Windows(shard_folder, params.model.context, params.model.vocab_size, params.seed)
-    with report.progress("calibrate", local) as progress:
-        for first in range(world.rank * local, (world.rank + 1) * local, micro):
-            inputs, targets = to_device(windows.batch(first, micro), world.device)
+    windows = TrainingWindows(shard_folder, params.model.context, params.model.vocab_size, params.seed)
+    with logger.progress("calibrate", local) as progress:
+        for first in range(start, start + local, per_pass):
+            inputs_BT, targets_BT = windows_to_device(windows.batch(first, per_pass), world.device)
             clock.mark()
-            if first - world.rank * local < differentiated:
-                differentiate_(model, inputs, targets, first, squares)
+            if first - start < differentiated:
+                accumulate_fisher_(model, inputs_BT, targets_BT, first, squares)
             else:
                 with torch.no_grad():
-                    model(inputs, targets, looped=True)
-            progress.advance(micro)
-    passes = -(-min(differentiated, local) // micro)  # whole ones: the last may go beyond
-    for hessian in sums.values():
+                    model(inputs_BT, targets_BT, looped=True)
+            progress.advance(per_pass)
+
+    # Sums to means over all ranks. Backward passes are whole ones, so the last may go beyond the
+    # limit.
+    for hessian in hessians.values():
         world.sum_(hessian).div_(params.calibrate.tokens)
-    sums |= {
-        name: torch.eye(weight.shape[1])
-        for name, weight in state.items()
-        if is_table(name) and name != EMBEDDING
-    }
+    backward_passes = -(-min(differentiated, local) // per_pass)
+    backward_tokens = backward_passes * per_pass * params.model.context * world.size
     for square in squares.values():
-        world.sum_(square).div_(passes * micro * params.model.context * world.size)
-    found = sums | {importance_name(name): square for name, square in squares.items()}
-    return {name: tensor.cpu() for name, tensor in found.items()}
+        world.sum_(square).div_(backward_tokens)
+
+    for name, weight in state.items():
+        if is_table(name) and name != EMBEDDING:
+            hessians[name] = torch.eye(weight.shape[1])
+    importances = {importance_name(name): square for name, square in squares.items()}
+    return {name: tensor.cpu() for name, tensor in (hessians | importances).items()}
 
 
-def local_windows(params: Params, world: World) -> int:
-    """Windows that each rank measures; a ValueError when they do not divide."""
-    sequences = params.calibrate.tokens // params.model.context
-    if sequences % world.size:
-        raise ValueError(f"calibrate.tokens: {sequences} windows do not divide over {world.size} ranks")
-    return sequences // world.size
+def windows_per_rank(params: Params, world: World) -> int:
+    """Windows that each rank measures; a ValueError when they do not divide over the ranks."""
+    windows = params.calibrate.tokens // params.model.context
+    if windows % world.size:
+        raise ValueError(f"calibrate.tokens: {windows} windows do not divide over {world.size} ranks")
+    return windows // world.size
 
 
-def observe_(model: Model, revisit_weight: float = 1.0) -> dict[str, Tensor]:
-    """Hang an observer on every distinct input of a quantised matrix; the returned sums fill as the model runs, looped.
+def register_hessian_hooks_(model: Model, revisit_weight: float = 1.0) -> dict[str, Tensor]:
+    """Hook every distinct input of a quantised matrix; the returned sums (C, C) grow as the model runs.
 
-    The fused MLP calls no module that could be observed, so the modules' own products take its place, with gradients too.
+    The model must run looped. The fused MLP calls no module that could be hooked, so it is replaced
+    by the module's own two products, also in passes with gradients.
     """
-    device = model.embedding.weight.device
-    plan = visit_plan(model.params, looped=True)
-    visits = {
-        f"blocks.{index}": (plan.encoder + plan.decoder).count(index) for index in range(model.params.layers)
-    }
     for mlp in (module for module in model.modules() if isinstance(module, MLP)):
-        mlp.operations = mlp.operations._replace(mlp=None)
-    sums: dict[str, Tensor] = {}
+        mlp.ops = mlp.ops._replace(mlp=None)
+
+    plan = visit_plan(model.params, looped=True)
+    order = plan.encoder + plan.decoder
+    visits = {f"blocks.{index}": order.count(index) for index in range(model.params.layers)}
+
+    # Matrices of the blocks. Query, key and value are one product of the attention module's input.
+    device = model.embedding.weight.device
+    hessians: dict[str, Tensor] = {}
     for name, module in model.named_modules():
-        weight = f"{name}.weight"
-        if is_matrix(weight) and hasattr(module, "weight") and hessian_name(weight) == weight:
-            columns = module.weight.shape[1]
-            sums[weight] = torch.zeros(columns, columns, device=device)
-            seen_by = model.get_submodule(
-                name.removesuffix(".query")
-            )  # query, key and value are one product of the attention's input
-            of_block = visits[".".join(name.split(".")[:2])]
-            seen_by.register_forward_pre_hook(_observer(sums[weight], of_block, revisit_weight))
-    sums[EMBEDDING] = torch.zeros(model.params.width, model.params.width, device=device)
-    model.head.register_forward_pre_hook(_observer(sums[EMBEDDING], 1, revisit_weight))
-    return sums
+        weight_name = f"{name}.weight"
+        if not (is_matrix(weight_name) and hasattr(module, "weight")):
+            continue
+        if hessian_name(weight_name) != weight_name:
+            continue
+
+        columns = module.weight.shape[1]
+        hessians[weight_name] = torch.zeros(columns, columns, device=device)
+        hooked = model.get_submodule(name.removesuffix(".query"))
+        block = ".".join(name.split(".")[:2])
+        hooked.register_forward_pre_hook(_hook(hessians[weight_name], visits[block], revisit_weight))
+
+    # The tied embedding, as the head.
+    hessians[EMBEDDING] = torch.zeros(model.params.width, model.params.width, device=device)
+    model.head.register_forward_pre_hook(_hook(hessians[EMBEDDING], 1, revisit_weight))
+    return hessians
 
 
-def differentiate_(
-    model: Model, inputs: Tensor, targets: Tensor, first: int, squares: dict[str, Tensor]
+def accumulate_fisher_(
+    model: Model, inputs_BT: Tensor, targets_BT: Tensor, seed: int, squares: dict[str, Tensor]
 ) -> None:
-    """Add the squared gradients of the windows, summed over tokens and over each row; `first` seeds the signs."""
-    losses = model(inputs, targets, looped=True)
-    signs = (
-        torch.randint(0, 2, losses.shape, generator=torch.Generator().manual_seed(first)).to(losses) * 2 - 1
-    )
-    named = {name: weight for name, weight in model.named_parameters() if name in squares}
-    gradients = torch.autograd.grad((losses * signs).sum(), list(named.values()))
-    for name, gradient in zip(named, gradients, strict=True):
+    """Add to `squares` (R,) the squared gradients of a batch, summed over tokens and over each row.
+
+    `seed` is the seed of the random signs of the tokens' losses.
+    """
+    losses_BT = model(inputs_BT, targets_BT, looped=True)
+    generator = torch.Generator().manual_seed(seed)
+    signs_BT = torch.randint(0, 2, losses_BT.shape, generator=generator).to(losses_BT) * 2 - 1
+    weights = {name: weight for name, weight in model.named_parameters() if name in squares}
+    gradients = torch.autograd.grad((losses_BT * signs_BT).sum(), list(weights.values()))
+    for name, gradient in zip(weights, gradients, strict=True):
         squares[name] += gradient.float().square().sum(1)
 
 
-def _observer(
-    hessian: Tensor, visits: int, revisit_weight: float
+def _hook(
+    hessian_CC: Tensor, visits: int, revisit_weight: float
 ) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    """An observer of a module that one forward pass visits so often."""
+    """A forward pre-hook for a module that is called `visits` times in one forward pass of the model."""
     visit = itertools.cycle(range(visits))
 
-    def observe(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        accumulate_(hessian, arguments[0], 1.0 if next(visit) == 0 else revisit_weight)
+    def accumulate(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        accumulate_hessian_(hessian_CC, arguments[0], 1.0 if next(visit) == 0 else revisit_weight)
 
-    return observe
+    return accumulate

@@ -1,4 +1,4 @@
-"""Parameters of calibration."""
+"""Parameters of calibration: types and bounds. params.yaml describes each of them."""
 
 from dataclasses import dataclass
 
@@ -11,12 +11,10 @@ from stages.train.params import ModelParams
 class CalibrateParams:
     """The section `calibrate`."""
 
-    tokens: int  # training tokens whose activations are measured, over all ranks; the first ones of the training order
-    importance_tokens: (
-        int  # of these, tokens whose gradients say how much each row matters; rounded up to whole passes
-    )
-    micro_batch_tokens: int  # most tokens of one forward pass
-    revisit_weight: float  # of the second and later visits of a looped block in the Hessians of its matrices; 1 counts every visit alike
+    tokens: int
+    importance_tokens: int
+    micro_batch_tokens: int
+    revisit_weight: float
 
     def __post_init__(self) -> None:
         require_positive(self, "tokens", "importance_tokens", "micro_batch_tokens")
@@ -28,7 +26,7 @@ class CalibrateParams:
 
 @dataclass(frozen=True)
 class Params:
-    """What calibrate reads of params.yaml; the seed fixes which windows are the first ones."""
+    """The part of params.yaml that calibrate reads; the seed fixes the order of the training windows."""
 
     seed: int
     parallel: ParallelParams
@@ -36,8 +34,6 @@ class Params:
     calibrate: CalibrateParams
 
     def __post_init__(self) -> None:
-        if self.calibrate.tokens % self.model.context:
-            reject(
-                "calibrate.tokens",
-                f"{self.calibrate.tokens} is not a multiple of model.context ({self.model.context})",
-            )
+        tokens = self.calibrate.tokens
+        if tokens % self.model.context:
+            reject("calibrate.tokens", f"{tokens} is not a multiple of model.context ({self.model.context})")

@@ -1,12 +1,12 @@
 """Bits per byte, and the one function that counts bytes.
 
-Loss per token says nothing across tokenizers, so the challenge scores bits per byte of text. Three complications, all in `byte_table` and
-`target_bytes` (#1493; knowledge of the defects it avoids: leading spaces counted twice, byte-fallback pieces counted as three bytes):
+Losses per token cannot be compared across tokenizers, so the challenge scores bits per byte of
+text. Counting has three complications, all in `byte_table` and `target_bytes` (#1493):
 
-* a piece's leading marker U+2581 is a space, and counts one byte only where a text byte stands: not after a control token, where a
-  document begins;
-* a byte-fallback piece `<0xAB>` is one byte, whatever its name looks like;
-* control, unknown and unused ids are no text: zero bytes, and a boundary for the token that follows.
+* The leading marker U+2581 of a piece is a space of one byte, to be counted once (D1 in
+  docs/defects.md), and only after text: at the start of a document it is not in the text.
+* A byte-fallback piece such as `<0xAB>` is one byte, whatever the length of its name (D3).
+* Control, unknown and unused ids are not text: zero bytes, and a boundary before the next token.
 """
 
 import hashlib
@@ -23,35 +23,35 @@ SPACE_MARKER = "\u2581"
 
 @dataclass(frozen=True)
 class ByteTable:
-    """What each token id adds to the text: arrays over the V ids of a tokenizer."""
+    """The text of each of a tokenizer's V ids."""
 
-    texts: tuple[bytes, ...]  # of each id: what it says, without the leading space
+    texts: tuple[bytes, ...]  # V: bytes of each id, without the leading space
     leading_space: np.ndarray  # (V,) bool: the piece begins with the marker
-    boundary: np.ndarray  # (V,) bool: control, unknown or unused, so no text
-    bos: int
+    boundary: np.ndarray  # (V,) bool: a control, unknown or unused id, which is not text
+    bos: int  # id of BOS
 
     @property
     def vocab_size(self) -> int:
-        """The number of ids."""
+        """V, the number of ids."""
         return len(self.texts)
 
     @cached_property
-    def base(self) -> np.ndarray:
-        """(V,) int64: bytes without the leading space."""
+    def base_bytes(self) -> np.ndarray:
+        """Number of bytes of each id without the leading space, (V,) int64."""
         return np.array([len(text) for text in self.texts], dtype=np.int64)
 
     @cached_property
-    def codes(self) -> np.ndarray:
-        """(V,) uint64: a number for what each id says, to be hashed where an id's own number must not matter."""
+    def text_hashes(self) -> np.ndarray:
+        """Hashes of the ids' texts and kinds, (V,) uint64, which do not depend on the ids' numbers."""
         kinds = self.boundary + 2 * self.leading_space.astype(np.int64)
-        said = (bytes([kind]) + text for kind, text in zip(kinds.tolist(), self.texts, strict=True))
-        return np.array(
-            [int.from_bytes(hashlib.blake2b(one, digest_size=8).digest(), "little") for one in said],
-            dtype=np.uint64,
-        )
+        hashes = []
+        for kind, text in zip(kinds.tolist(), self.texts, strict=True):
+            digest = hashlib.blake2b(bytes([kind]) + text, digest_size=8).digest()
+            hashes.append(int.from_bytes(digest, "little"))
+        return np.array(hashes, dtype=np.uint64)
 
-    def emissions(self, after_boundary: bool) -> list[bytes]:
-        """What each id adds to the text, behind a token without text or behind one with."""
+    def appended_bytes(self, after_boundary: bool) -> list[bytes]:
+        """The bytes that each of the V ids appends to the text, after text or after a boundary."""
         space = b"" if after_boundary else b" "
         return [
             space * leading + text
@@ -60,7 +60,7 @@ class ByteTable:
 
 
 def load_tokenizer(path: Path) -> sentencepiece.SentencePieceProcessor:
-    """A SentencePiece model; a ValueError when the file is not one."""
+    """Load a SentencePiece model; a ValueError when the file is not one."""
     if not path.is_file():
         raise ValueError(f"{path} does not exist: a SentencePiece model is expected there")
     try:
@@ -70,12 +70,17 @@ def load_tokenizer(path: Path) -> sentencepiece.SentencePieceProcessor:
 
 
 def byte_table(tokenizer: sentencepiece.SentencePieceProcessor) -> ByteTable:
-    """The byte table of a tokenizer, which must have byte fallback, a BOS and the lone space marker as a piece."""
+    """Build the byte table of a tokenizer.
+
+    A ValueError unless it has byte fallback, a BOS and the lone space marker as a piece.
+    """
+    # Requirements
     vocab = tokenizer.vocab_size()
     byte_ids = [i for i in range(vocab) if tokenizer.is_byte(i)]
     if len(byte_ids) != 256:
         raise ValueError(
-            f"the tokenizer has {len(byte_ids)} byte-fallback pieces, expected 256; train it with byte_fallback"
+            f"the tokenizer has {len(byte_ids)} byte-fallback pieces, expected 256;"
+            " train it with byte_fallback"
         )
     if tokenizer.is_unknown(tokenizer.piece_to_id(SPACE_MARKER)):
         raise ValueError(
@@ -83,6 +88,8 @@ def byte_table(tokenizer: sentencepiece.SentencePieceProcessor) -> ByteTable:
         )
     if tokenizer.bos_id() < 0:
         raise ValueError("the tokenizer has no BOS id; every document starts with BOS")
+
+    # Each id is a boundary, one byte, or a piece of text.
     texts = [b""] * vocab
     leading_space = np.zeros(vocab, dtype=bool)
     boundary = np.zeros(vocab, dtype=bool)
@@ -99,18 +106,24 @@ def byte_table(tokenizer: sentencepiece.SentencePieceProcessor) -> ByteTable:
 
 
 def target_bytes(tokens: np.ndarray, table: ByteTable) -> np.ndarray:
-    """Bytes of each target of a stream of N tokens, (N-1,) int64: target i is tokens[i + 1], after tokens[i]."""
+    """Bytes of each target of a stream of tokens (N,); returns (N-1,) int64.
+
+    Target i is tokens[i + 1], after tokens[i].
+    """
     previous, target = tokens[:-1], tokens[1:]
-    return table.base[target] + (table.leading_space[target] & ~table.boundary[previous])
+    return table.base_bytes[target] + (table.leading_space[target] & ~table.boundary[previous])
 
 
 def bits_per_byte(nll: np.ndarray, counted_bytes: np.ndarray) -> float:
-    """Total nats of `nll` in bits over total bytes, summed in float64; both (N-1,)."""
+    """Total loss in bits over total bytes, summed in float64.
+
+    `nll`, in nats, and `counted_bytes` are (N-1,).
+    """
     if nll.shape != counted_bytes.shape:
         raise ValueError(
             f"{len(nll)} losses against {len(counted_bytes)} targets: the ledger belongs to another stream"
         )
     total_bytes = int(counted_bytes.sum(dtype=np.int64))
     if total_bytes == 0:
-        raise ValueError("the targets hold no bytes, so bits per byte is undefined")
+        raise ValueError("the targets have no bytes, so bits per byte are undefined")
     return float(nll.sum(dtype=np.float64)) / math.log(2) / total_bytes

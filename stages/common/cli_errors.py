@@ -1,4 +1,7 @@
-"""How a command beside the stages ends for what its user can mend: with one line and exit code 2, as a stage does (command.py)."""
+"""Error handling of the stand-alone commands.
+
+A user error prints one line to stderr and exits with code 2, as in a stage.
+"""
 
 import contextlib
 import sys
@@ -8,17 +11,17 @@ from typing import NoReturn
 from stages.common.parallel import USER_ERROR
 
 
-def refuse(command: str, reason: object) -> NoReturn:
-    """Say why in one line, and exit."""
+def exit_with_error(command: str, reason: object) -> NoReturn:
+    """Print the reason as one line and exit with code 2."""
     sys.stderr.write(f"error: {command}: {' '.join(str(reason).split())}\n")
     raise SystemExit(USER_ERROR) from None
 
 
 @contextlib.contextmanager
-def refusing(command: str, *errors: type[Exception]) -> Iterator[None]:
-    """Within, a ValueError, an OSError or one of `errors` is the user's."""
-    of_the_user: tuple[type[Exception], ...] = (ValueError, OSError, *errors)
+def user_errors(command: str, *errors: type[Exception]) -> Iterator[None]:
+    """Context manager: report ValueError, OSError and `errors` as a user error and exit with code 2."""
+    reported: tuple[type[Exception], ...] = (ValueError, OSError, *errors)
     try:
         yield
-    except of_the_user as error:
-        refuse(command, error)
+    except reported as error:
+        exit_with_error(command, error)

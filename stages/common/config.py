@@ -1,8 +1,9 @@
-"""params.yaml to frozen dataclasses, strictly.
+"""Loads params.yaml into frozen dataclasses, strictly.
 
-A stage declares one dataclass whose fields name the sections it reads; `load` fills it. Sections of other stages are left alone, so
-that a new parameter of `pack` is none of train's business, but an unknown top-level name is an error for every stage. A wrong key or
-type is a ValueError that names the dotted key, what was seen, and what was expected.
+A stage declares one dataclass whose fields name the sections that it reads; `load` fills it. The
+sections of other stages are not checked, so that a new parameter of `pack` does not concern
+`train`, but an unknown top-level name is an error for every stage. A wrong key or type is a
+ValueError that names the dotted key, what was seen, and what was expected.
 """
 
 import dataclasses
@@ -16,7 +17,8 @@ import yaml
 
 P = TypeVar("P")
 
-# Every top-level name of params.yaml: the seed, what several stages share, and one section for each stage.
+# Every top-level name of params.yaml: the seed, what several stages share, and one section for each
+# stage.
 SECTIONS = (
     "seed",
     "parallel",
@@ -32,9 +34,18 @@ SECTIONS = (
     "submission",
 )
 
+# Keys that have another name now: old dotted key to new one. An old key is an error that names the
+# new one.
+RENAMED_KEYS = {
+    "ttt_eval.confidence": "ttt_eval.weight_by_surprise",
+    "audit.trained_share": "audit.chunked_scorer_share",
+    "audit.handed_stretches": "audit.call_splits",
+    "audit.graph_documents": "audit.order_documents",
+}
+
 
 class InvalidKey(ValueError):
-    """A parameter that has the right type and cannot be right; `key` is relative to the section that raises it."""
+    """A value of the right type that cannot be right; `key` is relative to the section that raises it."""
 
     def __init__(self, key: str, message: str) -> None:
         super().__init__(f"{key}: {message}")
@@ -43,7 +54,7 @@ class InvalidKey(ValueError):
 
 
 def reject(key: str, message: str) -> NoReturn:
-    """Refuse the parameter `key` of the section being built; the loader puts the section's name before it."""
+    """Raise InvalidKey for `key` of the section being built; the loader prepends the section's name."""
     raise InvalidKey(key, message)
 
 
@@ -61,15 +72,18 @@ def require_fraction(section: Any, *keys: str) -> None:
             reject(key, f"{getattr(section, key)} is not between 0 and 1")
 
 
-def read(path: Path) -> dict[str, Any]:
-    """The raw mapping of a parameter file; its top-level names are checked, nothing else."""
-    return mapping(path, SECTIONS, "name one with --params")
+def read_parameters(path: Path) -> dict[str, Any]:
+    """Read the raw sections of a parameter file; only the top-level names are checked."""
+    return read_sections(path, SECTIONS, "name one with --params")
 
 
-def mapping(path: Path, known: Collection[str], otherwise: str) -> dict[str, Any]:
-    """The sections of a YAML file, of which only `known` names are allowed; `otherwise` is what to do where there is no file."""
+def read_sections(path: Path, known: Collection[str], advice: str) -> dict[str, Any]:
+    """Read the sections of a YAML file; names outside `known` are an error.
+
+    `advice` completes the message when the file does not exist.
+    """
     if not path.is_file():
-        raise ValueError(f"{path} does not exist; {otherwise}")
+        raise ValueError(f"{path} does not exist; {advice}")
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -83,7 +97,10 @@ def mapping(path: Path, known: Collection[str], otherwise: str) -> dict[str, Any
 
 
 def override(raw: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
-    """A copy of `raw` with each `key.path=value` laid over it; the value is YAML, the key must exist."""
+    """Return a copy of `raw` with the assignments `key.path=value` applied.
+
+    Values are YAML; the keys must exist.
+    """
     merged = _copy(raw)
     for assignment in assignments:
         path, separator, value = assignment.partition("=")
@@ -94,7 +111,7 @@ def override(raw: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
         for parent in parents:
             node = node.get(parent) if isinstance(node, dict) else None
         if not isinstance(node, dict) or leaf not in node:
-            raise ValueError(f"{path}: unknown key; --set only changes keys that the parameter file has")
+            raise _unknown_key(path, "--set only changes keys that the parameter file has")
         try:
             node[leaf] = yaml.safe_load(value)
         except yaml.YAMLError as error:
@@ -103,14 +120,21 @@ def override(raw: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
 
 
 def build(raw: dict[str, Any], schema: type[P]) -> P:
-    """The dataclass `schema`, whose fields are sections (or top-level scalars), filled from the mapping `raw`."""
+    """Fill the dataclass `schema`, whose fields are sections or top-level scalars, from the mapping `raw`."""
     wanted = {field.name for field in dataclasses.fields(schema)}  # type: ignore[arg-type]
     return _build({name: value for name, value in raw.items() if name in wanted}, schema, "")
 
 
 def load(path: Path, schema: type[P], assignments: list[str]) -> P:
-    """`schema` filled from the file at `path` with the assignments of `--set` laid over it."""
-    return build(override(read(path), assignments), schema)
+    """Fill `schema` from a parameter file and the assignments of `--set`."""
+    return build(override(read_parameters(path), assignments), schema)
+
+
+def _unknown_key(key: str, advice: str) -> ValueError:
+    """The error for a dotted key that does not exist: its new name if it was renamed, else `advice`."""
+    if key in RENAMED_KEYS:
+        advice = f"it is called {RENAMED_KEYS[key]} now"
+    return ValueError(f"{key}: unknown key; {advice}")
 
 
 def _copy(node: Any) -> Any:
@@ -118,14 +142,18 @@ def _copy(node: Any) -> Any:
 
 
 def _build(raw: Any, schema: type[P], prefix: str) -> P:
+    """Fill a dataclass; `prefix` is the dotted path of its section, with a dot at the end, for messages."""
     if not isinstance(raw, dict):
         raise ValueError(f"{prefix[:-1]}: saw {raw!r}, expected a section with keys")
+
+    # Unknown keys
     hints = get_type_hints(schema)
+    known = ", ".join(prefix + name for name in hints)
     for key in raw:
         if key not in hints:
-            raise ValueError(
-                f"{prefix}{key}: unknown key; known are {', '.join(prefix + name for name in hints)}"
-            )
+            raise _unknown_key(prefix + key, f"known are {known}")
+
+    # Missing keys, types and values
     values = {}
     for key, hint in hints.items():
         if key not in raw:
@@ -133,6 +161,8 @@ def _build(raw: Any, schema: type[P], prefix: str) -> P:
                 f"{prefix}{key}: missing key; add it to the parameter file (see params.yaml for its meaning)"
             )
         values[key] = _value(raw[key], hint, prefix + key)
+
+    # Bounds, which the dataclass checks itself
     try:
         return schema(**values)
     except InvalidKey as error:
@@ -140,27 +170,36 @@ def _build(raw: Any, schema: type[P], prefix: str) -> P:
 
 
 def _value(raw: Any, hint: Any, key: str) -> Any:
+    """Convert a raw value to the type `hint`; a ValueError that names `key` when it does not fit."""
     if dataclasses.is_dataclass(hint):
         return _build(raw, hint, key + ".")  # type: ignore[arg-type]
-    origin, arguments = get_origin(hint), get_args(hint)
+
+    origin = get_origin(hint)
+    arguments = get_args(hint)
     if origin is Literal:
         if raw not in arguments or type(raw) not in {type(choice) for choice in arguments}:
             raise ValueError(f"{key}: saw {raw!r}, expected one of {', '.join(map(repr, arguments))}")
         return raw
-    if origin in (Union, types.UnionType):
-        return None if raw is None else _value(raw, next(a for a in arguments if a is not type(None)), key)
+    if origin in (Union, types.UnionType):  # an optional value
+        if raw is None:
+            return None
+        return _value(raw, next(a for a in arguments if a is not type(None)), key)
     if origin is tuple:
-        if not isinstance(raw, (list, tuple)) or (arguments[-1] is not ... and len(raw) != len(arguments)):
-            raise ValueError(
-                f"{key}: saw {raw!r}, expected a list"
-                + ("" if arguments[-1] is ... else f" of {len(arguments)} values")
-            )
-        element_hints = [arguments[0]] * len(raw) if arguments[-1] is ... else arguments
-        return tuple(
-            _value(item, element, f"{key}[{i}]")
-            for i, (item, element) in enumerate(zip(raw, element_hints, strict=True))
-        )
+        return _tuple(raw, arguments, key)
     return _scalar(raw, hint, key)
+
+
+def _tuple(raw: Any, hints: tuple[Any, ...], key: str) -> tuple[Any, ...]:
+    """Convert a list to a tuple of the types `hints`; (T, ...) stands for any number of T."""
+    any_length = hints[-1] is ...
+    if not isinstance(raw, (list, tuple)) or not (any_length or len(raw) == len(hints)):
+        length = "" if any_length else f" of {len(hints)} values"
+        raise ValueError(f"{key}: saw {raw!r}, expected a list{length}")
+    element_hints = [hints[0]] * len(raw) if any_length else hints
+    values = []
+    for i, (item, hint) in enumerate(zip(raw, element_hints, strict=True)):
+        values.append(_value(item, hint, f"{key}[{i}]"))
+    return tuple(values)
 
 
 def _scalar(raw: Any, hint: type, key: str) -> Any:
@@ -168,7 +207,7 @@ def _scalar(raw: Any, hint: type, key: str) -> Any:
         return float(raw)
     if hint is float and isinstance(raw, str) and _is_number(raw):
         raise ValueError(
-            f"{key}: saw the string {raw!r}, expected a number; YAML 1.1 wants a dot in it, as in 1.0e-4"
+            f"{key}: saw the string {raw!r}, expected a number; YAML 1.1 requires a dot in it, as in 1.0e-4"
         )
     if type(raw) is not hint:
         raise ValueError(f"{key}: saw {raw!r} ({type(raw).__name__}), expected {hint.__name__}")

@@ -1,7 +1,7 @@
-"""Something large that forks of a scorer have in common until one of them changes it.
+"""Copy-on-write: large state that forks of a scorer share until one of them changes it.
 
-An audit forks a scorer thousands of times, looks at a few predictions of each fork and lets it go: copies are made for forks that live,
-and only when somebody writes.
+An audit forks a scorer thousands of times, reads a few predictions of each fork and drops it. A
+copy is made only for a fork that is alive, and only when somebody writes.
 """
 
 from collections.abc import Callable
@@ -11,24 +11,25 @@ from weakref import WeakSet
 T = TypeVar("T")
 
 
-class Shared(Generic[T]):
-    """One holder's hand on a value; every scorer that has the value has a hand of its own."""
+class CopyOnWrite(Generic[T]):
+    """A reference to an object that several forks share; each fork has a reference of its own."""
 
     def __init__(self, value: T, copy: Callable[[T], T]) -> None:
-        self.value = value  # to read
+        self.value = value  # for reading only
         self._copy = copy
-        self._holders: WeakSet[Shared[T]] = WeakSet([self])
+        self._references: WeakSet[CopyOnWrite[T]] = WeakSet([self])  # to the same object
 
-    def fork(self) -> "Shared[T]":
-        """Another hand on the same value."""
-        twin = Shared(self.value, self._copy)
-        twin._holders = self._holders
-        self._holders.add(twin)
+    def fork(self) -> "CopyOnWrite[T]":
+        """Another reference to the same object."""
+        twin = CopyOnWrite(self.value, self._copy)
+        twin._references = self._references
+        self._references.add(twin)
         return twin
 
-    def own(self) -> T:
-        """The value to change: a copy where another holder lives."""
-        if len(self._holders) > 1:
-            self._holders.remove(self)
-            self.value, self._holders = self._copy(self.value), WeakSet([self])
+    def writable(self) -> T:
+        """The object for writing: a copy of it while other references are alive."""
+        if len(self._references) > 1:
+            self._references.remove(self)
+            self.value = self._copy(self.value)
+            self._references = WeakSet([self])
         return self.value

@@ -172,6 +172,8 @@ def _kernels() -> dict[str, Callable[..., Tensor]]:
         "sqrt": _function(np.sqrt),
         "log": _function(np.log),
     }
+
+    # Their other forms.
     kernels = dict(functional)
     for name in functional:
         kernels[f"{name}.out"] = _out_form(functional[name])

@@ -135,20 +135,26 @@ def _plan(
     if leading_a is None or leading_b is None:
         return Plan(np.empty((0, len(JOB_FIELDS)), np.int64), 0, 0, leading_a is None, leading_b is None)
 
-    batch_stride_a, batch_stride_b = (stride[0] if len(stride) == 3 else 0 for stride in (stride_a, stride_b))
-    rows, columns, depth = shape_a[-2], shape_b[-1], shape_a[-1]
+    rows, columns = shape_out[-2:]
+    depth = shape_a[-1]
     by_rows = rows >= columns
     if math.prod(shape_out) * depth < ONE_JOB_BELOW:
         threads = 1
+
+    # One job for each part: its offsets in bytes, its sizes and the leading dimensions.
+    batch_stride_a = stride_a[0] if len(stride_a) == 3 else 0
+    batch_stride_b = stride_b[0] if len(stride_b) == 3 else 0
     jobs = []
     for matrix, first, last in _parts(shape_out, threads):
         offset_a = matrix * batch_stride_a + (first * stride_a[-2] if by_rows else 0)
         offset_b = matrix * batch_stride_b + (0 if by_rows else first * stride_b[-1])
         offset_c = matrix * rows * columns + first * (columns if by_rows else 1)
+
         job_rows, job_columns = (last - first, columns) if by_rows else (rows, last - first)
         sizes = (job_rows, job_columns, depth)
         factors = (size * offset_a, leading_a, size * offset_b, leading_b)
         jobs.append((transpose_a, transpose_b, *sizes, *factors, size * offset_c, columns))
+
     array = np.array(jobs, np.int64).reshape(-1, len(JOB_FIELDS))
     return Plan(array, array.ctypes.data, min(threads, len(jobs)), False, False)
 
@@ -258,15 +264,18 @@ def _compile(blas: ctypes.CDLL, openmp: ctypes.CDLL) -> int:
     number.add_incoming(first_job, entry)
     builder.cbranch(builder.icmp_signed("<", number, fields["count"]), body, end)
 
-    # One job: offsets become addresses, and the routine of the dtype is called.
+    # One job: its fields, with addresses instead of offsets.
     builder.position_at_end(body)
     job_bytes = builder.mul(number, INT64(8 * len(JOB_FIELDS)))
     job_pointer = builder.inttoptr(builder.add(fields["jobs"], job_bytes), INT64.as_pointer())
     job = dict(zip(JOB_FIELDS, (load(job_pointer, index) for index in range(len(JOB_FIELDS))), strict=True))
+
     for name in ("transpose_a", "transpose_b"):
         job[name] = builder.trunc(job[name], INT32)
     for name in ("a", "b", "c"):
         job[name] = builder.add(job[name], fields[name])
+
+    # The arguments in CBLAS's order, for the routine of the dtype.
     before_alpha = [INT32(ROW_MAJOR), *(job[name] for name in ("transpose_a", "transpose_b", "m", "n", "k"))]
     factors = [job[name] for name in ("a", "lda", "b", "ldb")]
     result = [job[name] for name in ("c", "ldc")]
@@ -280,6 +289,8 @@ def _compile(blas: ctypes.CDLL, openmp: ctypes.CDLL) -> int:
                 ir.VoidType(),
                 [*before_alpha, alpha_32, *factors, beta_32, *result],
             )
+
+    # The next job of this thread.
     number.add_incoming(builder.add(number, step), builder.block)
     builder.branch(check)
 

@@ -1,4 +1,7 @@
-"""What something was measured on, for timing.json and the results of benchmarks: nothing else may depend on it."""
+"""Hardware and software of a run, for timing.json and results of benchmarks.
+
+Nothing else may depend on them.
+"""
 
 import importlib.metadata
 import os
@@ -12,11 +15,11 @@ import torch
 from stages.common.cpu_math import processor
 
 VERSIONED_PACKAGES = ("torch", "numpy", "sentencepiece", "brotli", "safetensors", "triton")
-NVIDIA = Path("/proc/driver/nvidia/version")
+NVIDIA = Path("/proc/driver/nvidia/version")  # written by the driver's kernel module
 
 
-def facts(device: torch.device | None = None) -> dict[str, Any]:
-    """What was measured on: hardware, interpreter and package versions, the date. For timing.json only."""
+def run_environment(device: torch.device | None = None) -> dict[str, Any]:
+    """Date, hardware, and versions of the interpreter and of packages."""
     return {
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "hardware": hardware(device),
@@ -25,18 +28,22 @@ def facts(device: torch.device | None = None) -> dict[str, Any]:
 
 
 def hardware(device: torch.device | None = None) -> dict[str, Any]:
-    """Processor, cores, and the accelerator when `device` is one."""
-    seen: dict[str, Any] = {"machine": platform.machine(), "processor": processor(), "cores": os.cpu_count()}
+    """Processor and cores, and the accelerator when `device` is one."""
+    found: dict[str, Any] = {
+        "machine": platform.machine(),
+        "processor": processor(),
+        "cores": os.cpu_count(),
+    }
     if device is not None and device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        seen["accelerator"] = properties.name
-        seen["accelerator_memory_bytes"] = properties.total_memory
-        seen["accelerators"] = torch.cuda.device_count()
-    return seen
+        found["accelerator"] = properties.name
+        found["accelerator_memory_bytes"] = properties.total_memory
+        found["accelerators"] = torch.cuda.device_count()
+    return found
 
 
 def versions() -> dict[str, str]:
-    """Python and the packages that can change a result."""
+    """Versions of Python and of the packages that can change a result; those not installed are left out."""
     found = {"python": platform.python_version()}
     for name in VERSIONED_PACKAGES:
         try:
@@ -48,8 +55,11 @@ def versions() -> dict[str, str]:
     return found
 
 
-def driver(file: Path = NVIDIA) -> str | None:
-    """The version of the GPU driver, which PyTorch does not tell: the first line of what the kernel module says; None without one."""
+def gpu_driver_version(file: Path = NVIDIA) -> str | None:
+    """Version of the GPU driver, which PyTorch does not offer: the first line of `file`.
+
+    None without a driver.
+    """
     if not file.is_file():
         return None
     return " ".join(file.read_text(encoding="utf-8").partition("\n")[0].split())

@@ -1,18 +1,30 @@
-"""Who of a run still lives: a connection from every rank to rank 0, so that a rank that dies ends all of them at once, with its reason.
+"""Failure detector: when one rank of a run dies, all others exit at once and print its error.
 
-Collectives do not say it in time. NCCL's kernels wait on the GPU for a peer that is gone until a timeout of minutes, and torchrun ends
-only the ranks of the dead one's own machine. Here nothing is sent while all is well. A rank that fails sends one line, the kernel closes
-the connections of one that is killed, and a machine that is gone does not answer keep-alive probes. Rank 0 hands the line on:
+Every rank keeps a TCP connection to rank 0. Collectives do not report a death in time: NCCL's
+kernels wait on the GPU for the lost peer until a timeout of minutes, and torchrun ends only the
+ranks of the dead one's own machine.
 
-    rank 2 -- "2 failed: x.bin is no shard" --> rank 0 -- the same line --> ranks 1, 3, 4, ...
+Nothing is sent while all ranks work. A rank that fails sends one line. When a process is killed the
+kernel closes its connections, and a machine that is gone does not answer keep-alive probes; both
+read as an empty line. Rank 0 forwards what it reads:
+
+    rank 2 -- "2 failed: x.bin is not a shard" --> rank 0 -- the same line --> ranks 1, 3, 4, ...
+
+States of a rank, kept in three events:
+
+    running            no event is set; the thread waits for lines
+    failure received   a peer failed: its line is forwarded, then `grace` seconds pass
+    failure reported   `report` was called; the main thread has UNWIND_SECONDS to leave the context
+    leaving            the context is left, normally or by an error; the thread ends
+
+If the main thread does not leave in time, the thread ends the process: the main thread may be
+waiting for the GPU, and the GPU for the dead rank.
 """
 
 import contextlib
-import ctypes
 import os
 import secrets
 import selectors
-import signal
 import socket
 import sys
 import threading
@@ -20,45 +32,50 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Protocol, Self
 
-WELL = "well"  # the line of a rank that has ended as it should
-MEETING_KEY = "lifeline"
-# Probes of a silent connection: a machine is given up after 10 + 2 x 5 s without an answer. A process that is stopped still answers.
+OK = "well"  # line that a rank sends when it ends without an error
+ADDRESS_KEY = "failure_detector"  # key of rank 0's port and token in the store
+# Keep-alive probes of a silent connection: a machine is given up after 10 + 2 x 5 s without an
+# answer. A process that is stopped still answers, since its kernel does.
 PROBE_AFTER_SECONDS, PROBE_EVERY_SECONDS, PROBES = 10, 5, 2
-# A death breaks collectives and this connection in any order; so long an error waits to learn whether it is its consequence.
-HEARSAY_SECONDS = 2.0
-# What the main thread gets to clean up, after which the process is ended: it may be waiting for the GPU, and that for the dead rank.
-UNWIND_SECONDS = 5.0
-
-_PR_SET_PDEATHSIG = 1  # prctl(2)
+# A death breaks collectives and this connection in any order. An error of a collective waits this
+# long for the news of a death that explains it.
+FAILURE_GRACE_SECONDS = 2.0
+UNWIND_SECONDS = 5.0  # given to the main thread to clean up, after which the process is ended
 
 
-class Board(Protocol):
-    """Where rank 0 writes its port for the others: a torch.distributed.Store."""
+class KeyValueStore(Protocol):
+    """The store in which rank 0 publishes its port: a part of torch.distributed.Store."""
 
     def set(self, key: str, value: str) -> None:
         """Make `key` visible to every rank."""
 
     def get(self, key: str) -> bytes:
-        """The value of `key`, once it is there."""
+        """The value of `key`; blocks until there is one."""
 
 
-class Lifeline:
-    """One rank's end of it: a context manager around the work that the ranks do together, and a thread that waits for bad news.
+class FailureDetector:
+    """Context manager around the ranks' common work, with a thread that waits for failures.
 
-    When another rank ends badly, so does this one, with exit code 1: the thread calls `speak` with the reason, `stay` seconds after the
-    news, and then the context is left by SystemExit if an error of the main thread follows from that end. Else the process is ended.
+    When another rank fails, this process ends too, with exit code 1. `grace` is called with the
+    failed rank and returns how many seconds to wait before `report` is called with the reason. If
+    the main thread then fails because of it, the context is left by SystemExit.
     """
 
     def __init__(
         self,
         rank: int,
-        lines: dict[int, socket.socket],
-        stay: Callable[[int], float],
-        speak: Callable[[str], None],
+        connections: dict[int, socket.socket],
+        grace: Callable[[int], float],
+        report: Callable[[str], None],
     ) -> None:
-        self.rank, self.lines, self.stay, self.speak = rank, lines, stay, speak
-        self._heard, self._spoken, self._leaving = threading.Event(), threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=self._listen, name="lifeline", daemon=True)
+        self.rank = rank
+        self.connections = connections
+        self.grace = grace
+        self.report = report
+        self._failure_received = threading.Event()
+        self._failure_reported = threading.Event()
+        self._leaving = threading.Event()
+        self._thread = threading.Thread(target=self._listen, name="failure detector", daemon=True)
         self._thread.start()
 
     def __enter__(self) -> Self:
@@ -67,72 +84,73 @@ class Lifeline:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # Errors of collectives, of NCCL and of the GPU are RuntimeErrors; any other is this rank's own.
+        # Errors of collectives, of NCCL and of the GPU are RuntimeErrors, and may follow from a
+        # peer's death; any other error is this rank's own.
         may_follow = error is None or isinstance(error, RuntimeError)
-        if may_follow and self._heard.wait(0 if error is None else HEARSAY_SECONDS):
-            self._spoken.wait()
-            self.leave(WELL)
+        if may_follow and self._failure_received.wait(0 if error is None else FAILURE_GRACE_SECONDS):
+            self._failure_reported.wait()
+            self.leave(OK)
             raise SystemExit(1) from error
-        self.leave(WELL if error is None else f"{self.rank} failed: {_one_line(error)}")
+        self.leave(OK if error is None else f"{self.rank} failed: {_one_line(error)}")
 
-    def leave(self, word: str) -> None:
-        """Tell the others how this rank ends, and hear no more of them."""
+    def leave(self, line: str) -> None:
+        """Send the peers `line`, how this rank ends, and close the connections."""
         self._leaving.set()
-        self._tell(word)
-        for line in self.lines.values():
+        self._send(line)
+        for connection in self.connections.values():
             with contextlib.suppress(OSError):  # the other end may be gone
-                line.shutdown(socket.SHUT_RDWR)
+                connection.shutdown(socket.SHUT_RDWR)
         self._thread.join()
-        for line in self.lines.values():
-            line.close()
+        for connection in self.connections.values():
+            connection.close()
 
-    def _tell(self, word: str) -> None:
-        for line in self.lines.values():
+    def _send(self, line: str) -> None:
+        for connection in self.connections.values():
             with contextlib.suppress(OSError):
-                line.sendall(f"{word}\n".encode())
+                connection.sendall(f"{line}\n".encode())
 
     def _listen(self) -> None:
-        with selectors.DefaultSelector() as ends:
-            for peer, line in self.lines.items():
-                ends.register(line, selectors.EVENT_READ, peer)
-            while ends.get_map():
-                for key, _ in ends.select():
-                    word = _read(self.lines[key.data])
+        """Main function of the thread: wait for lines until all peers have ended or one has failed."""
+        with selectors.DefaultSelector() as selector:
+            for peer, connection in self.connections.items():
+                selector.register(connection, selectors.EVENT_READ, peer)
+
+            while selector.get_map():
+                for key, _ in selector.select():
+                    line = _read_line(self.connections[key.data])
                     if self._leaving.is_set():
                         return
-                    if word != WELL:
-                        self._mourn(
-                            word
-                            or f"{key.data} is gone without a word; the output on its machine may say why"
-                        )
-                        return
-                    ends.unregister(key.fileobj)
+                    if line == OK:
+                        selector.unregister(key.fileobj)
+                        continue
+                    lost = f"{key.data} is gone without a message; the output on its machine may say why"
+                    self._on_peer_failure(line or lost)
+                    return
 
-    def _mourn(self, word: str) -> None:
-        self._heard.set()
-        self._tell(word)
-        if self._leaving.wait(self.stay(int(word.split()[0]))):
+    def _on_peer_failure(self, line: str) -> None:
+        """Forward the line, report it after the grace period, and end a process that hangs."""
+        self._failure_received.set()
+        self._send(line)
+        failed_rank = int(line.split()[0])
+        if self._leaving.wait(self.grace(failed_rank)):
             return
-        self.speak(f"rank {word}")
-        self._spoken.set()
+        self.report(f"rank {line}")
+        self._failure_reported.set()
         if not self._leaving.wait(UNWIND_SECONDS):
             os._exit(1)
 
 
-def end_with_parent() -> None:
-    """Ask the kernel to end this process with its parent: a killed `dvc` must not leave a training behind (treeverse/dvc#5818)."""
-    if sys.platform != "linux":
-        return
-    parent = os.getppid()
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-    if os.getppid() != parent:
-        os.kill(os.getpid(), signal.SIGTERM)
+def connect(
+    rank: int, size: int, address: str, store: KeyValueStore, timeout: float
+) -> dict[int, socket.socket]:
+    """Open the connections of a rank; returns them by the rank at the other end.
 
-
-def connect(rank: int, size: int, address: str, board: Board, patience: float) -> dict[int, socket.socket]:
-    """The connections of a rank, by the rank at the other end: rank 0, at `address`, has one with everyone, the others one with rank 0."""
+    Rank 0, at `address`, gets one with every other rank, which gets one with rank 0.
+    """
     try:
-        return _accept(size, board, patience) if rank == 0 else {0: _call(rank, address, board, patience)}
+        if rank == 0:
+            return _accept_ranks(size, store, timeout)
+        return {0: _connect_to_rank_zero(rank, address, store, timeout)}
     except OSError as error:
         where = f"rank {rank}: no connection with rank 0 at {address}"
         raise ConnectionError(
@@ -140,49 +158,49 @@ def connect(rank: int, size: int, address: str, board: Board, patience: float) -
         ) from None
 
 
-def _call(rank: int, address: str, board: Board, patience: float) -> socket.socket:
-    port, token = board.get(MEETING_KEY).decode().split()
-    line = socket.create_connection((address, int(port)), timeout=patience)
-    line.sendall(f"{token} {rank}\n".encode())
-    return _kept_alive(line)
+def _connect_to_rank_zero(rank: int, address: str, store: KeyValueStore, timeout: float) -> socket.socket:
+    port, token = store.get(ADDRESS_KEY).decode().split()
+    connection = socket.create_connection((address, int(port)), timeout=timeout)
+    connection.sendall(f"{token} {rank}\n".encode())
+    return _keep_alive(connection)
 
 
-def _accept(size: int, board: Board, patience: float) -> dict[int, socket.socket]:
-    lines: dict[int, socket.socket] = {}
-    token = secrets.token_hex(8)  # so that a stranger who finds the port is not taken for a rank
-    both = socket.has_dualstack_ipv6()
-    with socket.create_server(
-        ("", 0), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both
-    ) as door:
-        door.settimeout(patience)
-        board.set(MEETING_KEY, f"{door.getsockname()[1]} {token}")
-        while len(lines) < size - 1:
-            line, _ = door.accept()
-            line.settimeout(patience)
-            said, _, rank = _read(line).partition(" ")
-            if said == token:
-                lines[int(rank)] = _kept_alive(line)
+def _accept_ranks(size: int, store: KeyValueStore, timeout: float) -> dict[int, socket.socket]:
+    connections: dict[int, socket.socket] = {}
+    token = secrets.token_hex(8)  # a foreign process that finds the port must not pass for a rank
+    dual_stack = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if dual_stack else socket.AF_INET
+    with socket.create_server(("", 0), family=family, dualstack_ipv6=dual_stack) as server:
+        server.settimeout(timeout)
+        store.set(ADDRESS_KEY, f"{server.getsockname()[1]} {token}")
+        while len(connections) < size - 1:
+            connection, _ = server.accept()
+            connection.settimeout(timeout)
+            given_token, _, rank = _read_line(connection).partition(" ")
+            if given_token == token:
+                connections[int(rank)] = _keep_alive(connection)
             else:
-                line.close()
-    return lines
+                connection.close()
+    return connections
 
 
-def _kept_alive(line: socket.socket) -> socket.socket:
-    line.settimeout(None)
-    line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+def _keep_alive(connection: socket.socket) -> socket.socket:
+    """Make a connection block without a timeout, and break when its machine is gone."""
+    connection.settimeout(None)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     if sys.platform == "linux":
-        line.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, PROBE_AFTER_SECONDS)
-        line.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, PROBE_EVERY_SECONDS)
-        line.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, PROBES)
-    return line
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, PROBE_AFTER_SECONDS)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, PROBE_EVERY_SECONDS)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, PROBES)
+    return connection
 
 
-def _read(line: socket.socket) -> str:
+def _read_line(connection: socket.socket) -> str:
     """The next line; empty when the other end is gone."""
     text = b""
     while not text.endswith(b"\n"):
         try:
-            piece = line.recv(4096)
+            piece = connection.recv(4096)
         except OSError:
             return ""
         if not piece:
@@ -192,4 +210,5 @@ def _read(line: socket.socket) -> str:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join((str(error) if isinstance(error, (ValueError, OSError)) else repr(error)).split())
+    text = str(error) if isinstance(error, (ValueError, OSError)) else repr(error)
+    return " ".join(text.split())

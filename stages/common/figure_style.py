@@ -1,7 +1,8 @@
-"""What pictures are drawn on: one style, and PNG bytes that are a function of the numbers alone.
+"""One style for all figures, and PNG bytes that depend on nothing but the numbers drawn.
 
-Drawn through matplotlib's Figure, without pyplot's global state, from matplotlib's own defaults and the few settings below; the picture
-holds no date and no version, so the same numbers give the same bytes.
+Figures are drawn with matplotlib's Figure, without pyplot's global state, from matplotlib's own
+defaults and the few settings below. The PNG has neither a date nor a version, so the same numbers
+give the same bytes.
 """
 
 import io
@@ -11,14 +12,14 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-BLUE, ORANGE, GREEN, PURPLE, GREY = (
-    "#0072b2",
-    "#d55e00",
-    "#009e73",
-    "#7b4ea3",
-    "#8a8f98",
-)  # the first three: Okabe and Ito
-INK, FAINT = "#22262c", "#e4e7eb"
+# Colours of data. The first three are Okabe and Ito's, which colour-blind readers can tell apart.
+BLUE = "#0072b2"
+ORANGE = "#d55e00"
+GREEN = "#009e73"
+PURPLE = "#7b4ea3"
+GREY = "#8a8f98"
+INK = "#22262c"  # text
+FAINT = "#e4e7eb"  # grid
 STYLE = {
     "font.size": 10,
     "axes.edgecolor": GREY,
@@ -39,23 +40,26 @@ STYLE = {
     "ytick.labelcolor": INK,
     "lines.solid_capstyle": "round",
 }
-DPI = 144
+DPI = 144  # pixels per inch
 
 
-def styled() -> AbstractContextManager[None]:
-    """Within this, matplotlib draws with its own defaults, not the user's, and our settings."""
+def house_style() -> AbstractContextManager[None]:
+    """Context manager: draw with matplotlib's own defaults, not the user's, and the settings of STYLE."""
     settings: dict[Any, Any] = {key: value for key, value in mpl.rcParamsDefault.items() if key != "backend"}
     return mpl.rc_context(settings | STYLE)
 
 
-def canvas(width: float, height: float, rows: int = 1, **options: Any) -> tuple[Figure, Any]:
-    """A figure of so many inches and its axes: one, or an array of `rows` below each other."""
+def new_figure(width: float, height: float, rows: int = 1, **options: Any) -> tuple[Figure, Any]:
+    """A figure of `width` x `height` inches and its axes: one, or an array of `rows` of them.
+
+    `options` are those of matplotlib's `Figure.subplots`.
+    """
     figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
     return figure, figure.subplots(rows, 1, **options)
 
 
-def png(figure: Figure) -> bytes:
-    """The picture."""
+def to_png(figure: Figure) -> bytes:
+    """Render a figure."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
     return buffer.getvalue()

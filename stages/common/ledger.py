@@ -1,6 +1,6 @@
-"""Ledgers: the loss of every target of an evaluation, from which every metric, plot and comparison comes.
+"""Ledgers: the loss of every target of an evaluation. All metrics, plots and comparisons come from them.
 
-`nll.npy` holds N-1 float32 values in nats, in stream order, for a stream of N tokens.
+For a stream of N tokens, `nll.npy` has N-1 float32 values in nats, in the order of the stream.
 """
 
 from pathlib import Path
@@ -13,28 +13,29 @@ CHUNK_COLUMNS = ("chunk", "first_target", "targets", "bytes", "bpb", "cumulative
 
 
 def write(path: Path, nll: np.ndarray) -> None:
-    """Write a ledger; (N-1,) float32, finite and not negative."""
+    """Write a ledger (N-1,); every loss must be finite and not negative."""
     check(nll)
     with path.open("wb") as file:
         np.save(file, np.ascontiguousarray(nll, dtype=np.float32), allow_pickle=False)
 
 
 def read(path: Path, targets: int) -> np.ndarray:
-    """Read a ledger and hold it against the number of targets of its stream."""
+    """Read a ledger, (targets,) float32; a ValueError when it has another number of targets."""
     try:
         nll = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"{path} is not a ledger: {error}") from error
     if nll.dtype != np.float32 or nll.shape != (targets,):
         raise ValueError(
-            f"{path} holds {nll.dtype} {nll.shape}, expected float32 ({targets},): it belongs to another stream"
+            f"{path} holds {nll.dtype} {nll.shape}, expected float32 ({targets},):"
+            " it belongs to another stream"
         )
     check(nll)
     return nll
 
 
 def check(nll: np.ndarray) -> None:
-    """Raise ValueError unless every target has a loss: finite, not negative."""
+    """Raise ValueError unless every loss of a ledger (N-1,) is finite and not negative."""
     bad = np.flatnonzero(~(np.isfinite(nll) & (nll >= 0)))
     if len(bad):
         raise ValueError(
@@ -43,12 +44,26 @@ def check(nll: np.ndarray) -> None:
 
 
 def write_chunks(path: Path, nll: np.ndarray, counted_bytes: np.ndarray, chunk: int) -> None:
-    """A TSV of bpb by chunk of `chunk` targets, and cumulative; the last chunk may be shorter."""
+    """Write a TSV with the bits per byte of each chunk of `chunk` targets, and of all up to its end.
+
+    `nll` and `counted_bytes` are (N-1,). The last chunk may be shorter. A chunk without bytes has
+    0.
+    """
     lines = ["\t".join(CHUNK_COLUMNS)]
     for number, start in enumerate(range(0, len(nll), chunk)):
-        part = slice(start, start + chunk)
-        here = bits_per_byte(nll[part], counted_bytes[part]) if counted_bytes[part].any() else 0.0
-        so_far = bits_per_byte(nll[: start + chunk], counted_bytes[: start + chunk])
-        row = (number, start, len(nll[part]), int(counted_bytes[part].sum()), f"{here:.6f}", f"{so_far:.6f}")
+        end = start + chunk
+        nll_of_chunk = nll[start:end]
+        bytes_of_chunk = counted_bytes[start:end]
+
+        bpb = bits_per_byte(nll_of_chunk, bytes_of_chunk) if bytes_of_chunk.any() else 0.0
+        cumulative = bits_per_byte(nll[:end], counted_bytes[:end])
+        row = (
+            number,
+            start,
+            len(nll_of_chunk),
+            int(bytes_of_chunk.sum()),
+            f"{bpb:.6f}",
+            f"{cumulative:.6f}",
+        )
         lines.append("\t".join(map(str, row)))
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")

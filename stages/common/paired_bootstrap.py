@@ -1,4 +1,7 @@
-"""Two ledgers over one stream compared document by document, which resolves differences far below what the scatter between seeds can."""
+"""Paired bootstrap over documents: compares two ledgers of the same validation stream.
+
+It detects differences far smaller than the scatter between seeds.
+"""
 
 import math
 from typing import NamedTuple
@@ -7,7 +10,7 @@ import numpy as np
 
 
 class Difference(NamedTuple):
-    """bpb of ledger b minus bpb of ledger a, with the paired bootstrap's 95 % interval."""
+    """Bits per byte of ledger b minus those of ledger a, with their 95 % interval."""
 
     bpb: float
     low: float
@@ -15,7 +18,10 @@ class Difference(NamedTuple):
 
 
 def document_of_target(tokens: np.ndarray, bos: int) -> np.ndarray:
-    """The document number of each target, (N-1,) int64; a BOS target belongs to the document that it begins."""
+    """Index of the document of each target, (N-1,) int64, from the stream's tokens (N,).
+
+    A target that is BOS belongs to the document that it begins.
+    """
     return np.cumsum(tokens == bos)[1:] - 1
 
 
@@ -27,19 +33,24 @@ def paired_difference(
     resamples: int = 2000,
     seed: int = 0,
 ) -> Difference:
-    """bpb(b) - bpb(a) and its interval from resampling documents: both ledgers see the same resample.
+    """Compute bpb(b) - bpb(a) and its interval by resampling documents, the same ones for both ledgers.
 
-    The statistic is a ratio of sums (bits over bytes), so each resample draws documents with replacement and sums both parts.
+    `a` and `b` are ledgers (N-1,), `counted_bytes` (N-1,) the bytes of their targets, and
+    `documents` (N-1,) the document of each. The statistic is a ratio of sums, bits over bytes, so
+    each resample draws documents with replacement and sums both.
     """
+    # Sums by document.
     count = int(documents.max()) + 1
-    bits = np.bincount(
-        documents, (b.astype(np.float64) - a.astype(np.float64)) / math.log(2), minlength=count
-    )
+    difference_nats = b.astype(np.float64) - a.astype(np.float64)
+    bits = np.bincount(documents, difference_nats / math.log(2), minlength=count)
     size = np.bincount(documents, counted_bytes, minlength=count)
+
+    # How often each document is drawn; a resample without bytes counts as one byte.
     generator = np.random.Generator(np.random.PCG64(seed))
-    drawn = np.empty(resamples)
+    resampled = np.empty(resamples)
     for i in range(resamples):
         weight = np.bincount(generator.integers(0, count, count), minlength=count)
-        drawn[i] = (weight @ bits) / max(1.0, float(weight @ size))
-    low, high = np.quantile(drawn, (0.025, 0.975))
+        resampled[i] = (weight @ bits) / max(1.0, float(weight @ size))
+
+    low, high = np.quantile(resampled, (0.025, 0.975))
     return Difference(float(bits.sum() / size.sum()), float(low), float(high))

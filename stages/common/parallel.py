@@ -1,8 +1,15 @@
 """Processes, devices and determinism: everything that differs between one CPU, one GPU and torchrun.
 
-A stage with `parallel.nproc` above 1 that was not started by torchrun runs torchrun over the same command, so that
-`python -m stages.train` and `torchrun --nproc-per-node=8 -m stages.train` are the same run. Over several machines torchrun is started by
-hand, on each; rank 0 alone writes.
+A stage with `parallel.nproc` above 1 that torchrun has not started runs torchrun over its own
+command, so that `python -m stages.train` and `torchrun --nproc-per-node=8 -m stages.train` are the
+same run. On several machines the user starts torchrun on each. Only rank 0 writes outputs.
+
+When ranks fail, the user should read one line with the cause. It is printed by:
+
+    user error on all ranks            rank 0 (stages/common/stage.py)
+    user error on one rank only        the process that ran torchrun, from torchrun's error file
+    death of a rank, same machine      the process that ran torchrun, which ends the other ranks
+    death of a rank, other machine     local rank 0, from the rendezvous or the failure detector
 """
 
 import contextlib
@@ -27,19 +34,24 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.rendezvous import rendezvous
 
 from stages.common import cpu_math
+from stages.common.concurrency import die_with_parent
 from stages.common.config import reject, require_positive
-from stages.common.failure_detector import Lifeline, connect, end_with_parent
+from stages.common.failure_detector import FailureDetector, connect
 
-# From the first rank's start to the last one's. They start together and import torch; the audit reads the validation text as well.
-MEETING = timedelta(minutes=2)
-ANSWER_SECONDS = 10.0  # of a machine that is known to be there
-# Of a collective. A rank that dies is noticed at once (failure_detector.py), so these are for one that hangs, and may be generous: ranks
-# compile side by side, and wait on the host for rank 0 while it packs.
-DEVICE_PATIENCE, HOST_PATIENCE = timedelta(minutes=10), timedelta(minutes=30)
-# How long a rank says nothing of the end of one on its machine: torchrun sees that end too, stops the others, and names the cause; a
-# rank that spoke at once would be taken for it. torchrun looks ten times a second, but a killed process that held a GPU is slow to go.
-SILENCE_SECONDS = 4.0
-USER_ERROR = 2  # the exit code of a stage that stops for what a user can mend
+# From the start of the first rank to that of the last. They start together and import torch; the
+# audit also reads the validation text.
+RENDEZVOUS_TIMEOUT = timedelta(minutes=2)
+CONNECT_TIMEOUT_SECONDS = 10.0  # for rank 0's machine, whose store is known to be open
+# Timeouts of a collective, on the device and on the host. A rank that dies is noticed at once
+# (failure_detector.py), so these are for one that hangs, and may be generous: ranks compile side by
+# side, and wait on the host for rank 0 while it packs.
+DEVICE_TIMEOUT = timedelta(minutes=10)
+HOST_TIMEOUT = timedelta(minutes=30)
+# How long a rank reports nothing about the end of a rank on its own machine. torchrun sees that end
+# too, stops the other ranks, and names the cause; a rank that exited first would be taken for it.
+# torchrun looks ten times a second, but a killed process that held a GPU takes longer to go.
+LOCAL_FAILURE_GRACE_SECONDS = 4.0
+USER_ERROR = 2  # exit code of a stage that stops because of something the user can mend
 # torch 2.13 renamed both, and warns when it is called by the names that 2.11 has.
 _reduce_scatter = (
     dist.reduce_scatter_single if hasattr(dist, "reduce_scatter_single") else dist.reduce_scatter_tensor
@@ -49,15 +61,15 @@ _all_gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else 
 
 @dataclass(frozen=True)
 class ParallelParams:
-    """The section `parallel`: it changes speed, and the last bits of results, but not what is computed."""
+    """The section `parallel`: it changes the speed and the last bits of results, not what is computed."""
 
-    nproc: int  # processes on this machine, one for each GPU
-    threads: int  # threads of one process on CPU; part of a result's identity (sums are split over them)
+    nproc: int
+    threads: int
     device: Literal["auto", "cpu", "cuda"]
-    dtype: Literal["auto", "float32", "bfloat16"]  # of activations; auto is float32 on CPU, bfloat16 on CUDA
-    deterministic: bool  # deterministic kernels only; on CPU always on
-    compile: bool  # torch.compile of training on CUDA; on CPU never
-    kernels: bool  # fused kernels, on CUDA in bfloat16; elsewhere the plain operations
+    dtype: Literal["auto", "float32", "bfloat16"]
+    deterministic: bool
+    compile: bool
+    kernels: bool
 
     def __post_init__(self) -> None:
         require_positive(self, "nproc", "threads")
@@ -65,37 +77,40 @@ class ParallelParams:
             reject("dtype", "bfloat16 needs device cuda; on CPU everything is float32")
 
 
-class Handle(Protocol):
-    """A collective under way: its tensors are the caller's again after `wait`."""
+class Work(Protocol):
+    """A running collective, as in torch.distributed; its tensors must not be touched before `wait`."""
 
     def wait(self) -> object:
-        """Until the result is there, for whatever is asked of the device next."""
+        """Make the work that is put on the device next wait for the result."""
 
 
-class _Done:
-    """The handle of what had not to be asked of anyone."""
+class CompletedWork:
+    """A collective that is complete already, as in a run of one process."""
 
     def wait(self) -> None:
-        """Nothing is under way."""
+        """Do nothing."""
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run, seen from one of them."""
+    """The processes of a run, as one of them sees them.
+
+    Shapes of the collectives: n rows of one rank, W ranks.
+    """
 
     rank: int
     size: int
     device: torch.device
     dtype: torch.dtype
     compile: bool
-    host_group: (
-        dist.ProcessGroup | None
-    )  # gloo: for host values, so that agreeing on them does not wait for the GPU
+    # gloo, for values on the host: agreeing on them need not wait for the GPU. None for one
+    # process.
+    host_group: dist.ProcessGroup | None
     kernels: bool = False  # fused kernels instead of plain operations
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes the outputs."""
+        """True on the process that writes the outputs."""
         return self.rank == 0
 
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -108,25 +123,31 @@ class World:
         """All-reduce `tensor` in place with the mean over all ranks."""
         return self.sum_(tensor).div_(self.size) if self.size > 1 else tensor
 
-    def reduce_scatter_mean(self, output: torch.Tensor, input: torch.Tensor) -> Handle:
-        """Begin to fill `output` (n, ...) with the mean over all ranks of this rank's rows of `input` (W * n, ...)."""
+    def reduce_scatter_mean(self, output: torch.Tensor, input: torch.Tensor) -> Work:
+        """Start to reduce `input` (W * n, ...) over all ranks.
+
+        `output` (n, ...) gets this rank's rows of the mean.
+        """
         if self.size > 1:
             return _reduce_scatter(output, input, op=dist.ReduceOp.AVG, async_op=True)
         return _copy(output, input)
 
-    def all_gather(self, output: torch.Tensor, input: torch.Tensor) -> Handle:
-        """Begin to fill `output` (W * n, ...) with every rank's `input` (n, ...), which may be this rank's rows of `output`."""
+    def all_gather(self, output: torch.Tensor, input: torch.Tensor) -> Work:
+        """Start to gather every rank's `input` (n, ...) into `output` (W * n, ...).
+
+        `input` may be this rank's rows of `output`.
+        """
         if self.size > 1:
             return _all_gather(output, input, async_op=True)
         return _copy(output, input)
 
     def max_of(self, value: float) -> float:
-        """The largest of a host value over all ranks, agreed on the host."""
+        """The largest of a number over all ranks, reduced on the host."""
         if self.size == 1:
             return value
-        held = torch.tensor([value], dtype=torch.float64)
-        dist.all_reduce(held, op=dist.ReduceOp.MAX, group=self.host_group)
-        return float(held.item())
+        largest = torch.tensor([value], dtype=torch.float64)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.host_group)
+        return float(largest.item())
 
     def barrier(self) -> None:
         """Wait for all ranks."""
@@ -134,180 +155,215 @@ class World:
             dist.barrier(group=self.host_group)
 
     def synchronize(self) -> None:
-        """Wait until the device has done what was asked of it."""
+        """Wait until the device has finished all work that was put on it."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
 
 def relaunch_under_torchrun(params: ParallelParams, program: str, arguments: list[str]) -> None:
-    """Run `program`, a module or a .py file, under torchrun and exit, when `nproc` asks for several and this is none of them.
+    """Run `program`, a module or a .py file, under torchrun and exit.
 
-    What a rank says of a user's error is an error of this process too; a rank that dies in another way is a ChildProcessError.
+    Does nothing if one process is enough, or if torchrun has started this one.
+    A rank's user error is raised again in this process; the death of a rank is a ChildProcessError.
     """
     if params.nproc == 1 or "RANK" in os.environ:
         return
-    end_with_parent()
-    for idle in active_children():  # a process that only starts others has no use for its own
-        idle.terminate()
+
+    die_with_parent()
+    for child in active_children():  # forked for this process's own work, which its ranks do instead
+        child.terminate()
     os.environ.setdefault("OMP_NUM_THREADS", str(params.threads))  # torchrun warns when it chooses
     module = [] if program.endswith(".py") else ["-m"]
+    torchrun_arguments = ["--standalone", f"--nproc-per-node={params.nproc}", *module, program, *arguments]
     try:
-        torchrun.run(
-            torchrun.parse_args(
-                ["--standalone", f"--nproc-per-node={params.nproc}", *module, program, *arguments]
-            )
-        )
+        torchrun.run(torchrun.parse_args(torchrun_arguments))
     except ChildFailedError as failed:
-        raise _reason(failed) from None
+        raise _first_failure(failed) from None
     except SignalException as stopped:
         raise SystemExit(128 + stopped.sigval) from None
     raise SystemExit(0)
 
 
 @contextlib.contextmanager
-def world(params: ParallelParams, compiles: bool = False) -> Iterator[World]:
-    """Set up device, determinism and, under torchrun, the process group; tear the group down at the end. `compiles`: what trains, may."""
-    end_with_parent()
-    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+def distributed(params: ParallelParams, compiles: bool = False) -> Iterator[World]:
+    """Set up the device, determinism and, under torchrun, the process groups.
+
+    The groups are torn down at the end. `compiles` allows torch.compile where `parallel.compile`
+    asks for it: training does, evaluation does not.
+    """
+    die_with_parent()
+    rank = int(os.environ.get("RANK", "0"))
+    size = int(os.environ.get("WORLD_SIZE", "1"))
     device = _device(params, int(os.environ.get("LOCAL_RANK", "0")))
     dtype = activation_dtype(params, device)
     compiles = compiles and params.compile and device.type == "cuda"
     set_determinism(params, device, compiles)
-    with _company(rank, size, device) as host_group:
+    with _process_groups(rank, size, device) as host_group:
         yield World(rank, size, device, dtype, compiles, host_group, kernels=uses_kernels(params, device))
 
 
 def set_determinism(params: ParallelParams, device: torch.device, compiles: bool) -> None:
-    """Instruction set, threads, TF32, and deterministic algorithms (always on CPU, on request on CUDA)."""
+    """Fix the instruction set, the number of threads, TF32, and the algorithms.
+
+    Deterministic algorithms are used always on CPU, and on request on CUDA.
+    """
     cpu_math.require_avx2()
     cpu_math.install()
     torch.set_num_threads(params.threads)
-    # Filling what is written to before it is read takes a fiftieth of a step's time. (The module's attribute is a property.)
+    # torch would fill new tensors, which are all written before they are read; that takes 2 % of a
+    # step. (The attribute is a property of the module, which mypy does not see.)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cuda.matmul.allow_tf32 = not params.deterministic
     torch.backends.cudnn.allow_tf32 = not params.deterministic
+
     deterministic = params.deterministic or device.type == "cpu"
     if deterministic and device.type == "cuda":
-        os.environ.setdefault(
-            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-        )  # cuBLAS reads it when the first handle is made
+        # cuBLAS reads this when the first handle is made.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if compiles:
         torch.use_deterministic_algorithms(deterministic)
-    else:  # the same for what is not compiled, without importing the compiler: two seconds of each stage
+    else:
+        # The same effect on code that is not compiled, without importing the compiler, which takes
+        # two seconds.
         torch.set_deterministic_debug_mode("error" if deterministic else "default")
 
 
-def leave_word(reason: str) -> None:
-    """Leave the reason of this rank's end where torchrun, if it started this process, finds it for its summary."""
+def write_torchelastic_error(reason: str) -> None:
+    """Write the reason of this rank's end to torchrun's error file, if torchrun started this process."""
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
         record = {"message": {"message": reason, "extraInfo": {"timestamp": str(int(time.time()))}}}
         Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(record), encoding="utf-8")
 
 
-def excuse(reason: str) -> None:
-    """Tell the ranks that wait for this one, if there are any, why it will not come."""
-    if _torchrun_holds_the_store():
-        with contextlib.suppress(ConnectionError, dist.DistError):  # its machine may be gone
-            _store().set(f"ready/{os.environ['RANK']}", reason)
+def announce_failure(reason: str) -> None:
+    """Tell ranks that wait for this one in the rendezvous why it will not come."""
+    if _torchrun_hosts_the_store():
+        with contextlib.suppress(ConnectionError, dist.DistError):  # the store's machine may be gone
+            _open_store().set(f"ready/{os.environ['RANK']}", reason)
 
 
-def speaks_for_its_machine() -> bool:
-    """Whether this process, of all ranks on its machine, says what every one of them knows."""
+def is_local_rank_zero() -> bool:
+    """True on the one rank of this machine that prints what all its ranks know."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 @contextlib.contextmanager
-def _company(rank: int, size: int, device: torch.device) -> Iterator[dist.ProcessGroup | None]:
-    """The process groups and the lifeline of several ranks; gives the group of the hosts, None for a rank alone."""
+def _process_groups(rank: int, size: int, device: torch.device) -> Iterator[dist.ProcessGroup | None]:
+    """Set up the process groups and the failure detector; yields the host group, None for one process."""
     if size == 1:
         yield None
         return
+
+    # Wait for all ranks, and connect each with rank 0.
     try:
-        store = _meet(rank, size)
-        lines = connect(rank, size, os.environ["MASTER_ADDR"], store, MEETING.total_seconds())
+        store = _rendezvous(rank, size)
+        connections = connect(
+            rank, size, os.environ["MASTER_ADDR"], store, RENDEZVOUS_TIMEOUT.total_seconds()
+        )
     except dist.DistNetworkError as error:
         raise ConnectionError(_unreachable(error)) from None
-    with Lifeline(rank, lines, _stay, _speak):
+
+    with FailureDetector(rank, connections, _grace_seconds, _report_failure):
         gpu = device if device.type == "cuda" else None
         dist.init_process_group(
             "nccl" if gpu else "gloo",
             store=store,
             rank=rank,
             world_size=size,
-            timeout=DEVICE_PATIENCE,
+            timeout=DEVICE_TIMEOUT,
             device_id=gpu,
         )
-        yield dist.new_group(backend="gloo", timeout=HOST_PATIENCE)
-        dist.destroy_process_group()  # not after an error: NCCL would wait for the others; the process ends and its groups with it
+        yield dist.new_group(backend="gloo", timeout=HOST_TIMEOUT)
+        # Not after an error: NCCL would wait for the other ranks. The process ends, and its groups
+        # with it.
+        dist.destroy_process_group()
 
 
-def _meet(rank: int, size: int) -> Store:
-    """Wait until every rank is there; a ConnectionError with the reason of one that will not come."""
+def _rendezvous(rank: int, size: int) -> Store:
+    """Wait until every rank has arrived; returns the store that they share.
+
+    A ConnectionError when a rank does not arrive in time, or has announced that it will not.
+    """
     keys = [f"ready/{other}" for other in range(size)]
-    store = _store()
+    store = _open_store()
     store.set(keys[rank], "")
     try:
-        store.wait(keys, MEETING)
+        store.wait(keys, RENDEZVOUS_TIMEOUT)
     except dist.DistStoreError:
         absent = [other for other, key in enumerate(keys) if not store.check([key])]
-        waited = f"{MEETING.total_seconds():.0f} s"
+        waited = f"{RENDEZVOUS_TIMEOUT.total_seconds():.0f} s"
         raise ConnectionError(
-            f"ranks {absent} of {size} did not come within {waited}; the output on their machine may say why"
+            f"ranks {absent} of {size} did not arrive within {waited};"
+            " the output on their machine may say why"
         ) from None
+
+    # A rank that failed before the rendezvous has put its reason there (announce_failure).
     for other, key in enumerate(keys):
-        if word := store.get(key).decode():
-            time.sleep(_stay(other))
-            raise ConnectionError(f"rank {other} failed: {word}")
-    store.set_timeout(DEVICE_PATIENCE)
+        reason = store.get(key).decode()
+        if reason:
+            time.sleep(_grace_seconds(other))
+            raise ConnectionError(f"rank {other} failed: {reason}")
+    store.set_timeout(DEVICE_TIMEOUT)
     return store
 
 
-def _store() -> Store:
-    """What rank 0's machine keeps for all ranks."""
-    if (
-        _torchrun_holds_the_store()
-    ):  # then it is there by now, and torch's own client would knock for long, and loudly
+def _open_store() -> Store:
+    """Connect to the key-value store on rank 0's machine."""
+    if _torchrun_hosts_the_store():
+        # The store is open by now. Check that it can be reached: torch's own client would retry for
+        # minutes, and print each attempt.
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         try:
-            socket.create_connection(
-                (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), ANSWER_SECONDS
-            ).close()
+            socket.create_connection(address, CONNECT_TIMEOUT_SECONDS).close()
         except OSError as error:
             raise ConnectionError(_unreachable(error)) from None
-    store, _, _ = next(rendezvous("env://", timeout=MEETING))
+    store, _, _ = next(rendezvous("env://", timeout=RENDEZVOUS_TIMEOUT))
     return PrefixStore(f"caddie/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def _unreachable(error: Exception) -> str:
-    return f"rank 0's machine, {os.environ['MASTER_ADDR']}, does not answer ({str(error).splitlines()[0]}); the output there may say why"
+    address = os.environ["MASTER_ADDR"]
+    cause = str(error).splitlines()[0]
+    return f"rank 0's machine, {address}, does not answer ({cause}); the output there may say why"
 
 
-def _torchrun_holds_the_store() -> bool:
-    """Whether the store is there before any rank is; else rank 0 makes it."""
+def _torchrun_hosts_the_store() -> bool:
+    """True if torchrun opened the store before it started the ranks; otherwise rank 0 opens it."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
-def _stay(other: int) -> float:
-    """Seconds that this rank outlives another's end; those that do not speak for their machine leave the one that does the time to."""
-    first = int(os.environ["RANK"]) - int(os.environ.get("LOCAL_RANK", "0"))
-    beside = first <= other < first + int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return (SILENCE_SECONDS if beside else 0.0) + (0.0 if speaks_for_its_machine() else 1.0)
+def _grace_seconds(other: int) -> float:
+    """Seconds to wait before this rank exits because rank `other` has failed.
+
+    Time for torchrun to report it first if it ran on this machine, and for local rank 0 to print
+    the message before the other ranks exit.
+    """
+    first_of_machine = int(os.environ["RANK"]) - int(os.environ.get("LOCAL_RANK", "0"))
+    is_local = 0 <= other - first_of_machine < int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    seconds = LOCAL_FAILURE_GRACE_SECONDS if is_local else 0.0
+    if not is_local_rank_zero():
+        seconds += 1.0
+    return seconds
 
 
-def _speak(reason: str) -> None:
+def _report_failure(reason: str) -> None:
+    """Print why another rank's failure ends this one, and leave it for torchrun."""
     with contextlib.suppress(OSError):  # a full disk or a closed terminal must not keep this rank alive
-        if speaks_for_its_machine():
+        if is_local_rank_zero():
             sys.stderr.write(f"error: {reason}\n")
             sys.stderr.flush()
-        leave_word(reason)
+        write_torchelastic_error(reason)
 
 
-def _reason(failed: ChildFailedError) -> BaseException:
-    """The exception that says in one line which rank ended first, and how."""
+def _first_failure(failed: ChildFailedError) -> BaseException:
+    """The exception to raise for a failed torchrun, which names the rank that ended first and how."""
     rank, first = failed.get_first_failure()
     record = first.error_file_data["message"]
-    if first.exitcode == USER_ERROR and isinstance(record, dict):  # what `leave_word` left
-        said = 0 in failed.failures and failed.failures[0].exitcode == USER_ERROR
-        return SystemExit(USER_ERROR) if said else ValueError(f"rank {rank} failed: {record['message']}")
+    if first.exitcode == USER_ERROR and isinstance(record, dict):  # from write_torchelastic_error
+        rank_zero_printed_it = 0 in failed.failures and failed.failures[0].exitcode == USER_ERROR
+        if rank_zero_printed_it:
+            return SystemExit(USER_ERROR)
+        return ValueError(f"rank {rank} failed: {record['message']}")
     if first.exitcode < 0:
         return ChildProcessError(f"rank {rank} (process {first.pid}) was killed by {first.signal_name()}")
     return ChildProcessError(
@@ -315,20 +371,21 @@ def _reason(failed: ChildFailedError) -> BaseException:
     )
 
 
-def _copy(output: torch.Tensor, input: torch.Tensor) -> Handle:
+def _copy(output: torch.Tensor, input: torch.Tensor) -> Work:
     if output.data_ptr() != input.data_ptr():
         output.copy_(input)
-    return _Done()
+    return CompletedWork()
 
 
 def _device(params: ParallelParams, local_rank: int) -> torch.device:
     if params.device == "cpu" or (params.device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise ValueError("parallel.device: cuda was asked for and torch sees no CUDA device; use cpu or auto")
+        raise ValueError("parallel.device: it is cuda, but torch sees no CUDA device; use cpu or auto")
     if local_rank >= torch.cuda.device_count():
         raise ValueError(
-            f"parallel.nproc: process {local_rank} has no GPU of its own, {torch.cuda.device_count()} are visible"
+            f"parallel.nproc: process {local_rank} has no GPU of its own,"
+            f" {torch.cuda.device_count()} are visible"
         )
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
@@ -336,12 +393,12 @@ def _device(params: ParallelParams, local_rank: int) -> torch.device:
 
 
 def uses_kernels(params: ParallelParams, device: torch.device) -> bool:
-    """Whether the fused kernels run: they are written for bfloat16 on CUDA."""
+    """True if the fused kernels run; they are written for bfloat16 on CUDA."""
     return params.kernels and device.type == "cuda" and activation_dtype(params, device) == torch.bfloat16
 
 
 def activation_dtype(params: ParallelParams, device: torch.device) -> torch.dtype:
-    """The dtype of activations that `parallel.dtype` means on a device."""
+    """The dtype of activations on a device; a ValueError for bfloat16 on CPU."""
     if params.dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     if params.dtype == "bfloat16" and device.type == "cpu":

@@ -1,69 +1,78 @@
-"""A range coder of whole symbols, driven by probabilities; integers only behind `cumulative`.
+"""Range coder for whole symbols, driven by any probability distributions.
 
-Martin's range coder (1979) with 64 bits of interval and carries that run back into the bytes already written. The binary coder of
-stages/pack has 16 bits of probability, which a vocabulary of 8,192 ids would use up; here a distribution has 2^32 parts. What a file costs
-above the sum of -log2 p is bounded by `overhead_bits`, whatever the distributions:
+After `cumulative_frequencies` all is integer arithmetic. It is Martin's range coder (1979) with a
+64-bit interval and carries that propagate into the bytes already written. The binary coder of
+stages/pack has 16-bit probabilities, which a vocabulary of 8,192 ids would use up. Here the
+frequencies of a distribution sum to 2^32 at most. The excess of a file over the sum of -log2 p is
+bounded by `max_overhead_bits`, whatever the distributions are:
 
-* every id gets one part and, of the rest, floor(p (2^32 - V)): at least the share p (2^32 - V) / 2^32 when the p sum to 1 at most;
-* an interval of at least 2^56 is cut into that many equal steps, so that less than the 2^-24th of it is lost;
-* the last bytes name a number in an interval, which takes less than eight bits more than the interval says.
+* every id gets a frequency of one and floor(p (2^32 - V)) more: at least the share
+  p (2^32 - V) / 2^32 of the total, when the p sum to 1 at most;
+* an interval of at least 2^56 is cut into as many equal steps as the total, so less than 2^-24 of
+  it is lost;
+* the last bytes name a number in the interval, which takes less than eight bits more than the
+  interval requires.
+
+Shapes: V ids of the vocabulary.
 """
 
 import math
 
 import numpy as np
 
-PARTS = 1 << 32  # of a distribution
+TOTAL_FREQUENCY = 1 << 32  # upper bound of the sum of a distribution's frequencies
 INTERVAL = 1 << 64
-SMALLEST = 1 << 56  # an interval below this is widened by a byte
-ENDING_BITS = 8.0
-LARGEST_LOG = 1e-9  # a log-probability above 0 by more than rounding is none
+MIN_RANGE = 1 << 56  # a range below this is widened by a byte
+FINAL_BITS = 8.0  # bound of the bits that ending a file costs
+MAX_LOG_PROBABILITY = 1e-9  # 0 up to rounding; more is an error
 
 
-def cumulative(log_probabilities: np.ndarray) -> np.ndarray:
-    """Where the parts of each id begin, and the end: (..., V + 1) int64 from natural logs (..., V) float64, every id having a part.
+def cumulative_frequencies(log_probabilities: np.ndarray) -> np.ndarray:
+    """Cumulative frequencies (..., V + 1), int64, of natural log-probabilities (..., V), float64.
 
-    A function of the floats alone: the same floats give the same integers. A ValueError for what is no log-probability.
+    Every frequency is 1 at least. A function of the floats alone: the same floats give the same
+    integers. A ValueError for values that are not log-probabilities.
     """
-    if not (log_probabilities <= LARGEST_LOG).all():  # NaN too
+    if not (log_probabilities <= MAX_LOG_PROBABILITY).all():  # NaN fails too
         worst = float(log_probabilities.max())
         raise ValueError(f"a log-probability is {worst}, expected numbers of 0 or less")
     vocab_size = log_probabilities.shape[-1]
-    parts = np.exp(log_probabilities)
-    parts *= PARTS - vocab_size
-    starts = np.zeros((*parts.shape[:-1], vocab_size + 1), dtype=np.int64)
-    np.cumsum(parts.astype(np.int64) + 1, axis=-1, out=starts[..., 1:])
-    return starts
+    shares = np.exp(log_probabilities)
+    shares *= TOTAL_FREQUENCY - vocab_size
+    cumulative = np.zeros((*shares.shape[:-1], vocab_size + 1), dtype=np.int64)
+    np.cumsum(shares.astype(np.int64) + 1, axis=-1, out=cumulative[..., 1:])
+    return cumulative
 
 
-def overhead_bits(symbols: int, vocab_size: int) -> float:
-    """What the coded bits of so many symbols exceed the sum of -log2 p by, at most, when every distribution sums to 1."""
-    each = math.log1p(vocab_size / (PARTS - vocab_size)) - math.log1p(-PARTS / SMALLEST)
-    return symbols * each / math.log(2) + ENDING_BITS
+def max_overhead_bits(symbols: int, vocab_size: int) -> float:
+    """Bound of the coded bits above the sum of -log2 p, for distributions that sum to 1."""
+    each = math.log1p(vocab_size / (TOTAL_FREQUENCY - vocab_size)) - math.log1p(-TOTAL_FREQUENCY / MIN_RANGE)
+    return symbols * each / math.log(2) + FINAL_BITS
 
 
-class Encoder:
-    """Symbols to bytes."""
+class RangeEncoder:
+    """Encoder of symbols to bytes."""
 
     def __init__(self) -> None:
-        self.low, self.range = 0, INTERVAL
+        self.low = 0
+        self.range = INTERVAL
         self.written = bytearray()
 
-    def code(self, starts: np.ndarray, symbol: int | None) -> int:
-        """Code `symbol` under its distribution, (V + 1,) of `cumulative`, and return it."""
+    def code(self, cumulative: np.ndarray, symbol: int | None) -> int:
+        """Encode `symbol` with the cumulative frequencies (V + 1,) of its distribution; returns it."""
         assert symbol is not None
-        step = self.range // int(starts[-1])
-        self.low += step * int(starts[symbol])
-        self.range = step * int(starts[symbol + 1] - starts[symbol])
+        step = self.range // int(cumulative[-1])
+        self.low += step * int(cumulative[symbol])
+        self.range = step * int(cumulative[symbol + 1] - cumulative[symbol])
         self._carry()
-        while self.range < SMALLEST:
+        while self.range < MIN_RANGE:
             self.written.append(self.low >> 56)
             self.low = (self.low << 8) % INTERVAL
             self.range <<= 8
         return symbol
 
     def finish(self) -> bytes:
-        """All bytes; the last are the fewest that lie in the interval when zeros follow."""
+        """All bytes. The last are the fewest that name a number in the interval when zeros follow."""
         for count in range(9):
             shift = 64 - 8 * count
             value = (self.low + self.range - 1) >> shift << shift
@@ -71,37 +80,42 @@ class Encoder:
                 self.low = value
                 self._carry()
                 return bytes(self.written) + self.low.to_bytes(8, "big")[:count]
-        raise AssertionError("an interval holds its own end")
+        raise AssertionError("an interval contains its own end")
 
     def _carry(self) -> None:
+        """Propagate an overflow of `low` into the bytes already written."""
         if self.low >= INTERVAL:
             self.low -= INTERVAL
-            at = len(self.written) - 1
-            while self.written[at] == 255:
-                self.written[at] = 0
-                at -= 1
-            self.written[at] += 1
+            position = len(self.written) - 1
+            while self.written[position] == 255:
+                self.written[position] = 0
+                position -= 1
+            self.written[position] += 1
 
 
-class Decoder:
-    """Bytes to symbols; what is missing at the end reads as zeros."""
+class RangeDecoder:
+    """Decoder of bytes to symbols; bytes after the end read as zeros."""
 
     def __init__(self, payload: bytes) -> None:
-        self.payload, self.position = payload, 8
+        self.payload = payload
+        self.position = 8
         self.range = INTERVAL
         self.offset = int.from_bytes(
             payload[:8].ljust(8, b"\0"), "big"
         )  # of the coded number in the interval
 
-    def code(self, starts: np.ndarray, symbol: int | None = None) -> int:
-        """The next symbol under its distribution; `symbol`, which an encoder is told, must be None."""
+    def code(self, cumulative: np.ndarray, symbol: int | None = None) -> int:
+        """Decode the next symbol with the cumulative frequencies (V + 1,) of its distribution.
+
+        `symbol` is there so that encoder and decoder have one signature; it must be None.
+        """
         assert symbol is None
-        total = int(starts[-1])
+        total = int(cumulative[-1])
         step = self.range // total
-        symbol = int(np.searchsorted(starts, min(self.offset // step, total - 1), side="right")) - 1
-        self.offset -= step * int(starts[symbol])
-        self.range = step * int(starts[symbol + 1] - starts[symbol])
-        while self.range < SMALLEST:
+        symbol = int(np.searchsorted(cumulative, min(self.offset // step, total - 1), side="right")) - 1
+        self.offset -= step * int(cumulative[symbol])
+        self.range = step * int(cumulative[symbol + 1] - cumulative[symbol])
+        while self.range < MIN_RANGE:
             following = self.payload[self.position] if self.position < len(self.payload) else 0
             self.offset = self.offset << 8 | following
             self.position += 1

@@ -1,1 +1,1 @@
-"""pack: weights and Hessians to model.bin. GPTQ, the byte budget, the codec, the container."""
+"""Stage pack: quantises the weights with GPTQ, encodes them, and writes model.bin within the byte budget."""

@@ -1,10 +1,9 @@
-"""pack: the averaged weights and their Hessians to model.bin, the counted weights."""
+"""Stage pack: turns the averaged weights and their Hessians into model.bin, the counted weights."""
 
-from stages.pack.file.encode_process import Encoder
+from stages.pack.file.encode_process import EncodeProcess
 
-ENCODER = (
-    Encoder() if __name__ == "__main__" else None
-)  # at work while what follows is imported: torch takes seconds
+# Forked here, so that it compiles while the imports below run: torch alone takes seconds.
+ENCODER = EncodeProcess() if __name__ == "__main__" else None
 
 import contextlib
 import dataclasses
@@ -16,17 +15,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from stages.common import command
-from stages.common.concurrency import beside
+from stages.common.concurrency import run_in_background
 from stages.common.environment import hardware
-from stages.common.parallel import ParallelParams, world
+from stages.common.parallel import ParallelParams, distributed
+from stages.common.stage import Run, Stage, launch
 from stages.pack.artifact import pack
 from stages.pack.params import Params
 from stages.pack.quantise import trellis_quantiser
 from stages.pack.quantise.methods import QUANTISERS
 from stages.pack.stats import layers_tsv
 
-STAGE = command.Stage(
+STAGE = Stage(
     name="pack",
     summary="Quantise the weights with GPTQ and encode them within the byte budget.",
     params=Params,
@@ -39,38 +38,43 @@ STAGE = command.Stage(
 
 
 def load(path: Path, device: torch.device) -> dict[str, Tensor]:
-    """The tensors of a safetensors file."""
+    """Load the tensors of a safetensors file; raises ValueError when it is damaged."""
     try:
         return load_file(path, device=str(device))
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
 
 
-def main(run: command.Run[Params]) -> None:
-    """Load weights and Hessians, pack, write the file, its table and its metrics."""
+def main(run: Run[Params]) -> None:
+    """Load weights and Hessians, pack them, write the file, its table and its metrics."""
     params = run.params
-    model_file, hessian_file = run.path("model"), run.path("hessians")
-    with ENCODER or contextlib.nullcontext() as encode, world(parallel_for(params)) as here:
+    model_file = run.path("model")
+    hessian_file = run.path("hessians")
+    with ENCODER or contextlib.nullcontext() as encode_streams, distributed(parallel_for(params)) as world:
         if QUANTISERS[params.pack.quantiser].on_cpu:
-            beside(trellis_quantiser.compile_ahead)
+            run_in_background(trellis_quantiser.compile_ahead)  # while the files are read
+
         started = time.monotonic()
-        state, hessians = load(model_file, here.device), load(hessian_file, here.device)
-        packed = pack(state, hessians, params.model, params.pack, run.report, encode)
+        state = load(model_file, world.device)
+        hessians = load(hessian_file, world.device)
+        packed = pack(state, hessians, params.model, params.pack, run.logger, encode_streams)
+
         run.write_bytes("model.bin", packed.blob)
-        run.write_text("layers.tsv", layers_tsv.tsv(packed.rows))
-        run.write_json("metrics.json", layers_tsv.metrics(packed.rows, packed.scale))
-        run.timing |= {"seconds": time.monotonic() - started, "hardware": hardware(here.device)}
+        run.write_text("layers.tsv", layers_tsv.to_tsv(packed.stats))
+        run.write_json("metrics.json", layers_tsv.metrics(packed.stats, packed.coarseness))
+        run.timing |= {"seconds": time.monotonic() - started, "hardware": hardware(world.device)}
 
 
 def parallel_for(params: Params) -> ParallelParams:
-    """Always one process: the tensors are few and the file is one, so that nproc is no business of this stage. A GPU only if it works."""
+    """Adapt `parallel`: one process, and no GPU for a quantiser that works on the CPU.
+
+    The tensors are few and the result is one file, so more processes would not help.
+    """
     alone = dataclasses.replace(params.parallel, nproc=1)
-    return (
-        dataclasses.replace(alone, device="cpu", dtype="float32")
-        if QUANTISERS[params.pack.quantiser].on_cpu
-        else alone
-    )
+    if QUANTISERS[params.pack.quantiser].on_cpu:
+        return dataclasses.replace(alone, device="cpu", dtype="float32")
+    return alone
 
 
 if __name__ == "__main__":
-    command.launch(STAGE, main)
+    launch(STAGE, main)

@@ -1,7 +1,13 @@
-"""model.bin from a state and its Hessians, and back.
+"""Packs weights and Hessians into model.bin, and unpacks the file again.
 
-The bytes depend on the weights, the Hessians, the parameters and the kind of processor, never on the number of threads
-(common/concurrency.py). The budget decides one number only, the quantiser's scale (quantise/fit_budget.py, quantise/methods.py).
+    pack    prepare: split the tensors into matrices and the rest, make the quantiser
+            search:  quantise and encode the model, ever closer to the byte budget
+            report:  statistics of every tensor of the best file
+    unpack  parse and decode the file
+
+The bytes depend on the weights, the Hessians, the parameters and the kind of processor, never on
+the number of threads (common/concurrency.py). The budget decides one number only, the quantiser's
+coarseness (quantise/fit_budget.py).
 """
 
 import contextlib
@@ -16,37 +22,59 @@ import torch
 from torch import Tensor
 
 from stages.calibrate.hessians import importance_name
-from stages.common.concurrency import beside, in_threads, usable_cores
+from stages.common.concurrency import run_in_background, thread_map, usable_cores
 from stages.common.parallel import World
-from stages.common.progress import Report
+from stages.common.progress import Logger
 from stages.pack.entropy import codecs
 from stages.pack.file import container, tensors
-from stages.pack.file.container import Contents, Entry, Form, Stream
-from stages.pack.file.load import check_shapes, model_params
+from stages.pack.file.container import Contents, EncodedStream, EncodedTensor, Form
+from stages.pack.file.load import check_shapes, params_from_header
 from stages.pack.params import PackParams
 from stages.pack.quantise import fit_budget, lqer, tensor_kinds, trellis_quantiser
-from stages.pack.quantise.methods import QUANTISERS, Quantiser, Result, hessian_of, threads_for
+from stages.pack.quantise.methods import QUANTISERS, QuantisedMatrix, Quantiser, hessian_of, threads_for
 from stages.pack.stats import tensor_stats
-from stages.train.model import Model, model_for
+from stages.pack.stats.tensor_stats import TensorStats
+from stages.train.model import Model, build_model
 from stages.train.params import ModelParams
 
-FLOAT16 = Form("float16", 16)
+FLOAT16_FORM = Form("float16", 16)
+StreamEncoder = Callable[..., tuple[EncodedStream, ...]]  # with the arguments of container.encode_streams
+Uncoded = np.ndarray | QuantisedMatrix  # a tensor before it becomes bytes; an array is float16
 
 
 class Packed(NamedTuple):
-    """The file, the figures of each tensor, and the quantiser's scale (of clip widths: 1 = as the parameters say)."""
+    """A packed model: the file, its tensors' statistics, and the coarseness of the quantiser.
+
+    The coarseness is in units of the quantiser: a factor on the clip widths (1 is as the parameters
+    say), or the step of a weight whose error costs one (quantise/methods.py).
+    """
 
     blob: bytes
-    rows: list[tensor_stats.Row]
-    scale: float
+    stats: list[TensorStats]
+    coarseness: float
 
 
-class Attempt(NamedTuple):
-    """The whole model at one scale: the file, its entries, and the quantised matrices before they became bytes."""
+class Candidate(NamedTuple):
+    """The whole model at one coarseness: the file, its tensors, and the quantised matrices by name."""
 
     blob: bytes
-    entries: tuple[Entry, ...]
-    results: dict[str, Result]
+    tensors: tuple[EncodedTensor, ...]
+    quantised: dict[str, QuantisedMatrix]
+
+
+@dataclasses.dataclass(frozen=True)
+class PackJob:
+    """Everything that quantising and encoding need, whatever the coarseness."""
+
+    model_params: ModelParams
+    pack_params: PackParams
+    state: Mapping[str, Tensor]
+    hessians: Mapping[str, Tensor]
+    matrices: Mapping[str, Tensor]  # the tensors of `state` that are quantised
+    rest: Mapping[str, np.ndarray]  # all others, float16
+    quantiser: Quantiser
+    encode: Callable[[str, Uncoded], EncodedTensor]
+    logger: Logger
 
 
 def pack(
@@ -54,67 +82,81 @@ def pack(
     hessians: Mapping[str, Tensor],
     model_params: ModelParams,
     pack_params: PackParams,
-    report: Report,
-    encode: Callable[..., tuple[Stream, ...]] | None = None,
+    logger: Logger,
+    encode_streams: StreamEncoder | None = None,
 ) -> Packed:
-    """Quantise and encode `state` within the byte budget, on the device where its tensors lie; `encode` is another's encoder
-    (file/encode_process.py).
+    """Quantise and encode a model within the byte budget, on the device of its tensors.
 
-    A ValueError names the tensor that does not fit the model's parameters, has no Hessian or one that is not positive definite, or is not
-    finite; and gives both figures when no scale brings the file under the budget.
+    `state` holds the weights by name and `hessians` what calibration measured
+    (calibrate/hessians.py). `encode_streams` encodes in another process (file/encode_process.py);
+    by default this process does.
+
+    Raises ValueError, which names the tensor, for a tensor that does not fit the model's
+    parameters, is not finite, or has no Hessian or none that is positive definite; and ValueError,
+    which gives both sizes, when no coarseness brings the file under the budget.
     """
     check_shapes({name: tuple(tensor.shape) for name, tensor in state.items()}, model_params)
-    make = QUANTISERS[pack_params.quantiser]
-    if encode is None:
-        beside(functools.partial(codecs.compile_ahead, pack_params.codec))
-    family, quality = pack_params.codec, pack_params.brotli_quality
-    encode = functools.partial(encode or container.encode_streams, family=family, quality=quality)
-    if make.on_cpu:
-        beside(trellis_quantiser.compile_ahead)
-        state, hessians = ({name: tensor.cpu() for name, tensor in of.items()} for of in (state, hessians))
-    matrices = {
-        name: tensor.detach()
-        for name, tensor in sorted(state.items())
-        if tensor_kinds.kind_of(name) != "rest"
-    }
-    rest = {name: half(tensor, name) for name, tensor in sorted(state.items()) if name not in matrices}
-    with exact_operations():
-        quantiser = make(matrices, hessians, pack_params, report)
 
-        def attempt(scale: float) -> Attempt:
-            results, encoded = _quantise(
-                matrices, quantiser, scale, None if pack_params.lqer_rank else encode, report
-            )
-            if pack_params.lqer_rank:
-                results |= lqer.corrected(results, matrices, hessians, quantiser.known, pack_params)
-            coded: dict[str, np.ndarray | Result] = {**rest, **results}
-            encoded |= _encode({name: of for name, of in coded.items() if name not in encoded}, encode)
-            entries = tuple(entry for _, entry in sorted(encoded.items()))
-            blob = container.write(Contents(dataclasses.asdict(model_params), entries))
-            report.log(
-                f"pack: {len(blob):,} bytes at scale {scale:g}, {pack_params.model_budget_bytes:,} allowed"
-            )
-            return Attempt(blob, entries, results)
+    # Compile in the background while the Hessians are factored.
+    quantiser_type = QUANTISERS[pack_params.quantiser]
+    if encode_streams is None:
+        encode_streams = container.encode_streams
+        run_in_background(functools.partial(codecs.compile_ahead, pack_params.codec))
+    if quantiser_type.on_cpu:
+        run_in_background(trellis_quantiser.compile_ahead)
+        state = {name: tensor.cpu() for name, tensor in state.items()}
+        hessians = {name: tensor.cpu() for name, tensor in hessians.items()}
 
-        allowed, weights = pack_params.model_budget_bytes, sum(tensor.numel() for tensor in matrices.values())
-        scales = quantiser.scales(8.0 * (allowed - sum(half.nbytes for half in rest.values())))
-        scale, best = fit_budget.fill(attempt, lambda tried: len(tried.blob), allowed, weights, scales)
-        rows = _measure(best, state, hessians)
-    return Packed(best.blob, [*rows, tensor_stats.container_row(rows, len(best.blob))], scale)
+    # Split the tensors: matrices are quantised, the rest is rounded to float16.
+    names = sorted(state)
+    matrices = {name: state[name].detach() for name in names if tensor_kinds.kind_of(name) != "rest"}
+    rest = {name: to_float16(state[name], name) for name in names if name not in matrices}
+    encode = functools.partial(
+        _encode_tensor,
+        encode_streams=encode_streams,
+        family=pack_params.codec,
+        quality=pack_params.brotli_quality,
+    )
+
+    with exact_float32():
+        quantiser = quantiser_type(matrices, hessians, pack_params, logger)
+        job = PackJob(model_params, pack_params, state, hessians, matrices, rest, quantiser, encode, logger)
+
+        # Search for the coarseness that fills the budget, beginning with the bits that the rest
+        # leaves to the matrices.
+        allowed = pack_params.model_budget_bytes
+        bits_left = 8.0 * (allowed - sum(values.nbytes for values in rest.values()))
+        coarseness, best = fit_budget.fit_to_budget(
+            functools.partial(_attempt, job),
+            lambda candidate: len(candidate.blob),
+            allowed,
+            sum(tensor.numel() for tensor in matrices.values()),
+            quantiser.coarseness_range(bits_left),
+        )
+
+        # Report.
+        stats = _measure(job, best)
+    return Packed(best.blob, [*stats, tensor_stats.container_stats(stats, len(best.blob))], coarseness)
 
 
 def unpack(blob: bytes) -> tuple[ModelParams, dict[str, Tensor]]:
-    """The model's parameters and its float32 weights; a ValueError for a file that is damaged or not lawful."""
-    contents = container.read(blob)
-    params = model_params(contents.model, contents.shapes)
-    state = in_threads(tensors.decode, contents.entries, lambda entry: entry.payload_bytes, usable_cores())
+    """Decode a file to the model's parameters and float32 weights.
+
+    Raises ValueError when it is damaged or invalid.
+    """
+    contents = container.parse(blob)
+    params = params_from_header(contents.model, contents.shapes)
+    weights = thread_map(
+        tensors.decode, contents.tensors, lambda tensor: tensor.payload_bytes, usable_cores()
+    )
     return params, {
-        entry.name: torch.from_numpy(weights) for entry, weights in zip(contents.entries, state, strict=True)
+        tensor.name: torch.from_numpy(values)
+        for tensor, values in zip(contents.tensors, weights, strict=True)
     }
 
 
-def half(tensor: Tensor, name: str) -> np.ndarray:
-    """`tensor` in float16; a ValueError when a value is not finite there."""
+def to_float16(tensor: Tensor, name: str) -> np.ndarray:
+    """Round a tensor to float16; raises ValueError when a value is not finite there."""
     converted: np.ndarray = tensor.detach().half().cpu().numpy()
     if not np.isfinite(converted).all():
         raise ValueError(f"{name}: a value is not a finite float16 (65504 is the largest)")
@@ -122,17 +164,18 @@ def half(tensor: Tensor, name: str) -> np.ndarray:
 
 
 def load_model(path: Path, world: World) -> Model:
-    """The model in a file, on the world's device and in its manner of computing."""
+    """Build the model in a file on the device and in the type that `world` computes with."""
     params, state = unpack(path.read_bytes())
-    model = model_for(params, world)
+    model = build_model(params, world)
     model.load_state_dict(state)
     return model
 
 
 @contextlib.contextmanager
-def exact_operations() -> Iterator[None]:
-    """Let each torch operation run on the thread that calls it, and on CUDA multiply float32 as float32 (no TF32); undone at the end."""
-    threads, tf32 = torch.get_num_threads(), torch.backends.cuda.matmul.allow_tf32
+def exact_float32() -> Iterator[None]:
+    """Context manager: single-threaded torch operations, and CUDA products of float32 without TF32."""
+    threads = torch.get_num_threads()
+    tf32 = torch.backends.cuda.matmul.allow_tf32
     torch.set_num_threads(1)
     torch.backends.cuda.matmul.allow_tf32 = False
     try:
@@ -142,76 +185,109 @@ def exact_operations() -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32 = tf32
 
 
-def _quantise(
-    matrices: Mapping[str, Tensor],
-    quantiser: Quantiser,
-    scale: float,
-    encode: Callable[..., tuple[Stream, ...]] | None,
-    report: Report,
-) -> tuple[dict[str, Result], dict[str, Entry]]:
-    """Every matrix quantised; and encoded by the thread that did it, unless that serves a GPU or `encode` is not given."""
-    with report.progress("GPTQ", sum(tensor.numel() for tensor in matrices.values())) as progress:
+def _attempt(job: PackJob, coarseness: float) -> Candidate:
+    """Quantise and encode the whole model at one coarseness."""
+    # A CPU thread that has quantised a batch encodes it as well, unless corrections have to be
+    # added in between.
+    rank = job.pack_params.lqer_rank
+    quantised, encoded = _quantise(job, coarseness, encodes=job.quantiser.on_cpu and not rank)
+    if rank:
+        quantised |= lqer.add_corrections(
+            quantised, job.matrices, job.hessians, job.quantiser.gptq_factors, job.pack_params
+        )
 
-        def size(names: Sequence[str]) -> int:
-            return sum(matrices[name].numel() for name in names)
+    uncoded: dict[str, Uncoded] = {**job.rest, **quantised}
+    encoded |= _encode_all({name: uncoded[name] for name in uncoded if name not in encoded}, job.encode)
 
-        def together(names: Sequence[str]) -> tuple[dict[str, Result], dict[str, Entry]]:
-            made = dict(zip(names, quantiser.quantise(names, scale), strict=True))
-            encoded = (
-                {name: _entry(name, result, encode) for name, result in made.items()}
-                if encode and quantiser.on_cpu
-                else {}
-            )
-            progress.advance(size(names), names[0])
-            return made, encoded
-
-        batches = in_threads(together, quantiser.batches, size, threads_for(matrices.values()))
-    results, entries = (
-        {name: of for batch in every for name, of in batch.items()} for every in zip(*batches, strict=True)
+    in_order = tuple(encoded[name] for name in sorted(encoded))
+    blob = container.serialise(Contents(dataclasses.asdict(job.model_params), in_order))
+    job.logger.log(
+        f"pack: {len(blob):,} bytes at coarseness {coarseness:g}, "
+        f"{job.pack_params.model_budget_bytes:,} allowed"
     )
-    return results, entries
+    return Candidate(blob, in_order, quantised)
 
 
-def _encode(
-    coded: Mapping[str, np.ndarray | Result], encode: Callable[..., tuple[Stream, ...]]
-) -> dict[str, Entry]:
-    """The entries of float16 tensors and of quantised matrices."""
+def _quantise(
+    job: PackJob, coarseness: float, encodes: bool
+) -> tuple[dict[str, QuantisedMatrix], dict[str, EncodedTensor]]:
+    """Quantise every matrix, a batch at a time on each thread, which also encodes it if `encodes`."""
+
+    def weights_of(names: Sequence[str]) -> int:
+        return sum(job.matrices[name].numel() for name in names)
+
+    with job.logger.progress("GPTQ", weights_of(list(job.matrices))) as progress:
+
+        def quantise_batch(
+            names: Sequence[str],
+        ) -> tuple[dict[str, QuantisedMatrix], dict[str, EncodedTensor]]:
+            quantised = dict(zip(names, job.quantiser.quantise(names, coarseness), strict=True))
+            encoded = {}
+            if encodes:
+                encoded = {name: job.encode(name, matrix) for name, matrix in quantised.items()}
+            progress.advance(weights_of(names), names[0])
+            return quantised, encoded
+
+        batches = thread_map(
+            quantise_batch, job.quantiser.batches, weights_of, threads_for(job.matrices.values())
+        )
+
+    all_quantised: dict[str, QuantisedMatrix] = {}
+    all_encoded: dict[str, EncodedTensor] = {}
+    for quantised, encoded in batches:
+        all_quantised |= quantised
+        all_encoded |= encoded
+    return all_quantised, all_encoded
+
+
+def _encode_all(
+    uncoded: Mapping[str, Uncoded], encode: Callable[[str, Uncoded], EncodedTensor]
+) -> dict[str, EncodedTensor]:
+    """Encode tensors, one at a time on each core."""
 
     def size(name: str) -> int:
-        of = coded[name]
-        return of.size if isinstance(of, np.ndarray) else of.entered_RC.size
+        tensor = uncoded[name]
+        return tensor.size if isinstance(tensor, np.ndarray) else tensor.pre_quantised_RC.size
 
-    return dict(
-        zip(
-            coded,
-            in_threads(lambda name: _entry(name, coded[name], encode), list(coded), size, usable_cores()),
-            strict=True,
+    names = list(uncoded)
+    encoded = thread_map(lambda name: encode(name, uncoded[name]), names, size, usable_cores())
+    return dict(zip(names, encoded, strict=True))
+
+
+def _encode_tensor(
+    name: str, tensor: Uncoded, *, encode_streams: StreamEncoder, family: str, quality: int
+) -> EncodedTensor:
+    """Encode one tensor with the codecs of a family; `quality` is brotli's."""
+    coded: tensors.Coded
+    if isinstance(tensor, np.ndarray):
+        form, shape, coded = FLOAT16_FORM, tensor.shape, tensor
+    else:
+        form, shape, coded = tensor.form, tensor.pre_quantised_RC.shape, tensor.coded
+    streams = encode_streams(form, shape, tensors.raw_streams(coded), family, quality)
+    return EncodedTensor(name, shape, form, streams)
+
+
+def _measure(job: PackJob, best: Candidate) -> list[TensorStats]:
+    """Compute the statistics of every tensor of the file, in its order."""
+
+    def measure_tensor(tensor: EncodedTensor) -> TensorStats:
+        stats = tensor_stats.stored_stats(tensor)
+        weight = job.state[tensor.name].detach()
+        if tensor.name not in best.quantised:
+            return tensor_stats.with_errors(stats, weight, weight.half().float())
+
+        matrix = best.quantised[tensor.name]
+        dequantised = torch.from_numpy(tensors.dequantised(matrix.coded)).to(weight.device)
+        hessian = hessian_of(tensor.name, weight, job.hessians).to(weight.device)
+        importance = job.hessians.get(importance_name(tensor.name))
+        stats = tensor_stats.with_errors(stats, weight, dequantised, hessian, importance)
+        return tensor_stats.with_bounds(
+            stats, matrix.pre_quantised_RC, matrix.quantised_RC, matrix.column_factor_C
         )
+
+    return thread_map(
+        measure_tensor,
+        best.tensors,
+        lambda tensor: job.state[tensor.name].numel(),
+        threads_for(job.state.values()),
     )
-
-
-def _entry(name: str, of: np.ndarray | Result, encode: Callable[..., tuple[Stream, ...]]) -> Entry:
-    form, shape, coded = (
-        (FLOAT16, of.shape, of) if isinstance(of, np.ndarray) else (of.form, of.entered_RC.shape, of.coded)
-    )
-    return Entry(name, shape, form, encode(form, shape, tensors.raw_streams(coded)))
-
-
-def _measure(
-    best: Attempt, state: Mapping[str, Tensor], hessians: Mapping[str, Tensor]
-) -> list[tensor_stats.Row]:
-    """The figures of every tensor of the file."""
-
-    def one(entry: Entry) -> tensor_stats.Row:
-        row, weight = tensor_stats.row_of(entry), state[entry.name].detach()
-        if entry.name not in best.results:
-            return tensor_stats.with_errors(row, weight, weight.half().float())
-        result = best.results[entry.name]
-        decoded = torch.from_numpy(tensors.decoded(result.coded)).to(weight.device)
-        hessian = hessian_of(entry.name, weight, hessians).to(weight.device)
-        measured = tensor_stats.with_errors(
-            row, weight, decoded, hessian, hessians.get(importance_name(entry.name))
-        )
-        return tensor_stats.with_bounds(measured, result.entered_RC, result.rounded_RC, result.scale_C)
-
-    return in_threads(one, best.entries, lambda entry: state[entry.name].numel(), threads_for(state.values()))

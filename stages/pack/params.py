@@ -1,4 +1,4 @@
-"""Parameters of the packed artifact."""
+"""Parameters of pack: quantisation, codec and byte budget."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,50 +6,46 @@ from typing import Literal
 from stages.common.config import reject, require_positive
 from stages.common.parallel import ParallelParams
 from stages.pack.low_rank import MAX_RANK
-from stages.pack.trellis import STATES
+from stages.pack.trellis import STATE_COUNTS
 from stages.train.params import ModelParams
 
 
 @dataclass(frozen=True)
 class PackParams:
-    """The section `pack`."""
+    """The section `pack`; params.yaml describes each key."""
 
-    quantiser: Literal[
-        "rate", "sdclip"
-    ]  # rate: steps by sensitivity, levels on a trellis (quantise/); sdclip: #1493's fixed widths
-    codec: Literal[
-        "adaptive", "brotli"
-    ]  # of the integers: our arithmetic coder (entropy/level_coder.py), or brotli as in #1493
-    states: int  # rate: of the trellis; 1 is a uniform grid; more are better and slower
-    rate_weight: float  # rate: of bits against error; 0 takes the nearest levels, and more draws them to zero
-    row_weight: (
-        float  # rate: exponent of the rows' measured importance; 0 lets all rows of a matrix weigh the same
-    )
-    matrix_bits: int  # sdclip: of a value of a block matrix, 2 to 8 (#1493: 6)
-    embedding_bits: int  # sdclip: of a value of the embedding, 2 to 8 (#1493: 8)
-    attention_clip: float  # sdclip: attention's values are clipped so many standard deviations of their row from zero (SDClip, #1394)
-    mlp_clip: float  # sdclip: the same for the MLPs' matrices; wider is smaller and coarser (a clip for each class: #1586)
-    embedding_clip: float  # sdclip: the same for the embedding
-    lqer_rank: int  # of a low-rank correction of the matrices that gain most from one (quantise/lqer.py; #1797); 0 is none
-    lqer_tensors: int  # how many matrices are corrected
-    awq_groups: int  # sdclip: groups of 64 columns, of the whole model, whose values get 8 bits (AWQ-lite, #1908); 0 is none
-    damping: float  # added to the diagonal of each Hessian, as a fraction of the diagonal's mean
-    block_columns: int  # sdclip: columns between two lazy updates of the rest of a matrix; changes speed and last digits only
-    brotli_quality: int  # 0 to 11
-    budget_bytes: int  # of the counted files together: the challenge's cap
-    code_reserve_bytes: int  # of the budget, kept for the counted code
+    quantiser: Literal["rate", "sdclip"]
+    codec: Literal["adaptive", "brotli"]
+    states: int  # S, one of STATE_COUNTS
+    rate_weight: float
+    row_weight: float
+    matrix_bits: int
+    embedding_bits: int
+    attention_clip: float
+    mlp_clip: float
+    embedding_clip: float
+    lqer_rank: int  # K
+    lqer_tensors: int
+    awq_groups: int
+    damping: float
+    block_columns: int
+    brotli_quality: int
+    budget_bytes: int
+    code_reserve_bytes: int
 
     def __post_init__(self) -> None:
+        # Quantisation.
         for key in ("matrix_bits", "embedding_bits"):
             if not 2 <= getattr(self, key) <= 8:
                 reject(key, f"{getattr(self, key)} is not between 2 and 8")
-        if self.states not in STATES:
-            reject("states", f"{self.states} is not among {', '.join(map(str, STATES))}")
+        if self.states not in STATE_COUNTS:
+            reject("states", f"{self.states} is not among {', '.join(map(str, STATE_COUNTS))}")
         for key in ("rate_weight", "row_weight", "awq_groups", "damping"):
             if getattr(self, key) < 0:
                 reject(key, f"{getattr(self, key)} is negative")
         if not 0 <= self.lqer_rank <= MAX_RANK:
             reject("lqer_rank", f"{self.lqer_rank} is not between 0 and {MAX_RANK}")
+
         require_positive(
             self,
             "lqer_tensors",
@@ -59,6 +55,8 @@ class PackParams:
             "block_columns",
             "budget_bytes",
         )
+
+        # Codec and budget.
         if not 0 <= self.brotli_quality <= 11:
             reject("brotli_quality", f"{self.brotli_quality} is not between 0 and 11")
         if not 0 <= self.code_reserve_bytes < self.budget_bytes:
@@ -69,13 +67,13 @@ class PackParams:
 
     @property
     def model_budget_bytes(self) -> int:
-        """What model.bin may take."""
+        """Largest allowed size of model.bin."""
         return self.budget_bytes - self.code_reserve_bytes
 
 
 @dataclass(frozen=True)
 class Params:
-    """What pack reads of params.yaml."""
+    """The sections of params.yaml that pack reads."""
 
     parallel: ParallelParams
     model: ModelParams

@@ -1,55 +1,67 @@
-"""The logits of a path's decisions from a network's distribution, for many targets at once, where the distribution is.
+"""Logits of the decisions on the targets' paths through the byte tree, from logits over tokens.
 
-A hint is left out of the distribution, because the tilt changes it and what is left would be a difference of nearly equal numbers; what it
-has comes as a logit of its own. Sums are of integers, 2^61 to the whole: exact, and so the same in every order. A sum of floats over the
-ids before a place would lose rare ids entirely.
+Computed for many targets at once, on the device of the logits. A hint (stages/ttt_eval/ngram) is
+left out of the distribution: the tilt changes its probability, and the rest would be a difference
+of nearly equal numbers. The hint's own logit against all other tokens comes as a separate row.
 
-Shapes: N targets, V vocabulary, T trees, E decisions of all paths, D decisions of the longest.
+Sums are of integers, of which UNIT = 2^61 make probability 1. They are exact, and so the same in
+every order. A cumulative sum of floats would lose rare ids entirely.
+
+Shapes: N targets, V vocabulary, T trees, E decisions of all paths, D decisions of the longest path.
 """
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from stages.scoring.byte_tree import UNIT, Trees
+from stages.scoring.byte_tree import UNIT, ByteTrees
 
-NO_HINT = -1
+NO_HINT = -1  # in the place of a token id
 
 
-class Forest:
-    """Trees on a device."""
+class DeviceByteTrees:
+    """The byte trees' paths on a device."""
 
-    def __init__(self, trees: Trees, device: torch.device) -> None:
-        self.trees, self.longest = trees, trees.longest
-        self.order_TV, self.first_TV, self.count_TV, self.edges_3E = (
-            torch.from_numpy(array).to(device)
-            for array in (
-                trees.order_TV,
-                trees.first_TV[:, :-1].copy(),
-                np.diff(trees.first_TV, axis=1),
-                np.stack((trees.low_E, trees.middle_E, trees.high_E)),
-            )
-        )
+    def __init__(self, trees: ByteTrees, device: torch.device) -> None:
+        self.trees = trees
+        self.longest_path = trees.longest_path
+        path_start_TV = trees.path_start_TV[:, :-1].copy()
+        path_length_TV = np.diff(trees.path_start_TV, axis=1)
+        edges_3E = np.stack((trees.low_E, trees.middle_E, trees.high_E))
+        self.sorted_ids_TV = torch.from_numpy(trees.sorted_ids_TV).to(device)
+        self.path_start_TV = torch.from_numpy(path_start_TV).to(device)
+        self.path_length_TV = torch.from_numpy(path_length_TV).to(device)
+        self.edges_3E = torch.from_numpy(edges_3E).to(device)
 
     @property
-    def rows(self) -> int:
-        """The hint's logit, and the decisions of the longest path."""
-        return 1 + self.longest
+    def output_rows(self) -> int:
+        """Number of rows of `path_logits`, 1 + D."""
+        return 1 + self.longest_path
 
-    def read(self, logits_NV: Tensor, targets_N: Tensor, hints_N: Tensor, trees_N: Tensor) -> Tensor:
-        """Those rows, (1 + D, N) float32; 0 behind a path's end and for no hint, infinite where one side is the hint alone."""
+    def path_logits(self, logits_NV: Tensor, targets_N: Tensor, hints_N: Tensor, trees_N: Tensor) -> Tensor:
+        """Compute the hint's logit and the logits of the path's decisions, (1 + D, N) float32.
+
+        `hints_N` are token ids or NO_HINT, `trees_N` indices of trees. A logit is that of the right
+        side. It is 0 after the end of a path and where there is no hint, and infinite where one
+        side holds nothing but the hint.
+        """
+        # Integer probabilities, at least one unit for each id; the hint's are taken out.
         units_NV = torch.softmax(logits_NV.double(), dim=1).mul_(UNIT).round_().long().clamp_(min=1)
-        place_N1 = hints_N.clamp(min=0)[:, None]
-        hint_N = units_NV.gather(1, place_N1)[:, 0] * (hints_N != NO_HINT)
-        units_NV.scatter_add_(1, place_N1, -hint_N[:, None])
-        sums_NV = units_NV.gather(1, self.order_TV[trees_N]).cumsum_(1)
+        hint_index_N1 = hints_N.clamp(min=0)[:, None]
+        hint_N = units_NV.gather(1, hint_index_N1)[:, 0] * (hints_N != NO_HINT)
+        units_NV.scatter_add_(1, hint_index_N1, -hint_N[:, None])
+
+        # Cumulative mass in the order of the ids' bytes.
+        sums_NV = units_NV.gather(1, self.sorted_ids_TV[trees_N]).cumsum_(1)
         hint_logit_N = torch.where(hint_N > 0, hint_N.double().log() - sums_NV[:, -1].double().log(), 0.0)
 
-        steps_D = torch.arange(self.longest, device=logits_NV.device)
-        is_there_ND = steps_D < self.count_TV[trees_N, targets_N, None]
-        edges_3ND = self.edges_3E[
-            :, torch.where(is_there_ND, self.first_TV[trees_N, targets_N, None] + steps_D, 0)
-        ]
+        # The decisions of each target's path; those after its end are masked.
+        steps_D = torch.arange(self.longest_path, device=logits_NV.device)
+        is_there_ND = steps_D < self.path_length_TV[trees_N, targets_N, None]
+        decisions_ND = self.path_start_TV[trees_N, targets_N, None] + steps_D
+        edges_3ND = self.edges_3E[:, torch.where(is_there_ND, decisions_ND, 0)]
+
+        # Mass before low, middle and high; its differences are the masses of the two sides.
         before_3ND = torch.stack(
             [sums_NV.gather(1, (edges_ND - 1).clamp(min=0)) * (edges_ND > 0) for edges_ND in edges_3ND]
         )

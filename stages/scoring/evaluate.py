@@ -1,52 +1,47 @@
-"""From a scorer to results: run it over the official stream, once, and write what every later number is computed from."""
+"""Run a scorer over the validation stream and write the results that all later numbers come from."""
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from stages.common import ledger, shards
-from stages.common.bpb import ByteTable, bits_per_byte, byte_table, load_tokenizer, target_bytes
-from stages.common.clock import Pace
+from stages.common import ledger
+from stages.common.bpb import bits_per_byte
+from stages.common.clock import EvalThroughput
 from stages.common.parallel import World
-from stages.common.progress import Report
+from stages.common.progress import Logger
 from stages.common.scorer import Scorer
-from stages.pack.file.load import Unpacking
-from stages.scoring.queries import Asked
-from stages.train.model import Model, model_for
-
-
-class Stream(NamedTuple):
-    """The validation stream: its N tokens, the bytes of its N-1 targets, and the table that counted them."""
-
-    tokens: np.ndarray  # (N,) uint16
-    counted_bytes: np.ndarray  # (N-1,) int64
-    table: ByteTable
-
-    @property
-    def targets(self) -> int:
-        """The number of targets, N-1."""
-        return len(self.tokens) - 1
+from stages.pack.file.load import PendingModel
+from stages.scoring.queries import Queries
+from stages.scoring.stream import ValidationStream
+from stages.train.model import Model, build_model
 
 
 class TimedScorer(Scorer, Protocol):
-    """A scorer that knows how much of a stream it scores until its speed is steady."""
+    """A scorer that states how many targets it takes until its speed is steady."""
 
     @property
     def warm_up_targets(self) -> int:
-        """Targets that are scored first and timed apart; a stream that is cut behind them is scored with the same batches."""
+        """Number of targets that are scored first and timed separately.
+
+        Scoring a stream in two calls, cut after these targets, forms the same batches as scoring it
+        in one.
+        """
         ...
 
 
-class AskedScorer(TimedScorer, Protocol):
-    """A scorer that can say, in the same pass, more of its distributions than what the targets got."""
+class QueryableScorer(TimedScorer, Protocol):
+    """A scorer that computes extra outputs in the same pass, for a scorer built on top of it."""
 
-    def score(self, tokens: np.ndarray, asked: Asked | None) -> np.ndarray:
-        """`score_stream` as the first of (R, N) rows; the others answer what is asked (queries.py)."""
+    def score(self, tokens: np.ndarray, queries: Queries | None) -> np.ndarray:
+        """Score and observe tokens; returns (R, N) float32, the losses in row 0.
+
+        The other rows are described in queries.py.
+        """
         ...
 
-    def fork(self) -> "AskedScorer":
+    def fork(self) -> "QueryableScorer":
         """An independent copy."""
         ...
 
@@ -54,58 +49,47 @@ class AskedScorer(TimedScorer, Protocol):
 S = TypeVar("S", bound=TimedScorer)
 
 
-def open_stream(val_folder: Path, tokenizer_file: Path) -> Stream:
-    """The stream of a folder of shards and the bytes of its targets; a ValueError when they do not fit the tokenizer."""
-    table = byte_table(load_tokenizer(tokenizer_file))
-    for path in shards.find(val_folder):
-        shards.check_ids(path, table.vocab_size)
-    tokens = shards.stream(val_folder)
-    shards.document_starts(tokens, table.bos)
-    return Stream(tokens, target_bytes(tokens, table), table)
+def load_scorer(pending: PendingModel, world: World, make: Callable[[Model, Logger], S], logger: Logger) -> S:
+    """Build a scorer with `make` from a model whose weights another process is decoding.
+
+    While they are decoded, the fused kernels are compiled: a scorer over the empty model, which is
+    thrown away, needs them all.
+    """
+    model = build_model(pending.params, world)
+    if world.kernels:
+        from stages.train.kernels.precompile import precompile_kernels
+
+        with precompile_kernels(world.device.index):
+            warm_up_kernels(make(model, Logger(is_main=False)))
+    model.load_state_dict(pending.wait())
+    return make(model, logger)
 
 
-def read_stream(val_folder: Path, tokenizer_file: Path, vocab_size: int, window: int) -> Stream:
-    """The stream as a model of this vocabulary scores it with windows of this length; a ValueError when it cannot."""
-    stream = open_stream(val_folder, tokenizer_file)
-    if stream.table.vocab_size != vocab_size:
-        raise ValueError(
-            f"{tokenizer_file} has {stream.table.vocab_size} ids, but the model was trained on {vocab_size}"
-        )
-    if stream.targets < window:
-        raise ValueError(
-            f"{val_folder}: {stream.targets} targets are fewer than one window of {window}; give more validation text"
-        )
-    return stream
-
-
-def scorer_of(unpacking: Unpacking, here: World, make: Callable[[Model, Report], S], report: Report) -> S:
-    """What `make` makes of the model in a file; kernels are compiled while another process decodes the weights."""
-    model = model_for(unpacking.params, here)
-    if here.kernels:
-        from stages.train.kernels.precompile import compiled_side_by_side
-
-        with compiled_side_by_side(here.device.index):
-            rehearse(make(model, Report(is_main=False)))
-    model.load_state_dict(unpacking.state())
-    return make(model, report)
-
-
-def rehearse(scorer: TimedScorer) -> None:
-    """Let a scorer, to be thrown away, score as much of a made-up stream as its warm-up is: the ids in turn."""
+def warm_up_kernels(scorer: TimedScorer) -> None:
+    """Score the warm-up targets of a made-up stream, 0, 1, 2, ... mod V, with a throw-away scorer."""
     scorer.score_stream(np.arange(scorer.warm_up_targets + 1) % scorer.vocab_size)
 
 
-def score(scorer: Scorer, stream: Stream, pace: Pace | None = None) -> np.ndarray:
-    """The ledger of the whole stream, (N-1,) float32; coverage is checked, not assumed. `pace` is told when the warm-up ends."""
-    warm_up = min(pace.warm_up_targets, stream.targets) if pace else stream.targets
+def score(scorer: Scorer, stream: ValidationStream, throughput: EvalThroughput | None = None) -> np.ndarray:
+    """Score the whole stream; returns the ledger, (N-1,) float32 nats.
+
+    `throughput` measures the targets after the warm-up. A ValueError unless every target got
+    exactly one finite loss.
+    """
+    warm_up = stream.targets
+    if throughput:
+        warm_up = min(throughput.warm_up_targets, stream.targets)
     nll = scorer.score_stream(stream.tokens[: warm_up + 1])
-    if pace and warm_up < stream.targets:
-        pace.steady.start()
+
+    if throughput and warm_up < stream.targets:
+        throughput.steady.start()
         nll = np.concatenate([nll, scorer.score_stream(stream.tokens[warm_up + 1 :])])
-        pace.steady.mark()
+        throughput.steady.mark()
+
     if nll.shape != (stream.targets,):
         raise ValueError(
-            f"the scorer returned {nll.shape} losses for {stream.targets} targets: every target is scored exactly once"
+            f"the scorer returned {nll.shape} losses for {stream.targets} targets:"
+            " every target is scored exactly once"
         )
     ledger.check(nll)
     return nll
@@ -115,21 +99,22 @@ def write_results(
     output: Path,
     prefix: str,
     nll: np.ndarray,
-    stream: Stream,
+    stream: ValidationStream,
     chunk: int,
     write_json: Callable[[str, Any], None],
 ) -> float:
-    """Write nll.npy, chunks.tsv and metrics.json with `<prefix>_bpb`; returns the bpb."""
+    """Write nll.npy, chunks.tsv and metrics.json, whose keys begin with `prefix`; returns bits per byte.
+
+    `nll` is a ledger (N-1,) of the stream, `chunk` the number of targets in a row of chunks.tsv.
+    """
     ledger.write(output / "nll.npy", nll)
     ledger.write_chunks(output / "chunks.tsv", nll, stream.counted_bytes, chunk)
     bpb = bits_per_byte(nll, stream.counted_bytes)
-    write_json(
-        "metrics.json",
-        {
-            f"{prefix}_bpb": bpb,
-            f"{prefix}_nats_per_token": float(nll.mean(dtype=np.float64)),
-            f"{prefix}_targets": stream.targets,
-            f"{prefix}_bytes": int(stream.counted_bytes.sum()),
-        },
-    )
+    metrics = {
+        f"{prefix}_bpb": bpb,
+        f"{prefix}_nats_per_token": float(nll.mean(dtype=np.float64)),
+        f"{prefix}_targets": stream.targets,
+        f"{prefix}_bytes": int(stream.counted_bytes.sum()),
+    }
+    write_json("metrics.json", metrics)
     return bpb

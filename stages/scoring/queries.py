@@ -1,68 +1,92 @@
-"""What a scorer's distributions are asked for beside the losses of their targets, by what is built on top of it.
+"""Extra outputs per target that a scorer built on top of another one requests.
 
-An answer is a column of a matrix, one for each target, computed in the same pass as its loss and from the same logits:
+They are a hint's probability and byte-path logits, computed in the same pass and from the same
+logits as the loss. The result is a matrix with one column for each target:
 
-    row 0            the loss, nats
-    row 1            log-probability of the hint
-    row 2            its logit, from exact sums
-    rows 3 and on    the logits of the decisions on the target's path through the tree of bytes, in a law without the hint
+    row 0            loss, nats
+    row 1            log-probability of the hinted token
+    row 2            logit of the hinted token against all others, from exact sums
+    rows 3 and on    logits of the decisions on the target's path through the byte tree,
+                     in the distribution without the hint
 
-Row 1 is there when something is asked, rows 2 and on when paths are. All that is asked is known before the target is.
+Row 1 is there when there are queries, rows 2 and on when they have byte trees. A query depends only
+on tokens before its target.
 
-Shapes: N targets, V vocabulary, R rows.
+Shapes: N targets, V vocabulary, R rows of the result.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from stages.scoring.byte_tree_logits import Forest
+from stages.scoring.byte_tree_logits import DeviceByteTrees
 from stages.train.model import Model
 from stages.train.reference import softcapped
 
 
-class Asked(NamedTuple):
-    """The questions about N targets."""
+class DeviceQueries(NamedTuple):
+    """The queries of one forward pass, on the device of its logits."""
 
-    about_2N: (
-        np.ndarray
-    )  # int64: an id whose probability is asked for, or NO_HINT; the number of the tree that the target is in
-    forest: Forest | None = None  # without it no path is asked for
+    hint_ids: Tensor  # int64
+    tree_ids: Tensor  # int64, of the same shape
+    byte_trees: DeviceByteTrees | None
 
-    def part(self, first: int, end: int) -> "Asked":
-        """The questions about targets first ... end - 1."""
-        return self._replace(about_2N=self.about_2N[:, first:end])
+    def map(self, function: Callable[[Tensor], Tensor]) -> "DeviceQueries":
+        """Apply `function`, which selects or reshapes, to both tensors of ids."""
+        return self._replace(hint_ids=function(self.hint_ids), tree_ids=function(self.tree_ids))
 
 
-def rows_of(asked: Asked | None) -> int:
-    """The rows of an answer."""
-    if asked is None:
+class Queries(NamedTuple):
+    """Requests for each of N targets."""
+
+    hint_ids_N: np.ndarray  # int64: the token whose probability is wanted, or NO_HINT
+    tree_ids_N: np.ndarray  # int64: the number of the target's byte tree (byte_tree.tree_index_after)
+    byte_trees: DeviceByteTrees | None = None  # None: no path logits are wanted
+
+    def part(self, first: int, end: int) -> "Queries":
+        """The queries of targets first ... end - 1."""
+        return self._replace(hint_ids_N=self.hint_ids_N[first:end], tree_ids_N=self.tree_ids_N[first:end])
+
+    def to_device(self, arrange: Callable[[np.ndarray], Tensor]) -> DeviceQueries:
+        """Move the queries to the device of a pass.
+
+        `arrange` takes ids (N,) and returns a tensor in the order in which the pass computes its
+        targets.
+        """
+        return DeviceQueries(arrange(self.hint_ids_N), arrange(self.tree_ids_N), self.byte_trees)
+
+
+def result_rows(queries: Queries | None) -> int:
+    """R, the number of rows of the result."""
+    if queries is None:
         return 1
-    return 2 if asked.forest is None else 2 + asked.forest.rows
+    if queries.byte_trees is None:
+        return 2
+    return 2 + queries.byte_trees.output_rows
 
 
-class Questions(NamedTuple):
-    """What is asked about the targets of one pass, where it is computed."""
+def score_targets(
+    model: Model, z_NV: Tensor, targets_N: Tensor, device_queries: DeviceQueries | None
+) -> Tensor:
+    """Compute the result, (R, N) float32, from logits before the softcap.
 
-    about_2N: Tensor
-    forest: Forest | None
-
-
-def scores_of(model: Model, z_NV: Tensor, targets_N: Tensor, questions: Questions | None) -> Tensor:
-    """The answers that logits before the softcap give, (R, N) float32; only the first row has a gradient worth having."""
+    Only the first row, the loss, has a useful gradient.
+    """
     softcap = model.params.logit_softcap
-    nll_N = model.operations.cross_entropy(z_NV, targets_N, softcap)
-    if questions is None:
+    nll_N = model.ops.cross_entropy(z_NV, targets_N, softcap)
+    if device_queries is None:
         return nll_N[None]
-    hints_N, trees_N = questions.about_2N
-    at_target, at_hint = (
-        softcapped(z_NV.gather(1, ids[:, None])[:, 0], softcap) for ids in (targets_N, hints_N.clamp(min=0))
-    )
-    hinted = torch.stack((nll_N, at_hint - at_target - nll_N))
-    if questions.forest is None:
-        return hinted
-    return torch.cat(
-        (hinted, questions.forest.read(softcapped(z_NV.detach(), softcap), targets_N, hints_N, trees_N))
-    )
+
+    # log p(hint) = log p(target) + (logit of the hint - logit of the target)
+    hints_N, trees_N, byte_trees = device_queries
+    logit_at_target_N = softcapped(z_NV.gather(1, targets_N[:, None])[:, 0], softcap)
+    logit_at_hint_N = softcapped(z_NV.gather(1, hints_N.clamp(min=0)[:, None])[:, 0], softcap)
+    hinted_2N = torch.stack((nll_N, logit_at_hint_N - logit_at_target_N - nll_N))
+    if byte_trees is None:
+        return hinted_2N
+
+    path_logits = byte_trees.path_logits(softcapped(z_NV.detach(), softcap), targets_N, hints_N, trees_N)
+    return torch.cat((hinted_2N, path_logits))

@@ -1,1 +1,1 @@
-"""sliding_eval: the loss of every target with a long context behind it, by overlapping windows."""
+"""sliding_eval: the loss of every target with a long context, by overlapping windows."""

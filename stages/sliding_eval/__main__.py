@@ -1,23 +1,26 @@
-"""sliding_eval: the artifact and the validation stream to the ledger of the sliding scorer."""
+"""sliding_eval: score the validation stream with the packed model and overlapping windows."""
 
-from stages.pack.file.decode_process import Decoder
+from stages.pack.file.decode_process import DecodeProcess
 
-DECODER = (
-    Decoder() if __name__ == "__main__" else None
-)  # at work while what follows is imported: torch takes seconds
+# Forked before the imports below, so that it decodes while torch, which takes seconds, is imported.
+DECODER = DecodeProcess() if __name__ == "__main__" else None
 
 import sys
 from pathlib import Path
 
-from stages.common import clock, command, environment
-from stages.common.parallel import relaunch_under_torchrun, world
-from stages.pack.file.load import Unpacking
-from stages.scoring.evaluate import read_stream, score, scorer_of, write_results
+from stages.common import clock, environment
+from stages.common.parallel import distributed, relaunch_under_torchrun
+from stages.common.progress import Logger
+from stages.common.stage import Run, Stage, launch
+from stages.pack.file.load import PendingModel
+from stages.scoring.evaluate import load_scorer, score, write_results
+from stages.scoring.stream import open_stream_for_model
 from stages.sliding_eval.params import Params
 from stages.sliding_eval.scorer import SlidingScorer
+from stages.train.model import Model
 from stages.train.ops import attention_backend
 
-STAGE = command.Stage(
+STAGE = Stage(
     name="sliding_eval",
     summary="Score every target of the validation stream with overlapping windows.",
     params=Params,
@@ -30,29 +33,35 @@ STAGE = command.Stage(
 )
 
 
-def main(run: command.Run[Params]) -> None:
-    """Load the artifact, score the stream, write the ledger and what follows from it."""
+def main(run: Run[Params]) -> None:
+    """Load the model, score the stream, and write the ledger and the metrics."""
     params = run.params.sliding_eval
     files = {name: run.path(name) for name in STAGE.reads}
     relaunch_under_torchrun(run.params.parallel, "stages.sliding_eval", sys.argv[1:])
-    unpacking = Unpacking(files["model"], DECODER)
-    with world(run.params.parallel) as here:
-        stream = read_stream(files["val"], files["tokenizer"], unpacking.params.vocab_size, params.window)
-        scorer = scorer_of(
-            unpacking, here, lambda model, report: SlidingScorer(model, params, here, report), run.report
+
+    pending = PendingModel(files["model"], DECODER)
+    with distributed(run.params.parallel) as world:
+        stream = open_stream_for_model(
+            files["val"], files["tokenizer"], pending.params.vocab_size, params.window
         )
-        pace = clock.Pace(scorer.warm_up_targets)
-        nll = score(scorer, stream, pace)
-        if here.is_main:
+
+        def make(model: Model, logger: Logger) -> SlidingScorer:
+            return SlidingScorer(model, params, world, logger)
+
+        scorer = load_scorer(pending, world, make, run.logger)
+        throughput = clock.EvalThroughput(scorer.warm_up_targets)
+        nll = score(scorer, stream, throughput)
+
+        counted_bytes = int(stream.counted_bytes.sum())
+        if world.is_main:
             bpb = write_results(run.output, "sliding", nll, stream, params.chunk, run.write_json)
-            run.report.log(
-                f"sliding_eval: {bpb:.6f} bpb over {stream.targets:,} targets, {int(stream.counted_bytes.sum()):,} bytes"
+            run.logger.log(
+                f"sliding_eval: {bpb:.6f} bpb over {stream.targets:,} targets, {counted_bytes:,} bytes"
             )
-        run.timing |= pace.timing(stream.targets, int(stream.counted_bytes.sum()), here.size) | {
-            "hardware": environment.hardware(here.device)
-        }
-        run.timing["attention_backend"] = attention_backend(here)
+        run.timing |= throughput.timing(stream.targets, counted_bytes, world.size)
+        run.timing["hardware"] = environment.hardware(world.device)
+        run.timing["attention_backend"] = attention_backend(world)
 
 
 if __name__ == "__main__":
-    command.launch(STAGE, main)
+    launch(STAGE, main)

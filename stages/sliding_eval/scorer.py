@@ -1,136 +1,160 @@
-"""The sliding scorer: a fixed model, a window of context, one score for each target.
+"""The sliding scorer: a fixed model scores every target once, with overlapping windows of context.
 
-It keeps only as much of the observed prefix as the next window needs, so forks are cheap. Inputs behind the last observed token are padded
-to the window's length, which a causal model cannot see. Nothing is compiled as a whole: a pass is large enough to hide its launches, the
-fused kernels leave little to fuse, and compiling took several times as long as scoring 679,260 targets (docs/decisions.md).
+It keeps only the part of the observed prefix that a later window can read, so forks are cheap.
+Inputs after the last observed token are padding up to the window's length; a causal model cannot
+see them. Nothing is compiled as a whole: a forward pass is long enough to hide its kernel launches,
+the fused kernels leave little to fuse, and compilation took several times as long as scoring
+679,260 targets (docs/decisions.md).
+
+Shapes: N targets or tokens, V vocabulary, R result rows (stages/scoring/queries.py), B windows of a
+batch, W tokens of a window.
 """
 
+import copy
 from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from stages.common.parallel import World
-from stages.common.progress import Report
-from stages.scoring.queries import Asked, Questions, rows_of, scores_of
+from stages.common.progress import Logger
+from stages.scoring.queries import Queries, result_rows, score_targets
 from stages.sliding_eval.params import SlidingEvalParams
-from stages.sliding_eval.windows import Window, plan, window_of
+from stages.sliding_eval.windows import Window, plan_windows, window_start
 from stages.train.model import Model
 
 
 class SlidingScorer:
-    """A lawful scorer (stages/common/scorer.py) over a fixed model; all ranks call it alike and all get every score."""
+    """A scorer (stages/common/scorer.py) over a fixed model.
+
+    All ranks make the same calls; each scores its share of the windows, and all get every score.
+    """
 
     def __init__(
-        self, model: Model, params: SlidingEvalParams, world: World, report: Report | None = None
+        self, model: Model, params: SlidingEvalParams, world: World, logger: Logger | None = None
     ) -> None:
         self.params = params
         self.world = world
-        self.report = report or Report(is_main=False)
+        self.logger = logger or Logger(is_main=False)
         self.model = model
-        self.observed = 0  # tokens of the prefix
-        self.kept = np.empty(0, dtype=np.int64)  # its last tokens, as many as a window can need
+        self.observed = 0  # number of tokens of the prefix
+        # The last tokens of the prefix, as many as a later window can read.
+        self.kept_N = np.empty(0, dtype=np.int64)
 
     @property
     def vocab_size(self) -> int:
-        """The number of token ids a distribution is over."""
+        """Number of token ids."""
         return self.model.params.vocab_size
 
     @property
     def warm_up_targets(self) -> int:
-        """The first window and a batch of others for each rank: the kernels of both shapes are compiled then."""
+        """The first window and a batch of later ones per rank: both shapes of kernels compile then."""
         return self.params.window + self.params.stride * self.params.batch_windows * self.world.size
 
     def fork(self) -> "SlidingScorer":
-        """An independent copy; the model is shared, nothing changes it."""
-        twin = object.__new__(type(self))
-        twin.__dict__.update(self.__dict__)
-        return twin
+        """An independent copy; the model, which nothing changes, is shared."""
+        return copy.copy(self)
 
     def observe(self, token: int) -> None:
         """Append a token to the prefix."""
-        self._keep(np.array([token], dtype=np.int64))
+        self._append(np.array([token], dtype=np.int64))
+        self._trim()
 
+    @torch.no_grad()
     def predict(self) -> np.ndarray:
         """Natural log-probabilities of the next token, (V,) float64."""
         target = self.observed - 1
         if target < 0:
             raise ValueError("nothing is observed yet: the first token of a stream is given, not predicted")
-        start = window_of(target, self.params.window, self.params.stride)
-        inputs = self._rows([Window(start, target, target + 1)], self.kept, self.observed - len(self.kept))
-        with torch.no_grad():
-            logits = self.model.logits(inputs, looped=True)[0, target - start]
-        return torch.log_softmax(logits.double(), dim=-1).cpu().numpy()
+        start = window_start(target, self.params.window, self.params.stride)
+        inputs_BW = self._gather([Window(start, target, target + 1)], self.kept_N, self._kept_from)
+        logits_V = self.model.logits(inputs_BW, looped=True)[0, target - start]
+        return torch.log_softmax(logits_V.double(), dim=-1).cpu().numpy()
 
     def score_stream(self, tokens: np.ndarray) -> np.ndarray:
-        """Score and observe tokens in order; nats, float32 (see the protocol for what the first call leaves out)."""
+        """Score and observe tokens (N,) in order; nats, float32. See the protocol for the first call."""
         return self.score(tokens, None)[0]
 
-    def score(self, tokens: np.ndarray, asked: Asked | None) -> np.ndarray:
-        """`score_stream` as the first of (R, N) rows; the others answer what is asked."""
+    def score(self, tokens: np.ndarray, queries: Queries | None) -> np.ndarray:
+        """Score and observe tokens (N,); returns (R, N) float32, the losses in row 0."""
         first = max(0, self.observed - 1)
         given = 1 if self.observed == 0 and len(tokens) else 0
-        self._keep(tokens.astype(np.int64), trim=False)
-        scores = self._score_targets(first, first + len(tokens) - given, asked)
+        self._append(tokens.astype(np.int64))
+        scores_RN = self._score_targets(first, first + len(tokens) - given, queries)
         self._trim()
-        return scores
+        return scores_RN
 
     @torch.no_grad()
-    def _score_targets(self, first: int, end: int, asked: Asked | None) -> np.ndarray:
-        """The answers about targets first ... end - 1, whose tokens are observed and kept: (R, N) float32."""
-        windows = plan(first, end, self.params.window, self.params.stride)
-        scores = torch.zeros(rows_of(asked), end - first, device=self.world.device)
+    def _score_targets(self, first: int, end: int, queries: Queries | None) -> np.ndarray:
+        """Score targets first ... end - 1, whose tokens are observed and kept; returns (R, N) float32."""
+        windows = plan_windows(first, end, self.params.window, self.params.stride)
+        scores_RN = torch.zeros(result_rows(queries), end - first, device=self.world.device)
         batches = self._batches(windows)
-        with self.report.progress("score", len(windows)) as progress:
+        with self.logger.progress("score", len(windows)) as progress:
             for batch in batches[self.world.rank :: self.world.size]:
-                self._score_batch(batch, first, scores, asked)
+                self._score_batch(batch, first, scores_RN, queries)
                 progress.advance(len(batch) * self.world.size)
-        return self.world.sum_(scores).cpu().numpy()
+        return self.world.sum_(scores_RN).cpu().numpy()
 
     def _batches(self, windows: list[Window]) -> list[list[Window]]:
-        """Windows that score only their last stride are batched; one that scores more (the stream's first) goes alone."""
+        """Group the windows that score only their last stride.
+
+        A window that scores more, the first of the stream, forms a batch alone.
+        """
         stride, size = self.params.stride, self.params.batch_windows
         alone = [[window] for window in windows if window.first - window.start < self.params.window - stride]
         rest = windows[len(alone) :]
         return alone + [rest[i : i + size] for i in range(0, len(rest), size)]
 
     def _score_batch(
-        self, batch: list[Window], first: int, scores: torch.Tensor, asked: Asked | None
+        self, batch: list[Window], first: int, scores_RN: Tensor, queries: Queries | None
     ) -> None:
-        offset = self.observed - len(self.kept)
-        inputs = self._rows(batch, self.kept, offset)
-        targets = self._rows(batch, self.kept, offset - 1)
+        """Run the model on a batch and write its targets' scores; column 0 is target `first`."""
+        # Target i is token i + 1.
+        inputs_BW = self._gather(batch, self.kept_N, self._kept_from)
+        targets_BW = self._gather(batch, self.kept_N, self._kept_from - 1)
+
+        # Logits are computed from the first position that any window of the batch scores.
         scored_from = min(self.params.window - self.params.stride, batch[0].first - batch[0].start)
-        z_NV = self.model.uncapped(inputs, True, slice(scored_from, None)).flatten(0, 1)
-        questions = None
-        if asked is not None:
-            about = [self._rows(batch, row, first)[:, scored_from:].flatten() for row in asked.about_2N]
-            questions = Questions(torch.stack(about), asked.forest)
-        answers = scores_of(self.model, z_NV, targets[:, scored_from:].flatten(), questions).unflatten(
-            1, (len(batch), -1)
-        )
+        z_NV = self.model.raw_logits(inputs_BW, True, slice(scored_from, None)).flatten(0, 1)
+        device_queries = None
+        if queries is not None:
+            device_queries = queries.to_device(
+                lambda ids_N: self._gather(batch, ids_N, first)[:, scored_from:].flatten()
+            )
+        batch_scores = score_targets(self.model, z_NV, targets_BW[:, scored_from:].flatten(), device_queries)
+
+        # Each window contributes only the targets that it is the first to reach.
+        scores_RBS = batch_scores.unflatten(1, (len(batch), -1))
         for row, window in enumerate(batch):
             begin = window.first - window.start - scored_from
-            scores[:, window.first - first : window.end - first] = answers[
-                :, row, begin : begin + window.end - window.first
-            ]
+            count = window.end - window.first
+            column = window.first - first
+            scores_RN[:, column : column + count] = scores_RBS[:, row, begin : begin + count]
 
-    def _rows(self, batch: Sequence[Window], source: np.ndarray, offset: int) -> torch.Tensor:
-        """For each window's positions what `source` holds, which begins at position `offset`; zeros elsewhere: (rows, window)."""
-        padded = np.zeros((len(batch), self.params.window), dtype=np.int64)
+    @property
+    def _kept_from(self) -> int:
+        """Stream position of the first token that is kept."""
+        return self.observed - len(self.kept_N)
+
+    def _gather(self, batch: Sequence[Window], source_N: np.ndarray, offset: int) -> Tensor:
+        """The entries of `source_N` at each window's positions, (B, W) int64; zero where it has none.
+
+        The first entry of `source_N` is at position `offset` of the stream.
+        """
+        padded_BW = np.zeros((len(batch), self.params.window), dtype=np.int64)
         for row, window in enumerate(batch):
             missing = max(0, offset - window.start)
-            piece = source[window.start + missing - offset : window.end - offset]
-            padded[row, missing : missing + len(piece)] = piece
-        return torch.from_numpy(padded).to(self.world.device)
+            piece = source_N[window.start + missing - offset : window.end - offset]
+            padded_BW[row, missing : missing + len(piece)] = piece
+        return torch.from_numpy(padded_BW).to(self.world.device)
 
-    def _keep(self, tokens: np.ndarray, trim: bool = True) -> None:
-        self.kept = np.concatenate((self.kept, tokens))
+    def _append(self, tokens: np.ndarray) -> None:
+        self.kept_N = np.concatenate((self.kept_N, tokens))
         self.observed += len(tokens)
-        if trim:
-            self._trim()
 
     def _trim(self) -> None:
-        """Forget what no later window reaches."""
-        next_start = window_of(max(0, self.observed - 1), self.params.window, self.params.stride)
-        self.kept = self.kept[max(0, next_start - (self.observed - len(self.kept))) :]
+        """Drop the tokens that no later window reads."""
+        next_start = window_start(max(0, self.observed - 1), self.params.window, self.params.stride)
+        self.kept_N = self.kept_N[max(0, next_start - self._kept_from) :]

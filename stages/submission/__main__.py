@@ -1,18 +1,18 @@
-"""submission: the folder to hand in, made from the artifacts of all stages."""
+"""submission: assemble the folder to hand in from the artifacts of all stages."""
 
 from dataclasses import asdict
 from pathlib import Path
 
 import yaml
 
-from stages.common import command
+from stages.common.stage import Run, Stage, launch
 from stages.submission import plots
-from stages.submission.artifacts import STAGES, Artifacts, load
+from stages.submission.artifacts import STAGES, Artifacts, load_artifacts
 from stages.submission.params import Params
-from stages.submission.readme import PLOTS, render
-from stages.submission.summary import submission
+from stages.submission.readme import PLOT_CAPTIONS, render_readme
+from stages.submission.summary import build_summary
 
-STAGE = command.Stage(
+STAGE = Stage(
     name="submission",
     summary="Assemble code, figures, logs and plots into the folder to hand in.",
     params=Params,
@@ -30,44 +30,49 @@ STAGE = command.Stage(
 )
 
 
-def main(run: command.Run[Params]) -> None:
-    """Read everything, compute the summary, write the folder."""
-    made = load(
-        {stage: run.path(stage) for stage in STAGES}, run.path("requirements"), run.params.submission.scorer
-    )
-    summary = submission(run.params, made)
-    run.write_bytes("train_gpt.py", made.code)
+def main(run: Run[Params]) -> None:
+    """Read all artifacts, compute the summary, write the folder."""
+    folders = {stage: run.path(stage) for stage in STAGES}
+    artifacts = load_artifacts(folders, run.path("requirements"), run.params.submission.scorer)
+    summary = build_summary(run.params, artifacts)
+
+    run.write_bytes("train_gpt.py", artifacts.code)
     run.write_json("submission.json", summary)
-    run.write_text("README.md", render(summary))
-    run.write_text("train.log", train_log(run.params, made.logs))
-    run.write_bytes("requirements.txt", made.requirements)
+    run.write_text("README.md", render_readme(summary))
+    run.write_text("train.log", train_log(run.params, artifacts.logs))
+    run.write_bytes("requirements.txt", artifacts.requirements)
     (run.output / "plots").mkdir()
-    for name, picture in pictures(run.params, made).items():
-        run.write_bytes(name, picture)
+    for name, png in draw_plots(run.params, artifacts).items():
+        run.write_bytes(name, png)
     run.write_json("metrics.json", {key: summary[key] for key in ("val_bpb", "val_loss", "bytes_total")})
-    run.report.log(
-        f"submission: val_bpb {summary['val_bpb']:.6f} ({summary['scorer']}), {summary['bytes_total']:,} bytes"
+    run.logger.log(
+        f"submission: val_bpb {summary['val_bpb']:.6f} ({summary['scorer']}),"
+        f" {summary['bytes_total']:,} bytes"
     )
 
 
-def pictures(params: Params, made: Artifacts) -> dict[str, bytes]:
-    """The plots by path."""
+def draw_plots(params: Params, artifacts: Artifacts) -> dict[str, bytes]:
+    """Return the plots as PNG, by path within the folder."""
+    sliding = artifacts.scores["sliding_eval"].chunks
+    ttt = artifacts.scores["ttt_eval"].chunks
     drawn = {
-        "plots/loss.png": plots.loss(made.losses),
-        "plots/bpb_by_chunk.png": plots.chunks(
-            made.scores["sliding_eval"].chunks, made.scores["ttt_eval"].chunks
+        "plots/loss.png": plots.training_loss(artifacts.losses),
+        "plots/bpb_by_chunk.png": plots.bpb_by_chunk(sliding, ttt),
+        "plots/bytes_by_part.png": plots.bytes_by_part(
+            artifacts.layers, len(artifacts.code), params.pack.budget_bytes
         ),
-        "plots/bytes_by_part.png": plots.parts(made.layers, len(made.code), params.pack.budget_bytes),
     }
-    assert drawn.keys() == PLOTS.keys()
+    assert drawn.keys() == PLOT_CAPTIONS.keys()
     return drawn
 
 
 def train_log(params: Params, logs: dict[str, str]) -> str:
-    """The effective parameters, then each stage's log."""
+    """Return the text of train.log: the effective parameters, then the log of each stage."""
     parts = [f"=== parameters\n{yaml.safe_dump(asdict(params), sort_keys=False)}"]
-    return "".join(parts + [f"=== {stage}\n{log}" for stage, log in logs.items()])
+    for stage, log in logs.items():
+        parts.append(f"=== {stage}\n{log}")
+    return "".join(parts)
 
 
 if __name__ == "__main__":
-    command.launch(STAGE, main)
+    launch(STAGE, main)

@@ -1,4 +1,8 @@
-"""What the submission states of params.yaml; its own section is defined with the bundle, which needs the name of the scorer first."""
+"""Parameters of the stage submission: all of params.yaml.
+
+The section `submission` is defined in stages/bundle/params.py, since the bundle needs its scorer's
+name.
+"""
 
 from dataclasses import dataclass
 
@@ -15,7 +19,7 @@ from stages.ttt_eval.params import TttEvalParams
 
 @dataclass(frozen=True)
 class Params:
-    """All of params.yaml: the submission states every effective parameter."""
+    """All sections: a submission states every effective parameter."""
 
     seed: int
     parallel: ParallelParams

@@ -1,8 +1,9 @@
-"""submission.json: the challenge's fields, and what a reader needs in order to believe them. Everything is computed, nothing typed.
+"""Build submission.json: the fields that the challenge asks for, and the evidence for them.
 
-What was measured (times, dates, hardware, versions) stands below `measured`. The challenge also wants `date` and `hardware` at the top:
-they are taken from there, and `not_reproducible` names the fields that another run of the same commit may give differently. Every
-other byte is the same in each run.
+Everything is computed. Measurements (times, dates, hardware, versions) are in the field `measured`.
+The challenge also wants `date` and `hardware` at the top level, so they are copied from there;
+`not_reproducible` names the fields that may differ in another run of the same commit. Every other
+byte is the same in each run.
 """
 
 from collections.abc import Mapping
@@ -15,96 +16,114 @@ from stages.submission.params import Params
 MEASURED_FIELDS = ("date", "hardware", "attention_backend", "measured")
 
 
-def submission(params: Params, made: Artifacts) -> dict[str, Any]:
-    """The mapping that is written as submission.json."""
+def build_summary(params: Params, artifacts: Artifacts) -> dict[str, Any]:
+    """Return the mapping that is written as submission.json.
+
+    Raises ValueError if the artifact is over the byte budget.
+    """
     claim = params.submission
-    score = made.scores[claim.scorer]
+    score = artifacts.scores[claim.scorer]
+    if artifacts.bytes_total > params.pack.budget_bytes:
+        raise ValueError(
+            f"artifact over the byte budget: {artifacts.bytes_total} bytes,"
+            f" {params.pack.budget_bytes} allowed (pack.budget_bytes)"
+        )
+
     result = {
         "val_bpb": score.bpb,
         "val_loss": score.nats_per_token,
-        "bytes_total": made.bytes_total,
-        "bytes_code": len(made.code),
-        "bytes_model": len(made.model),
+        "bytes_total": artifacts.bytes_total,
+        "bytes_code": len(artifacts.code),
+        "bytes_model": len(artifacts.model),
     }
-    if made.bytes_total > params.pack.budget_bytes:
-        raise ValueError(
-            f"artifact over the byte budget: {made.bytes_total} bytes, {params.pack.budget_bytes} allowed (pack.budget_bytes)"
-        )
-    measured = measurements(made, claim.scorer)
+    scores = {}
+    for name, other in artifacts.scores.items():
+        scores[name] = {"bpb": other.bpb, "nats_per_token": other.nats_per_token}
+    measured = measurements(artifacts, claim.scorer)
+    attention_backend = artifacts.timing[claim.scorer].get("attention_backend", "not stated")
+
     return {
+        # The fields that the challenge asks for.
         "author": claim.author,
         "github_id": claim.github_id,
         "name": claim.name,
         "blurb": claim.blurb,
         "track": claim.track,
         "date": measured["date"][:10],
-        "hardware": hardware(measured["hardware"]),
+        "hardware": describe_hardware(measured["hardware"]),
         **result,
         "seeds": [params.seed],
-        "seed_results": {str(params.seed): result | beside(made)},
+        "seed_results": {str(params.seed): result | other_results(artifacts)},
+        # The evidence: other scores, coverage, parameters, hashes, audit, measurements.
         "scorer": claim.scorer,
-        "scores": {
-            name: {"bpb": score.bpb, "nats_per_token": score.nats_per_token}
-            for name, score in made.scores.items()
-        },
-        "ttt_minus_sliding_bpb": made.gain._asdict(),
-        "coverage": asdict(made.coverage),
-        "reference": asdict(made.reference),
-        "val_bpb_note": note(claim.scorer, made),
+        "scores": scores,
+        "ttt_minus_sliding_bpb": artifacts.ttt_gain._asdict(),
+        "coverage": asdict(artifacts.coverage),
+        "reference": asdict(artifacts.reference),
+        "val_bpb_note": score_note(claim.scorer, artifacts),
         "parameters": asdict(params),
-        "source_sha256": made.hashes["train_gpt.py"],
-        "sha256": made.hashes,
-        "data": made.manifest,
-        "audit": made.verdicts,
-        "attention_backend": made.timing[claim.scorer].get("attention_backend", "not stated"),
+        "source_sha256": artifacts.hashes["train_gpt.py"],
+        "sha256": artifacts.hashes,
+        "data": artifacts.manifest,
+        "audit": artifacts.verdicts,
+        "attention_backend": attention_backend,
         "measured": measured,
         "not_reproducible": list(MEASURED_FIELDS),
     }
 
 
-def beside(made: Artifacts) -> dict[str, Any]:
-    """What is told of a seed beside its result: every scorer's bpb, the steps of training."""
-    return {f"{name}_bpb": score.bpb for name, score in made.scores.items()} | {
-        "steps": made.metrics["train"]["train_steps"]
-    }
+def other_results(artifacts: Artifacts) -> dict[str, Any]:
+    """Return what is stated of a seed as well as its result: every scorer's bpb, and the training steps."""
+    bpb_by_scorer = {f"{name}_bpb": score.bpb for name, score in artifacts.scores.items()}
+    return bpb_by_scorer | {"steps": artifacts.metrics["train"]["train_steps"]}
 
 
-def note(scorer: str, made: Artifacts) -> str:
-    """How val_bpb came about, in words."""
-    covered = made.coverage
-    others = ", ".join(f"{name} {score.bpb:.6f}" for name, score in made.scores.items() if name != scorer)
+def score_note(scorer: str, artifacts: Artifacts) -> str:
+    """Explain in words how val_bpb was computed."""
+    coverage = artifacts.coverage
+    others = []
+    for name, score in artifacts.scores.items():
+        if name != scorer:
+            others.append(f"{name} {score.bpb:.6f}")
     return (
-        f"{scorer}, which submission.scorer named before the run, over all {covered.targets} targets of the validation stream:"
-        f" {covered.bytes} bytes of {covered.documents} documents, each target scored once, none dropped at the tail."
+        f"{scorer}, which submission.scorer named before the run,"
+        f" over all {coverage.targets} targets of the validation stream:"
+        f" {coverage.bytes} bytes of {coverage.documents} documents,"
+        " each target scored once, none dropped at the tail."
         " val_bpb = sum of the ledger's nats (float64) / ln 2 / bytes; val_loss = mean nats per target."
-        f" Beside it, not claimed: {others}."
+        f" Beside it, not claimed: {', '.join(others)}."
     )
 
 
-def measurements(made: Artifacts, scorer: str) -> dict[str, Any]:
-    """The field `measured`; training seconds are train's interval plus calibrate's, which are two processes here."""
-    parts = {stage: made.timing[stage].get("training_seconds") for stage in ("train", "calibrate")}
-    if not all(isinstance(seconds, (int, float)) for seconds in parts.values()):
+def measurements(artifacts: Artifacts, scorer: str) -> dict[str, Any]:
+    """Return the field `measured`.
+
+    Training seconds are train's plus calibrate's, which are two processes in the pipeline.
+    """
+    seconds = {stage: artifacts.timing[stage].get("training_seconds") for stage in ("train", "calibrate")}
+    if not all(isinstance(value, (int, float)) for value in seconds.values()):
         raise ValueError(
-            f"timing.json of train and calibrate must both hold training_seconds, saw {parts}; run `dvc repro calibrate`"
+            f"timing.json of train and calibrate must both hold training_seconds, saw {seconds};"
+            " run `dvc repro calibrate`"
         )
+    train = artifacts.timing["train"]
     return {
-        "date": made.timing["train"]["date"],
-        "hardware": made.timing["train"]["hardware"],
-        "driver": made.timing["train"].get("driver"),
-        "versions": made.timing["train"]["versions"],
-        "training_seconds": sum(parts.values()),
-        "evaluation_seconds": made.timing[scorer].get("evaluation_seconds"),
-        "stages": made.timing,
+        "date": train["date"],
+        "hardware": train["hardware"],
+        "driver": train.get("driver"),
+        "versions": train["versions"],
+        "training_seconds": sum(seconds.values()),
+        "evaluation_seconds": artifacts.timing[scorer].get("evaluation_seconds"),
+        "stages": artifacts.timing,
     }
 
 
-def hardware(seen: Mapping[str, Any]) -> str:
-    """The hardware in a phrase.
+def describe_hardware(hardware: Mapping[str, Any]) -> str:
+    """Return the hardware as a phrase.
 
-    >>> hardware({"accelerator": "NVIDIA H200", "accelerators": 8, "processor": "x", "cores": 2})
+    >>> describe_hardware({"accelerator": "NVIDIA H200", "accelerators": 8, "processor": "x", "cores": 2})
     '8 x NVIDIA H200'
     """
-    if seen.get("accelerator"):
-        return f"{seen.get('accelerators', 1)} x {seen['accelerator']}"
-    return f"{seen.get('cores')} cores of {seen.get('processor') or seen.get('machine')}"
+    if hardware.get("accelerator"):
+        return f"{hardware.get('accelerators', 1)} x {hardware['accelerator']}"
+    return f"{hardware.get('cores')} cores of {hardware.get('processor') or hardware.get('machine')}"

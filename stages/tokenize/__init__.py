@@ -1,1 +1,1 @@
-"""tokenize: documents to shards, a tokenizer, and the hashes that prove val is not in train."""
+"""Stage tokenize: documents to token shards, a tokenizer, and the proof that val is not in train."""

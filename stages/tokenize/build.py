@@ -1,4 +1,4 @@
-"""The verbs of tokenize: documents to two sides of shards, or ready shards to the same; and the proof that the sides share no document."""
+"""Builds the shards of both sides from documents or ready shards, and proves the sides disjoint."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -8,109 +8,126 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from stages.common import shards
-from stages.common.progress import Report
+from stages.common.progress import Logger, Progress
 from stages.tokenize import duplicates, split, writer
 from stages.tokenize.encode import encode
-from stages.tokenize.import_shards import Adopted, adopt
+from stages.tokenize.import_shards import ImportedSide, import_side
 from stages.tokenize.params import TokenizeParams
-from stages.tokenize.split import Document
+from stages.tokenize.split import TextDocument
 from stages.tokenize.tokenizer import Tokenizer
 from stages.tokenize.writer import SideWriter
 
+OpenDocuments = Callable[[], Iterator[TextDocument]]  # each call begins from the start
 
-class Source(NamedTuple):
-    """Where documents come from; both functions begin anew at each call and take what to call with the units done."""
 
-    documents: Callable[[Callable[[float], None]], Iterator[Document]]  # of both sides
-    for_tokenizer: Callable[
-        [Callable[[float], None]], Iterator[Document]
-    ]  # may still hold val documents of an undecided split
-    total: float  # units of progress of one pass
+class DocumentSource(NamedTuple):
+    """A source of documents."""
+
+    documents: OpenDocuments  # of both sides
+    tokenizer_documents: OpenDocuments  # may contain val, which tokenizer.sample leaves out
+    total_units: float  # of progress: the `units` of all documents together
     unit: str
-    facts: dict[str, Any]  # for the manifest
+    manifest: dict[str, Any]  # entries of the manifest
+
+    def tracked(self, documents: Iterator[TextDocument], progress: Progress) -> Iterator[TextDocument]:
+        """Yield `documents`; each counts as done when the next one is requested."""
+        for document in documents:
+            yield document
+            progress.advance(document.units, self.unit)
 
 
-class Built(NamedTuple):
-    """What was written below the output folder, and what to say of it."""
+class TokenizedCorpus(NamedTuple):
+    """A description of the shards written below the output folder."""
 
-    train_hashes: np.ndarray  # sorted
-    val_hashes: np.ndarray
+    train_hashes: np.ndarray  # (documents,) uint64, sorted
+    val_hashes: np.ndarray  # (documents,) uint64, sorted
     manifest: dict[str, Any]
 
 
 def from_documents(
-    source: Source, tokenizer: Tokenizer, params: TokenizeParams, output: Path, report: Report
-) -> Built:
-    """Encode every document into the shards of its side."""
-    train, val = (
-        SideWriter(output / "train", params.shard_tokens),
-        SideWriter(output / "val", params.shard_tokens),
-    )
+    source: DocumentSource, tokenizer: Tokenizer, params: TokenizeParams, output: Path, logger: Logger
+) -> TokenizedCorpus:
+    """Encode every document into the shards of its side; raises ValueError when a side gets none."""
+    train = SideWriter(output / "train", params.shard_tokens)
+    val = SideWriter(output / "val", params.shard_tokens)
     sides = {"train": train, "val": val}
-    with train, val, report.progress("tokenize", source.total) as progress:
-        for encoded in encode(
-            source.documents(lambda units: progress.advance(units, source.unit)), tokenizer, params.threads
-        ):
-            # The normalised document, not its source: texts that the tokenizer makes equal are then on one side by construction.
-            side = encoded.source.side or split.side_of(split.content_hash(encoded.text), params.val_fraction)
+
+    with train, val, logger.progress("tokenize", source.total_units) as progress:
+        documents = source.tracked(source.documents(), progress)
+        for encoded in encode(documents, tokenizer, params.threads):
+            # Hash the decoded text, not the source: texts that the tokenizer makes equal are then
+            # on one side.
+            content = split.content_hash(encoded.text)
+            side = encoded.source.side or split.side_of(content, params.val_fraction)
             sides[side].add(encoded)
+
     for name, side_writer in sides.items():
         if not side_writer.totals.documents:
             raise ValueError(
-                f"no document is on the side of {name}; give more text, or change tokenize.val_fraction or the globs"
+                f"no document is on the side of {name}; "
+                "give more text, or change tokenize.val_fraction or the globs"
             )
+
     manifest = {
-        "corpus": source.facts,
+        "corpus": source.manifest,
         "train": asdict(train.totals),
         "val": asdict(val.totals),
-        "shards": writer.as_manifest(train.facts | val.facts, output),
+        "shards": writer.as_manifest(train.shards | val.shards, output),
     }
-    return Built(duplicates.in_order(train.hashes), duplicates.in_order(val.hashes), manifest)
+    return TokenizedCorpus(
+        duplicates.sorted_hashes(train.hashes), duplicates.sorted_hashes(val.hashes), manifest
+    )
 
 
 def from_shards(
-    train: list[Path],
-    val: list[Path],
+    train_paths: list[Path],
+    val_paths: list[Path],
     tokenizer: Tokenizer,
     params: TokenizeParams,
     output: Path,
-    report: Report,
-) -> Built:
+    logger: Logger,
+) -> TokenizedCorpus:
     """Check and copy ready shards."""
-    total = sum(shards.count(path) for path in [*train, *val])
-    with report.progress("adopt", total) as progress:
-        of_val = adopt(val, output / "val", "val", tokenizer, params.threads, progress)
-        of_train = adopt(train, output / "train", "train", tokenizer, params.threads, progress)
+    total = sum(shards.count(path) for path in [*train_paths, *val_paths])
+    with logger.progress("import", total) as progress:
+        val = import_side(val_paths, output / "val", "val", tokenizer, params.threads, progress)
+        train = import_side(train_paths, output / "train", "train", tokenizer, params.threads, progress)
+
     manifest = {
-        "corpus": {"shards": of_train.sources | of_val.sources},
-        "train": _totals(of_train),
-        "val": _totals(of_val),
-        "shards": writer.as_manifest(of_train.facts | of_val.facts, output),
+        "corpus": {"shards": train.original_names | val.original_names},
+        "train": _totals(train),
+        "val": _totals(val),
+        "shards": writer.as_manifest(train.shards | val.shards, output),
     }
-    return Built(duplicates.in_order(of_train.hashes), duplicates.in_order(of_val.hashes), manifest)
-
-
-def require_disjoint(built: Built, output: Path, bos: int) -> None:
-    """Raise ValueError when a val document is in train, token for token."""
-    shared = duplicates.confirmed(
-        output / "train", output / "val", bos, duplicates.common(built.train_hashes, built.val_hashes)
+    return TokenizedCorpus(
+        duplicates.sorted_hashes(train.hashes), duplicates.sorted_hashes(val.hashes), manifest
     )
-    if shared is not None:
-        train = f"token {shared.train.position} of {shared.train.path.relative_to(output)}"
-        val = f"token {shared.val.position} of {shared.val.path.relative_to(output)}"
-        raise ValueError(
-            f"a val document is in train: the one at {train} equals the one at {val} ({len(shared.val.tokens)} tokens)"
-        )
 
 
-def _totals(adopted: Adopted) -> dict[str, int]:
+def require_disjoint(corpus: TokenizedCorpus, output: Path, bos: int) -> None:
+    """Raise ValueError when a val document is in train, token for token."""
+    hits = duplicates.common_hashes(corpus.train_hashes, corpus.val_hashes)
+    duplicate = duplicates.first_duplicate(output / "train", output / "val", bos, hits)
+    if duplicate is None:
+        return
+    train = f"token {duplicate.train.position} of {duplicate.train.path.relative_to(output)}"
+    val = f"token {duplicate.val.position} of {duplicate.val.path.relative_to(output)}"
+    raise ValueError(
+        f"a val document is in train: the one at {train} equals the one at {val} "
+        f"({len(duplicate.val.tokens)} tokens)"
+    )
+
+
+def _totals(side: ImportedSide) -> dict[str, int]:
+    """Sum an imported side's shards for the manifest; raises ValueError when it has no document."""
     totals = {
-        key: sum(getattr(shard, key) for shard in adopted.facts.values())
-        for key in ("documents", "tokens", "bytes")
+        "documents": sum(shard.documents for shard in side.shards.values()),
+        "tokens": sum(shard.tokens for shard in side.shards.values()),
+        "bytes": sum(shard.bytes for shard in side.shards.values()),
     }
     if not totals["documents"]:
         raise ValueError("the shards hold no document")
-    if adopted.uncounted_leading_spaces is not None:
-        totals["uncounted_leading_spaces"] = adopted.uncounted_leading_spaces
-        totals["document_bytes"] = totals["bytes"] + adopted.uncounted_leading_spaces
+    if side.uncounted_leading_spaces is not None:
+        totals["uncounted_leading_spaces"] = side.uncounted_leading_spaces
+        totals["document_bytes"] = totals["bytes"] + side.uncounted_leading_spaces
     return totals

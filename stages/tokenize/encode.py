@@ -1,8 +1,9 @@
-"""Documents to tokens, in batches, with the byte count of each checked against its text.
+"""Encodes documents to tokens in batches, and checks the byte count of each against its text.
 
-The document is decode(encode(text)): a given tokenizer may normalise, and bytes refer to what can be restored. The challenge's rule
-(stages/common/bpb.py) counts exactly the document's UTF-8 bytes, less the one space with which a document may begin: the rule counts no
-leading space after BOS. That errs on the careful side (fewer bytes, higher bpb); the manifest says how often.
+The document is decode(encode(text)): a given tokenizer may normalise, and bytes are counted of what
+can be restored. The challenge's rule (stages/common/bpb.py) counts exactly the document's UTF-8
+bytes, less one space with which it may begin, since the rule counts no leading space after BOS.
+This errs on the careful side (fewer bytes, higher bpb); the manifest says how often it happens.
 """
 
 from collections.abc import Iterable, Iterator
@@ -13,9 +14,10 @@ import sentencepiece
 
 from stages.common import bpb
 from stages.common.bpb import ByteTable
-from stages.tokenize.split import Document
+from stages.tokenize.split import TextDocument
 from stages.tokenize.tokenizer import Tokenizer
 
+# A batch ends at either limit; its documents are encoded in parallel.
 BATCH_DOCUMENTS = 1024
 BATCH_CHARACTERS = 1 << 22
 
@@ -23,73 +25,90 @@ BATCH_CHARACTERS = 1 << 22
 class Encoded(NamedTuple):
     """A document as tokens."""
 
-    source: Document
+    source: TextDocument
     text: str  # decode(encode(source.text))
     tokens: np.ndarray  # (n,) uint16, BOS first
-    counted: int  # bytes by the challenge's rule
+    counted_bytes: int  # by the challenge's rule
 
     @property
     def leading_space(self) -> bool:
-        """Whether the document begins with the space that the rule does not count."""
+        """True if the document begins with a space, which the rule does not count."""
         return self.text.startswith(" ")
 
 
-def encode(documents: Iterable[Document], tokenizer: Tokenizer, threads: int) -> Iterator[Encoded]:
-    """Each document encoded, in order; one without a token (empty, or emptied by the normalisation) has BOS alone."""
+def encode(documents: Iterable[TextDocument], tokenizer: Tokenizer, threads: int) -> Iterator[Encoded]:
+    """Encode each document, in order.
+
+    A document without tokens (empty, or emptied by normalisation) consists of BOS alone.
+    """
     for batch in _batches(documents):
-        ids = tokenizer.processor.encode(
-            [document.text for document in batch], out_type=int, num_threads=threads
-        )
-        texts = tokenizer.processor.decode(ids, num_threads=threads)
-        arrays = [np.array([tokenizer.table.bos, *of_one], dtype=np.uint16) for of_one in ids]
-        for document, text, tokens, counted in zip(
-            batch, texts, arrays, _counted(arrays, tokenizer.table), strict=True
-        ):
+        texts = [document.text for document in batch]
+        ids = tokenizer.processor.encode(texts, out_type=int, num_threads=threads)
+        decoded = tokenizer.processor.decode(ids, num_threads=threads)
+        token_arrays = [np.array([tokenizer.table.bos, *one], dtype=np.uint16) for one in ids]
+        counts = _count_bytes(token_arrays, tokenizer.table)
+
+        for document, text, tokens, counted in zip(batch, decoded, token_arrays, counts, strict=True):
             check_bytes(document.name, text, tokens, counted, tokenizer)
             yield Encoded(document, text, tokens, counted)
 
 
 def check_bytes(name: str, text: str, tokens: np.ndarray, counted: int, tokenizer: Tokenizer) -> None:
-    """Raise ValueError when the counted bytes are not those of the text, naming the document and its first piece that is miscounted."""
+    """Raise ValueError unless the counted bytes of a document's tokens (n,) are those of its text.
+
+    The message names the document and its first piece that is miscounted.
+    """
     expected = len(text.encode("utf-8")) - text.startswith(" ")
     if counted != expected:
-        piece = _first_miscounted(tokens, tokenizer.processor, tokenizer.table)
+        piece = _describe_first_miscount(tokens, tokenizer.processor, tokenizer.table)
         raise ValueError(
-            f"{name}: {counted} bytes counted for {expected} bytes of text{piece}; this tokenizer does not fit the challenge's byte rule: "
-            "train it with byte fallback, and with no piece that has a space behind its first character"
+            f"{name}: {counted} bytes counted for {expected} bytes of text{piece}; this tokenizer does not "
+            "fit the challenge's byte rule: train it with byte fallback, and with no piece that has a space "
+            "after its first character"
         )
 
 
-def _counted(documents: list[np.ndarray], table: ByteTable) -> list[int]:
-    """Bytes of each document; BOS, which begins each, counts none and ends the reach of the token before it."""
+def _count_bytes(documents: list[np.ndarray], table: ByteTable) -> list[int]:
+    """Count the bytes of each document's tokens (n,).
+
+    All documents are counted in one pass: the BOS of each counts no bytes and separates it from the
+    one before.
+    """
     counts = np.concatenate([[0], bpb.target_bytes(np.concatenate(documents), table)])
     starts = np.cumsum([0, *(len(document) for document in documents[:-1])])
     return [int(total) for total in np.add.reduceat(counts, starts)]
 
 
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
+def _batches(documents: Iterable[TextDocument]) -> Iterator[list[TextDocument]]:
+    batch: list[TextDocument] = []
     characters = 0
     for document in documents:
         batch.append(document)
         characters += len(document.text)
         if len(batch) == BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
             yield batch
-            batch, characters = [], 0
+            batch = []
+            characters = 0
     if batch:
         yield batch
 
 
-def _first_miscounted(
+def _describe_first_miscount(
     tokens: np.ndarray, processor: sentencepiece.SentencePieceProcessor, table: ByteTable
 ) -> str:
-    for counted, token, before in zip(
-        bpb.target_bytes(tokens, table), tokens[1:].tolist(), tokens[:-1].tolist(), strict=True
-    ):
+    """Describe the first of a document's tokens (n,) whose counted bytes are not its text's.
+
+    Empty if there is none.
+    """
+    counts = bpb.target_bytes(tokens, table).tolist()
+    previous_tokens = tokens[:-1].tolist()
+    for counted, token, previous in zip(counts, tokens[1:].tolist(), previous_tokens, strict=True):
         if processor.is_byte(token):
             continue
-        surface = "" if table.boundary[token] else processor.id_to_piece(token).replace(bpb.SPACE_MARKER, " ")
-        expected = len(surface.encode("utf-8")) - (bool(table.boundary[before]) and surface.startswith(" "))
+        piece = processor.id_to_piece(token)
+        text = "" if table.boundary[token] else piece.replace(bpb.SPACE_MARKER, " ")
+        uncounted_space = bool(table.boundary[previous]) and text.startswith(" ")
+        expected = len(text.encode("utf-8")) - uncounted_space
         if counted != expected:
-            return f", first at piece {processor.id_to_piece(token)!r} (id {token}: {counted} for {expected})"
+            return f", first at piece {piece!r} (id {token}: {counted} for {expected})"
     return ""

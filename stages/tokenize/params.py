@@ -1,4 +1,8 @@
-"""Parameters of tokenize. The vocabulary size stands here again, so that a change of the model does not tokenize anew."""
+"""Parameters of tokenize.
+
+The vocabulary size is repeated here (it is also in the section `model`), so that a change of the
+model does not run tokenize again.
+"""
 
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -7,41 +11,39 @@ from typing import Literal
 from stages.common import shards
 from stages.common.config import reject, require_positive
 
-TRAIN_TOKENIZER = "train"
-SMALLEST_VOCAB = 4 + 256 + 1  # pad, bos, eos, unk; the byte-fallback pieces; the lone space
+TRAIN_TOKENIZER = "train"  # value of `tokenizer` that asks for one trained on the train documents
+# Ids before the first learned piece: pad, bos, eos, unk; 256 byte-fallback pieces; the lone space.
+SMALLEST_VOCAB = 4 + 256 + 1
 
 
 @dataclass(frozen=True)
 class TokenizeParams:
-    """The section `tokenize`."""
+    """The section `tokenize`; params.yaml describes each key."""
 
-    source: Literal[
-        "pydocs", "files", "shards"
-    ]  # docstrings of installed packages; documents below data/text; ready shards below data/shards
-    train_glob: str  # what to train on, relative to data/text or data/shards; unused by pydocs
-    val_glob: str  # what to validate on; empty (files only): split train_glob's documents by content hash. Unused by pydocs
-    text_key: str  # of a JSON line: the key that holds the document
-    val_fraction: float  # share of val in a split by hash: of documents (files), of modules (pydocs)
-    max_document_bytes: (
-        int  # UTF-8 bytes of one document; a longer one is an error, so that memory stays bounded
-    )
-    tokenizer: (
-        str  # "train": one of our own; otherwise a SentencePiece model's file name below data/tokenizer
-    )
-    vocab_size: int  # V, ids of the tokenizer, trained or given
-    tokenizer_sample_bytes: int  # train documents with the lowest hashes, up to so many bytes, train the tokenizer: bounds its memory
-    threads: int  # of encoding and of tokenizer training; at least the latter's result may depend on it, so it is fixed
-    shard_tokens: int  # tokens of a full shard (100,000,000 in the challenge)
+    source: Literal["pydocs", "files", "shards"]
+    train_glob: str
+    val_glob: str
+    text_key: str
+    val_fraction: float
+    max_document_bytes: int
+    tokenizer: str  # TRAIN_TOKENIZER, or a file name below data/tokenizer
+    vocab_size: int  # V
+    tokenizer_sample_bytes: int
+    threads: int
+    shard_tokens: int
 
     def __post_init__(self) -> None:
         require_positive(self, "max_document_bytes", "tokenizer_sample_bytes", "threads", "shard_tokens")
         if not SMALLEST_VOCAB < self.vocab_size <= shards.MAX_VOCAB:
             reject(
                 "vocab_size",
-                f"{self.vocab_size} is not above {SMALLEST_VOCAB} and at most {shards.MAX_VOCAB} (uint16 tokens)",
+                f"{self.vocab_size} is not above {SMALLEST_VOCAB} and at most {shards.MAX_VOCAB} "
+                "(uint16 tokens)",
             )
         if not 0 < self.val_fraction < 1:
             reject("val_fraction", f"{self.val_fraction} is not between 0 and 1, both excluded")
+
+        # Paths: required by some sources, and always inside the data folders.
         for key in ("train_glob", "val_glob"):
             _require_relative(key, getattr(self, key))
         if self.source != "pydocs" and not self.train_glob:
@@ -50,6 +52,8 @@ class TokenizeParams:
             reject("text_key", "empty; name the key of a JSON line that holds the document")
         if self.source == "shards" and not self.val_glob:
             reject("val_glob", "empty, but ready shards are not split: name those of the validation set")
+
+        # The tokenizer.
         if self.source == "shards" and self.tokenizer == TRAIN_TOKENIZER:
             reject(
                 "tokenizer",
@@ -62,7 +66,7 @@ class TokenizeParams:
 
 @dataclass(frozen=True)
 class Params:
-    """What tokenize reads of params.yaml."""
+    """The section of params.yaml that tokenize reads."""
 
     tokenize: TokenizeParams
 

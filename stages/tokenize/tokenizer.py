@@ -1,8 +1,9 @@
-"""A SentencePiece model: one we train, which loses nothing, or a given one, which is checked.
+"""SentencePiece tokenizers: a lossless one that this stage trains, or a given one that it checks.
 
-Ours: BPE with byte fallback, identity normalisation, white space kept, no dummy prefix, digits split, pad/bos/eos/unk 0-3. Pieces are
-cut at spaces and none is a run of spaces, because the challenge's rule strips one U+2581 from the front of a piece and would count
-any further one as three bytes; a run of spaces is therefore so many lone-space tokens.
+Ours is BPE with byte fallback, identity normalisation, white space kept, no dummy prefix, digits
+split, pad/bos/eos/unk 0-3. Pieces are cut at spaces and none is a run of spaces, because the
+challenge's rule strips one U+2581 from the front of a piece and would count any further one as
+three bytes. A run of spaces is therefore encoded as that number of lone-space tokens.
 """
 
 import heapq
@@ -16,34 +17,35 @@ import sentencepiece
 from stages.common import bpb
 from stages.common.bpb import ByteTable
 from stages.tokenize import split
-from stages.tokenize.split import Document
+from stages.tokenize.split import TextDocument
 
-QUIET = 2  # SentencePiece's log level: errors, which it also raises
-MAX_SENTENCE = 1 << 30  # a document is one sentence; SentencePiece drops longer ones
-PRIVATE_USE = range(0xE000, 0xF900)
+LOG_ERRORS_ONLY = 2  # SentencePiece's log level; it raises errors as well
+MAX_SENTENCE_BYTES = 1 << 30  # a document is one "sentence"; SentencePiece drops longer ones
+PRIVATE_USE = range(0xE000, 0xF900)  # code points of Unicode's private-use area
 
 
 class Tokenizer(NamedTuple):
-    """A model's file content, the processor made from it, and its byte table."""
+    """A SentencePiece model: the content of its file, its processor and its byte table."""
 
-    model: bytes
+    model_bytes: bytes
     processor: sentencepiece.SentencePieceProcessor
     table: ByteTable
 
 
-class Sample(NamedTuple):
-    """What a tokenizer is trained on."""
+class TokenizerSample(NamedTuple):
+    """The texts that a tokenizer is trained on, in the order of their hashes."""
 
     texts: list[str]
     size: int  # UTF-8 bytes
 
 
-def sample(documents: Iterable[Document], val_fraction: float, max_bytes: int) -> Sample:
-    """The train documents with the lowest content hashes, up to `max_bytes`: a random sample that no order of files changes.
+def sample(documents: Iterable[TextDocument], val_fraction: float, max_bytes: int) -> TokenizerSample:
+    """Sample the train documents with the lowest content hashes, up to `max_bytes` of UTF-8.
 
-    Memory is the sample's: the highest hash leaves when the rest is too large.
+    The sample is random but independent of the order of the files. Memory holds the sample alone:
+    when it grows too large, the document with the highest hash is dropped.
     """
-    kept: list[tuple[int, str, int]] = []  # a heap with the highest hash on top
+    kept: list[tuple[int, str, int]] = []  # heap of (-hash, text, bytes): the highest hash on top
     size = 0
     for document in documents:
         hash64 = split.content_hash(document.text)
@@ -54,14 +56,18 @@ def sample(documents: Iterable[Document], val_fraction: float, max_bytes: int) -
         size += text_size
         while size > max_bytes and len(kept) > 1:
             size -= heapq.heappop(kept)[2]
-    return Sample([text for _, text, _ in sorted(kept, reverse=True)], size)
+    return TokenizerSample([text for _, text, _ in sorted(kept, reverse=True)], size)
 
 
 def train(texts: list[str], vocab_size: int, threads: int) -> bytes:
-    """A model of `vocab_size` ids trained on `texts`; the same bytes for the same texts and threads."""
+    """Train a model of `vocab_size` ids.
+
+    Returns the model file, the same bytes for the same texts and threads.
+    """
     if not texts:
         raise ValueError(
-            "there are no train documents to train the tokenizer on; lower tokenize.val_fraction or give more text"
+            "there are no train documents to train the tokenizer on; "
+            "lower tokenize.val_fraction or give more text"
         )
     model = io.BytesIO()
     try:
@@ -70,34 +76,42 @@ def train(texts: list[str], vocab_size: int, threads: int) -> bytes:
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
+            # Lossless: every byte sequence has tokens, and nothing is normalised away.
             byte_fallback=True,
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
             add_dummy_prefix=False,
+            # A digit is a piece of its own; only the first character of a piece may be a space.
             split_digits=True,
             split_by_whitespace=True,
             allow_whitespace_only_pieces=False,
+            # Ids, determinism and limits.
             pad_id=0,
             bos_id=1,
             eos_id=2,
             unk_id=3,
             num_threads=threads,
-            max_sentence_length=MAX_SENTENCE,
-            minloglevel=QUIET,
+            max_sentence_length=MAX_SENTENCE_BYTES,
+            minloglevel=LOG_ERRORS_ONLY,
         )
     except RuntimeError as error:
         raise ValueError(
-            f"tokenize.vocab_size: SentencePiece cannot make {vocab_size} pieces of the train documents: {error}"
+            f"tokenize.vocab_size: SentencePiece cannot make {vocab_size} pieces of the train documents: "
+            f"{error}"
         ) from error
     return model.getvalue()
 
 
 def load(path: Path, vocab_size: int) -> Tokenizer:
-    """The model at `path`, checked: of `vocab_size` ids, with byte fallback, BOS and the lone space piece."""
+    """Load the model at `path`.
+
+    Raises ValueError unless it has `vocab_size` ids, byte fallback, BOS and a lone-space piece.
+    """
     processor = bpb.load_tokenizer(path)
     if processor.vocab_size() != vocab_size:
         raise ValueError(
-            f"{path} has {processor.vocab_size()} ids, but tokenize.vocab_size is {vocab_size}; set it to the model's"
+            f"{path} has {processor.vocab_size()} ids, but tokenize.vocab_size is {vocab_size}; "
+            "set it to the model's"
         )
     try:
         table = bpb.byte_table(processor)
@@ -106,12 +120,12 @@ def load(path: Path, vocab_size: int) -> Tokenizer:
     return Tokenizer(path.read_bytes(), processor, table)
 
 
-def uncountable(tokenizer: Tokenizer) -> dict[int, str]:
-    """The ids whose counted bytes are not those of the text they stand for, each with the reason.
+def miscounted_ids(tokenizer: Tokenizer) -> dict[int, str]:
+    """Find the ids whose counted bytes are not those of their text; returns the reason for each.
 
-    Inner U+2581 stands for a space and is counted as three bytes. Private-use pieces are the marks of a reversible text
-    transformation (CaseOps, #1729), which the original text does not hold: without its side file the count is too high
-    (#2071: 164,594,398 for 151,074,309).
+    An inner U+2581 is a space and is counted as three bytes. Private-use pieces are the marks of a
+    reversible text transformation (CaseOps, #1729), which the original text does not contain:
+    without its side file the count is too high (#2071: 164,594,398 for 151,074,309).
     """
     reasons = {}
     for i in range(tokenizer.table.vocab_size):
@@ -120,8 +134,8 @@ def uncountable(tokenizer: Tokenizer) -> dict[int, str]:
             continue
         if bpb.SPACE_MARKER in piece[1:]:
             reasons[i] = (
-                "has U+2581 behind its first character, which would count as three bytes for one space"
+                "has U+2581 after its first character, which would count as three bytes for one space"
             )
         elif any(ord(character) in PRIVATE_USE for character in piece):
-            reasons[i] = "is a private-use mark (CaseOps), which is no byte of the original text"
+            reasons[i] = "is a private-use mark (CaseOps), which is not a byte of the original text"
     return reasons

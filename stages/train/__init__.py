@@ -1,1 +1,1 @@
-"""train: shards to the averaged weights of a model. The model, its optimizers, its data order and its loop."""
+"""train: the model, its optimizer, the order of its data, and the training loop."""

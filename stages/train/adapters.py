@@ -1,7 +1,8 @@
-"""Low-rank adapters of the model's products, an independent set for every row of a batch (#1530).
+"""Low-rank adapters (LoRA, arXiv 2106.09685) of the model's products, independent for each row of a batch.
 
-An adapter adds scale B A x to a product's output. One whose B is zero adds exactly nothing: a model with fresh adapters is the plain model.
-All of a block's adapters read its normed input, also the one beside the output projection, which is parallel to attention.
+An adapter adds scale * B A x to a product's output (#1530). An adapter whose B is zero adds exactly
+zero, so a model with fresh adapters is the plain model. All adapters of a block read its normalised
+input; the one of the output projection does too, and is therefore parallel to attention.
 
 Shapes: B batch, T tokens, I inputs, O outputs, R rank.
 """
@@ -13,20 +14,20 @@ from torch import Tensor
 
 
 class Adapter(NamedTuple):
-    """The two factors, in the dtype of the activations; the model names them A and B after LoRA's paper (arXiv 2106.09685)."""
+    """The two factors of each row's low-rank product, in the dtype of the activations."""
 
-    down_BRI: Tensor  # A
-    up_BOR: Tensor  # B
+    down_BRI: Tensor  # A of the paper
+    up_BOR: Tensor  # B of the paper
     scale: float
 
-    def added_to(self, y_BTO: Tensor, x_BTI: Tensor) -> Tensor:
-        """y + scale B A x, each row of the batch with factors of its own."""
+    def add_to(self, y_BTO: Tensor, x_BTI: Tensor) -> Tensor:
+        """y + scale * B A x, each row of the batch with its own factors."""
         low_BTR = torch.bmm(x_BTI, self.down_BRI.mT)
         return torch.baddbmm(y_BTO, low_BTR, self.up_BOR.mT, alpha=self.scale)
 
 
 class VisitAdapters(NamedTuple):
-    """The adapters of one visit of a block; None where there is none."""
+    """The adapters of one visit of a block; None where a product has none."""
 
     query: Adapter | None = None
     key: Adapter | None = None
@@ -36,12 +37,15 @@ class VisitAdapters(NamedTuple):
 
 
 class Adapters(NamedTuple):
-    """The adapters of a forward pass: a set for every visit in order, since a looped block does another thing at each, and the head's."""
+    """The adapters of a forward pass: one set for each visit in order, and the head's.
+
+    A looped block has a set for each of its visits, because it computes something else at each.
+    """
 
     visits: tuple[VisitAdapters, ...] = ()
     head: Adapter | None = None
 
 
-def adapted(y_BTO: Tensor, x_BTI: Tensor, adapter: Adapter | None) -> Tensor:
-    """y as it is, or what the adapter makes of it."""
-    return y_BTO if adapter is None else adapter.added_to(y_BTO, x_BTI)
+def apply_adapter(y_BTO: Tensor, x_BTI: Tensor, adapter: Adapter | None) -> Tensor:
+    """y with the adapter's product added; y itself without an adapter."""
+    return y_BTO if adapter is None else adapter.add_to(y_BTO, x_BTI)

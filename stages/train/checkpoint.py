@@ -1,8 +1,9 @@
-"""Resuming a killed run, so that it ends with the same bytes as one that was not killed.
+"""Checkpoints: a killed run that is resumed ends with the same bytes as one that was not killed.
 
-A checkpoint lives in a scratch folder whose name is a hash of everything that decides the result: parameters, code, shards, number of
-ranks. A changed seed or a changed line of code therefore starts afresh instead of continuing the wrong run. Each rank writes its own file;
-the marker that makes a step the one to resume from is written when all have.
+A checkpoint is kept in a scratch folder whose name is a hash of everything that decides the result:
+parameters, code, shards, number of ranks. After a change of the seed or of a line of code a run
+therefore starts from the beginning instead of continuing the wrong one. Each rank writes its own
+file; the marker that names the step to resume from is written after all ranks have written theirs.
 """
 
 import hashlib
@@ -17,11 +18,11 @@ from typing import Any
 import torch
 
 from stages.common import shards
-from stages.common.command import canonical_json
-from stages.common.parallel import World, speaks_for_its_machine
+from stages.common.parallel import World, is_local_rank_zero
+from stages.common.stage import canonical_json
 from stages.train.params import Params
 
-MARKER = "resume-from"
+RESUME_MARKER = "resume-from"  # name of the file that holds the number of steps done, in decimal
 
 
 def run_key(params: Params, shard_paths: Iterable[Path], world: World) -> str:
@@ -37,57 +38,67 @@ def run_key(params: Params, shard_paths: Iterable[Path], world: World) -> str:
 
 
 class Checkpoints:
-    """Saved states of one run; `folder` is None when they are off, and then nothing happens."""
+    """The saved states of one run, one every `every` steps; with `every` 0 or no folder none are saved."""
 
     def __init__(self, folder: Path | None, every: int, world: World) -> None:
         self.folder = folder if every else None
         self.every = every
         self.world = world
 
+    def is_due(self, steps_done: int) -> bool:
+        """True if a state is to be saved after this many steps."""
+        return self.folder is not None and steps_done % self.every == 0
+
     def save(self, steps_done: int, state: dict[str, Any]) -> None:
-        """Save this rank's state when it is time, then make it the one to resume from."""
-        if self.folder is None or steps_done % self.every:
-            return
+        """Save this rank's state, then make it the one to resume from. Every rank must call this."""
+        assert self.folder is not None
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self._path(steps_done)
         partial = path.with_suffix(".partial")
         torch.save(state, partial)
         partial.replace(path)
+
+        # All ranks have saved: the marker may name this step.
         self.world.barrier()
         if self.world.is_main:
-            marker = self.folder / MARKER
+            marker = self.folder / RESUME_MARKER
             marker.with_suffix(".partial").write_text(str(steps_done), encoding="ascii")
             marker.with_suffix(".partial").replace(marker)
+
+        # The marker names this step: older files may go.
         self.world.barrier()
         for old in self.folder.glob(f"*-rank{self.world.rank}.pt"):
             if old != path:
                 old.unlink()
 
     def load(self) -> dict[str, Any] | None:
-        """This rank's state at the step to resume from; None when the run begins.
+        """This rank's state at the step to resume from; None if there is none.
 
-        The marker is on the disk of rank 0's machine, which other machines may not see.
+        Rank 0 reads the marker for all, because other machines may not see its disk. A ValueError
+        if this rank's file is missing.
         """
         if self.folder is None:
             return None
-        marker = self.folder / MARKER
-        steps_done = int(self.world.max_of(int(marker.read_text(encoding="ascii")) if marker.exists() else 0))
+        marker = self.folder / RESUME_MARKER
+        marked_step = int(marker.read_text(encoding="ascii")) if marker.exists() else 0
+        steps_done = int(self.world.max_of(marked_step))
         if not steps_done:
             return None
-        if not self._path(steps_done).exists():
+
+        path = self._path(steps_done)
+        if not path.exists():
             raise ValueError(
-                f"--scratch: the run has a checkpoint of step {steps_done}, but not {self._path(steps_done)} of rank {self.world.rank};"
-                " give machines that may change places a folder that they share, or remove it on each to begin anew"
+                f"--scratch: the run has a checkpoint of step {steps_done}, but not {path} of rank"
+                f" {self.world.rank}; give machines whose ranks may be swapped a shared folder, or remove the"
+                " folder on each of them to start from the beginning"
             )
-        state: dict[str, Any] = torch.load(
-            self._path(steps_done), map_location=self.world.device, weights_only=True
-        )
+        state: dict[str, Any] = torch.load(path, map_location=self.world.device, weights_only=True)
         return state
 
     def remove(self) -> None:
-        """Forget the run: it has ended well."""
+        """Delete the checkpoints of a run that has ended well."""
         self.world.barrier()
-        if self.folder is not None and speaks_for_its_machine():
+        if self.folder is not None and is_local_rank_zero():
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def _path(self, steps_done: int) -> Path:
@@ -96,13 +107,12 @@ class Checkpoints:
 
 
 def open_checkpoints(params: Params, shard_folder: Path, scratch: Path, world: World) -> Checkpoints:
-    """The checkpoints of this run below `scratch`; hashing the shards is only paid for when checkpoints are on."""
+    """The checkpoints of this run below `scratch`. The shards are hashed only if checkpoints are on."""
     every = params.train.checkpoint_every
     folder = scratch / run_key(params, shards.find(shard_folder), world) if every else None
     return Checkpoints(folder, every, world)
 
 
-def _is_training_code(name: str) -> bool:
-    """Whether a loaded module decides what training does: the modules that stages share, and train's own."""
-    package, _, rest = name.partition(".")
-    return package == "stages" and rest != "" and ("." not in rest or rest.startswith("train."))
+def _is_training_code(module: str) -> bool:
+    """True for modules that decide the result of training: train's own and those that all stages share."""
+    return module.startswith(("stages.train", "stages.common"))

@@ -2,23 +2,31 @@
 
 Unusual here (#1493 and what it builds on):
 
-* depth recurrence: a segment of blocks is visited again with the same weights once looping is on (#1331, #1437);
-* U-Net skips over the *visits*, each through a learned gate, so that the number of skips changes when looping is switched on;
-* from block `parallel_from` on, attention and MLP read the same input and are added together (#1204, GPT-J style);
+* depth recurrence: once looping is on, a segment of blocks is visited again with the same weights
+  (#1331, #1437); a *visit* is one application of a block;
+* U-Net skips over the visits, each through a learned gate, so that the number of skips changes when
+  looping is switched on;
+* from block `parallel_from` on, attention and MLP read the same input and are added together
+  (#1204, GPT-J style);
 * every block sees x0, the normalised embedding, mixed into its input;
-* exclusive self-attention: the component of a head's output along the token's own value is removed;
+* exclusive self-attention (XSA): the component of a head's output along the token's own value is
+  removed;
 * q and k are normalised, and a learned gain on q sets the sharpness (QK-gain);
 * the MLP squares a leaky ReLU, so that its negative side comes out positive too;
-* three parts that are off unless the parameters ask for them: a gate on each head's output, read from the first dimensions of the layer's
-  input (#1667); each embedding with a learned share of the one before it, never across a document's start (SmearGate: #1667, #1851); and
-  tables that add to a token's attention value what the token alone decides (value embeddings: modded-nanogpt; no product is needed).
+* three parts that are off unless the parameters turn them on: a gate on each head's output,
+  computed from the first dimensions of the layer's input (#1667); SmearGate, which adds to each
+  embedding a learned share of the one before it, never across the start of a document (#1667,
+  #1851); and value embeddings, tables that add a row chosen by the token to its attention value,
+  without a matrix product (modded-nanogpt).
 
-Adapters (adapters.py) plug into every product of a block and into the head's; without them no operation is added.
+Adapters (adapters.py) plug into every product of a block and into the head's; without them no
+operation is added. The operations with a fused form come from `ops` (reference.py).
 
-Weights are float32 and are cast to the dtype of the activations where they are used; losses are computed in float32.
+Weights are float32 and are cast to the dtype of the activations where they are used; losses are
+computed in float32.
 
-Shapes: B batch, T tokens, D width, H query heads, K key-value heads, C head dimension, E = (H + 2K) C, R half the rotated dimensions,
-N = BT, V vocabulary, S skips.
+Shapes: B batch, T tokens, D width, H query heads, K key-value heads, C head dimension, E = (H + 2K)
+C, R half the rotated dimensions, N = BT, V vocabulary, S skips.
 """
 
 import math
@@ -30,51 +38,64 @@ from torch import Tensor, nn
 
 from stages.common import cpu_math
 from stages.common.parallel import World
-from stages.train.adapters import Adapter, Adapters, VisitAdapters, adapted
-from stages.train.ops import PLAIN, Operations, operations
+from stages.train.adapters import Adapter, Adapters, VisitAdapters, apply_adapter
+from stages.train.ops import select_ops
 from stages.train.params import ModelParams
-from stages.train.reference import Documents, Term, documents_of, rms_norm, softcapped, squared_leaky
+from stages.train.reference import (
+    REFERENCE_OPS,
+    DocumentBounds,
+    Ops,
+    Term,
+    document_bounds,
+    rms_norm,
+    softcapped,
+    squared_leaky_relu,
+)
 
-EMBEDDING, SMEAR_GATE = "embedding.weight", "smear.gate"
-UNADAPTED, NO_ADAPTERS = VisitAdapters(), Adapters()  # of a visit, of a forward pass
+# Names of parameters in the state dict.
+EMBEDDING = "embedding.weight"
+SMEAR_GATE = "smear.gate"
+
+NO_VISIT_ADAPTERS = VisitAdapters()
+NO_ADAPTERS = Adapters()
 
 
-class Places(NamedTuple):
-    """What every block is told of a batch's tokens: the angles of every position, the documents that attention keeps to, if it does,
-    and what each value table holds for them."""
+class BlockContext(NamedTuple):
+    """Inputs that all blocks share for one batch."""
 
-    cos_TR: Tensor
+    cos_TR: Tensor  # of the RoPE angles
     sin_TR: Tensor
-    documents: Documents | None
-    values: tuple[Tensor, ...]  # (B, T, KC) of each table
+    documents: DocumentBounds | None  # for the attention mask; None: attention over whole windows
+    value_rows: tuple[Tensor, ...]  # the batch's rows of each value table, (B, T, KC)
 
 
-Stream = list[Term]  # the residual stream, kept as a weighted sum until it is read
+# The residual stream as the terms of a weighted sum, which is computed only where a block reads it.
+ResidualStream = list[Term]
 
 
-def weighed(stream: Stream, weight: Tensor) -> Stream:
-    """The stream times a vector (D,)."""
-    return [Term(x, weight if w is None else w * weight) for x, w in stream]
+def scale_terms(stream: ResidualStream, weight_D: Tensor) -> ResidualStream:
+    """The stream multiplied by a vector."""
+    return [Term(x, weight_D if w is None else w * weight_D) for x, w in stream]
 
 
 class VisitPlan(NamedTuple):
-    """The order in which blocks are visited: the encoder visits push their outputs, the decoder visits pop them."""
+    """The blocks in order of visit: encoder visits push their outputs as skips, decoder visits pop them."""
 
     encoder: tuple[int, ...]
     decoder: tuple[int, ...]
 
 
 def visit_plan(params: ModelParams, looped: bool) -> VisitPlan:
-    """Blocks in order of visit, split into halves (the decoder has the odd one).
+    """The blocks in order of visit, split into halves; the decoder gets the odd one.
 
     >>> visit_plan(record, looped=True)
     VisitPlan(encoder=(0, 1, 2, 3, 4, 5, 3, 4), decoder=(5, 3, 4, 5, 6, 7, 8, 9, 10))
     """
+    before = tuple(range(params.loop_first))
     segment = tuple(range(params.loop_first, params.loop_last + 1))
+    after = tuple(range(params.loop_last + 1, params.layers))
     passes = 1 + params.loops if looped else 1
-    order = (
-        tuple(range(params.loop_first)) + segment * passes + tuple(range(params.loop_last + 1, params.layers))
-    )
+    order = before + segment * passes + after
     return VisitPlan(order[: len(order) // 2], order[len(order) // 2 :])
 
 
@@ -84,11 +105,12 @@ def skip_count(params: ModelParams) -> int:
     return min(len(plan.encoder), len(plan.decoder))
 
 
-def rotary(tokens: int, params: ModelParams, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary angles, each (T, rope_dims / 2) float32.
+def rope_cos_sin(tokens: int, params: ModelParams, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the RoPE angles, each (T, R) float32.
 
-    Angles are computed in float32 from integers at every call: a buffer would be cast with the model, and positions in bfloat16 collapse
-    (#1916 lost 0.46 bpb to that). Beyond the training context the base grows NTK-style.
+    Angles are computed in float32 from integers at every call: a buffer would be cast with the
+    model, and positions in bfloat16 collapse (#1916 lost 0.46 bpb to that). Beyond the training
+    context the base grows as in NTK-aware scaling.
     """
     dims = params.rope_dims
     base = params.rope_base
@@ -99,19 +121,22 @@ def rotary(tokens: int, params: ModelParams, device: torch.device) -> tuple[Tens
     return angle.cos(), angle.sin()
 
 
-def value_table(params: ModelParams, block: int) -> int | None:
-    """Which value table a block reads: the first blocks have one each, and the last blocks the same ones again, in the same order.
+def value_table_index(params: ModelParams, block: int) -> int | None:
+    """Index of the value table that a block reads, or None.
 
-    >>> [value_table(of_six_blocks_and_two_tables, block) for block in range(6)]
+    The first blocks have one table each; the last blocks read the same tables again, in the same
+    order.
+
+    >>> [value_table_index(six_blocks_and_two_tables, block) for block in range(6)]
     [0, 1, None, None, 0, 1]
     """
-    first, last = block, block - (params.layers - params.value_tables)
-    if first < params.value_tables:
-        return first
-    return last if last >= 0 else None
+    if block < params.value_tables:
+        return block
+    from_end = block - (params.layers - params.value_tables)
+    return from_end if from_end >= 0 else None
 
 
-class Matrix(nn.Module):
+class CastedLinear(nn.Module):
     """A linear map without bias whose weight (out, in) is cast to the dtype of its input."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
@@ -124,98 +149,111 @@ class Matrix(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention with normalised q and k, a gain on q, partial rotation, and own-value exclusion."""
+    """Causal grouped-query attention with normalised q and k, a gain on q, partial RoPE, and XSA."""
 
-    def __init__(self, params: ModelParams, table: int | None, operations: Operations) -> None:
+    def __init__(self, params: ModelParams, value_table: int | None, ops: Ops) -> None:
         super().__init__()
         self.params = params
-        self.operations = operations
-        self.query = Matrix(params.width, params.heads * params.head_dim)
-        self.key = Matrix(params.width, params.kv_heads * params.head_dim)
-        self.value = Matrix(params.width, params.kv_heads * params.head_dim)
-        self.output = Matrix(params.heads * params.head_dim, params.width)
+        self.ops = ops
+        self.query = CastedLinear(params.width, params.heads * params.head_dim)
+        self.key = CastedLinear(params.width, params.kv_heads * params.head_dim)
+        self.value = CastedLinear(params.width, params.kv_heads * params.head_dim)
+        self.output = CastedLinear(params.heads * params.head_dim, params.width)
         self.gain = nn.Parameter(torch.full((params.heads,), params.query_gain))
         self.gate = nn.Parameter(torch.zeros(params.heads, params.gate_width)) if params.gate_width else None
-        self.table = table
-        self.table_share = nn.Parameter(torch.ones(params.kv_heads)) if table is not None else None
+        self.value_table = value_table
+        self.table_share = nn.Parameter(torch.ones(params.kv_heads)) if value_table is not None else None
 
-    def forward(self, x_BTD: Tensor, places: Places, adapters: VisitAdapters = UNADAPTED) -> Tensor:
-        """The layer's output, (B, T, D). The three projections of one input are one product."""
+    def forward(
+        self, x_BTD: Tensor, context: BlockContext, adapters: VisitAdapters = NO_VISIT_ADAPTERS
+    ) -> Tensor:
+        """The layer's output, (B, T, D)."""
+        # Query, key and value projection as one product.
         weight_ED = torch.cat((self.query.weight, self.key.weight, self.value.weight)).to(x_BTD.dtype)
-        starts = places.documents.starts_BT if places.documents else None
-        joint = self._adapted(F.linear(x_BTD, weight_ED), x_BTD, adapters)
-        q, k, v = self.operations.split_heads(
-            joint, self.gain, places.cos_TR, places.sin_TR, starts, self.params.kv_heads
-        )
-        if self.table is not None and self.table_share is not None:
-            v = torch.addcmul(
-                v, places.values[self.table].view(v.shape), self.table_share.to(v.dtype)[:, None]
-            )
-        y = self.operations.attend(q, k, v, places.documents)
-        if self.gate is not None:
-            y = y * (
-                2 * torch.sigmoid(F.linear(x_BTD[..., : self.gate.shape[1]], self.gate.to(x_BTD.dtype)))
-            ).unsqueeze(-1)
-        return adapted(self.output(y.flatten(2)), x_BTD, adapters.output)
+        joint_BTE = self._add_adapters(F.linear(x_BTD, weight_ED), x_BTD, adapters)
 
-    def _adapted(self, joint_BTE: Tensor, x_BTD: Tensor, adapters: VisitAdapters) -> Tensor:
-        each = (adapters.query, adapters.key, adapters.value)
-        if each == (None, None, None):
+        starts_BT = context.documents.starts_BT if context.documents else None
+        q_BTHC, k_BTKC, v_BTKC = self.ops.qk_norm_rope(
+            joint_BTE, self.gain, context.cos_TR, context.sin_TR, starts_BT, self.params.kv_heads
+        )
+        if self.value_table is not None and self.table_share is not None:
+            rows_BTKC = context.value_rows[self.value_table].view(v_BTKC.shape)
+            v_BTKC = torch.addcmul(v_BTKC, rows_BTKC, self.table_share.to(v_BTKC.dtype)[:, None])
+
+        y_BTHC = self.ops.attend(q_BTHC, k_BTKC, v_BTKC, context.documents)
+        if self.gate is not None:
+            gate_inputs = x_BTD[..., : self.gate.shape[1]]
+            gate_BTH = 2 * torch.sigmoid(F.linear(gate_inputs, self.gate.to(x_BTD.dtype)))
+            y_BTHC = y_BTHC * gate_BTH.unsqueeze(-1)
+        return apply_adapter(self.output(y_BTHC.flatten(2)), x_BTD, adapters.output)
+
+    def _add_adapters(self, joint_BTE: Tensor, x_BTD: Tensor, adapters: VisitAdapters) -> Tensor:
+        """The joint projection with the adapters of query, key and value added to their parts."""
+        qkv_adapters = (adapters.query, adapters.key, adapters.value)
+        if qkv_adapters == (None, None, None):
             return joint_BTE
         kv_width = self.params.kv_heads * self.params.head_dim
         parts = joint_BTE.split((self.params.heads * self.params.head_dim, kv_width, kv_width), dim=-1)
-        return torch.cat(
-            [adapted(part, x_BTD, adapter) for part, adapter in zip(parts, each, strict=True)], dim=-1
-        )
+        added = [apply_adapter(part, x_BTD, a) for part, a in zip(parts, qkv_adapters, strict=True)]
+        return torch.cat(added, dim=-1)
 
 
 class MLP(nn.Module):
     """down(leaky_relu(up(x))^2): z^2 above zero, z^2 / 4 below."""
 
-    def __init__(self, params: ModelParams, operations: Operations) -> None:
+    def __init__(self, params: ModelParams, ops: Ops) -> None:
         super().__init__()
-        self.operations = operations
-        self.up = Matrix(params.width, params.hidden)
-        self.down = Matrix(params.hidden, params.width)
+        self.ops = ops
+        self.up = CastedLinear(params.width, params.hidden)
+        self.down = CastedLinear(params.hidden, params.width)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., D) to (..., D)."""
-        if self.operations.mlp is not None:
-            return self.operations.mlp(x, self.up.weight.to(x.dtype), self.down.weight.to(x.dtype))
-        return self.down(squared_leaky(self.up(x)))
+        if self.ops.mlp is not None:
+            return self.ops.mlp(x, self.up.weight.to(x.dtype), self.down.weight.to(x.dtype))
+        return self.down(squared_leaky_relu(self.up(x)))
 
 
 class Block(nn.Module):
-    """One physical layer; its input scale depends on its index, also when it is visited again."""
+    """One physical layer. Its input scale depends on its index and is the same at each of its visits."""
 
-    def __init__(self, params: ModelParams, index: int, operations: Operations) -> None:
+    def __init__(self, params: ModelParams, index: int, ops: Ops) -> None:
         super().__init__()
-        self.operations = operations
-        self.attention = Attention(params, value_table(params, index), operations)
-        self.mlp = MLP(params, operations)
+        self.ops = ops
+        self.attention = Attention(params, value_table_index(params, index), ops)
+        self.mlp = MLP(params, ops)
         self.attention_scale = nn.Parameter(torch.ones(params.width))
         self.mlp_scale = nn.Parameter(torch.ones(params.width))
-        # Ones above zeros. On the meta device (pack's check of shapes) torch.stack would import torch's compiler: two seconds a stage.
+        # Weights of the stream (ones) and of x0 (zeros), (2, D). On the meta device, where pack
+        # checks shapes, torch.stack would import torch's compiler: two seconds a stage.
         self.mix = nn.Parameter(F.pad(torch.ones(1, params.width), (0, 0, 0, 1)))
         self.input_scale = 1 / math.sqrt(index + 1)
         self.parallel = index >= params.parallel_from
 
     def forward(
-        self, stream: Stream, x0: Tensor, places: Places, adapters: VisitAdapters = UNADAPTED
-    ) -> Stream:
-        """The stream (B, T, D) and x0 to the next stream; neither is summed before it is read."""
-        u, h = self.operations.combine_norm(
-            [*weighed(stream, self.mix[0]), Term(x0, self.mix[1])], self.input_scale
+        self,
+        stream: ResidualStream,
+        x0_BTD: Tensor,
+        context: BlockContext,
+        adapters: VisitAdapters = NO_VISIT_ADAPTERS,
+    ) -> ResidualStream:
+        """The next residual stream; like the incoming one it is not summed yet."""
+        u, h = self.ops.weighted_sum_norm(
+            [*scale_terms(stream, self.mix[0]), Term(x0_BTD, self.mix[1])], self.input_scale
         )
-        attended = Term(self.attention(h, places, adapters), self.attention_scale)
+        attended = Term(self.attention(h, context, adapters), self.attention_scale)
         if self.parallel:
-            return [Term(u), attended, Term(adapted(self.mlp(h), h, adapters.mlp), self.mlp_scale)]
-        y, h = self.operations.combine_norm([Term(u), attended], self.input_scale)
-        return [Term(y), Term(adapted(self.mlp(h), h, adapters.mlp), self.mlp_scale)]
+            return [Term(u), attended, Term(apply_adapter(self.mlp(h), h, adapters.mlp), self.mlp_scale)]
+        y, h = self.ops.weighted_sum_norm([Term(u), attended], self.input_scale)
+        return [Term(y), Term(apply_adapter(self.mlp(h), h, adapters.mlp), self.mlp_scale)]
 
 
-class Table(nn.Module):
-    """A row for each token: the tied table E (V, D), whose rows go in and by which z = x E^T comes out, and the value tables."""
+class Embedding(nn.Module):
+    """A table with a row for each token.
+
+    The tied table E (V, D) embeds the tokens, and the head uses it again for the logits x E^T. The
+    value tables (V, KC) are embeddings too.
+    """
 
     def __init__(self, vocab_size: int, width: int) -> None:
         super().__init__()
@@ -227,7 +265,11 @@ class Table(nn.Module):
 
 
 class Smear(nn.Module):
-    """e_t + share sigmoid(gate e_t[:n]) e_{t-1}; what begins a document, or the window, stays as it is (D20c)."""
+    """SmearGate: e_t + share * sigmoid(gate . e_t[:n]) e_{t-1}, with n = `smear_width`.
+
+    A BOS and the first token of a window stay e_t: otherwise a document would read from the one
+    before it, as in #1667 (mended in #1851).
+    """
 
     def __init__(self, params: ModelParams) -> None:
         super().__init__()
@@ -236,40 +278,41 @@ class Smear(nn.Module):
         self.share = nn.Parameter(torch.zeros(()))
 
     def forward(self, rows_BTD: Tensor, tokens_BT: Tensor) -> Tensor:
-        """Embeddings (B, T, D) to the same."""
+        """Embeddings with the previous ones mixed in, (B, T, D)."""
         gate_BT = (
             self.share
             * torch.sigmoid(rows_BTD[..., : len(self.gate)] @ self.gate)
             * (tokens_BT != self.bos_id)
         )
-        before = F.pad(rows_BTD[:, :-1], (0, 0, 1, 0))
-        return torch.addcmul(rows_BTD, gate_BT.unsqueeze(-1), before)
+        previous_BTD = F.pad(rows_BTD[:, :-1], (0, 0, 1, 0))
+        return torch.addcmul(rows_BTD, gate_BT.unsqueeze(-1), previous_BTD)
 
 
 class Head(nn.Module):
-    """The product with the tied table; a module of its own so that its input can be observed (calibration)."""
+    """The product with the tied table; a module of its own so that calibration can hook its input."""
 
     def forward(self, x: Tensor, table_VD: Tensor, adapter: Adapter | None = None) -> Tensor:
         """x (..., D) to logits (..., V) before the softcap, in the dtype of x."""
-        return adapted(F.linear(x, table_VD.to(x.dtype)), x, adapter)
+        return apply_adapter(F.linear(x, table_VD.to(x.dtype)), x, adapter)
 
 
 class Model(nn.Module):
     """The whole network; `dtype` is that of the activations."""
 
     def __init__(
-        self, params: ModelParams, dtype: torch.dtype = torch.float32, operations: Operations = PLAIN
+        self, params: ModelParams, dtype: torch.dtype = torch.float32, ops: Ops = REFERENCE_OPS
     ) -> None:
         super().__init__()
         self.params = params
         self.dtype = dtype
-        self.operations = operations
-        self.embedding = Table(params.vocab_size, params.width)
+        self.ops = ops
+        self.embedding = Embedding(params.vocab_size, params.width)
         self.smear = Smear(params) if params.smear_width else None
         self.value_tables = nn.ModuleList(
-            Table(params.vocab_size, params.kv_heads * params.head_dim) for _ in range(params.value_tables)
+            Embedding(params.vocab_size, params.kv_heads * params.head_dim)
+            for _ in range(params.value_tables)
         )
-        self.blocks = nn.ModuleList(Block(params, index, operations) for index in range(params.layers))
+        self.blocks = nn.ModuleList(Block(params, index, ops) for index in range(params.layers))
         skips = skip_count(params)
         self.skip_weight = nn.Parameter(torch.ones(skips, params.width))
         self.skip_gate = nn.Parameter(torch.zeros(skips, params.width))
@@ -277,94 +320,106 @@ class Model(nn.Module):
         self.plans = {looped: visit_plan(params, looped) for looped in (False, True)}
 
     def features(self, tokens_BT: Tensor, looped: bool, adapters: tuple[VisitAdapters, ...] = ()) -> Tensor:
-        """The normalised residual stream before the head, (B, T, D); `adapters` are one set for each visit, or none."""
-        cos_TR, sin_TR = rotary(tokens_BT.shape[1], self.params, tokens_BT.device)
-        within = self.params.attention == "documents"
-        values = tuple(table(tokens_BT).to(self.dtype) for table in self.value_tables)
-        places = Places(
-            cos_TR, sin_TR, documents_of(tokens_BT, self.params.bos_id) if within else None, values
-        )
-        rows = self.embedding(tokens_BT)
-        x0 = rms_norm((rows if self.smear is None else self.smear(rows, tokens_BT)).to(self.dtype))
+        """The normalised residual stream before the head, (B, T, D).
+
+        `adapters` is empty or has one set for each visit.
+        """
+        cos_TR, sin_TR = rope_cos_sin(tokens_BT.shape[1], self.params, tokens_BT.device)
+        value_rows = tuple(table(tokens_BT).to(self.dtype) for table in self.value_tables)
+        documents = None
+        if self.params.attention == "documents":
+            documents = document_bounds(tokens_BT, self.params.bos_id)
+        context = BlockContext(cos_TR, sin_TR, documents, value_rows)
+
+        rows_BTD = self.embedding(tokens_BT)
+        if self.smear is not None:
+            rows_BTD = self.smear(rows_BTD, tokens_BT)
+        x0_BTD = rms_norm(rows_BTD.to(self.dtype))
+
         plan = self.plans[looped]
-        visits = iter(adapters or (UNADAPTED,) * (len(plan.encoder) + len(plan.decoder)))
-        stream: Stream = [Term(x0)]
-        pushed = []
+        visits = iter(adapters or (NO_VISIT_ADAPTERS,) * (len(plan.encoder) + len(plan.decoder)))
+        stream: ResidualStream = [Term(x0_BTD)]
+
+        # Encoder: the output of each visit is summed and pushed as a skip.
+        skips = []
         for index in plan.encoder:
-            x = self.operations.combine(self.blocks[index](stream, x0, places, next(visits)))
-            pushed.append(x)
-            stream = [Term(x)]
-        for step, index in enumerate(plan.decoder):
-            if pushed:
-                stream = self._with_skip(step, stream, pushed.pop())
-            stream = self.blocks[index](stream, x0, places, next(visits))
-        return self.operations.combine_norm(stream, 1.0)[1]
+            x_BTD = self.ops.weighted_sum(self.blocks[index](stream, x0_BTD, context, next(visits)))
+            skips.append(x_BTD)
+            stream = [Term(x_BTD)]
+
+        # Decoder: each visit first mixes in the last skip that is left.
+        for slot, index in enumerate(plan.decoder):
+            if skips:
+                stream = self._with_skip(slot, stream, skips.pop())
+            stream = self.blocks[index](stream, x0_BTD, context, next(visits))
+        return self.ops.weighted_sum_norm(stream, 1.0)[1]
 
     def logits(self, tokens_BT: Tensor, looped: bool = True, scored_from: int = 0) -> Tensor:
         """Softcapped logits of the positions from `scored_from` on, (B, T - scored_from, V) float32."""
-        return softcapped(
-            self.uncapped(tokens_BT, looped, slice(scored_from, None)), self.params.logit_softcap
-        )
+        z_BTV = self.raw_logits(tokens_BT, looped, slice(scored_from, None))
+        return softcapped(z_BTV, self.params.logit_softcap)
 
     def forward(
         self, tokens_BT: Tensor, targets_BT: Tensor, looped: bool = True, scored_from: int = 0
     ) -> Tensor:
-        """Negative log-likelihood in nats of the targets from `scored_from` on, (B, T - scored_from) float32."""
-        z_NV = self.uncapped(tokens_BT, looped, slice(scored_from, None)).flatten(0, 1)
+        """Losses in nats of the targets from `scored_from` on, (B, T - scored_from) float32."""
+        z_NV = self.raw_logits(tokens_BT, looped, slice(scored_from, None)).flatten(0, 1)
         targets = targets_BT[:, scored_from:]
-        return self.operations.cross_entropy(z_NV, targets.flatten(), self.params.logit_softcap).view(
-            targets.shape
-        )
+        nll_N = self.ops.cross_entropy(z_NV, targets.flatten(), self.params.logit_softcap)
+        return nll_N.view(targets.shape)
 
-    def uncapped(
-        self, tokens_BT: Tensor, looped: bool, places: slice, adapters: Adapters = NO_ADAPTERS
+    def raw_logits(
+        self, tokens_BT: Tensor, looped: bool, positions: slice, adapters: Adapters = NO_ADAPTERS
     ) -> Tensor:
-        """Logits before the softcap of the positions `places`, (B, positions, V) in the model's dtype."""
-        return self.head(
-            self.features(tokens_BT, looped, adapters.visits)[:, places], self.embedding.weight, adapters.head
-        )
+        """Logits before the softcap at `positions`, (B, positions, V) in the model's dtype."""
+        features_BTD = self.features(tokens_BT, looped, adapters.visits)
+        return self.head(features_BTD[:, positions], self.embedding.weight, adapters.head)
 
-    def _with_skip(self, step: int, stream: Stream, skipped: Tensor) -> Stream:
-        """(1 - g) w s + g x, with g the sigmoid of the slot's gate."""
-        gate = torch.sigmoid(self.skip_gate[step])
-        return [*weighed(stream, gate), Term(skipped, (1 - gate) * self.skip_weight[step])]
+    def _with_skip(self, slot: int, stream: ResidualStream, skip_BTD: Tensor) -> ResidualStream:
+        """g x + (1 - g) w s: stream x, skip s with weight w, and g the sigmoid of the slot's gate."""
+        gate = torch.sigmoid(self.skip_gate[slot])
+        return [*scale_terms(stream, gate), Term(skip_BTD, (1 - gate) * self.skip_weight[slot])]
 
 
-def model_for(params: ModelParams, world: World) -> Model:
-    """A model on the world's device, in its dtype and with its operations; its weights are still to be set."""
-    return Model(params, world.dtype, operations(world.kernels, params)).to(world.device)
+def build_model(params: ModelParams, world: World) -> Model:
+    """A model on the world's device, in its dtype and with its operations. Its weights are not set yet."""
+    return Model(params, world.dtype, select_ops(world.kernels, params)).to(world.device)
 
 
 def is_matrix(name: str) -> bool:
-    """Whether a state-dict name is one of the blocks' matrices (tables and vectors are not)."""
+    """True for the state-dict names of the blocks' matrices; tables and vectors are not matrices here."""
     return name.startswith("blocks.") and name.endswith(".weight")
 
 
 def is_table(name: str) -> bool:
-    """Whether a state-dict name is a table with a row for each token: the embedding, or one of the value tables."""
+    """True for the state-dict names of the tables with a row for each token: embedding and value tables."""
     return name == EMBEDDING or (name.startswith("value_tables.") and name.endswith(".weight"))
 
 
 def is_quantised(name: str) -> bool:
-    """Whether a tensor is kept with fewer bits in the packed file, and so calibrated: the blocks' matrices and the tables."""
+    """True for tensors that are calibrated and quantised: the blocks' matrices and the tables."""
     return is_matrix(name) or is_table(name)
 
 
-def with_scaled_logits(state: dict[str, Tensor], factor: float) -> dict[str, Tensor]:
-    """The weights of the same model but for its logits before the softcap, which are `factor` times what they were.
+def scale_logits(state: dict[str, Tensor], factor: float) -> dict[str, Tensor]:
+    """The weights of the same model with its logits before the softcap multiplied by `factor`.
 
-    Only the head sees the length of the tied table's rows: on their way in they are normalised, and the smear gate makes up for it.
+    Only the head depends on the length of the tied table's rows: as embeddings they are normalised,
+    and the smear gate is divided by the factor to make up for it.
     """
     scaled = state | {EMBEDDING: factor * state[EMBEDDING]}
-    return scaled | {SMEAR_GATE: state[SMEAR_GATE] / factor} if SMEAR_GATE in state else scaled
+    if SMEAR_GATE in state:
+        scaled |= {SMEAR_GATE: state[SMEAR_GATE] / factor}
+    return scaled
 
 
 @torch.no_grad()
 def initialise_(model: Model, seed: int) -> None:
-    """Initial weights from the seed: orthogonal matrices, zero output projections, a small normal embedding, value tables of zeros.
+    """Set the initial weights: orthogonal matrices, zero output projections, a small normal embedding.
 
-    Drawn on the CPU in float32, so that every device starts from the same values; with bfloat16 activations they start bfloat16-rounded, as
-    in #1493 (which also holds the embedding in bfloat16: here all weights are float32).
+    Value tables stay zero. Values are drawn on the CPU in float32, so that every device starts from
+    the same ones; with bfloat16 activations they are rounded to bfloat16, as in #1493 (which also
+    keeps the embedding in bfloat16: here all weights are float32).
     """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():

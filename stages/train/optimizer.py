@@ -1,10 +1,17 @@
-"""The weights in banks, and the step that updates them: gradients scattered over ranks, each bank updated in part, weights gathered.
+"""Sharded optimizer: Muon for the block matrices, AdamW for the rest, and a moving average of the weights.
 
-A bank is one tensor that holds all parameters of one shape and one rule, so that an update is a few large kernels whatever the number
-of layers, and a rank keeps momenta and averages of its own part alone (#1523's banks; for every group here, not for matrices alone).
-Parameters of the model are views of it. With one rank the part is the whole, and nothing is sent.
+Parameters of one shape and one update rule live in one flat buffer, and the model's parameters are
+views of it. A step is then a few large kernels whatever the number of layers (#1523's parameter
+banks, here for every group and not for matrices alone). One step:
 
-Shapes: N units of a bank, padded to a multiple of the W ranks; a unit is a matrix (R, C) for Muon and a number for AdamW.
+    gradients    reduce-scatter: each rank gets the mean gradient of its shard
+    update       each rank updates its shard of the weights, momenta and moving average
+    weights      all-gather: every rank has all new weights
+
+With one rank the shard is the whole buffer and nothing is sent.
+
+Shapes: N units of a buffer, padded to a multiple of the W ranks; n = N / W units of one rank's
+shard. A unit is a matrix (R, C) for Muon and a number for AdamW.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,42 +23,44 @@ from torch import Tensor
 
 from stages.common.parallel import World
 from stages.train.model import Model, is_matrix, is_table
-from stages.train.muon import Coefficients, coefficients, muon_update
-from stages.train.ops import compiled
+from stages.train.muon import Coefficients, muon_update, newton_schulz_coefficients
+from stages.train.ops import maybe_compile
 from stages.train.params import TrainParams
 from stages.train.schedule import StepSchedule
 
-CLIP_FLOOR = 1e-6  # added to the gradient's norm, as in torch's clip_grad_norm_
+CLIP_EPS = 1e-6  # added to the gradient's norm before the division by it, as in torch's clip_grad_norm_
 
 
 def muon_step_(
-    weights: Tensor,
-    gradient: Tensor,
-    momentum: Tensor,
-    average: Tensor,
-    now: dict[str, Tensor],
+    weights_nRC: Tensor,
+    gradient_nRC: Tensor,
+    momentum_nRC: Tensor,
+    average_nRC: Tensor,
+    scalars: dict[str, Tensor],
     *,
     lr: float,
     weight_decay: float,
-    triples: tuple[Coefficients, ...],
+    coefficients: tuple[Coefficients, ...],
     dtype: torch.dtype,
     ema_decay: float,
 ) -> None:
-    """Muon with decoupled weight decay at the current rate, then the moving average; all tensors (n, R, C)."""
-    update, kept = muon_update(gradient * now["scale"], momentum, now["momentum"], triples, dtype)
-    momentum.copy_(kept)
-    rate = lr * now["lr_multiplier"]
-    weights.mul_(1 - rate * weight_decay).sub_(rate * update.to(weights.dtype))
-    average.lerp_(weights, 1 - ema_decay)
+    """Muon with decoupled weight decay at the current rate, then the moving average."""
+    gradient = gradient_nRC * scalars["grad_scale"]
+    update, momentum = muon_update(gradient, momentum_nRC, scalars["momentum"], coefficients, dtype)
+    momentum_nRC.copy_(momentum)
+
+    rate = lr * scalars["lr_multiplier"]
+    weights_nRC.mul_(1 - rate * weight_decay).sub_(rate * update.to(weights_nRC.dtype))
+    average_nRC.lerp_(weights_nRC, 1 - ema_decay)
 
 
 def adamw_step_(
-    weights: Tensor,
-    gradient: Tensor,
-    first: Tensor,
-    second: Tensor,
-    average: Tensor,
-    now: dict[str, Tensor],
+    weights_n: Tensor,
+    gradient_n: Tensor,
+    first_moment_n: Tensor,
+    second_moment_n: Tensor,
+    average_n: Tensor,
+    scalars: dict[str, Tensor],
     *,
     lr: float,
     weight_decay: float,
@@ -60,182 +69,236 @@ def adamw_step_(
     eps: float,
     ema_decay: float,
 ) -> None:
-    """AdamW (arXiv 1711.05101), then the moving average; all tensors (n,)."""
-    gradient = gradient * now["scale"]
-    first.lerp_(gradient, 1 - beta1)
-    second.mul_(beta2).add_(gradient * gradient * (1 - beta2))
-    rate = lr * now["lr_multiplier"]
-    denominator = (second / now["adam_bias2"]).sqrt() + eps
-    weights.mul_(1 - rate * weight_decay).sub_(rate * (first / now["adam_bias1"]) / denominator)
-    average.lerp_(weights, 1 - ema_decay)
+    """AdamW (arXiv 1711.05101), then the moving average."""
+    gradient = gradient_n * scalars["grad_scale"]
+    first_moment_n.lerp_(gradient, 1 - beta1)
+    second_moment_n.mul_(beta2).add_(gradient * gradient * (1 - beta2))
+
+    # The bias-corrected step with decoupled weight decay.
+    rate = lr * scalars["lr_multiplier"]
+    denominator = (second_moment_n / scalars["adam_bias2"]).sqrt() + eps
+    update = rate * (first_moment_n / scalars["adam_bias1"]) / denominator
+    weights_n.mul_(1 - rate * weight_decay).sub_(update)
+    average_n.lerp_(weights_n, 1 - ema_decay)
 
 
-class Bank:
-    """All parameters of one rule and one unit, the states of this rank's part, and the part's moving average."""
+class FlatParameters:
+    """Parameters of one unit shape and one update rule in one buffer, and this rank's optimizer state.
+
+    `update_fn` is one of the step functions above with its constants bound; `state_count` is its
+    number of state tensors. The constructor moves the parameters into the buffer: afterwards they
+    are views of it.
+    """
 
     def __init__(
         self,
-        named: Sequence[tuple[str, Tensor]],
+        named_parameters: Sequence[tuple[str, Tensor]],
         unit: torch.Size,
-        rule: Callable[..., None],
-        states: int,
+        update_fn: Callable[..., None],
+        state_count: int,
         world: World,
     ) -> None:
-        self.names = [name for name, _ in named]
-        self.parameters = [parameter for _, parameter in named]
-        self.rule = rule
+        self.names = [name for name, _ in named_parameters]
+        self.parameters = [parameter for _, parameter in named_parameters]
+        self.update_fn = update_fn
         device = self.parameters[0].device
-        counts = [parameter.numel() // unit.numel() for parameter in self.parameters]
-        units = -(-sum(counts) // world.size)  # of one rank
-        self.weights = torch.zeros(units * world.size, *unit, device=device)
-        self.gradients = torch.zeros_like(self.weights)
-        self.mine = slice(world.rank * units, (world.rank + 1) * units)
-        self.gradient = self.gradients if world.size == 1 else torch.zeros(units, *unit, device=device)
-        self.places = self._views(self.gradients)
-        for parameter, place in zip(self.parameters, self._views(self.weights), strict=True):
-            place.copy_(parameter.detach())
-            parameter.data = place
-        self.states = [torch.zeros(units, *unit, device=device) for _ in range(states)]
-        self.average = self.weights[self.mine].clone()
 
-    def collect(self, gradients: dict[str, Tensor | None], add: bool) -> None:
-        """Put gradients by name into the bank, or add them to what is there; None is zero (the skips of a one-layer model)."""
-        pairs = [(place, gradients[name]) for name, place in zip(self.names, self.places, strict=True)]
-        held = [(place, gradient.float()) for place, gradient in pairs if gradient is not None]
-        if not add and len(held) < len(pairs):
-            self.gradients.zero_()
-        if held:
-            places, found = (list(column) for column in zip(*held, strict=True))
-            (torch._foreach_add_ if add else torch._foreach_copy_)(places, found)
+        # The whole buffer, padded so that it divides over the ranks, and this rank's part of it.
+        units = sum(parameter.numel() // unit.numel() for parameter in self.parameters)
+        shard_units = -(-units // world.size)
+        self.weights = torch.zeros(shard_units * world.size, *unit, device=device)
+        self.shard_slice = slice(world.rank * shard_units, (world.rank + 1) * shard_units)
+        self._move_parameters_into_buffer_()
+
+        # Gradients: all of this rank's before the reduce-scatter, the mean of one shard after it.
+        self.grad_buffer = torch.zeros_like(self.weights)
+        self.grad_views = self._parameter_views(self.grad_buffer)
+        self.grad_shard = self.grad_buffer
+        if world.size > 1:
+            self.grad_shard = torch.zeros(shard_units, *unit, device=device)
+
+        self.states = [torch.zeros(shard_units, *unit, device=device) for _ in range(state_count)]
+        self.average = self.weights[self.shard_slice].clone()
+
+    def accumulate(self, gradients: dict[str, Tensor | None], add: bool) -> None:
+        """Copy gradients by name into the buffer, or add them to it.
+
+        A gradient of None counts as zero: the skips of a one-layer model have none before it is
+        looped.
+        """
+        views = []
+        present = []
+        for name, view in zip(self.names, self.grad_views, strict=True):
+            gradient = gradients[name]
+            if gradient is not None:
+                views.append(view)
+                present.append(gradient.float())
+
+        if not add and len(present) < len(self.names):
+            self.grad_buffer.zero_()
+        if not present:
+            return
+        if add:
+            torch._foreach_add_(views, present)
+        else:
+            torch._foreach_copy_(views, present)
 
     def state(self) -> list[Tensor]:
-        """What a resumed run needs of this rank: weights, average, and the rule's states."""
+        """All tensors that a resumed run needs of this rank: weights, moving average, optimizer states."""
         return [self.weights, self.average, *self.states]
 
     def averages(self, world: World) -> Iterator[tuple[str, Tensor]]:
-        """The averaged weights by name, float32, on the CPU."""
+        """Yield the averaged weights by name, float32, on the CPU."""
         whole = torch.empty_like(self.weights)
         world.all_gather(whole, self.average).wait()
-        for name, place in zip(self.names, self._views(whole.cpu()), strict=True):
-            yield name, place.clone()
+        for name, view in zip(self.names, self._parameter_views(whole.cpu()), strict=True):
+            yield name, view.clone()
 
-    def _views(self, bank: Tensor) -> list[Tensor]:
-        pieces = bank.flatten()[: sum(parameter.numel() for parameter in self.parameters)].split(
-            [p.numel() for p in self.parameters]
-        )
+    def _move_parameters_into_buffer_(self) -> None:
+        """Copy the parameters into `weights` and make each of them a view of its part."""
+        for parameter, view in zip(self.parameters, self._parameter_views(self.weights), strict=True):
+            view.copy_(parameter.detach())
+            parameter.data = view
+
+    def _parameter_views(self, buffer: Tensor) -> list[Tensor]:
+        """Views of a buffer (N, ...) in the shapes of the parameters, without the padding."""
+        sizes = [parameter.numel() for parameter in self.parameters]
+        pieces = buffer.flatten()[: sum(sizes)].split(sizes)
         return [piece.view(parameter.shape) for piece, parameter in zip(pieces, self.parameters, strict=True)]
 
 
-class Optimizers:
-    """Muon for the block matrices, AdamW for the tables and for every vector; weight decay is decoupled everywhere (#1493).
+class ShardedOptimizer:
+    """Muon for the block matrices, AdamW for the tables and for every vector; decoupled weight decay (#1493).
 
-    The moving average of all weights is part of the step: it starts at the initial weights and is not bias-corrected.
+    The moving average of all weights is part of the step: it starts at the initial weights and is
+    not bias-corrected.
     """
 
     def __init__(self, model: Model, params: TrainParams, world: World) -> None:
         self.params = params
         self.world = world
-        self.passes = 1
-        self.banks = [*self._muon_banks(model), *self._adam_banks(model)]
-        self.banks.sort(key=lambda bank: -bank.weights.numel())  # the largest is sent first
+        self.passes = 1  # forward and backward passes whose gradients the next step averages
+        self.groups = [*self._muon_groups(model), *self._adamw_groups(model)]
+        # The largest buffer is sent first.
+        self.groups.sort(key=lambda group: -group.weights.numel())
 
     @torch.no_grad()
-    def collect(self, gradients: dict[str, Tensor | None], number: int) -> None:
-        """Take the gradients by name of the step's 0-based pass `number`; the step uses their mean over passes."""
-        self.passes = number + 1
-        for bank in self.banks:
-            bank.collect(gradients, add=number > 0)
+    def accumulate(self, gradients: dict[str, Tensor | None], pass_index: int) -> None:
+        """Add the gradients by name of the step's 0-based pass; the step uses the mean over its passes."""
+        self.passes = pass_index + 1
+        for group in self.groups:
+            group.accumulate(gradients, add=pass_index > 0)
 
     @torch.no_grad()
-    def step(self, now: StepSchedule, number: int) -> None:
-        """Average the collected gradients over ranks, clip their global norm, and update; `number` is the 0-based step.
+    def step(self, schedule: StepSchedule, step: int) -> None:
+        """Average the gradients over ranks, clip their global norm, and update; `step` is 0-based.
 
-        Nothing waits for the device, and communication of one bank goes on while others are computed.
+        The host never waits for the device, and the communication of one group overlaps the
+        computation of others.
         """
-        sent = [self.world.reduce_scatter_mean(bank.gradient, bank.gradients) for bank in self.banks]
-        for handle in sent:
-            handle.wait()
-        scalars = self._scalars(now, number)
-        gathered = []
-        for bank in self.banks:
-            bank.rule(bank.weights[bank.mine], bank.gradient, *bank.states, bank.average, scalars)
-            gathered.append(self.world.all_gather(bank.weights, bank.weights[bank.mine]))
-        for handle in gathered:
-            handle.wait()
+        scattered = [
+            self.world.reduce_scatter_mean(group.grad_shard, group.grad_buffer) for group in self.groups
+        ]
+        for work in scattered:
+            work.wait()
+        scalars = self._scalars(schedule, step)
 
-    def average(self) -> dict[str, Tensor]:
-        """The averaged weights by name, float32, on the CPU, in the order of the banks."""
-        return {name: tensor for bank in self.banks for name, tensor in bank.averages(self.world)}
+        gathered = []
+        for group in self.groups:
+            weights = group.weights[group.shard_slice]
+            group.update_fn(weights, group.grad_shard, *group.states, group.average, scalars)
+            gathered.append(self.world.all_gather(group.weights, weights))
+        for work in gathered:
+            work.wait()
+
+    def averaged_weights(self) -> dict[str, Tensor]:
+        """The averaged weights by name, float32, on the CPU, in the order of the groups."""
+        return {name: tensor for group in self.groups for name, tensor in group.averages(self.world)}
 
     def state(self) -> list[list[Tensor]]:
-        """Everything that a resumed run needs of this rank: the tensors themselves, not copies."""
-        return [bank.state() for bank in self.banks]
+        """All tensors that a resumed run needs of this rank, by group: the tensors themselves, not copies."""
+        return [group.state() for group in self.groups]
 
-    def load(self, state: list[list[Tensor]]) -> None:
-        """Continue from a saved state; the model's parameters follow, being views."""
-        for bank, saved in zip(self.banks, state, strict=True):
-            torch._foreach_copy_(bank.state(), saved)
+    def load_state(self, state: list[list[Tensor]]) -> None:
+        """Continue from a saved state; the model's parameters change with it, since they are views."""
+        for group, saved in zip(self.groups, state, strict=True):
+            torch._foreach_copy_(group.state(), saved)
 
-    def _scalars(self, now: StepSchedule, number: int) -> dict[str, Tensor]:
-        """What changes from step to step, as 0-dimensional tensors on the device, so that compiled rules see no new constants."""
+    def _scalars(self, schedule: StepSchedule, step: int) -> dict[str, Tensor]:
+        """All numbers that change from step to step, as 0-dimensional tensors on the device.
+
+        Compiled update functions would be compiled again for each new Python number.
+        """
         host = torch.tensor(
             [
-                now.lr_multiplier,
-                now.momentum,
-                1 - self.params.adam_beta1 ** (number + 1),
-                1 - self.params.adam_beta2 ** (number + 1),
+                schedule.lr_multiplier,
+                schedule.momentum,
+                1 - self.params.adam_beta1 ** (step + 1),
+                1 - self.params.adam_beta2 ** (step + 1),
             ]
         )
         if self.world.device.type == "cuda":
             host = host.pin_memory()
         multiplier, momentum, bias1, bias2 = host.to(self.world.device, non_blocking=True).unbind()
-        squares = torch.stack([torch.linalg.vector_norm(bank.gradient) for bank in self.banks]).square().sum()
-        norm = self.world.sum_(squares).sqrt() / self.passes
-        scale = (self.params.clip_norm / (norm + CLIP_FLOOR)).clamp_max(1.0) / self.passes
+
+        # The buffers hold sums over the passes: the norm and the update are those of the mean.
+        norms = [torch.linalg.vector_norm(group.grad_shard) for group in self.groups]
+        square = torch.stack(norms).square().sum()
+        norm = self.world.sum_(square).sqrt() / self.passes
+        grad_scale = (self.params.clip_norm / (norm + CLIP_EPS)).clamp_max(1.0) / self.passes
         return {
-            "scale": scale,
+            "grad_scale": grad_scale,
             "lr_multiplier": multiplier,
             "momentum": momentum,
             "adam_bias1": bias1,
             "adam_bias2": bias2,
         }
 
-    def _muon_banks(self, model: Model) -> list[Bank]:
-        rule = self._rule(
+    def _muon_groups(self, model: Model) -> list[FlatParameters]:
+        """A group for each shape of block matrices."""
+        update_fn = self._update_fn(
             muon_step_,
             lr=self.params.matrix_lr,
             weight_decay=self.params.matrix_weight_decay,
-            triples=coefficients(self.params.newton_schulz, self.params.newton_schulz_steps),
+            coefficients=newton_schulz_coefficients(
+                self.params.newton_schulz, self.params.newton_schulz_steps
+            ),
             dtype=self.world.dtype,
         )
         by_shape: dict[torch.Size, list[tuple[str, Tensor]]] = {}
         for name, parameter in model.named_parameters():
             if is_matrix(name):
                 by_shape.setdefault(parameter.shape, []).append((name, parameter))
-        return [Bank(named, shape, rule, 1, self.world) for shape, named in by_shape.items()]
-
-    def _adam_banks(self, model: Model) -> list[Bank]:
-        tables = [(name, parameter) for name, parameter in model.named_parameters() if is_table(name)]
-        vectors = [
-            (n, parameter)
-            for n, parameter in model.named_parameters()
-            if not is_matrix(n) and not is_table(n)
+        return [
+            FlatParameters(named, shape, update_fn, state_count=1, world=self.world)
+            for shape, named in by_shape.items()
         ]
-        banks = []
+
+    def _adamw_groups(self, model: Model) -> list[FlatParameters]:
+        """A group of all tables and a group of all vectors."""
+        tables = []
+        vectors = []
+        for name, parameter in model.named_parameters():
+            if is_table(name):
+                tables.append((name, parameter))
+            elif not is_matrix(name):
+                vectors.append((name, parameter))
+
+        # Both have the same constants but for learning rate and decay.
+        constants = {
+            "beta1": self.params.adam_beta1,
+            "beta2": self.params.adam_beta2,
+            "eps": self.params.adam_eps,
+        }
+        groups = []
         for named, lr, weight_decay in (
             (tables, self.params.embedding_lr, self.params.embedding_weight_decay),
             (vectors, self.params.scalar_lr, self.params.scalar_weight_decay),
         ):
-            rule = self._rule(
-                adamw_step_,
-                lr=lr,
-                weight_decay=weight_decay,
-                beta1=self.params.adam_beta1,
-                beta2=self.params.adam_beta2,
-                eps=self.params.adam_eps,
-            )
-            banks.append(Bank(named, torch.Size(), rule, 2, self.world))
-        return banks
+            update_fn = self._update_fn(adamw_step_, lr=lr, weight_decay=weight_decay, **constants)
+            groups.append(FlatParameters(named, torch.Size(), update_fn, state_count=2, world=self.world))
+        return groups
 
-    def _rule(self, step: Callable[..., None], **constants: Any) -> Callable[..., None]:
-        return compiled(partial(step, **constants, ema_decay=self.params.ema_decay), self.world)
+    def _update_fn(self, step: Callable[..., None], **constants: Any) -> Callable[..., None]:
+        """A step function with its constants bound, compiled where the world compiles."""
+        return maybe_compile(partial(step, **constants, ema_decay=self.params.ema_decay), self.world)

@@ -1,7 +1,9 @@
-"""What each step is told: learning-rate multiplier, Muon's momentum, and whether blocks are looped.
+"""Schedule of a run: learning-rate multiplier, Muon momentum and looping of every optimizer step.
 
-Everything but the warm-ups follows from one number, the fraction of the budget that is spent, so that a run is described by the
-list of its fractions: that list is `schedule.json`, and `--replay` repeats it step for step.
+Apart from the warm-ups, which count steps, everything follows from one number: the fraction of the
+budget that is already spent when the step begins. The list of these fractions therefore describes a
+run completely. It is written as `schedule.json`, and `--replay` repeats it step for step, so that a
+run whose budget was wall-clock time can be reproduced.
 """
 
 import json
@@ -13,29 +15,42 @@ from stages.train.params import TrainParams
 
 
 class StepSchedule(NamedTuple):
-    """The settings of one step."""
+    """The settings of one optimizer step."""
 
-    fraction: float
-    lr_multiplier: float
-    momentum: float
-    looped: bool
+    budget_spent: float  # fraction of the budget, 0 to 1
+    lr_multiplier: float  # on the learning rate of every parameter group
+    momentum: float  # Muon's
+    looped: bool  # whether the looped segment of blocks is repeated
 
 
-def settings(step: int, fraction: float, params: TrainParams) -> StepSchedule:
-    """The settings of 0-based `step` when `fraction` of the budget is spent.
+def step_schedule(step: int, budget_spent: float, params: TrainParams) -> StepSchedule:
+    """The settings of 0-based `step` when the fraction `budget_spent` of the budget is spent.
 
-    The multiplier rises linearly over the first `warmup_steps`, is 1 until the last `warmdown` of the budget, then falls linearly to 0,
-    never below `min_lr`.
+    The multiplier rises linearly over the first `warmup_steps`, is 1 until the last `warmdown` of
+    the budget, then falls linearly to 0, never below `min_lr`.
     """
-    rise = min(1.0, (step + 1) / params.warmup_steps) if params.warmup_steps else 1.0
-    decay = min(1.0, (1 - fraction) / params.warmdown) if params.warmdown > 0 else 1.0
-    warm = min(1.0, step / params.muon_momentum_warmup_steps) if params.muon_momentum_warmup_steps else 1.0
-    momentum = params.muon_momentum_start + warm * (params.muon_momentum - params.muon_momentum_start)
-    return StepSchedule(fraction, rise * max(params.min_lr, decay), momentum, fraction >= params.loop_from)
+    warmup = 1.0
+    if params.warmup_steps:
+        warmup = min(1.0, (step + 1) / params.warmup_steps)
+    warmdown = 1.0
+    if params.warmdown > 0:
+        warmdown = min(1.0, (1 - budget_spent) / params.warmdown)
+
+    momentum_warmup = 1.0
+    if params.muon_momentum_warmup_steps:
+        momentum_warmup = min(1.0, step / params.muon_momentum_warmup_steps)
+    momentum_rise = params.muon_momentum - params.muon_momentum_start
+
+    return StepSchedule(
+        budget_spent,
+        lr_multiplier=warmup * max(params.min_lr, warmdown),
+        momentum=params.muon_momentum_start + momentum_warmup * momentum_rise,
+        looped=budget_spent >= params.loop_from,
+    )
 
 
-def read_fractions(path: Path) -> list[float]:
-    """The fractions of a schedule.json."""
+def read_replay(path: Path) -> list[float]:
+    """Read the fractions of the budget of each step from a schedule.json; a ValueError if it is not one."""
     try:
         fractions = json.loads(path.read_text(encoding="utf-8"))["fractions"]
         valid = isinstance(fractions, list) and all(isinstance(f, float) and 0 <= f <= 1 for f in fractions)
@@ -46,22 +61,22 @@ def read_fractions(path: Path) -> list[float]:
     return list(fractions)
 
 
-def pacing(
+def budget_tracker(
     params: TrainParams, replay: list[float] | None, elapsed: Callable[[], float]
 ) -> Callable[[int], float | None]:
-    """A function from the 0-based step to its fraction, or None when the run is over.
+    """Return a function from the 0-based step to the fraction of the budget spent, None when the run is over.
 
-    `elapsed` gives the training seconds so far, agreed between ranks; it is only asked under a budget of seconds, where the last step
-    is the first one that ends at or after the budget.
+    `elapsed` returns the training seconds so far, the same on every rank. It is called under a
+    budget of seconds only, where the last step is the first one that ends at or after the budget.
     """
     if replay is not None:
         return lambda step: replay[step] if step < len(replay) else None
     if params.budget == "steps":
         return lambda step: step / params.steps if step < params.steps else None
-    budget = params.seconds - params.reserve_seconds
+    training_seconds = params.seconds - params.reserve_seconds
 
     def by_clock(step: int) -> float | None:
-        fraction = elapsed() / budget
-        return fraction if fraction < 1 else None
+        budget_spent = elapsed() / training_seconds
+        return budget_spent if budget_spent < 1 else None
 
     return by_clock

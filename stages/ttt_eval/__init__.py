@@ -1,1 +1,1 @@
-"""ttt_eval: score a chunk, then learn from it: score-first test-time training."""
+"""Score-first test-time training: score a chunk, then learn from it."""

@@ -1,27 +1,28 @@
-"""ttt_eval: the artifact and the validation stream to the ledger of the test-time-training scorer."""
+"""ttt_eval: score the validation stream with the packed model and test-time training."""
 
-from stages.pack.file.decode_process import Decoder
+from stages.pack.file.decode_process import DecodeProcess
 
-DECODER = (
-    Decoder() if __name__ == "__main__" else None
-)  # at work while what follows is imported: torch takes seconds
+# Forked before the imports below, so that it decodes while torch, which takes seconds, is imported.
+DECODER = DecodeProcess() if __name__ == "__main__" else None
 
 import sys
 from pathlib import Path
 
-from stages.common import clock, command, environment, ledger, paired_bootstrap
-from stages.common.parallel import relaunch_under_torchrun, world
-from stages.common.progress import Report
-from stages.pack.file.load import Unpacking
-from stages.scoring.evaluate import TimedScorer, read_stream, score, scorer_of, write_results
+from stages.common import clock, environment, ledger, paired_bootstrap
+from stages.common.parallel import distributed, relaunch_under_torchrun
+from stages.common.progress import Logger
+from stages.common.stage import Run, Stage, launch
+from stages.pack.file.load import PendingModel
+from stages.scoring.evaluate import TimedScorer, load_scorer, score, write_results
+from stages.scoring.stream import open_stream_for_model
 from stages.train.model import Model
 from stages.train.ops import attention_backend
-from stages.ttt_eval.build import scorer_for
+from stages.ttt_eval.build import build_scorer
 from stages.ttt_eval.params import Params
 
-STAGE = command.Stage(
+STAGE = Stage(
     name="ttt_eval",
-    summary="Score every target, training on each chunk after it is scored, and compare with the sliding ledger.",
+    summary="Score every target, train on each chunk after it is scored, compare with the sliding ledger.",
     params=Params,
     reads={
         "model": Path("artifacts/pack/model.bin"),
@@ -33,40 +34,40 @@ STAGE = command.Stage(
 )
 
 
-def main(run: command.Run[Params]) -> None:
-    """Load the artifact, score and train through the stream, write the ledger, and compare it with the sliding one."""
+def main(run: Run[Params]) -> None:
+    """Load the model, score the stream and train on it, write the ledger, compare it with sliding_eval's."""
     params = run.params
     files = {name: run.path(name) for name in STAGE.reads}
     relaunch_under_torchrun(params.parallel, "stages.ttt_eval", sys.argv[1:])
-    unpacking = Unpacking(files["model"], DECODER)
-    with world(params.parallel) as here:
-        stream = read_stream(
-            files["val"], files["tokenizer"], unpacking.params.vocab_size, params.sliding_eval.window
+
+    pending = PendingModel(files["model"], DECODER)
+    with distributed(params.parallel) as world:
+        stream = open_stream_for_model(
+            files["val"], files["tokenizer"], pending.params.vocab_size, params.sliding_eval.window
         )
 
-        def make(model: Model, report: Report) -> TimedScorer:
-            return scorer_for(
-                model, params.sliding_eval, params.ttt_eval, here, stream.table, stream.targets, report
+        def make(model: Model, logger: Logger) -> TimedScorer:
+            return build_scorer(
+                model, params.sliding_eval, params.ttt_eval, world, stream.table, stream.targets, logger
             )
 
-        scorer = scorer_of(unpacking, here, make, run.report)
-        pace = clock.Pace(scorer.warm_up_targets)
-        nll = score(scorer, stream, pace)
-        run.timing |= pace.timing(stream.targets, int(stream.counted_bytes.sum()), here.size) | {
-            "hardware": environment.hardware(here.device)
-        }
-        run.timing["attention_backend"] = attention_backend(here)
-        if here.is_main:
+        scorer = load_scorer(pending, world, make, run.logger)
+        throughput = clock.EvalThroughput(scorer.warm_up_targets)
+        nll = score(scorer, stream, throughput)
+
+        run.timing |= throughput.timing(stream.targets, int(stream.counted_bytes.sum()), world.size)
+        run.timing["hardware"] = environment.hardware(world.device)
+        run.timing["attention_backend"] = attention_backend(world)
+        if world.is_main:
             bpb = write_results(run.output, "ttt", nll, stream, params.ttt_eval.chunk, run.write_json)
             documents = paired_bootstrap.document_of_target(stream.tokens, stream.table.bos)
-            gain = paired_bootstrap.paired_difference(
-                ledger.read(files["sliding"], stream.targets), nll, stream.counted_bytes, documents
-            )
-            run.report.log(
+            sliding_nll = ledger.read(files["sliding"], stream.targets)
+            gain = paired_bootstrap.paired_difference(sliding_nll, nll, stream.counted_bytes, documents)
+            run.logger.log(
                 f"ttt_eval: {bpb:.6f} bpb over {stream.targets:,} targets; against sliding {gain.bpb:+.6f}"
                 f" (95 % interval {gain.low:+.6f} to {gain.high:+.6f}, paired over documents)"
             )
 
 
 if __name__ == "__main__":
-    command.launch(STAGE, main)
+    launch(STAGE, main)

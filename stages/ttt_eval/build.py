@@ -1,9 +1,9 @@
-"""Which scorers lie on which: test-time training, the tilt over it, the byte mixture over both."""
+"""Builds the scorer of ttt_eval: test-time training, the tilt on top of it, the byte mixer on top of both."""
 
 from stages.common.bpb import ByteTable
 from stages.common.parallel import World
-from stages.common.progress import Report
-from stages.scoring.evaluate import AskedScorer
+from stages.common.progress import Logger
+from stages.scoring.evaluate import QueryableScorer
 from stages.sliding_eval.params import SlidingEvalParams
 from stages.train.model import Model
 from stages.ttt_eval.bytemix.scorer import MixerScorer
@@ -13,23 +13,23 @@ from stages.ttt_eval.params import TttEvalParams
 from stages.ttt_eval.sgd.scorer import TTTScorer
 
 
-def scorer_for(
+def build_scorer(
     model: Model,
     sliding: SlidingEvalParams,
     params: TttEvalParams,
     world: World,
     table: ByteTable,
     n_targets: int,
-    report: Report | None = None,
-) -> AskedScorer:
-    """The scorer that the sections ask for; `table`: what the ids of the stream say."""
-    scorer: AskedScorer
+    logger: Logger | None = None,
+) -> QueryableScorer:
+    """Build the scorer that the parameters describe; `table` has the text of the stream's ids."""
+    scorer: QueryableScorer
     if params.kind == "lora":
-        scorer = LoRAScorer(model, sliding, params, world, report)
+        scorer = LoRAScorer(model, sliding, params, world, logger)
     else:
-        scorer = TTTScorer(model, sliding, params, world, n_targets, report)
+        scorer = TTTScorer(model, sliding, params, world, n_targets, logger)
     if params.tilt_rate:
-        scorer = TiltScorer(scorer, params.tilt_rate, table.codes, n_targets)
+        scorer = TiltScorer(scorer, params.tilt_rate, table.text_hashes, n_targets)
     if params.mixer_rate:
         scorer = MixerScorer(scorer, params.mixer_rate, table, n_targets, world.device)
     return scorer

@@ -1,4 +1,4 @@
-"""Parameters of test-time training."""
+"""Parameters of test-time training; params.yaml describes each."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -10,19 +10,17 @@ from stages.sliding_eval.params import SlidingEvalParams
 
 @dataclass(frozen=True)
 class LoraParams:
-    """The section `ttt_eval.lora`: low-rank adapters, a fresh set for each document."""
+    """The section `ttt_eval.lora`."""
 
-    chunk: int  # targets of a document that are scored with one set of adapters, then trained on
-    documents: int  # side by side; changes speed and last digits
-    adapters: tuple[
-        Literal["query", "key", "value", "output", "mlp", "head"], ...
-    ]  # the products that have one
+    chunk: int
+    documents: int
+    adapters: tuple[Literal["query", "key", "value", "output", "mlp", "head"], ...]
     rank: int
-    alpha: float  # an adapter adds alpha / rank B A x
-    lr: float  # of AdamW, one step a chunk
-    beta2: float  # of AdamW, whose beta1 is 0
-    eps: float  # of AdamW
-    weight_decay: float  # of AdamW, times the rate
+    alpha: float
+    lr: float
+    beta2: float
+    eps: float
+    weight_decay: float
 
     def __post_init__(self) -> None:
         require_positive(self, "chunk", "documents", "rank", "alpha", "eps")
@@ -40,21 +38,17 @@ class LoraParams:
 class TttEvalParams:
     """The section `ttt_eval`; window and stride are sliding_eval's."""
 
-    kind: Literal[
-        "sgd", "lora"
-    ]  # sgd: all of the model, on the stream's chunks; lora: adapters, on each document by itself
-    confidence: bool  # losses that are trained on are weighed by themselves (loss_weighting.py)
-    trained: Literal[
-        "all", "matrices", "vectors"
-    ]  # sgd: which parameters; matrices are the blocks', vectors all but these and the tables
-    chunk: int  # sgd: targets that are scored with one set of weights, then trained on; also of one row of chunks.tsv
-    epochs: int  # passes over a chunk
-    batch_tokens: int  # tokens of one SGD step over all ranks
-    lr: float  # of the first chunk; falls to 0 at the last along half a cosine
-    momentum: float  # of SGD; its buffer persists from chunk to chunk
-    clip_norm: float  # of the global gradient
-    tilt_rate: float  # learning rate of the tilt towards tokens that followed the same context before (ngram/scorer.py); 0 is no tilt
-    mixer_rate: float  # learning rate of the byte model mixed in on the decisions of a token (bytemix/scorer.py); 0 is none
+    kind: Literal["sgd", "lora"]
+    weight_by_surprise: bool
+    trained: Literal["all", "matrices", "vectors"]
+    chunk: int
+    epochs: int
+    batch_tokens: int
+    lr: float
+    momentum: float
+    clip_norm: float
+    tilt_rate: float
+    mixer_rate: float
     lora: LoraParams
 
     def __post_init__(self) -> None:
@@ -67,26 +61,22 @@ class TttEvalParams:
 
 @dataclass(frozen=True)
 class Params:
-    """What ttt_eval reads of params.yaml."""
+    """The sections of params.yaml that ttt_eval reads."""
 
     parallel: ParallelParams
     sliding_eval: SlidingEvalParams
     ttt_eval: TttEvalParams
 
     def __post_init__(self) -> None:
+        ttt = self.ttt_eval
         window = self.sliding_eval.window
-        if self.ttt_eval.kind == "lora" and self.ttt_eval.lora.chunk > window:
+        stride = self.sliding_eval.stride
+        if ttt.kind == "lora" and ttt.lora.chunk > window:
+            reject("ttt_eval.lora.chunk", f"{ttt.lora.chunk} is above sliding_eval.window ({window})")
+        for key, value in (("chunk", ttt.chunk), ("batch_tokens", ttt.batch_tokens)):
+            if value % window:
+                reject(f"ttt_eval.{key}", f"{value} is not a multiple of sliding_eval.window ({window})")
+        if (ttt.chunk - window) % stride:
             reject(
-                "ttt_eval.lora.chunk", f"{self.ttt_eval.lora.chunk} is above sliding_eval.window ({window})"
-            )
-        for key in ("chunk", "batch_tokens"):
-            if getattr(self.ttt_eval, key) % window:
-                reject(
-                    f"ttt_eval.{key}",
-                    f"{getattr(self.ttt_eval, key)} is not a multiple of sliding_eval.window ({window})",
-                )
-        if (self.ttt_eval.chunk - window) % self.sliding_eval.stride:
-            reject(
-                "ttt_eval.chunk",
-                f"a boundary at {self.ttt_eval.chunk} would cut a window of stride {self.sliding_eval.stride} in two",
+                "ttt_eval.chunk", f"a boundary at {ttt.chunk} would cut a window of stride {stride} in two"
             )

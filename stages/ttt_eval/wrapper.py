@@ -1,31 +1,33 @@
-"""What scorers that wrap another have in common.
+"""Base class of scorers that wrap another.
 
-Observed tokens wait until something depends on them, because in a batch they cost a fraction.
+Single observed tokens are collected until something depends on them: scored as a batch they cost a
+fraction.
 """
 
+import copy
 from abc import ABC, abstractmethod
 from typing import Self
 
 import numpy as np
 
-from stages.scoring.evaluate import AskedScorer
-from stages.scoring.queries import Asked
+from stages.scoring.evaluate import QueryableScorer
+from stages.scoring.queries import Queries
 
 
 class Wrapper(ABC):
     """A scorer on top of another."""
 
-    def __init__(self, scorer: AskedScorer) -> None:
+    def __init__(self, scorer: QueryableScorer) -> None:
         self.scorer = scorer
-        self.waiting: list[int] = []
+        self.pending_tokens: list[int] = []  # observed, not scored yet
 
     @abstractmethod
-    def _score(self, tokens: np.ndarray, asked: Asked | None) -> np.ndarray:
-        """`score`, with no token waiting."""
+    def _score(self, tokens: np.ndarray, queries: Queries | None) -> np.ndarray:
+        """`score`, when no observed tokens are pending."""
 
     @abstractmethod
-    def _bend(self, logp_V: np.ndarray) -> np.ndarray:
-        """The wrapped scorer's prediction, (V,) float64 log-probabilities, to this one's."""
+    def _adjust_distribution(self, logp_V: np.ndarray) -> np.ndarray:
+        """This scorer's prediction, (V,) float64 log-probabilities, from the wrapped scorer's."""
 
     @property
     def vocab_size(self) -> int:
@@ -34,36 +36,39 @@ class Wrapper(ABC):
 
     @property
     def warm_up_targets(self) -> int:
-        """The wrapped scorer's."""
+        """That of the wrapped scorer."""
         return self.scorer.warm_up_targets
 
     def fork(self) -> Self:
-        """An independent copy of this and of the wrapped scorer; a class that has more that changes adds it."""
-        self._catch_up()
-        twin = object.__new__(type(self))
-        twin.__dict__.update(self.__dict__)
-        twin.scorer, twin.waiting = self.scorer.fork(), []
+        """An independent copy of this and of the wrapped scorer.
+
+        A subclass with more state that changes extends it.
+        """
+        self._score_pending()
+        twin = copy.copy(self)
+        twin.scorer = self.scorer.fork()
+        twin.pending_tokens = []
         return twin
 
     def predict(self) -> np.ndarray:
         """Natural log-probabilities of the next token, (V,) float64."""
-        self._catch_up()
-        return self._bend(self.scorer.predict())
+        self._score_pending()
+        return self._adjust_distribution(self.scorer.predict())
 
     def observe(self, token: int) -> None:
         """Append a token to the prefix."""
-        self.waiting.append(token)
+        self.pending_tokens.append(token)
 
     def score_stream(self, tokens: np.ndarray) -> np.ndarray:
         """Score and observe tokens in order; nats, float32."""
         return self.score(tokens, None)[0]
 
-    def score(self, tokens: np.ndarray, asked: Asked | None) -> np.ndarray:
-        """`score_stream` as the first of (R, N) rows; the others answer what is asked."""
-        self._catch_up()
-        return self._score(tokens, asked)
+    def score(self, tokens: np.ndarray, queries: Queries | None) -> np.ndarray:
+        """Score and observe tokens in order; returns losses and query results, (R, N) (queries.py)."""
+        self._score_pending()
+        return self._score(tokens, queries)
 
-    def _catch_up(self) -> None:
-        if self.waiting:
-            self._score(np.array(self.waiting, dtype=np.uint16), None)
-            self.waiting = []
+    def _score_pending(self) -> None:
+        if self.pending_tokens:
+            self._score(np.array(self.pending_tokens, dtype=np.uint16), None)
+            self.pending_tokens = []

@@ -1,6 +1,7 @@
-"""Small lawful scorers, one for each kind that the field has: fixed, adaptive, per document, score-first in chunks, cached, spelt by bytes.
+"""Small lawful scorers, one for each kind that the challenge has seen.
 
-They are what the cheats are made from, and what the audit must let pass whatever it draws.
+The cheats are made from them, and the audit must let them pass whatever positions it draws. The
+vocabulary has V = 32 ids.
 """
 
 import copy
@@ -9,24 +10,26 @@ import numpy as np
 
 VOCAB = 32
 BOS = 1
-SMOOTHING = 0.1
-# The bytes of each id: many pieces begin others, which is what an END event is for. A space is written "_".
+SMOOTHING = 0.1  # pseudo-count of every pair of tokens
+# The bytes of each id: many pieces are the beginning of others, which is why an END event is needed.
+# "_" is a space.
 SPELT = """
     a b c _ ab ba ac ca bc cb abc cab _a _b _c _ab _ba _ac _ca _bc _cb _abc _cab aa bb cc _aa aba _aba bab
 """
 PIECES = [b"", b"", *(piece.replace("_", " ").encode() for piece in SPELT.split())]
 LETTERS = b"abc "
+NO_LETTER = 4  # index of "no letter before", after those of LETTERS
 assert len(PIECES) == VOCAB
 
 
 class Bigram:
-    """Adaptive: p(b | a) = (count of ab + s) / (count of a + V s), counts over the observed prefix."""
+    """Adaptive bigram: p(b | a) = (count of ab + s) / (count of a + V s), counts over the observed prefix."""
 
     def __init__(self, n_targets: int) -> None:
         self.n_targets = n_targets
         self.counts = np.full((VOCAB, VOCAB), SMOOTHING)
         self.last: int | None = None
-        self.seen = 0
+        self.observed = 0  # tokens
 
     @property
     def vocab_size(self) -> int:
@@ -48,10 +51,10 @@ class Bigram:
         if self.last is not None:
             self.learn(self.last, token)
         self.last = token
-        self.seen += 1
+        self.observed += 1
 
     def learn(self, last: int, token: int) -> None:
-        """What is kept of a pair, once it is scored."""
+        """Update the counts with a pair of tokens, after it was scored."""
         self.counts[last, token] += 1
 
     def score_stream(self, tokens: np.ndarray) -> np.ndarray:
@@ -63,12 +66,12 @@ class Bigram:
         return np.array(losses, dtype=np.float32)
 
     def loss(self, token: int, future: np.ndarray) -> float:
-        """Nats of the next token; a lawful scorer has no use for the future, which the cheats look into."""
+        """Score the next token, in nats; only cheats use the tokens after it, `future` (n,)."""
         return max(0.0, -float(self.predict()[token]))
 
 
 class Fixed(Bigram):
-    """Track A: a law that nothing changes."""
+    """Fixed distribution that nothing changes (track A)."""
 
     def __init__(self, n_targets: int) -> None:
         super().__init__(n_targets)
@@ -79,7 +82,7 @@ class Fixed(Bigram):
 
 
 class PerDocument(Bigram):
-    """Starts anew at each document, and says so."""
+    """Starts again at each document, and declares it."""
 
     scope = "document"
 
@@ -90,7 +93,7 @@ class PerDocument(Bigram):
 
 
 class Chunked(Bigram):
-    """Score-first training in chunks: what a chunk taught is used when the chunk is over (#549)."""
+    """Score-first training in chunks: the pairs of a chunk are learnt when the chunk is over (#549)."""
 
     CHUNK = 48
 
@@ -100,19 +103,20 @@ class Chunked(Bigram):
 
     def learn(self, last: int, token: int) -> None:
         self.pending[last, token] += 1
-        if self.seen % self.CHUNK == 0:
+        if self.observed % self.CHUNK == 0:
             self.counts = self.counts + 2 * self.pending
             self.pending = np.zeros((VOCAB, VOCAB))
 
 
 class Cached(Bigram):
-    """A hashed cache of pairs of tokens, normalised over the vocabulary and mixed in with a fixed weight."""
+    """Hashed cache of token pairs, normalised over the vocabulary and mixed in with a fixed weight."""
 
     def __init__(self, n_targets: int, buckets: int = 1 << 10, weight: float = 0.4) -> None:
         super().__init__(n_targets)
-        self.buckets, self.weight = buckets, weight
+        self.buckets = buckets
+        self.weight = weight
         self.cache = np.full((min(buckets, 1 << 10), VOCAB), SMOOTHING)
-        self.before = 0
+        self.before = 0  # the token before the last
 
     def bucket(self) -> int:
         return (self.before * 31 + (self.last or 0) * 7) % len(self.cache)
@@ -128,20 +132,24 @@ class Cached(Bigram):
 
 
 class Tilted(Bigram):
-    """A tilt towards what followed the last two tokens before: p' = p exp(b [v = h]) / Z with Z = 1 + p(h) (exp(b) - 1)."""
+    """Tilts to the token h that followed the last two tokens before.
 
-    BOOST = 1.0
+    p'(v) = p(v) exp(b [v = h]) / Z with Z = 1 + p(h) (exp(b) - 1).
+    """
+
+    BOOST = 1.0  # b
 
     def __init__(self, n_targets: int) -> None:
         super().__init__(n_targets)
-        self.before = 0
+        self.before = 0  # the token before the last
         self.followed: dict[tuple[int, int], int] = {}
 
     def hint(self) -> int | None:
         return self.followed.get((self.before, self.last or 0))
 
     def predict(self) -> np.ndarray:
-        logp, hint = super().predict(), self.hint()
+        logp = super().predict()
+        hint = self.hint()
         if hint is None:
             return logp
         logp -= np.log1p(np.exp(logp[hint]) * np.expm1(self.BOOST))
@@ -155,27 +163,31 @@ class Tilted(Bigram):
 
 
 class Trie:
-    """The pieces as a tree of bytes: node 0 is the root, an edge leads to each other node."""
+    """The pieces as a tree of bytes with M nodes.
+
+    Node 0 is the root; an edge with a letter leads to each other node.
+    """
 
     def __init__(self, pieces: list[bytes]) -> None:
-        nodes = sorted(
-            {piece[:size] for piece in pieces for size in range(len(piece) + 1)},
-            key=lambda node: (len(node), node),
-        )
+        prefixes = {piece[:size] for piece in pieces for size in range(len(piece) + 1)}
+        nodes = sorted(prefixes, key=lambda node: (len(node), node))
         number = {node: i for i, node in enumerate(nodes)}
-        self.node_of = np.array([number[piece] for piece in pieces])
-        self.below = np.array(
-            [[piece.startswith(node) for piece in pieces] for node in nodes], dtype=np.float64
+        inner = nodes[1:]
+
+        self.node_of = np.array([number[piece] for piece in pieces])  # (V,): where each piece ends
+        self.parent = np.array([0, *(number[node[:-1]] for node in inner)])  # (M,)
+        # Index of the letter on the edge to each node, and of the letter on the edge before it, (M,).
+        self.letter = np.array([0, *(LETTERS.index(node[-1:]) for node in inner)])
+        self.letter_before = np.array(
+            [NO_LETTER, *(LETTERS.index(node[-2:-1]) if len(node) > 1 else NO_LETTER for node in inner)]
         )
-        self.parent = np.array([0, *(number[node[:-1]] for node in nodes[1:])])
-        self.letter = np.array([0, *(LETTERS.index(node[-1:]) for node in nodes[1:])])
-        self.before = np.array(
-            [4, *(LETTERS.index(node[-2:-1]) if len(node) > 1 else 4 for node in nodes[1:])]
-        )  # 4: what was before
-        self.path = np.array(
-            [[len(node) > 0 and piece.startswith(node) for node in nodes] for piece in pieces],
-            dtype=np.float64,
-        )
+
+        # Incidence matrices: (M, V) pieces at or below a node, (V, M) nodes on the path to a piece, (M,
+        # V) piece ends at a node.
+        below = [[piece.startswith(node) for piece in pieces] for node in nodes]
+        path = [[len(node) > 0 and piece.startswith(node) for node in nodes] for piece in pieces]
+        self.below = np.array(below, dtype=np.float64)
+        self.path = np.array(path, dtype=np.float64)
         self.ends = np.zeros((len(nodes), len(pieces)))
         self.ends[self.node_of, np.arange(len(pieces))] = 1
 
@@ -184,29 +196,39 @@ TRIE = Trie(PIECES)
 
 
 class Spelling(Bigram):
-    """A byte model mixed in over the tree of pieces, END included, so that it is a law over tokens."""
+    """Byte model mixed in over the tree of pieces.
 
-    WEIGHT = 0.5
+    The END event is included, so that the mixture is a distribution over tokens.
+    """
+
+    WEIGHT = 0.5  # of the byte model
 
     def __init__(self, n_targets: int) -> None:
         super().__init__(n_targets)
-        self.letters = np.full((5, 4), SMOOTHING)
-        self.letter = 4
+        self.letters = np.full((5, 4), SMOOTHING)  # counts of letter pairs, after NO_LETTER too
+        self.letter = NO_LETTER
 
     def letter_law(self) -> np.ndarray:
-        """The byte model's probability of each node's last byte, (nodes,)."""
+        """Compute the byte model's probability of each node's last letter, (M,)."""
         law = self.letters / self.letters.sum(axis=1, keepdims=True)
-        before = np.where(TRIE.before == 4, self.letter, TRIE.before)
+        before = np.where(TRIE.letter_before == NO_LETTER, self.letter, TRIE.letter_before)
         return law[before, TRIE.letter]
 
     def predict(self) -> np.ndarray:
+        # The bigram's probability of the pieces at or below each node, and of the END event there.
         p = np.exp(super().predict())
-        mass, ending, a = TRIE.below @ p, TRIE.ends @ p, self.letter_law()
-        siblings = np.bincount(TRIE.parent[1:], a[1:], minlength=len(a))
-        going_on = 1 - ending / mass
-        step = (1 - self.WEIGHT) * mass / mass[TRIE.parent] + self.WEIGHT * going_on[
-            TRIE.parent
-        ] * a / siblings[TRIE.parent]
+        mass = TRIE.below @ p
+        continues = 1 - TRIE.ends @ p / mass
+
+        # The byte model's probability of each edge, normalised over the edges of its node.
+        letter_p = self.letter_law()
+        siblings = np.bincount(TRIE.parent[1:], letter_p[1:], minlength=len(letter_p))
+
+        # Mix the two on each edge; END keeps the bigram's probability.
+        parent = TRIE.parent
+        bigram_step = (1 - self.WEIGHT) * mass / mass[parent]
+        letter_step = self.WEIGHT * continues[parent] * letter_p / siblings[parent]
+        step = bigram_step + letter_step
         return TRIE.path[:, 1:] @ np.log(step[1:]) + np.log(p / mass[TRIE.node_of])
 
     def learn(self, last: int, token: int) -> None:
@@ -214,19 +236,23 @@ class Spelling(Bigram):
         for byte in PIECES[token]:
             self.letters[self.letter, LETTERS.index(byte)] += 1
             self.letter = LETTERS.index(byte)
-        self.letter = self.letter if PIECES[token] else 4
+        self.letter = self.letter if PIECES[token] else NO_LETTER
 
 
 LAWFUL = (Bigram, Fixed, PerDocument, Chunked, Cached, Tilted, Spelling)
 
 
-def stream(length: int = 3000, seed: int = 3) -> np.ndarray:
-    """Documents of a sparse random chain, (length,) uint16; each begins with BOS and ends at random."""
+def random_stream(length: int = 3000, seed: int = 3) -> np.ndarray:
+    """Draw documents from a sparse random Markov chain, (length,) uint16.
+
+    Each begins with BOS and ends at random.
+    """
     generator = np.random.Generator(np.random.PCG64(seed))
-    follows = 2 + generator.integers(0, VOCAB - 2, (VOCAB, 3))
+    successors = 2 + generator.integers(0, VOCAB - 2, (VOCAB, 3))
     tokens = [BOS]
     while len(tokens) < length:
-        tokens.append(
-            BOS if generator.random() < 0.02 else int(follows[tokens[-1], generator.integers(0, 3)])
-        )
+        if generator.random() < 0.02:
+            tokens.append(BOS)
+        else:
+            tokens.append(int(successors[tokens[-1], generator.integers(0, 3)]))
     return np.array(tokens, dtype=np.uint16)

@@ -1,1 +1,1 @@
-"""Audit anybody's scorer against the rules of the challenge (docs/audit.md)."""
+"""Audit an external scorer against the rules of the challenge (docs/audit.md)."""

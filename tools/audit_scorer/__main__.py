@@ -1,4 +1,4 @@
-"""The command `python -m tools.audit_scorer`."""
+"""Entry point of `python -m tools.audit_scorer`."""
 
 from tools.audit_scorer.cli import main
 

@@ -1,8 +1,9 @@
-"""What an outside scorer offers, made into what the audit asks for.
+"""Adapt an external scorer to the protocol that the audit uses (stages/common/scorer.py).
 
-Two kinds are accepted. One has `predict`, `observe` and `fork`, and perhaps a fast `score_stream`; without it, scores are read from
-predictions. The other has `score_stream` alone: a copy of it in some state is a new scorer from the factory that is shown the same tokens
-again, which is why its prefixes are kept short.
+Two kinds are accepted. A stepwise scorer has `predict`, `observe` and `fork`, and perhaps a fast
+`score_stream`; without it, losses are read from predictions. A replay scorer has `score_stream`
+alone: a fork of it is a new scorer from the factory that scores the same tokens again, which is why
+its prefixes are kept short.
 """
 
 from collections.abc import Callable
@@ -10,94 +11,108 @@ from typing import Any
 
 import numpy as np
 
-from stages.audit.probe_runner import BrokenProtocol
+from stages.audit.probe_runner import ProtocolError
 
-STEPS = ("predict", "observe", "fork")
+STEPWISE_METHODS = ("predict", "observe", "fork")
 
 
-class Stepping:
-    """A scorer by its three steps; `score_stream` is its own where it has one."""
+class StepwiseScorer:
+    """Adapter of a scorer with predict, observe and fork; `score_stream` is its own if it has one."""
 
     predicts = True
 
-    def __init__(self, inner: Any, vocab_size: int, begun: bool = False) -> None:
-        self.inner, self.vocab_size, self.begun = inner, vocab_size, begun
+    def __init__(self, inner: Any, vocab_size: int, has_observed: bool = False) -> None:
+        self.inner = inner
+        self.vocab_size = vocab_size
+        self.has_observed = has_observed  # the first token of a stream has no loss
         self.scope = getattr(inner, "scope", "stream")
 
     def predict(self) -> np.ndarray:
-        """Natural log-probabilities of the next token, (V,) float64."""
+        """Return natural log-probabilities of the next token, (V,) float64."""
         return np.asarray(self.inner.predict(), dtype=np.float64)
 
     def observe(self, token: int) -> None:
         """Append a token."""
         self.inner.observe(token)
-        self.begun = True
+        self.has_observed = True
 
-    def fork(self) -> "Stepping":
-        """An independent copy."""
-        return Stepping(self.inner.fork(), self.vocab_size, self.begun)
+    def fork(self) -> "StepwiseScorer":
+        """Return an independent copy."""
+        return StepwiseScorer(self.inner.fork(), self.vocab_size, self.has_observed)
 
     def score_stream(self, tokens: np.ndarray) -> np.ndarray:
-        """Losses in nats, float32."""
+        """Append tokens (n,) and return their losses in nats, float32; (n-1,) at the start of the stream."""
         if hasattr(self.inner, "score_stream"):
             scored = np.asarray(self.inner.score_stream(tokens), dtype=np.float32)
-            self.begun = self.begun or bool(len(tokens))
+            self.has_observed = self.has_observed or bool(len(tokens))
             return scored
+
         losses = []
         for token in tokens.tolist():
-            if self.begun:
+            if self.has_observed:
                 losses.append(-float(self.predict()[token]))
             self.observe(token)
         return np.array(losses, dtype=np.float32)
 
 
-class Replaying:
-    """A scorer that has only `score_stream`: its state is the tokens it was shown, and each answer a new run."""
+class ReplayScorer:
+    """Adapter of a scorer with score_stream alone: its state is its tokens, and each call runs them again."""
 
     predicts = False
 
-    def __init__(self, make: Callable[[], Any], vocab_size: int, shown: np.ndarray | None = None) -> None:
-        self.make, self.vocab_size = make, vocab_size
-        self.shown = np.empty(0, dtype=np.uint16) if shown is None else shown
-        self.scope = getattr(make(), "scope", "stream") if shown is None else "stream"
+    def __init__(
+        self, factory: Callable[[], Any], vocab_size: int, observed: np.ndarray | None = None
+    ) -> None:
+        self.factory = factory
+        self.vocab_size = vocab_size
+        if observed is None:
+            self.observed = np.empty(0, dtype=np.uint16)
+            self.scope = getattr(factory(), "scope", "stream")
+        else:
+            self.observed = observed
+            self.scope = "stream"  # never read of a fork
 
     def predict(self) -> np.ndarray:
-        """Not there: no check that needs it is run."""
-        raise BrokenProtocol("this scorer has no predict()")
+        """Raise an error: no check that needs predict() is run."""
+        raise ProtocolError("this scorer has no predict()")
 
     def observe(self, token: int) -> None:
-        """Remember the token."""
-        self.shown = np.append(self.shown, np.uint16(token))
+        """Append a token."""
+        self.observed = np.append(self.observed, np.uint16(token))
 
-    def fork(self) -> "Replaying":
-        """An independent copy."""
-        return Replaying(self.make, self.vocab_size, self.shown)
+    def fork(self) -> "ReplayScorer":
+        """Return an independent copy."""
+        return ReplayScorer(self.factory, self.vocab_size, self.observed)
 
     def score_stream(self, tokens: np.ndarray) -> np.ndarray:
-        """Losses of these tokens behind all that was shown, nats, float32."""
-        self.shown = np.concatenate([self.shown, tokens.astype(np.uint16)])
-        scored = np.asarray(self.make().score_stream(self.shown), dtype=np.float32)
-        wanted = min(len(tokens), len(self.shown) - 1)
-        if scored.shape != (len(self.shown) - 1,):
-            raise BrokenProtocol(
-                f"score_stream of {len(self.shown)} tokens returned {scored.shape}, expected ({len(self.shown) - 1},)"
+        """Append tokens (n,) and return their losses in nats, float32; (n-1,) at the start of the stream."""
+        self.observed = np.concatenate([self.observed, tokens.astype(np.uint16)])
+        losses = np.asarray(self.factory().score_stream(self.observed), dtype=np.float32)
+        targets = len(self.observed) - 1
+        if losses.shape != (targets,):
+            raise ProtocolError(
+                f"score_stream of {len(self.observed)} tokens returned {losses.shape}, expected ({targets},)"
             )
-        return scored[len(scored) - wanted :]
+        new_targets = min(len(tokens), targets)
+        return losses[targets - new_targets :]
 
 
-def adapt(make: Callable[[], Any], vocab_size: int) -> Stepping | Replaying:
-    """The scorer that `make` gives, by what it offers; a ValueError when that is neither of the two kinds."""
-    inner = make()
-    missing = [name for name in STEPS if not callable(getattr(inner, name, None))]
+def adapt_scorer(factory: Callable[[], Any], vocab_size: int) -> StepwiseScorer | ReplayScorer:
+    """Return an adapter for the scorers of a factory; ValueError if they are of neither kind."""
+    inner = factory()
     declared = getattr(inner, "vocab_size", vocab_size)
     if declared != vocab_size:
         raise ValueError(
-            f"the scorer has vocab_size {declared}, the tokenizer {vocab_size} ids: they do not belong together"
+            f"the scorer has vocab_size {declared}, the tokenizer {vocab_size} ids:"
+            " they do not belong together"
         )
+
+    missing = [name for name in STEPWISE_METHODS if not callable(getattr(inner, name, None))]
     if not missing:
-        return Stepping(inner, vocab_size)
+        return StepwiseScorer(inner, vocab_size)
     if callable(getattr(inner, "score_stream", None)):
-        return Replaying(make, vocab_size)
+        return ReplayScorer(factory, vocab_size)
     raise ValueError(
-        f"the scorer lacks {', '.join(missing)}, and it has no score_stream either; see docs/audit.md for what it needs"
+        f"the scorer lacks {', '.join(missing)}, and it has no score_stream either;"
+        " see docs/audit.md for what it needs"
     )

@@ -1,21 +1,23 @@
-"""What somebody claims, in one JSON file, held against what can be counted (B6, B11, B16, clocks).
+"""Compare a claim, given as a JSON file, with what can be counted (checks B6, B11, B16 and the budgets).
 
-Every field is optional; what is not claimed is "cannot tell". `ledger` names an .npy beside the file: nats of every target in stream order.
+Every field is optional; a check without its field is "cannot tell". `ledger` is the name of an .npy
+file in the same folder: losses of every target in nats, in stream order.
 """
 
-import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import sentencepiece
 
-from stages.audit.audit_scorer import Stream
-from stages.audit.catalogue import Entry, not_run
+from stages.audit.audit_scorer import AuditedStream
+from stages.audit.catalogue import CatalogueEntry, not_run
 from stages.audit.checks import budgets, coverage, significance
-from stages.audit.verdict import Verdict, outcome
+from stages.audit.verdict import Verdict, pass_or_fail
+from stages.common.challenge import MAX_EVALUATION_SECONDS
+from stages.common.json_object import read_json_object
 
-FIELDS = {
+CLAIM_FIELDS = {
     "bpb",
     "targets",
     "bytes",
@@ -26,18 +28,24 @@ FIELDS = {
     "seeds",
     "baseline_nats",
 }
-BUDGET_SECONDS = 600.0  # of training and of evaluation (challenge)
-REPORTED = Entry("reported bits per byte", ("metric",), "`bpb` and `ledger` in a claim (--claim)")
+REPORTED = CatalogueEntry("reported bits per byte", ("metric",), "`bpb` and `ledger` in a claim (--claim)")
 
 
-def read(path: Path | None) -> dict[str, Any]:
-    """The claim; empty without a file. `ledger` becomes an array."""
+class CheckedClaim(NamedTuple):
+    """Verdicts on a claim, and its ledger."""
+
+    verdicts: list[Verdict]
+    ledger: np.ndarray | None  # (N-1,); None if none is claimed or it is incomplete
+
+
+def read_claim(path: Path | None) -> dict[str, Any]:
+    """Return the claim in a file, {} without one; its `ledger` is loaded as an array."""
     if path is None:
         return {}
     try:
-        claim = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(claim, dict) or set(claim) - FIELDS:
-            raise ValueError(f"expected an object with some of {', '.join(sorted(FIELDS))}")
+        claim = read_json_object(path)
+        if set(claim) - CLAIM_FIELDS:
+            raise ValueError(f"expected an object with some of {', '.join(sorted(CLAIM_FIELDS))}")
         if "ledger" in claim:
             claim["ledger"] = np.load(path.parent / str(claim["ledger"]), allow_pickle=False)
     except (ValueError, EOFError) as error:
@@ -45,53 +53,62 @@ def read(path: Path | None) -> dict[str, Any]:
     return claim
 
 
-def check(
-    subject: str, claim: dict[str, Any], stream: Stream, tokenizer: sentencepiece.SentencePieceProcessor
-) -> tuple[list[Verdict], np.ndarray | None]:
-    """The verdicts on what is claimed, and its ledger if that is whole."""
+def check_claim(
+    subject: str,
+    claim: dict[str, Any],
+    stream: AuditedStream,
+    tokenizer: sentencepiece.SentencePieceProcessor,
+) -> CheckedClaim:
+    """Check everything that is claimed about the scorer `subject`."""
+    # The count of bytes, whether claimed or not.
     verdicts = [
         coverage.check_denominator(stream.tokens, stream.bos, stream.target_bytes, stream.document_bytes),
-        coverage.check_table(tokenizer, coverage.FUZZ),
+        coverage.check_table(tokenizer, coverage.AWKWARD_TEXTS),
     ]
+
+    # The ledger, and the score that follows from it.
+    targets = len(stream.tokens) - 1
     ledger = None
     if "ledger" in claim:
-        whole = coverage.check_ledger(subject, claim["ledger"], len(stream.tokens) - 1)
-        verdicts.append(whole)
-        ledger = claim["ledger"] if whole.outcome == "pass" else None
+        complete = coverage.check_ledger(subject, claim["ledger"], targets)
+        verdicts.append(complete)
+        ledger = claim["ledger"] if complete.outcome == "pass" else None
     if "bpb" in claim and "ledger" in claim:
         verdicts.append(coverage.check_reported(subject, ledger, claim["bpb"], stream.document_bytes))
     else:
         verdicts.append(not_run(subject, "B6", REPORTED, {}))
-    for name, counted in (
-        ("targets", len(stream.tokens) - 1),
-        ("bytes", int(stream.document_bytes.counted.sum())),
-    ):
-        if name in claim:
-            verdicts.append(_count(subject, name, claim[name], counted))
-    budget = float(claim.get("budget_seconds", BUDGET_SECONDS))
-    for what in ("training", "evaluation"):
-        if f"{what}_seconds" in claim:
-            verdicts.append(
-                budgets.check_clock(what, "files", budgets.seconds_of(claim, f"{what}_seconds"), budget)
-            )
+
+    # Counts, clocks and seeds.
+    if "targets" in claim:
+        verdicts.append(_check_count(subject, "targets", claim["targets"], targets))
+    if "bytes" in claim:
+        counted_bytes = int(stream.document_bytes.counted.sum())
+        verdicts.append(_check_count(subject, "bytes", claim["bytes"], counted_bytes))
+    budget = float(claim.get("budget_seconds", MAX_EVALUATION_SECONDS))
+    for clock in ("training", "evaluation"):
+        field = f"{clock}_seconds"
+        if field in claim:
+            seconds = budgets.measured_seconds(claim, field)
+            verdicts.append(budgets.check_clock(clock, "files", seconds, budget))
     if "seeds" in claim:
         verdicts.append(significance.check_seeds(claim["seeds"], claim.get("baseline_nats", [])))
-    return verdicts, ledger
+    return CheckedClaim(verdicts, ledger)
 
 
-def _count(subject: str, name: str, claimed: Any, counted: int) -> Verdict:
-    """B6 or B11: a number that was claimed, and the same number counted."""
+def _check_count(subject: str, name: str, claimed: Any, counted: int) -> Verdict:
+    """B6 or B11: compare a claimed number with the same number counted."""
     return Verdict(
         check="B11" if name == "bytes" else "B6",
         name=f"claimed {name}",
         subject=subject,
         conditions=("metric",),
-        outcome=outcome(claimed == counted),
+        outcome=pass_or_fail(claimed == counted),
         evidence=f"{claimed} {name} are claimed, the stream has {counted}",
         saw=claimed if isinstance(claimed, (int, float)) else "no number",
         expected=counted,
         bound=0,
         positions=(),
-        sees="subsets reported as the whole; bytes of a transformed text; spaces and byte pieces counted wrongly",
+        sees="subsets reported as the whole; bytes of a transformed text;"
+        " spaces and byte pieces counted wrongly",
         blind="whether the losses are right (B1, B3, B4)",
     )

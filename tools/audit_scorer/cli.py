@@ -1,7 +1,8 @@
-"""Anybody's scorer, audited from the command line: docs/audit.md says what it needs to offer and how to read what comes out.
+"""Audit an external scorer: docs/audit.md says what the scorer needs and how to read the report.
 
-The positions of an outside scorer come from fresh entropy, so that it cannot have been aimed between them; the nonce is printed, and with
---nonce the same audit is run again. Exit code 0: nothing was convicted; 1: something was; 2: the audit could not be held.
+The audited positions come from fresh entropy, so that a scorer cannot be prepared for them. The
+nonce is printed, and --nonce repeats the same audit. Exit code 0: no check failed; 1: some did; 2:
+the audit could not be run.
 """
 
 import argparse
@@ -18,26 +19,27 @@ import numpy as np
 import sentencepiece
 
 from stages.audit import catalogue
-from stages.audit import report as render
-from stages.audit.audit_scorer import Claim, Stream, audit_scorer
+from stages.audit import report as audit_report
+from stages.audit.audit_scorer import AuditedStream, ClaimedEvaluation, audit_scorer, audited_stream
 from stages.audit.checks import budgets, contamination, coverage, round_trip
 from stages.audit.checks.metamorphic import Variants
 from stages.audit.params import AuditParams
-from stages.audit.sampling import Edges, key_of
+from stages.audit.sampling import Boundaries, hash_files
 from stages.audit.sandbox import clean_room
 from stages.audit.scorer_recipe import Recipe
-from stages.audit.verdict import Verdict, convicted, reason
-from stages.common import bpb, command, shards
-from stages.common.cli_errors import refuse
-from stages.common.lossless_text import Speller
-from stages.common.progress import Report
+from stages.audit.verdict import Verdict, failure_message, failures
+from stages.common import bpb, challenge, shards
+from stages.common.cli_errors import exit_with_error
+from stages.common.progress import Logger
+from stages.common.stage import canonical_json
+from stages.scoring.stream import ValidationStream
 from tools.audit_scorer import adapters, claims, effort
 
-CAP = 16_000_000  # bytes of code and weights together (challenge)
 NONCE_BYTES = 16
-SUBJECT = "scorer"
-# What somebody else's code may raise: then it could not be audited, which is no conviction.
-THEIR_ERRORS = (
+SUBJECT = "scorer"  # its name in verdicts
+# Errors that somebody else's code may raise. Then it could not be audited, which is not a failed
+# check.
+SCORER_ERRORS = (
     ArithmeticError,
     AssertionError,
     AttributeError,
@@ -50,159 +52,157 @@ THEIR_ERRORS = (
 
 
 @dataclass(frozen=True)
-class Outside:
-    """What the command line names: a factory, by the words that another process can call it with too."""
+class ExternalFactory:
+    """Factory of the audited scorer, with the strings by which another process can call it too."""
 
-    spec: str
-    words: tuple[str, ...]
-    factory: Callable[..., Any]
+    spec: str  # module:function
+    arguments: tuple[str, ...]  # after the number of targets
+    function: Callable[..., Any]
     vocab_size: int
-    n_targets: int  # of the whole stream, also where only a part of it is shown
+    n_targets: int  # of the whole stream, even if only a part of it is shown
 
-    def scorer(self, **keywords: Any) -> adapters.Stepping | adapters.Replaying:
-        """One at the empty prefix."""
-        return adapters.adapt(lambda: self.factory(self.n_targets, *self.words, **keywords), self.vocab_size)
+    def make(self, **keywords: Any) -> adapters.StepwiseScorer | adapters.ReplayScorer:
+        """Return a scorer that has observed nothing."""
+        return adapters.adapt_scorer(
+            lambda: self.function(self.n_targets, *self.arguments, **keywords), self.vocab_size
+        )
 
-    def factory_of(self, n_targets: int) -> adapters.Stepping | adapters.Replaying:
-        """The same, for those who would say how long their part of the stream is."""
-        return self.scorer()
+    def make_for(self, n_targets: int) -> adapters.StepwiseScorer | adapters.ReplayScorer:
+        """Return the same; the audit passes the length of the part of the stream that it shows."""
+        return self.make()
 
     def variants(self) -> Variants:
-        """Those that the factory has keywords for."""
-        keywords = inspect.signature(self.factory).parameters
-        hashed = "buckets" in keywords
-        return Variants(
-            relabelled=(lambda names: self.scorer(permutation=names)) if "permutation" in keywords else None,
-            hashed=(lambda buckets: self.scorer(buckets=buckets)) if hashed else None,
-            forgetful=(lambda buckets: self.scorer(buckets=buckets, memory_weight=0.0))
-            if hashed and "memory_weight" in keywords
-            else None,
-        )
+        """Return the variants of the scorer for which the factory has keywords."""
+        keywords = inspect.signature(self.function).parameters
+        variants = Variants()
+        if "permutation" in keywords:
+            variants = variants._replace(permuted_ids=lambda ids: self.make(permutation=ids))
+        if "buckets" in keywords:
+            variants = variants._replace(with_buckets=lambda buckets: self.make(buckets=buckets))
+        if "buckets" in keywords and "memory_weight" in keywords:
+            variants = variants._replace(
+                without_memory=lambda buckets: self.make(buckets=buckets, memory_weight=0.0)
+            )
+        return variants
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Run the audit and print the failed checks; exits with 1 if there are any."""
     arguments = _parser().parse_args(argv)
     try:
-        verdicts = audit(arguments)
+        verdicts = run_audit(arguments)
     except (ValueError, FileNotFoundError, PermissionError, IsADirectoryError) as error:
-        refuse("audit_scorer", error)
-    except THEIR_ERRORS as error:
-        refuse(
+        exit_with_error("audit_scorer", error)
+    except SCORER_ERRORS as error:
+        exit_with_error(
             "audit_scorer",
             f"{arguments.scorer} raised {type(error).__name__}: {error}; it could not be audited",
         )
-    for verdict in convicted(verdicts):
-        print(reason(verdict))
-    raise SystemExit(1 if convicted(verdicts) else 0)
+    for verdict in failures(verdicts):
+        print(failure_message(verdict))
+    raise SystemExit(1 if failures(verdicts) else 0)
 
 
-def audit(arguments: argparse.Namespace) -> list[Verdict]:
-    """Hold the audit that the arguments ask for, write its report, and return its verdicts."""
+def run_audit(arguments: argparse.Namespace) -> list[Verdict]:
+    """Run the audit that the arguments describe, write its report, and return its verdicts."""
     nonce = _nonce(arguments.nonce)
     print(f"nonce {nonce.hex()}: the same audit again with --nonce {nonce.hex()}", flush=True)
-    claim = claims.read(arguments.claim)
+
+    # Inputs: the claim, the stream, the scorer's factory.
+    claim = claims.read_claim(arguments.claim)
     tokenizer = bpb.load_tokenizer(arguments.tokenizer)
-    stream = _stream(arguments.tokens, tokenizer)
-    outside = _load(arguments.scorer, arguments.artifact, tokenizer.vocab_size(), len(stream.tokens) - 1)
-    scorer = outside.scorer()
-    params, shown = _affordable(arguments, scorer, len(stream.tokens))
-    part = _cut(stream, shown, tokenizer)
-    verdicts, ledger = claims.check(SUBJECT, claim, stream, tokenizer)
-    verdicts += _artifact(arguments.artifact) + _room(arguments, claim)
+    stream = _load_stream(arguments.tokens, tokenizer)
+    n_targets = len(stream.tokens) - 1
+    factory = _load_factory(arguments.scorer, arguments.artifact, tokenizer.vocab_size(), n_targets)
+    scorer = factory.make()
+
+    # Fit the effort, and with it the part of the stream that the scorer is shown.
+    params, shown = _fit_effort(arguments, scorer, len(stream.tokens))
+    part = _shorten_stream(stream, shown, tokenizer)
+    is_part = shown < len(stream.tokens)
+
+    # Checks of the claim and of files.
+    verdicts, ledger = claims.check_claim(SUBJECT, claim, stream, tokenizer)
+    verdicts += _check_sizes(arguments.artifact)
+    verdicts += _check_clean_room(arguments, claim)
     if arguments.train is not None:
-        verdicts.append(_passages(arguments, tokenizer))
+        verdicts.append(_check_contamination(arguments, tokenizer))
+
+    # Checks of the scorer. Without a claimed ledger it makes one itself.
     if ledger is None:
-        ledger = np.asarray(outside.scorer().score_stream(part.tokens), dtype=np.float32)
-    key = hashlib.sha256(nonce + _hash(arguments)).digest()
-    verdicts += _tried(
-        arguments, outside, part, ledger[: shown - 1], params, key, is_part=shown < len(stream.tokens)
-    )
-    if scorer.predicts and not convicted(verdicts):
-        count = min(effort.LEVELS[arguments.level].decoded, shown - 1)
-        recipe = Recipe(outside.spec, outside.words)
-        tolerance = params.loss_tolerance
+        ledger = np.asarray(factory.make().score_stream(part.tokens), dtype=np.float32)
+    key = hashlib.sha256(nonce + _hash_inputs(arguments)).digest()
+    verdicts += _run_probes(arguments, factory, part, ledger[: shown - 1], params, key, is_part)
+
+    # A round trip through another process, unless the scorer has failed already.
+    if scorer.predicts and not failures(verdicts):
+        count = min(effort.EFFORTS[arguments.level].decoded_targets, shown - 1)
+        recipe = Recipe(factory.spec, factory.arguments)
         verdicts.append(
             round_trip.check_round_trip(
-                SUBJECT, outside.factory_of, recipe, stream.tokens, 1, count, ledger, tolerance
+                SUBJECT, factory.make_for, recipe, stream.tokens, 1, count, ledger, params.loss_tolerance
             )
         )
-    verdicts = catalogue.complete(
-        verdicts, [SUBJECT], _reasons(shown, len(stream.tokens), convicted(verdicts))
-    )
+
+    # The report names every check that could not be run.
+    reasons = _reasons_not_run(shown, len(stream.tokens), failures(verdicts))
+    verdicts = catalogue.with_missing(verdicts, [SUBJECT], reasons)
     declared = {
         "scorer": arguments.scorer,
         "level": arguments.level,
         "nonce": nonce.hex(),
-        "targets in the stream": len(stream.tokens) - 1,
+        "targets in the stream": n_targets,
         "targets shown": shown - 1,
         "interface": "predict, observe, fork" if scorer.predicts else "score_stream only",
         "documents": "each by itself" if scorer.scope == "document" else "one stream",
     }
-    _write(arguments.output, verdicts, declared)
+    _write_report(arguments.output, verdicts, declared)
     return verdicts
 
 
-def _tried(
+def _run_probes(
     arguments: argparse.Namespace,
-    outside: Outside,
-    part: Stream,
+    factory: ExternalFactory,
+    part: AuditedStream,
     ledger: np.ndarray,
     params: AuditParams,
     key: bytes,
     is_part: bool,
 ) -> list[Verdict]:
-    """The verdicts of the walk. What was reported is the claim's business, and a part of the stream proves no coverage."""
-    claim = Claim(ledger, None, None, (params.loss_tolerance, params.mean_tolerance))
-    edges = Edges(window=arguments.window, chunk=arguments.chunk)
-    report = Report(is_main=not arguments.quiet)
-    found = audit_scorer(
-        SUBJECT, outside.factory_of, part, claim, edges, key, params, report, outside.variants()
+    """Run the checks that probe the scorer; `ledger` has the losses of the part that is shown."""
+    claim = ClaimedEvaluation(ledger, None, None, params.loss_tolerance, params.mean_tolerance)
+    boundaries = Boundaries(window=arguments.window, chunk=arguments.chunk)
+    logger = Logger(is_main=not arguments.quiet)
+    verdicts = audit_scorer(
+        SUBJECT, factory.make_for, part, claim, boundaries, key, params, logger, factory.variants()
     )
-    dropped = {"reported bits per byte", *(["coverage"] if is_part else [])}
-    return [
-        verdict
-        for verdict in found
-        if verdict.name not in dropped or (verdict.name == "coverage" and verdict.outcome == "fail")
-    ]
+
+    # The reported score was checked with the claim, and a part of the stream does not prove
+    # coverage.
+    kept = []
+    for verdict in verdicts:
+        proves_nothing = is_part and verdict.name == "coverage" and verdict.outcome != "fail"
+        if verdict.name != "reported bits per byte" and not proves_nothing:
+            kept.append(verdict)
+    return kept
 
 
-def _affordable(arguments: argparse.Namespace, scorer: Any, length: int) -> tuple[AuditParams, int]:
-    level, targets = effort.LEVELS[arguments.level], arguments.targets
+def _fit_effort(arguments: argparse.Namespace, scorer: Any, length: int) -> effort.FittedEffort:
+    level = effort.EFFORTS[arguments.level]
     if scorer.predicts:
-        return effort.affordable(level, targets, length, scorer.vocab_size)
-    return effort.affordable_calls(level, targets, length, scorer.vocab_size, arguments.window)
+        return effort.fit_stepwise_scorer(level, arguments.targets, length, scorer.vocab_size)
+    return effort.fit_replay_scorer(level, arguments.targets, length, scorer.vocab_size, arguments.window)
 
 
-def _stream(path: Path, tokenizer: sentencepiece.SentencePieceProcessor) -> Stream:
+def _load_stream(path: Path, tokenizer: sentencepiece.SentencePieceProcessor) -> AuditedStream:
     table = bpb.byte_table(tokenizer)
     tokens = read_tokens(path, table.vocab_size)
-    by_decoding = coverage.count_documents(tokens, tokenizer)
-    return Stream(
-        tokens, table.bos, bpb.target_bytes(tokens, table), by_decoding, Speller(tokenizer).bytes_of
-    )
-
-
-def _passages(arguments: argparse.Namespace, tokenizer: sentencepiece.SentencePieceProcessor) -> Verdict:
-    val = contamination.texts(_files(arguments.tokens), tokenizer)
-    return contamination.check_passages(
-        contamination.overlap(contamination.texts(shards.find(arguments.train), tokenizer), val)
-    )
-
-
-def _hash(arguments: argparse.Namespace) -> bytes:
-    """Of all that is audited: with the nonce it is the key of every draw."""
-    return key_of(
-        [
-            *_files(arguments.tokens),
-            arguments.tokenizer,
-            *(_files(arguments.artifact) if arguments.artifact else []),
-        ]
-    )
+    stream = ValidationStream(tokens, bpb.target_bytes(tokens, table), table)
+    return audited_stream(stream, tokenizer)
 
 
 def read_tokens(path: Path, vocab_size: int) -> np.ndarray:
-    """A stream from a shard, a folder of shards or an .npy file, (N,) uint16; every id is one of the tokenizer's."""
+    """Return the stream in a shard, a folder of shards or an .npy file, (N,) uint16, checked."""
     if not path.exists():
         raise ValueError(
             f"{path} does not exist: a token shard, a folder of them, or an .npy file is expected there"
@@ -211,51 +211,56 @@ def read_tokens(path: Path, vocab_size: int) -> np.ndarray:
         tokens = np.load(path, allow_pickle=False).reshape(-1)
     else:
         tokens = shards.stream(path) if path.is_dir() else np.array(shards.view(path))
-    if len(tokens) < 16 or int(tokens.max()) >= vocab_size or int(tokens.min()) < 0:
+    if len(tokens) < effort.MIN_TOKENS or tokens.max() >= vocab_size or tokens.min() < 0:
         raise ValueError(
-            f"{path} holds {len(tokens)} tokens, expected at least 16, all ids below {vocab_size}"
+            f"{path} holds {len(tokens)} tokens,"
+            f" expected at least {effort.MIN_TOKENS}, all ids below {vocab_size}"
         )
     return tokens.astype(np.uint16)
 
 
-def _cut(whole: Stream, shown: int, tokenizer: sentencepiece.SentencePieceProcessor) -> Stream:
-    """The stream's first tokens: what the scorer may be asked for."""
-    if shown == len(whole.tokens):
-        return whole
-    tokens = whole.tokens[:shown]
-    return Stream(
+def _shorten_stream(
+    stream: AuditedStream, shown: int, tokenizer: sentencepiece.SentencePieceProcessor
+) -> AuditedStream:
+    """Return the first `shown` tokens of the stream, the part that the scorer is shown."""
+    if shown == len(stream.tokens):
+        return stream
+    tokens = stream.tokens[:shown]
+    return AuditedStream(
         tokens,
-        whole.bos,
-        whole.target_bytes[: shown - 1],
-        coverage.count_documents(tokens, tokenizer),
-        whole.spelling,
+        stream.bos,
+        stream.target_bytes[: shown - 1],
+        coverage.count_decoded_bytes(tokens, tokenizer),
+        stream.token_bytes,
     )
 
 
-def _reasons(shown: int, length: int, guilty: Sequence[Verdict]) -> dict[str, str]:
-    """Why a test may be missing from the verdicts."""
-    reasons = {}
-    if shown < length:
-        reasons["B6"] = (
-            f"no whole ledger was claimed (--claim); the audit itself was allowed {shown - 1} of {length - 1} targets"
-        )
-    if guilty:
-        reasons["B12"] = "the scorer is convicted already"
-    return reasons
+def _load_factory(spec: str, artifact: Path | None, vocab_size: int, n_targets: int) -> ExternalFactory:
+    module_name, separator, name = spec.partition(":")
+    if not separator:
+        raise ValueError(f"--scorer {spec}: expected module:factory")
+    try:
+        function = getattr(importlib.import_module(module_name), name, None)
+    except ImportError as error:
+        raise ValueError(f"--scorer {spec}: {module_name} cannot be imported from here: {error}") from error
+    if not callable(function):
+        raise ValueError(f"--scorer {spec}: {module_name} has no function {name}")
+    if artifact is not None and not artifact.is_dir():
+        raise ValueError(f"--artifact {artifact}: expected a folder, the counted files in it")
+    arguments = () if artifact is None else (str(artifact.absolute()),)
+    return ExternalFactory(spec, arguments, function, vocab_size, n_targets)
 
 
-def _artifact(folder: Path | None) -> list[Verdict]:
+def _check_sizes(folder: Path | None) -> list[Verdict]:
+    """Check the size of the counted files, if they are given."""
     if folder is None:
         return []
-    return [
-        budgets.check_sizes(
-            {str(path.relative_to(folder)): path.stat().st_size for path in _files(folder)}, CAP
-        )
-    ]
+    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in _files(folder)}
+    return [budgets.check_sizes(sizes, challenge.MAX_ARTIFACT_BYTES)]
 
 
-def _room(arguments: argparse.Namespace, claim: dict[str, Any]) -> list[Verdict]:
-    """B14, where it is said how the counted files score: they get the stream and the tokenizer, and nothing else."""
+def _check_clean_room(arguments: argparse.Namespace, claim: dict[str, Any]) -> list[Verdict]:
+    """B14: run the counted files in a clean room with stream and tokenizer alone, if --run says how."""
     if arguments.run is None:
         return []
     if arguments.artifact is None or "bpb" not in claim:
@@ -263,35 +268,51 @@ def _room(arguments: argparse.Namespace, claim: dict[str, Any]) -> list[Verdict]
             "--run needs the counted files (--artifact) and the number that they claim (`bpb` in --claim)"
         )
     counted = {str(path.relative_to(arguments.artifact)): path for path in _files(arguments.artifact)}
-    data = {f"data/val/{path.name}": path for path in _files(arguments.tokens)} | {
-        "data/tokenizer.model": arguments.tokenizer
-    }
-    seen = clean_room.visit(
-        clean_room.Artifact(counted, data, tuple(arguments.run.split())), covered=[Path.cwd()]
-    )
-    budget = float(claim.get("budget_seconds", claims.BUDGET_SECONDS))
-    return clean_room.check_clean_room(seen, clean_room.Claim(arguments.metric, float(claim["bpb"]), budget))
+    data = {f"data/val/{path.name}": path for path in _files(arguments.tokens)}
+    data["data/tokenizer.model"] = arguments.tokenizer
+    artifact = clean_room.AuditedArtifact(counted, data, tuple(arguments.run.split()))
+    run = clean_room.run_in_clean_room(artifact, masked=[Path.cwd()])
+
+    budget = float(claim.get("budget_seconds", challenge.MAX_EVALUATION_SECONDS))
+    metric = clean_room.ClaimedMetric(arguments.metric, float(claim["bpb"]), budget)
+    return clean_room.check_clean_room(run, metric)
 
 
-def _load(spec: str, artifact: Path | None, vocab_size: int, n_targets: int) -> Outside:
-    module_name, separator, name = spec.partition(":")
-    if not separator:
-        raise ValueError(f"--scorer {spec}: expected module:factory")
-    try:
-        factory = getattr(importlib.import_module(module_name), name, None)
-    except ImportError as error:
-        raise ValueError(f"--scorer {spec}: {module_name} cannot be imported from here: {error}") from error
-    if not callable(factory):
-        raise ValueError(f"--scorer {spec}: {module_name} has no function {name}")
-    if artifact is not None and not artifact.is_dir():
-        raise ValueError(f"--artifact {artifact}: expected a folder, the counted files in it")
-    return Outside(
-        spec, () if artifact is None else (str(artifact.absolute()),), factory, vocab_size, n_targets
-    )
+def _check_contamination(
+    arguments: argparse.Namespace, tokenizer: sentencepiece.SentencePieceProcessor
+) -> Verdict:
+    """B15: search the training shards for passages of the stream."""
+    val = contamination.document_texts(_files(arguments.tokens), tokenizer)
+    train = contamination.document_texts(shards.find(arguments.train), tokenizer)
+    return contamination.check_passages(contamination.measure_overlap(train, val))
+
+
+def _hash_inputs(arguments: argparse.Namespace) -> bytes:
+    """Hash all audited files; with the nonce it is the key of every draw."""
+    files = [*_files(arguments.tokens), arguments.tokenizer]
+    if arguments.artifact:
+        files += _files(arguments.artifact)
+    return hash_files(files)
 
 
 def _files(path: Path) -> list[Path]:
-    return sorted(found for found in path.rglob("*") if found.is_file()) if path.is_dir() else [path]
+    """Return a file, or all files in a folder, sorted."""
+    if not path.is_dir():
+        return [path]
+    return sorted(file for file in path.rglob("*") if file.is_file())
+
+
+def _reasons_not_run(shown: int, length: int, failed: Sequence[Verdict]) -> dict[str, str]:
+    """Return the reasons why a check may be missing from the verdicts, by check."""
+    reasons = {}
+    if shown < length:
+        reasons["B6"] = (
+            "no complete ledger was claimed (--claim);"
+            f" the audit itself was allowed {shown - 1} of {length - 1} targets"
+        )
+    if failed:
+        reasons["B12"] = "the scorer has failed another check"
+    return reasons
 
 
 def _nonce(text: str | None) -> bytes:
@@ -301,69 +322,92 @@ def _nonce(text: str | None) -> bytes:
         raise ValueError(f"--nonce {text}: expected hexadecimal digits, as an audit printed them") from error
 
 
-def _write(folder: Path, verdicts: list[Verdict], declared: dict[str, Any]) -> None:
+def _write_report(folder: Path, verdicts: list[Verdict], declared: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.json").write_text(
-        command.canonical_json(render.as_json(verdicts, declared)), encoding="utf-8"
+    as_json = canonical_json(audit_report.as_json(verdicts, declared))
+    (folder / "report.json").write_text(as_json, encoding="utf-8")
+    (folder / "report.md").write_text(audit_report.as_markdown(verdicts, declared), encoding="utf-8")
+    counts = audit_report.count_outcomes(verdicts)
+    print(
+        f"{counts['audit_pass']} passed, {counts['audit_fail']} failed,"
+        f" {counts['audit_cannot_tell']} cannot tell; see {folder / 'report.md'}",
+        flush=True,
     )
-    (folder / "report.md").write_text(render.as_markdown(verdicts, declared), encoding="utf-8")
-    counts = render.summary(verdicts)
-    told = f"{counts['audit_pass']} passed, {counts['audit_fail']} failed, {counts['audit_cannot_tell']} cannot tell"
-    print(f"{told}; see {folder / 'report.md'}", flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m tools.audit_scorer",
-        description="Audit a scorer of your own; docs/audit.md says what it has to offer.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Audit an external scorer; docs/audit.md says what it needs and how to read the report.",
     )
-    parser.add_argument(
+    add = parser.add_argument
+
+    # The scorer and its data.
+    add(
         "--scorer",
         required=True,
         metavar="MODULE:FACTORY",
-        help="called with the number of targets, and --artifact's folder",
+        help="function that returns a new scorer; its arguments are the number of targets and,"
+        " with --artifact, that folder",
     )
-    parser.add_argument(
+    add(
         "--tokens",
         required=True,
         type=Path,
         metavar="FILE",
-        help="validation stream: a shard, a folder of shards or .npy",
+        help="validation stream: a token shard, a folder of shards, or an .npy file of ids",
     )
-    parser.add_argument("--tokenizer", required=True, type=Path, metavar="FILE", help="SentencePiece model")
-    parser.add_argument("--artifact", type=Path, metavar="DIR", help="the counted files")
-    parser.add_argument("--claim", type=Path, metavar="FILE", help="JSON: what is claimed (docs/audit.md)")
-    parser.add_argument(
+    add("--tokenizer", required=True, type=Path, metavar="FILE", help="SentencePiece model of the stream")
+
+    # Everything else that can be checked, if it is given.
+    add("--artifact", type=Path, metavar="DIR", help="folder of the counted files")
+    add("--claim", type=Path, metavar="FILE", help="JSON file of claimed results (docs/audit.md)")
+    add(
         "--train",
         type=Path,
         metavar="DIR",
-        help="training shards, in which no passage of the stream may stand",
+        help="training shards, which must not contain passages of the stream",
     )
-    parser.add_argument(
+    add(
         "--run",
         metavar="WORDS",
-        help='how the counted files score in a clean room, as in "train_gpt.py eval"',
+        help='command by which the counted files score in a clean room, such as "train_gpt.py eval"',
     )
-    parser.add_argument(
-        "--metric", default="val_bpb", metavar="KEY", help="their number in eval/metrics.json"
+    add(
+        "--metric",
+        default="val_bpb",
+        metavar="KEY",
+        help="key of the score in their eval/metrics.json (default: %(default)s)",
     )
-    parser.add_argument("--level", choices=tuple(effort.LEVELS), default="quick", help="how hard to look")
-    parser.add_argument(
+
+    # How the audit runs.
+    add(
+        "--level",
+        choices=tuple(effort.EFFORTS),
+        default="quick",
+        help="effort: how many positions, and how much of the stream is scored again (default: %(default)s)",
+    )
+    add(
         "--targets",
         type=int,
         metavar="N",
-        help="targets that the scorer is asked for at most; default: the level's",
+        help="limit of the targets that the scorer scores or observes (default: that of the level)",
     )
-    parser.add_argument(
-        "--window", type=int, default=256, metavar="N", help="targets that one window of the scorer adds"
+    add(
+        "--window",
+        type=int,
+        default=256,
+        metavar="N",
+        help="targets that one window of the scorer adds (default: %(default)s)",
     )
-    parser.add_argument(
-        "--chunk", type=int, metavar="N", help="targets between two updates of a scorer that trains"
+    add("--chunk", type=int, metavar="N", help="targets between two updates of a scorer that trains")
+    add("--nonce", metavar="HEX", help="nonce printed by an earlier audit, to repeat it")
+    add(
+        "--output",
+        type=Path,
+        default=Path("audit"),
+        metavar="DIR",
+        help="folder for report.md and report.json (default: %(default)s)",
     )
-    parser.add_argument("--nonce", metavar="HEX", help="repeat the audit that printed it")
-    parser.add_argument(
-        "--output", type=Path, default=Path("audit"), metavar="DIR", help="where report.md and report.json go"
-    )
-    parser.add_argument("--quiet", action="store_true", help="no progress")
+    add("--quiet", action="store_true", help="do not print progress")
     return parser

@@ -1,1 +1,1 @@
-"""Check a record folder: do its files agree with each other and with what is known?"""
+"""Check the folder of a record, by anybody: its files against each other and against known facts."""

@@ -1,4 +1,4 @@
-"""The command `python -m tools.check_record`."""
+"""Entry point of `python -m tools.check_record`."""
 
 from tools.check_record.cli import main
 

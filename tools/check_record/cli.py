@@ -1,44 +1,49 @@
-"""Does a record folder add up? `python -m tools.check_record FOLDER`, for any folder of the challenge.
+"""Check the folder of a record, by anybody: `python -m tools.check_record FOLDER`.
 
-The exit code is 0 where nothing was found, 1 with findings, 2 where there is nothing to check.
+Exit code 0: nothing was found; 1: there are findings; 2: there is nothing to check.
 """
 
 import argparse
 from pathlib import Path
 
-from stages.common.cli_errors import refusing
+from stages.common.cli_errors import user_errors
 from tools.check_record import readme, scores, sizes, source
 from tools.check_record.finding import Finding
-from tools.check_record.folder import SUMMARY, Folder, read
+from tools.check_record.folder import SUMMARY, RecordFolder, read_folder
 
 
-def findings(folder: Folder) -> list[Finding]:
-    """What does not add up, each once."""
-    found = [Finding(SUMMARY, folder.broken, "rules: submission.json")] if folder.broken else []
-    for part in (sizes.findings, scores.findings, readme.findings, source.findings):
-        found += part(folder)
+def findings(folder: RecordFolder) -> list[Finding]:
+    """Return all findings, each once."""
+    found = []
+    if folder.summary_error:
+        found.append(Finding(SUMMARY, folder.summary_error, "rules: submission.json"))
+    for module in (sizes, scores, readme, source):
+        found += module.findings(folder)
     return list(dict.fromkeys(found))
 
 
-def report(folder: Folder, found: list[Finding]) -> str:
-    """What is printed."""
+def format_report(folder: RecordFolder, found: list[Finding]) -> str:
+    """Return the text to print: the files read, the findings, and what cannot be checked."""
     seeds = ", ".join(map(str, folder.claimed_seeds)) or "none"
-    read_from = f"{folder.path}: {len(folder.logs)} logs, seeds {seeds}, {'record track' if folder.is_record else 'not the record track'}"
-    lines = [read_from, *(finding.line() for finding in found)]
+    track = "record track" if folder.is_record else "not the record track"
+    lines = [f"{folder.path}: {len(folder.logs)} logs, seeds {seeds}, {track}"]
+    lines += [finding.line() for finding in found]
     lines.append(f"{len(found)} findings" if found else "nothing was found")
-    return "\n".join([*lines, "not seen from here: " + "; ".join(source.BLIND)])
+    lines.append("cannot be checked from files alone: " + "; ".join(source.NOT_CHECKED))
+    return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
+    """Print the report; exits with 1 if there are findings."""
     parser = argparse.ArgumentParser(
         prog="python -m tools.check_record",
-        description="Check the folder of a record: its submission.json, README, logs and code against each other and what is known.",
+        description="Check the folder of a record, by anybody:"
+        " submission.json, README, logs and code against each other and against known facts.",
     )
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="of one record, by whomever")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder of one record")
     arguments = parser.parse_args(argv)
-    with refusing("check_record"):
-        folder = read(arguments.folder)
+    with user_errors("check_record"):
+        folder = read_folder(arguments.folder)
     found = findings(folder)
-    print(report(folder, found))
+    print(format_report(folder, found))
     raise SystemExit(1 if found else 0)

@@ -1,23 +1,20 @@
-"""Something in a folder that does not add up."""
+"""A finding: something in a record folder that is inconsistent or against the rules."""
 
 from typing import Any, NamedTuple
-
-CAP = 16_000_000  # bytes of code and model (README of the challenge)
-BUDGET_SECONDS = 600.0
 
 
 class Finding(NamedTuple):
     """One line of the report."""
 
-    where: str  # the file
-    what: str  # what was seen, and what it should be
-    like: str  # pull requests in which reviewers found the same, or the rule
+    file: str
+    message: str  # the value found, and the value expected
+    reference: str  # pull requests in which reviewers found the same, or the rule
 
     def line(self) -> str:
-        """As it is printed."""
-        return f"{self.where}: {self.what} [{self.like}]"
+        """Return the finding as it is printed."""
+        return f"{self.file}: {self.message} [{self.reference}]"
 
 
-def shown(value: Any) -> str:
-    """A number as people write it."""
+def format_value(value: Any) -> str:
+    """Return a value as text; integers get thousands separators."""
     return f"{value:,}" if isinstance(value, int) else str(value)

@@ -1,12 +1,12 @@
-"""A record folder as it lies there: submission.json, logs, README, code and everything else, whatever their forms.
+"""Read a record folder: submission.json, logs, README and code, in the variants that people use.
 
-Nothing in it is run. A compressed train_gpt.py is unwrapped as data: the longest string of its syntax tree, decoded and decompressed.
+Nothing in the folder is run. A compressed train_gpt.py is unpacked as data: the longest string in
+its syntax tree is decoded and decompressed.
 """
 
 import ast
 import base64
 import binascii
-import json
 import lzma
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,12 +16,15 @@ from typing import Any
 
 import brotli
 
-from tools.check_record.logs import Log, parse, whole
+from stages.common.json_object import read_json_object
+from tools.check_record.logs import Log, parse_integer, parse_log
 
-SUMMARY, README, CODE = "submission.json", "README.md", "train_gpt.py"
-LARGEST_SOURCE = 10_000_000  # bytes: what a wrapper may unpack to
-# Names under which a seed's results say one thing.
-NAMES = {
+SUMMARY = "submission.json"
+README = "README.md"
+CODE = "train_gpt.py"
+MAX_SOURCE_BYTES = 10_000_000  # unpacked source beyond this is cut: protection from a decompression bomb
+# Names that records use for the results of a seed, by the name used here.
+FIELD_ALIASES = {
     "val_bpb": ("val_bpb", "bpb", "ttt_bpb", "post_ttt_bpb"),
     "bytes_total": (
         "bytes_total",
@@ -44,116 +47,134 @@ NAMES = {
     ),
     "eval_seconds": ("eval_seconds", "eval_time_s", "ttt_eval_seconds", "evaluation_seconds", "eval_time"),
 }
+# Words in a track's name that exempt a folder from the rules of the record track.
+OTHER_TRACKS = ("non-record", "non_record", "nonrecord", "unlimited")
 
 
 @dataclass(frozen=True)
-class Folder:
-    """What was found."""
+class RecordFolder:
+    """Content of a record folder."""
 
     path: Path
-    summary: dict[str, Any]  # {} where there is none
-    broken: str | None  # why submission.json could not be read
+    summary: dict[str, Any]  # submission.json, {} if there is none
+    summary_error: str | None  # the reason why submission.json could not be read
     logs: tuple[Log, ...]
     readme: str
-    code: bytes | None  # of train_gpt.py
-    source: str  # the Python that it runs, unwrapped
-    files: dict[str, int]  # every file below the folder and its size
+    code: bytes | None  # train_gpt.py
+    source: str  # the Python that it runs, unpacked
+    files: dict[str, int]  # size in bytes of every file in the folder, by relative path
 
     @property
     def track(self) -> str:
-        """The track that the folder claims, from submission.json or its path."""
+        """Text that names the track, from submission.json and the folder's path, in lower case."""
         return f"{self.summary.get('track', '')} {self.path.resolve().as_posix()}".lower()
 
     @property
     def is_record(self) -> bool:
-        """Whether the budgets and the validation set of the record track bind; who names no track is judged by it."""
-        return not any(word in self.track for word in ("non-record", "non_record", "nonrecord", "unlimited"))
+        """True if the rules of the record track apply, which they also do if no track is named."""
+        return not any(word in self.track for word in OTHER_TRACKS)
 
     @property
     def seed_results(self) -> dict[int, dict[str, Any]]:
-        """Per-seed results by seed, in our names (NAMES); what else they hold is kept under its own."""
-        raw = (
-            self.summary.get("seed_results")
-            or self.summary.get("per_seed")
-            or self.summary.get("results")
-            or {}
-        )
-        rows: Iterable[tuple[Any, Any]] = raw.items() if isinstance(raw, Mapping) else ()
-        if isinstance(raw, list):
+        """Results by seed, with the names of FIELD_ALIASES; other fields keep their own names."""
+        raw: Any = {}
+        for field in ("seed_results", "per_seed", "results"):
+            raw = raw or self.summary.get(field)
+
+        # Either a mapping by seed, or a list of mappings with a field `seed`.
+        rows: Iterable[tuple[Any, Any]] = ()
+        if isinstance(raw, Mapping):
+            rows = raw.items()
+        elif isinstance(raw, list):
             rows = [(row.get("seed"), row) for row in raw if isinstance(row, Mapping)]
-        return {
-            int(seed): renamed(row) for seed, row in rows if str(seed).isdigit() and isinstance(row, Mapping)
-        }
+
+        results = {}
+        for seed, row in rows:
+            if str(seed).isdigit() and isinstance(row, Mapping):
+                results[int(seed)] = with_canonical_names(row)
+        return results
 
     @property
     def claimed_seeds(self) -> list[int]:
         """Seeds that submission.json names."""
-        listed = self.summary.get("seeds") or ([self.summary["seed"]] if "seed" in self.summary else [])
-        found = [seed for seed in listed if isinstance(seed, int)] if isinstance(listed, list) else []
-        return list(dict.fromkeys([*found, *self.seed_results]))
+        listed = self.summary.get("seeds")
+        if not listed:
+            listed = [self.summary["seed"]] if "seed" in self.summary else []
+        seeds = [seed for seed in listed if isinstance(seed, int)] if isinstance(listed, list) else []
+        return list(dict.fromkeys([*seeds, *self.seed_results]))
 
     def log_of(self, seed: int) -> Log | None:
-        """The log of a seed; the only log of the folder is that of its only seed."""
-        named = next((log for log in self.logs if log.seed == seed), None)
-        alone = len(self.logs) == 1 and self.claimed_seeds == [seed] and self.logs[0].seed is None
-        return named or (self.logs[0] if alone else None)
+        """Return the log of a seed; a single log without a seed is that of a single claimed seed."""
+        for log in self.logs:
+            if log.seed == seed:
+                return log
+        is_single = len(self.logs) == 1 and self.claimed_seeds == [seed] and self.logs[0].seed is None
+        return self.logs[0] if is_single else None
 
 
-def read(path: Path) -> Folder:
-    """Read a folder; a ValueError only when there is none, or nothing in it to check."""
+def read_folder(path: Path) -> RecordFolder:
+    """Read a folder; ValueError only if it does not exist or has nothing to check."""
     if not path.is_dir():
         raise ValueError(f"{path} is not a folder")
-    files = {
-        file.relative_to(path).as_posix(): file.stat().st_size
-        for file in sorted(path.rglob("*"))
-        if file.is_file()
-    }
+
+    # Everything in the folder, by relative path.
+    files = {}
+    for file in sorted(path.rglob("*")):
+        if file.is_file():
+            files[file.relative_to(path).as_posix()] = file.stat().st_size
     if not {SUMMARY, README, CODE} & files.keys():
         raise ValueError(
             f"{path} has neither {SUMMARY} nor {README} nor {CODE}: name the folder of one record"
         )
-    summary, broken = _summary(path / SUMMARY)
+
+    summary, summary_error = _read_summary(path / SUMMARY)
     code = (path / CODE).read_bytes() if CODE in files else None
-    return Folder(
+    readme = (path / README).read_text(encoding="utf-8", errors="replace") if README in files else ""
+    return RecordFolder(
         path=path,
         summary=summary,
-        broken=broken,
-        logs=tuple(_logs(path, files)),
-        readme=(path / README).read_text(encoding="utf-8", errors="replace") if README in files else "",
+        summary_error=summary_error,
+        logs=tuple(_read_logs(path, files)),
+        readme=readme,
         code=code,
-        source=unwrapped(code) if code else "",
+        source=unwrap_source(code) if code else "",
         files=files,
     )
 
 
-def renamed(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of results with our names beside its own; numbers in strings become numbers."""
+def with_canonical_names(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row of results with the names of FIELD_ALIASES added; digits in a string become an integer."""
     result: dict[str, Any] = dict(row)
-    for name, others in NAMES.items():
-        value = next((row[other] for other in others if other in row), None)
+    for name, aliases in FIELD_ALIASES.items():
+        value = next((row[alias] for alias in aliases if alias in row), None)
         if isinstance(value, str) and value.replace(",", "").isdigit():
-            value = whole(value)
+            value = parse_integer(value)
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             result[name] = value
     return result
 
 
-def unwrapped(code: bytes) -> str:
-    """The source that a train_gpt.py runs: itself, or what its longest string holds."""
+def unwrap_source(code: bytes) -> str:
+    """Return the source that a train_gpt.py runs: the file itself, or the content of its longest string."""
     text = code.decode("latin-1" if b"latin-1" in code[:200] else "utf-8", errors="replace")
     try:
         constants = [node.value for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Constant)]
     except (SyntaxError, ValueError, RecursionError):
         return text
+
+    # A wrapper consists mostly of one string.
     longest = max((value for value in constants if isinstance(value, (str, bytes))), key=len, default="")
     if len(longest) < len(text) / 2:
         return text
     packed = longest.encode("latin-1", errors="replace") if isinstance(longest, str) else longest
-    found = [inner for data in _decoded(packed) for inner in _decompressed(data)]
-    return found[0].decode("utf-8", errors="replace") if found else text
+    for decoded in _decodings(packed):
+        for source in _decompressions(decoded):
+            return source.decode("utf-8", errors="replace")
+    return text
 
 
-def _decoded(packed: bytes) -> Iterator[bytes]:
+def _decodings(packed: bytes) -> Iterator[bytes]:
+    """Yield the data itself, and the result of each text decoder that accepts it."""
     yield packed
     for decode in (base64.b85decode, base64.a85decode, base64.b64decode):
         try:
@@ -162,14 +183,14 @@ def _decoded(packed: bytes) -> Iterator[bytes]:
             continue
 
 
-def _decompressed(data: bytes) -> Iterator[bytes]:
-    """The data through each decompressor that takes it, bounded in size."""
-    unpack: tuple[Callable[[], bytes], ...] = (
-        lambda: lzma.LZMADecompressor().decompress(data, LARGEST_SOURCE),
-        lambda: zlib.decompressobj(zlib.MAX_WBITS | 32).decompress(data, LARGEST_SOURCE),
-        lambda: brotli.Decompressor().process(data, output_buffer_limit=LARGEST_SOURCE),
+def _decompressions(data: bytes) -> Iterator[bytes]:
+    """Yield the result of each decompressor that accepts the data, at most MAX_SOURCE_BYTES."""
+    attempts: tuple[Callable[[], bytes], ...] = (
+        lambda: lzma.LZMADecompressor().decompress(data, MAX_SOURCE_BYTES),
+        lambda: zlib.decompressobj(zlib.MAX_WBITS | 32).decompress(data, MAX_SOURCE_BYTES),
+        lambda: brotli.Decompressor().process(data, output_buffer_limit=MAX_SOURCE_BYTES),
     )
-    for attempt in unpack:
+    for attempt in attempts:
         try:
             content = attempt()
         except (lzma.LZMAError, zlib.error, brotli.error):
@@ -178,23 +199,19 @@ def _decompressed(data: bytes) -> Iterator[bytes]:
             yield content
 
 
-def _summary(path: Path) -> tuple[dict[str, Any], str | None]:
+def _read_summary(path: Path) -> tuple[dict[str, Any], str | None]:
+    """Return submission.json and None, or {} and the reason why it cannot be read."""
     if not path.is_file():
         return {}, "does not exist"
     try:
-        value = json.loads(path.read_text(encoding="utf-8", errors="replace"))
-    except json.JSONDecodeError as error:
-        return {}, f"is not JSON: {error}"
-    return (
-        (value, None)
-        if isinstance(value, dict)
-        else ({}, f"holds {type(value).__name__}, expected a mapping")
-    )
+        return read_json_object(path, errors="replace"), None
+    except ValueError as error:
+        return {}, str(error).removeprefix(f"{path} ")
 
 
-def _logs(path: Path, files: Mapping[str, int]) -> Iterator[Log]:
+def _read_logs(path: Path, files: Mapping[str, int]) -> Iterator[Log]:
     for name in files:
         if name.endswith((".log", ".txt")) and "requirements" not in name:
-            log = parse(name, (path / name).read_text(encoding="utf-8", errors="replace"))
+            log = parse_log(name, (path / name).read_text(encoding="utf-8", errors="replace"))
             if log is not None:
                 yield log

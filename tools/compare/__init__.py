@@ -1,1 +1,1 @@
-"""Compare two ledgers document by document: how many bits per byte they differ by, and where."""
+"""Compare two ledgers document by document: the difference in bits per byte, in total and by part."""

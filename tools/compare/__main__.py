@@ -1,4 +1,4 @@
-"""The command `python -m tools.compare`."""
+"""Entry point of `python -m tools.compare`."""
 
 from tools.compare.cli import main
 

@@ -1,6 +1,7 @@
-"""Ledgers by name: a file, a folder that holds one, or what a revision or an experiment of this repository has scored.
+"""Read ledgers by name: a file, a folder, or a run of this repository at a Git revision or DVC experiment.
 
-Only names of revisions need DVC, and only as a command: its cache, or its remote, has the ledger of every run.
+Only names of revisions need DVC, and only as a command: the ledger of every run is in its cache or
+remote.
 """
 
 import subprocess
@@ -14,53 +15,57 @@ import yaml
 
 from stages.common import ledger
 
-FILE = "nll.npy"
-SCORERS = ("sliding_eval", "ttt_eval")
-LOCK = "dvc.lock"
-STREAM = (
-    "artifacts/tokenize/val",
-    "artifacts/tokenize/tokenizer.model",
-)  # what a ledger's targets and bytes come from
-EXPERIMENT_PARTS = 5  # of refs/exps/<2 digits>/<38 digits>/<name>
+LEDGER_FILE = "nll.npy"
+SCORERS = ("sliding_eval", "ttt_eval")  # the first is the default
+LOCK_FILE = "dvc.lock"
+STREAM_PATHS = ("artifacts/tokenize/val", "artifacts/tokenize/tokenizer.model")  # define targets and bytes
+EXPERIMENT_REF_PARTS = 5  # refs/exps/<2 digits>/<38 digits>/<name>
 
 
-def read(name: str, targets: int) -> np.ndarray:
-    """The ledger called `name`, (N-1,) float32; a ValueError when there is none, or when it belongs to another stream.
+def read_ledger(name: str, targets: int) -> np.ndarray:
+    """Return the ledger called `name`, (N-1,) float32.
 
-    `name` is a path, or REVISION or REVISION:SCORER, where SCORER is sliding_eval (without one) or ttt_eval.
+    `name` is a path, REVISION, or REVISION:SCORER; the default scorer is sliding_eval. Raises
+    ValueError if there is no such ledger, or if it is of another stream.
     """
     path = Path(name)
     if path.exists():
-        return ledger.read(path / FILE if path.is_dir() else path, targets)
+        return ledger.read(path / LEDGER_FILE if path.is_dir() else path, targets)
+
     revision, separator, scorer = name.partition(":")
     if separator and scorer not in SCORERS:
         raise ValueError(
-            f"{name}: {scorer!r} is no scorer; name one of {', '.join(SCORERS)} behind the colon"
+            f"{name}: {scorer!r} is not a scorer; name one of {', '.join(SCORERS)} after the colon"
         )
-    commit = resolve(revision)
+    commit = resolve_commit(revision)
     require_same_stream(name, commit)
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / FILE
-        fetch(commit, f"artifacts/{scorer or SCORERS[0]}/{FILE}", file)
+        file = Path(folder) / LEDGER_FILE
+        fetch_output(commit, f"artifacts/{scorer or SCORERS[0]}/{LEDGER_FILE}", file)
         return ledger.read(file, targets)
 
 
-def resolve(revision: str) -> str:
-    """The commit of a Git revision or of the DVC experiment of that name: the one started from HEAD, or the only one."""
-    found = _commit(revision)
-    if found:
-        return found
-    head = _commit("HEAD")
-    under_head = head and _commit(f"refs/exps/{head[:2]}/{head[2:]}/{revision}")
+def resolve_commit(revision: str) -> str:
+    """Return the commit of a Git revision, or of the DVC experiment of that name.
+
+    Of several experiments with the name, the one started from HEAD counts; without one it must be
+    unique.
+    """
+    commit = _find_commit(revision)
+    if commit:
+        return commit
+    head = _find_commit("HEAD")
+    under_head = head and _find_commit(f"refs/exps/{head[:2]}/{head[2:]}/{revision}")
     if under_head:
         return under_head
-    listed = _run("git", "for-each-ref", "--format=%(objectname) %(refname)", "refs/exps").stdout.splitlines()
-    pairs = [line.split(" ", 1) for line in listed]
-    commits = {
-        commit
-        for commit, ref in pairs
-        if ref.count("/") == EXPERIMENT_PARTS - 1 and ref.endswith(f"/{revision}")
-    }
+
+    # Experiments that were started from other commits.
+    lines = _run("git", "for-each-ref", "--format=%(objectname) %(refname)", "refs/exps").stdout.splitlines()
+    commits = set()
+    for line in lines:
+        commit, ref = line.split(" ", 1)
+        if ref.count("/") == EXPERIMENT_REF_PARTS - 1 and ref.endswith(f"/{revision}"):
+            commits.add(commit)
     if not commits:
         raise ValueError(
             f"{revision} is neither a file or folder here, nor a revision or experiment of this repository;"
@@ -68,62 +73,68 @@ def resolve(revision: str) -> str:
         )
     if len(commits) > 1:
         raise ValueError(
-            f"{revision} names {len(commits)} experiments on different commits: {', '.join(sorted(commits))}; name one of these"
+            f"{revision} names {len(commits)} experiments on different commits:"
+            f" {', '.join(sorted(commits))}; name one of these"
         )
     return commits.pop()
 
 
 def require_same_stream(name: str, commit: str) -> None:
-    """Raise ValueError unless the commit scored the validation stream and tokenizer that this working tree has."""
-    shown = show(commit, LOCK)
-    if shown is None or not Path(LOCK).exists():
+    """Raise ValueError unless the commit scored the validation stream and tokenizer of this working tree."""
+    lock = read_at_commit(commit, LOCK_FILE)
+    if lock is None or not Path(LOCK_FILE).exists():
         raise ValueError(
-            f"{name}: {LOCK} is missing {'here' if shown else 'there'}, so the stream it scored is not known"
+            f"{name}: {LOCK_FILE} is missing {'here' if lock else 'there'},"
+            " so the stream that it scored is not known"
         )
-    there, here = _stream(shown), _stream(Path(LOCK).read_text(encoding="utf-8"))
-    for path in STREAM:
-        if there.get(path) != here.get(path):
+    theirs = _stream_hashes(lock)
+    ours = _stream_hashes(Path(LOCK_FILE).read_text(encoding="utf-8"))
+    for path in STREAM_PATHS:
+        if theirs.get(path) != ours.get(path):
             raise ValueError(
-                f"{name} scored another {path} ({there.get(path)}) than this working tree has ({here.get(path)}): not comparable"
+                f"{name} scored another {path} ({theirs.get(path)}) than this working tree has"
+                f" ({ours.get(path)}): not comparable"
             )
 
 
-def show(commit: str, path: str) -> str | None:
-    """The text of a file that a commit holds in Git; None where it holds none."""
+def read_at_commit(commit: str, path: str) -> str | None:
+    """Return the text of a file that Git has at a commit, or None if it has none."""
     shown = _run("git", "show", f"{commit}:./{path}")
     return shown.stdout if shown.returncode == 0 else None
 
 
-def parent(commit: str) -> str:
-    """The commit before: for an experiment the one that it was started from; a commit without one is its own."""
-    return _commit(f"{commit}^") or commit
+def parent_commit(commit: str) -> str:
+    """Return the commit's parent, which for an experiment is the commit it was started from.
+
+    A commit without a parent is returned itself.
+    """
+    return _find_commit(f"{commit}^") or commit
 
 
-def fetch(commit: str, path: str, to: Path) -> None:
-    """Copy an output of a commit out of DVC's cache, or its remote."""
-    got = _run(sys.executable, "-m", "dvc", "get", ".", path, "--rev", commit, "--out", str(to))
-    if got.returncode != 0:
-        said = [
-            line.removeprefix("ERROR: ") for line in got.stderr.splitlines() if line.startswith("ERROR: ")
-        ]
-        reason = said[0] if said else f"exit code {got.returncode}"
+def fetch_output(commit: str, path: str, to: Path) -> None:
+    """Copy an output of a commit from DVC's cache or remote to `to`."""
+    result = _run(sys.executable, "-m", "dvc", "get", ".", path, "--rev", commit, "--out", str(to))
+    if result.returncode != 0:
+        errors = [line for line in result.stderr.splitlines() if line.startswith("ERROR: ")]
+        reason = errors[0].removeprefix("ERROR: ") if errors else f"exit code {result.returncode}"
         raise ValueError(
-            f"dvc has no {path} of {commit[:10]} ({reason}); `dvc exp pull` or `dvc pull` fetches what others ran"
+            f"dvc has no {path} of {commit[:10]} ({reason});"
+            " `dvc exp pull` or `dvc pull` fetches what others ran"
         )
 
 
-def _stream(lock: str) -> dict[str, str]:
-    """The hashes of what sliding_eval read of the stream, by path, from the text of a lock file."""
+def _stream_hashes(lock: str) -> dict[str, str]:
+    """Return the hashes, by path, of the STREAM_PATHS that sliding_eval read, from a lock file's text."""
     content: Any = yaml.safe_load(lock)
     stages = content.get("stages", {}) if isinstance(content, dict) else {}
-    entries = stages.get("sliding_eval", {}).get("deps", [])
-    return {entry["path"]: entry.get("md5", "") for entry in entries if entry["path"] in STREAM}
+    dependencies = stages.get("sliding_eval", {}).get("deps", [])
+    return {entry["path"]: entry.get("md5", "") for entry in dependencies if entry["path"] in STREAM_PATHS}
 
 
-def _commit(revision: str) -> str | None:
-    """The commit that Git knows under this name."""
-    found = _run("git", "rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}")
-    return found.stdout.strip() if found.returncode == 0 else None
+def _find_commit(revision: str) -> str | None:
+    """Return the commit that Git knows under this name, or None."""
+    result = _run("git", "rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}")
+    return result.stdout.strip() if result.returncode == 0 else None
 
 
 def _run(*command: str) -> subprocess.CompletedProcess[str]:

@@ -1,1 +1,1 @@
-"""Compress and decompress text with a packed model."""
+"""Compress text with a packed model, and decompress it without loss."""

@@ -1,4 +1,4 @@
-"""The command `python -m tools.compressor`."""
+"""Entry point of `python -m tools.compressor`."""
 
 from tools.compressor.cli import main
 

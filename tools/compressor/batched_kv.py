@@ -1,11 +1,17 @@
-"""Many streams side by side under one fixed model, one token of each at a time: what a decoder must do, made quick.
+"""Score many streams in parallel, one token of each at a time, with a KV cache: a fast decoder.
 
-The scores are the sliding scorer's (the same windows, the same forward pass), each stream being scored as if it were alone. Keys and values
-of earlier tokens are kept and not computed again: `Cache` stands for the two of the model's operations that know positions. A window that
-moves is computed anew, because its positions begin at 0 again.
+The scores are those of the sliding scorer (same windows, same forward pass), and each stream is
+scored as if it were alone. Keys and values of earlier tokens are cached: `KVCache` replaces the two
+operations of the model that depend on positions. When the window moves, it is computed from its
+start, because positions in it begin at 0 again.
 
-Sums run in another order than where a window is one pass, so losses differ from a ledger's in their last digits. Whoever codes and
-decodes must take the same steps with the same number of streams, which then give the same bits on one machine with one thread.
+Sums run in another order than in a forward pass over a whole window, so losses differ from a
+ledger's in their last digits. Encoder and decoder must take the same steps with the same number of
+streams; on one machine with one thread these give the same bits.
+
+Shapes: B streams, N tokens of a stream, V ids of the vocabulary; W tokens of a window, H query
+heads, K key-value heads, C channels of a head, T tokens of a forward pass (the others: see
+stages/train/model.py).
 """
 
 from collections.abc import Mapping
@@ -16,41 +22,49 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stages.common.parallel import World
-from stages.sliding_eval.windows import window_of
+from stages.sliding_eval.windows import window_start
 from stages.train import reference
-from stages.train.model import Model, rotary
-from stages.train.ops import PLAIN, Operations
+from stages.train.model import Model, rope_cos_sin
 from stages.train.params import ModelParams
-from stages.train.reference import Documents
+from stages.train.reference import REFERENCE_OPS, DocumentBounds, Ops
 
-TOKENS_AT_ONCE = (
-    1 << 16
-)  # of one forward pass: memory; streams beyond it are taken in turn where windows are computed anew
+# Bounds the memory of a forward pass. Where a window is computed from its start, streams take
+# turns.
+MAX_TOKENS_PER_PASS = 1 << 16
 
 
-class Cache:
-    """Keys and values of each visit of a block for windows that all hold `at` tokens (shapes: see stages/train/model.py)."""
+class KVCache:
+    """Keys and values of each visit of a block, for windows that all have the same number of cached tokens.
 
-    def __init__(self, params: ModelParams, window: int, lanes: int, here: World) -> None:
-        self.cos_WR, self.sin_WR = rotary(window, params, here.device)
-        shape = (lanes, params.kv_heads, window, params.head_dim)
-        self.empty = torch.zeros(shape, dtype=here.dtype, device=here.device)
-        self.held: list[tuple[Tensor, Tensor]] = []  # by visit; (lanes, K, W, C)
-        self.at = 0  # tokens held
-        self.fresh = 0  # tokens of this pass that are not held yet; what stands before them is there for the smear gate alone
-        self.rows = slice(0)  # the streams of this pass
+    A block that is looped is visited more than once, and every visit has its own keys and values.
+    The model does not tell its operations which visit they belong to, so the cache counts the calls
+    of `attend` in a pass.
+    """
+
+    def __init__(self, params: ModelParams, window: int, streams: int, world: World) -> None:
+        self.cos_WR, self.sin_WR = rope_cos_sin(window, params, world.device)
+        shape = (streams, params.kv_heads, window, params.head_dim)
+        self.empty_BKWC = torch.zeros(shape, dtype=world.dtype, device=world.device)
+        self.visits: list[tuple[Tensor, Tensor]] = []  # keys and values, (B, K, W, C), by visit
+        self.cached = 0  # tokens of the window whose keys and values are in the cache
+        # The current pass. Its input may begin with one token before the new ones, for the smear
+        # gate.
+        self.new = 0  # tokens that are not in the cache yet
+        self.streams = slice(0)
         self.visit = 0
 
-    def operations(self) -> Operations:
-        """The plain operations, with this cache in the place of those that know positions."""
-        return PLAIN._replace(split_heads=self.split_heads, attend=self.attend)
+    def ops(self) -> Ops:
+        """Return the reference operations, with those that depend on positions replaced by this cache."""
+        return REFERENCE_OPS._replace(qk_norm_rope=self.qk_norm_rope, attend=self.attend)
 
-    def start(self, fresh: int, rows: slice) -> None:
-        """Announce a pass over new tokens of some streams: a window's first ones together, every other by itself."""
-        assert fresh == 1 or self.at == 0
-        self.fresh, self.rows, self.visit = fresh, rows, 0
+    def start_pass(self, new: int, streams: slice) -> None:
+        """Prepare for a forward pass over new tokens: all that a window has at its start, or else one."""
+        assert new == 1 or self.cached == 0
+        self.new = new
+        self.streams = streams
+        self.visit = 0
 
-    def split_heads(
+    def qk_norm_rope(
         self,
         joint_BTE: Tensor,
         gain_H: Tensor,
@@ -59,34 +73,50 @@ class Cache:
         starts_BT: Tensor | None,
         kv_heads: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The operation of that name at the tokens' places in the window; a stream is one document, so none begins inside a window."""
-        end = self.at + self.fresh
-        places = slice(end - joint_BTE.shape[1], end)
-        return reference.split_heads(
-            joint_BTE, gain_H, self.cos_WR[places], self.sin_WR[places], None, kv_heads
+        """Replace reference.qk_norm_rope: rotate by the tokens' positions in the window.
+
+        The angles and document starts that the model passes are ignored: it counts positions from
+        the first token of the pass, and a stream is one document, so no document begins inside a
+        window.
+        """
+        end = self.cached + self.new
+        positions = slice(end - joint_BTE.shape[1], end)
+        return reference.qk_norm_rope(
+            joint_BTE, gain_H, self.cos_WR[positions], self.sin_WR[positions], None, kv_heads
         )
 
-    def attend(self, q_BTHC: Tensor, k_BTKC: Tensor, v_BTKC: Tensor, documents: Documents | None) -> Tensor:
-        """The operation of that name, zero for tokens that are not new; keys and values of earlier ones come from the cache."""
-        if self.visit == len(self.held):
-            self.held.append((self.empty.clone(), self.empty.clone()))
-        end = self.at + self.fresh
-        keys, values = (held[self.rows, :, :end] for held in self.held[self.visit])
-        keys[:, :, self.at :] = k_BTKC[:, -self.fresh :].transpose(1, 2)
-        values[:, :, self.at :] = v_BTKC[:, -self.fresh :].transpose(1, 2)
+    def attend(
+        self, q_BTHC: Tensor, k_BTKC: Tensor, v_BTKC: Tensor, documents: DocumentBounds | None
+    ) -> Tensor:
+        """Replace reference.attend: new tokens attend to the cache and to each other; other rows are zero."""
+        if self.visit == len(self.visits):
+            self.visits.append((self.empty_BKWC.clone(), self.empty_BKWC.clone()))
+        keys_BKWC, values_BKWC = self.visits[self.visit]
         self.visit += 1
-        q_BHTC = q_BTHC[:, -self.fresh :].transpose(1, 2)
-        if self.fresh > 1:
-            y_BHTC = F.scaled_dot_product_attention(q_BHTC, keys, values, is_causal=True, enable_gqa=True)
-        else:  # it sees everything, so that the heads of a group can stand where tokens would
-            groups = q_BHTC.reshape(len(keys), keys.shape[1], -1, keys.shape[3])
-            y_BHTC = F.scaled_dot_product_attention(groups, keys, values).reshape(q_BHTC.shape)
-        y_BTHC = F.pad(y_BHTC.transpose(1, 2), (0, 0, 0, 0, q_BTHC.shape[1] - self.fresh, 0))
-        return reference.exclude_own_value(y_BTHC, v_BTKC)
+
+        # Append the new keys and values.
+        end = self.cached + self.new
+        k_BKTC = keys_BKWC[self.streams, :, :end]
+        v_BKTC = values_BKWC[self.streams, :, :end]
+        k_BKTC[:, :, self.cached :] = k_BTKC[:, -self.new :].transpose(1, 2)
+        v_BKTC[:, :, self.cached :] = v_BTKC[:, -self.new :].transpose(1, 2)
+
+        q_BHTC = q_BTHC[:, -self.new :].transpose(1, 2)
+        if self.new > 1:
+            y_BHTC = F.scaled_dot_product_attention(q_BHTC, k_BKTC, v_BKTC, is_causal=True, enable_gqa=True)
+        else:
+            # A single token attends to everything before it, so no mask is needed, and the query
+            # heads that share a key head can take the place of tokens.
+            groups_BKGC = q_BHTC.reshape(len(k_BKTC), k_BKTC.shape[1], -1, k_BKTC.shape[3])
+            y_BHTC = F.scaled_dot_product_attention(groups_BKGC, k_BKTC, v_BKTC).reshape(q_BHTC.shape)
+
+        rows_before = q_BTHC.shape[1] - self.new
+        y_BTHC = F.pad(y_BHTC.transpose(1, 2), (0, 0, 0, 0, rows_before, 0))
+        return reference.remove_self_value(y_BTHC, v_BTKC)
 
 
-class Lanes:
-    """So many streams, all of one length so far; each begins with a token that is given."""
+class BatchedScorer:
+    """B streams, all of the same length so far; the first token of each is given."""
 
     def __init__(
         self,
@@ -94,48 +124,55 @@ class Lanes:
         state: Mapping[str, Tensor],
         window: int,
         stride: int,
-        firsts: np.ndarray,
-        longest: int,
-        here: World,
+        first_tokens_B: np.ndarray,
+        max_length: int,
+        world: World,
     ) -> None:
-        self.window, self.stride = window, stride
-        self.cache = Cache(params, window, len(firsts), here)
-        self.model = Model(params, here.dtype, self.cache.operations()).to(here.device)
+        streams = len(first_tokens_B)
+        self.window = window
+        self.stride = stride
+        self.cache = KVCache(params, window, streams, world)
+        self.model = Model(params, world.dtype, self.cache.ops()).to(world.device)
         self.model.load_state_dict(dict(state))
-        self.tokens_BN = torch.zeros((len(firsts), longest), dtype=torch.int64, device=here.device)
-        self.tokens_BN[:, 0] = torch.from_numpy(firsts.astype(np.int64))
-        self.observed = 1
+        self.tokens_BN = torch.zeros((streams, max_length), dtype=torch.int64, device=world.device)
+        self.tokens_BN[:, 0] = torch.from_numpy(first_tokens_B.astype(np.int64))
+        self.observed = 1  # tokens of each stream
         self.window_start = 0
 
     @torch.no_grad()
     def predict(self) -> np.ndarray:
-        """Natural log-probabilities of each stream's next token, (B, V) float64; asked for once, before `observe`."""
+        """Return natural log-probabilities of each stream's next token, (B, V) float64.
+
+        Call it once before each `observe`: it also extends the cache.
+        """
         target = self.observed - 1
-        start = window_of(target, self.window, self.stride)
+        start = window_start(target, self.window, self.stride)
         if start != self.window_start:
-            self.window_start, self.cache.at = start, 0
-        fresh = target + 1 - start - self.cache.at
-        together = max(1, TOKENS_AT_ONCE // fresh)
-        lanes = len(self.tokens_BN)
-        parts = [
-            self._logits(fresh, slice(first, min(first + together, lanes)))
-            for first in range(0, lanes, together)
-        ]
-        self.cache.at += fresh
+            self.window_start = start
+            self.cache.cached = 0
+
+        # As many streams at once as fit; usually all of them.
+        new = target + 1 - start - self.cache.cached
+        streams = len(self.tokens_BN)
+        streams_per_pass = max(1, MAX_TOKENS_PER_PASS // new)
+        parts = []
+        for first in range(0, streams, streams_per_pass):
+            parts.append(self._logits(new, slice(first, min(first + streams_per_pass, streams))))
+        self.cache.cached += new
         return torch.log_softmax(torch.cat(parts).double(), dim=-1).cpu().numpy()
 
-    def _logits(self, fresh: int, rows: slice) -> Tensor:
-        """Softcapped logits of the next token of some streams, (rows, V), whose last `fresh` tokens are not in the cache."""
-        before = 1 if self.cache.at and self.model.smear is not None else 0
-        inputs = self.tokens_BN[rows, self.observed - fresh - before : self.observed]
-        self.cache.start(fresh, rows)
-        return self.model.logits(inputs, looped=True, scored_from=inputs.shape[1] - 1)[:, 0]
+    def _logits(self, new: int, streams: slice) -> Tensor:
+        """Return softcapped logits (streams, V) of the next token; `new` tokens are not in the cache yet."""
+        before = 1 if self.cache.cached and self.model.smear is not None else 0
+        inputs_BT = self.tokens_BN[streams, self.observed - new - before : self.observed]
+        self.cache.start_pass(new, streams)
+        return self.model.logits(inputs_BT, looped=True, scored_from=inputs_BT.shape[1] - 1)[:, 0]
 
-    def observe(self, tokens: np.ndarray) -> None:
-        """The next token of each stream, (B,)."""
-        self.tokens_BN[:, self.observed] = torch.from_numpy(tokens.astype(np.int64))
+    def observe(self, tokens_B: np.ndarray) -> None:
+        """Append the next token of each stream."""
+        self.tokens_BN[:, self.observed] = torch.from_numpy(tokens_B.astype(np.int64))
         self.observed += 1
 
-    def keep(self, lanes: int) -> None:
-        """Go on with the first streams only."""
-        self.tokens_BN = self.tokens_BN[:lanes]
+    def keep_first(self, streams: int) -> None:
+        """Drop all but the first streams, when the others have ended."""
+        self.tokens_BN = self.tokens_BN[:streams]

@@ -1,1 +1,1 @@
-"""Rebuild a record in a temporary clone and compare every byte."""
+"""Run a record's pipeline again in a temporary clone and compare every byte."""

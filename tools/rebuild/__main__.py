@@ -1,4 +1,4 @@
-"""The command `python -m tools.rebuild`."""
+"""Entry point of `python -m tools.rebuild`."""
 
 from tools.rebuild.cli import main
 

@@ -1,9 +1,12 @@
-"""Make a record again and compare every byte: `python -m tools.rebuild records/FOLDER`.
+"""Rebuild a record and compare every byte: `python -m tools.rebuild records/FOLDER`.
 
-The folder names commits, parameters and seeds. In a temporary clone of this repository the whole pipeline runs for each seed, with a cache
-of its own, so that nothing is taken from the first time; then every output is held against the hash that the folder states. A run on the
-CPU must be equal on every x86-64 machine (docs/reproducibility.md), one on a GPU on equal hardware if parallel.deterministic is on.
-The exit code is 0 for equal bytes, 1 for others, 2 where the record cannot be rebuilt.
+The record's submission.json names commits, parameters and seeds. For each seed the whole pipeline
+runs in a temporary clone of this repository with a DVC cache of its own, so that no output of the
+first run is reused. Then every output is compared with the hash that the record states.
+
+A run on a CPU is the same on every x86-64 machine (docs/reproducibility.md); a run on GPUs is the
+same on equal hardware if parallel.deterministic is on. Exit code 0: all bytes are equal; 1: some
+differ; 2: the record cannot be rebuilt.
 """
 
 import argparse
@@ -18,170 +21,183 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from stages.common.cli_errors import refusing
+from stages.common.cli_errors import user_errors
+from stages.common.json_object import read_json_object
 from stages.submission.artifacts import sha256
 from tools.compare import revisions
 from tools.rebuild.first_difference import first_difference
-from tools.record.runs import CODE, FOLDER, PARAMETERS, SUMMARY
+from tools.record.runs import CODE, FOLDER, PARAMETERS, REQUIREMENTS, SUMMARY
 
-NEEDED = ("commits", "parameters", "seeds", "provenance", "seed_results", "sha256")
-SHOWN = 5  # names in a message
+REQUIRED_FIELDS = ("commits", "parameters", "seeds", "provenance", "seed_results", "sha256")
+MAX_LISTED = 5  # file names in one message
 
 
-class Outcome(NamedTuple):
-    """What a rebuilt seed came to."""
+class RebuildResult(NamedTuple):
+    """Outcome for one seed: equal to the last byte or not, and a sentence to print."""
 
     equal: bool
-    words: str
+    message: str
 
 
-def read(folder: Path) -> dict[str, Any]:
-    """The record's submission.json; a ValueError when it does not say what a rebuild needs."""
+def read_record_summary(folder: Path) -> dict[str, Any]:
+    """Return the record's submission.json; ValueError if it lacks a field that a rebuild needs."""
     path = folder / SUMMARY
     if not path.is_file():
         raise ValueError(f"{path} does not exist: name the folder of a record")
-    try:
-        summary: Any = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    missing = [key for key in NEEDED if not isinstance(summary, dict) or key not in summary]
+    summary = read_json_object(path)
+    missing = [key for key in REQUIRED_FIELDS if key not in summary]
     if missing:
         raise ValueError(
             f"{path} has no {', '.join(missing)}: only records that this project merged can be rebuilt"
         )
-    found: dict[str, Any] = summary
-    return found
+    return summary
 
 
-def rebuild(summary: Mapping[str, Any], folder: Path, seed: int, clone: Path) -> Outcome:
-    """Run the pipeline for a seed in `clone` and compare."""
-    commits = summary["commits"][str(seed)]
-    commit = available(commits)
+def rebuild_seed(summary: Mapping[str, Any], folder: Path, seed: int, clone: Path) -> RebuildResult:
+    """Run the pipeline of one seed in `clone` and compare its outputs with the record in `folder`."""
+    # The run's source and parameters.
+    commit = available_commit(summary["commits"][str(seed)])
     _git(clone, "checkout", "--quiet", "--force", "--detach", commit)
-    (clone / PARAMETERS).write_text(
-        yaml.safe_dump({"seed": seed} | summary["parameters"], sort_keys=False), encoding="utf-8"
-    )
-    other = changed_inputs(clone, summary["provenance"]["inputs_md5"])
-    if other:
-        more = f" and {len(other) - SHOWN} more" if len(other) > SHOWN else ""
-        return Outcome(
+    parameters = yaml.safe_dump({"seed": seed} | summary["parameters"], sort_keys=False)
+    (clone / PARAMETERS).write_text(parameters, encoding="utf-8")
+    changed = changed_inputs(clone, summary["provenance"]["inputs_md5"])
+    if changed:
+        more = f" and {len(changed) - MAX_LISTED} more" if len(changed) > MAX_LISTED else ""
+        return RebuildResult(
             False,
-            f"not run: at {commit[:10]} other bytes stand in {', '.join(other[:SHOWN])}{more} than in what ran",
+            f"not run: at {commit[:10]} the content of {', '.join(changed[:MAX_LISTED])}{more}"
+            " is not that of the recorded run",
         )
-    (clone / revisions.LOCK).unlink(missing_ok=True)
-    ran = subprocess.run([sys.executable, "-m", "dvc", "repro"], cwd=clone, check=False)
-    if ran.returncode != 0:
-        return Outcome(False, "the pipeline failed; its own words stand above")
-    lock = yaml.safe_load((clone / revisions.LOCK).read_text(encoding="utf-8"))["stages"]
-    return compare(summary, folder, seed, lock, clone)
+
+    # Without a lock file DVC runs every stage.
+    (clone / revisions.LOCK_FILE).unlink(missing_ok=True)
+    repro = subprocess.run([sys.executable, "-m", "dvc", "repro"], cwd=clone, check=False)
+    if repro.returncode != 0:
+        return RebuildResult(False, "the pipeline failed; its messages are above")
+    lock = yaml.safe_load((clone / revisions.LOCK_FILE).read_text(encoding="utf-8"))["stages"]
+    return compare_outputs(summary, folder, seed, lock, clone)
 
 
-def available(commits: Mapping[str, str]) -> str:
-    """The commit of the run, or, where the experiment was not fetched, the one that it was started from."""
+def available_commit(commits: Mapping[str, str]) -> str:
+    """Return the commit of the run or, if the experiment was not fetched, the one it was started from."""
     for commit in (commits["run"], commits["base"]):
-        if (
-            subprocess.run(
-                ["git", "cat-file", "-e", f"{commit}^{{commit}}"], capture_output=True, check=False
-            ).returncode
-            == 0
-        ):
+        command = ["git", "cat-file", "-e", f"{commit}^{{commit}}"]
+        if subprocess.run(command, capture_output=True, check=False).returncode == 0:
             return commit
     raise ValueError(
-        f"neither {commits['run'][:10]} nor {commits['base'][:10]} is in this repository: `git fetch`, or `dvc exp pull` the runs"
+        f"neither {commits['run'][:10]} nor {commits['base'][:10]} is in this repository:"
+        " `git fetch`, or `dvc exp pull` the runs"
     )
 
 
 def changed_inputs(clone: Path, stated: Mapping[str, str]) -> list[str]:
-    """The files, of those that stages read and no stage makes, that are not what ran; folders are compared when they were read."""
-    found = []
+    """Return the source files and data files whose content differs from the recorded run.
+
+    `stated` is the MD5 by path of everything that a stage read and no stage made. Folders are
+    skipped: a difference in them shows in the outputs.
+    """
+    changed = []
     for path, md5 in stated.items():
         file = clone / path
         if md5.endswith(".dir"):
             continue
         if not file.is_file() or hashlib.md5(file.read_bytes(), usedforsecurity=False).hexdigest() != md5:
-            found.append(path)
-    return found
+            changed.append(path)
+    return changed
 
 
-def compare(
+def compare_outputs(
     summary: Mapping[str, Any], folder: Path, seed: int, lock: Mapping[str, Any], clone: Path
-) -> Outcome:
-    """The rebuilt outputs against the stated hashes, in the order of the pipeline: the first difference is the cause."""
+) -> RebuildResult:
+    """Compare the rebuilt outputs with the stated hashes.
+
+    They are compared in the order of the pipeline, so that the first difference is the cause of the
+    others. `lock` is the field `stages` of the clone's dvc.lock.
+    """
     stated = summary["provenance"]["outputs_md5"][str(seed)]
-    rebuilt = {
-        out["path"]: (stage, out["md5"]) for stage, entry in lock.items() for out in entry.get("outs", [])
-    }
+    rebuilt = {}
+    for stage, entry in lock.items():
+        for output in entry.get("outs", []):
+            rebuilt[output["path"]] = (stage, output["md5"])
+
+    # Outputs of stages, by the hashes that DVC computed.
     for path in stated:
         if path not in rebuilt:
-            return Outcome(False, f"{path} was not made again")
+            return RebuildResult(False, f"{path} was not made again")
     for path, (stage, md5) in rebuilt.items():
         if path in stated and stated[path] != md5:
-            where = _where(summary["commits"][str(seed)]["run"], path, clone / path)
-            return Outcome(
-                False, f"first difference in stage {stage}: {path}{where}; {_score(summary, seed, clone)}"
-            )
-    for name in (CODE, "requirements.txt"):
+            position = _describe_difference(summary["commits"][str(seed)]["run"], path, clone / path)
+            scores = _describe_scores(summary, seed, clone)
+            return RebuildResult(False, f"first difference in stage {stage}: {path}{position}; {scores}")
+
+    # The files in the record's own folder.
+    for name in (CODE, REQUIREMENTS):
         if sha256((clone / FOLDER / name).read_bytes()) != sha256((folder / name).read_bytes()):
-            place = first_difference(folder / name, clone / FOLDER / name)
-            return Outcome(
+            difference = first_difference(folder / name, clone / FOLDER / name)
+            return RebuildResult(
                 False,
-                f"first difference in {folder / name} itself, {place}: it is not what its own hashes say",
+                f"first difference in {folder / name} itself, {difference}:"
+                " it does not match the record's hashes",
             )
-    return Outcome(
-        True, f"equal: {len(stated)} outputs of {len(lock)} stages; {_score(summary, seed, clone)}"
-    )
+    scores = _describe_scores(summary, seed, clone)
+    return RebuildResult(True, f"equal: {len(stated)} outputs of {len(lock)} stages; {scores}")
 
 
-def _where(commit: str, path: str, rebuilt: Path) -> str:
-    """The place in the file, where the first one can still be had."""
+def _describe_difference(commit: str, path: str, rebuilt: Path) -> str:
+    """Say at which byte a file differs, if the recorded one can be fetched."""
     with tempfile.TemporaryDirectory() as scratch:
         original = Path(scratch) / "original"
         try:
-            revisions.fetch(commit, path, original)
+            revisions.fetch_output(commit, path, original)
         except ValueError:
-            return " (where in it is not known: the first one is not in DVC's cache or remote)"
+            return " (position unknown: the recorded file is not in DVC's cache or remote)"
         return f", {first_difference(original, rebuilt)}"
 
 
-def _score(summary: Mapping[str, Any], seed: int, clone: Path) -> str:
-    """val_bpb both times."""
-    before = summary["seed_results"][str(seed)]["val_bpb"]
-    after = json.loads((clone / FOLDER / SUMMARY).read_text(encoding="utf-8"))["val_bpb"]
-    if before == after:
-        return f"val_bpb {before!r} to the last digit"
-    return f"val_bpb {before:.8f}, rebuilt {after:.8f}"
+def _describe_scores(summary: Mapping[str, Any], seed: int, clone: Path) -> str:
+    """Give val_bpb of the record and of the rebuild."""
+    recorded = summary["seed_results"][str(seed)]["val_bpb"]
+    rebuilt = json.loads((clone / FOLDER / SUMMARY).read_text(encoding="utf-8"))["val_bpb"]
+    if recorded == rebuilt:
+        return f"val_bpb {recorded!r} to the last digit"
+    return f"val_bpb {recorded:.8f}, rebuilt {rebuilt:.8f}"
 
 
 def _git(folder: Path, *words: str) -> None:
-    done = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise ValueError(f"git {words[0]} failed: {done.stderr.strip()}")
+    result = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        raise ValueError(f"git {words[0]} failed: {result.stderr.strip()}")
 
 
-def run(folder: Path, only: int | None) -> bool:
-    """Rebuild the seeds and say what came of it; True where every byte is the same."""
-    summary = read(folder)
-    seeds = summary["seeds"] if only is None else [only]
-    if only is not None and only not in summary["seeds"]:
-        raise ValueError(f"{folder} has no seed {only}; it has {', '.join(map(str, summary['seeds']))}")
+def rebuild_record(folder: Path, only_seed: int | None) -> bool:
+    """Rebuild all seeds of a record, or one, and print the results; True if every byte is the same."""
+    summary = read_record_summary(folder)
+    seeds = summary["seeds"] if only_seed is None else [only_seed]
+    if only_seed is not None and only_seed not in summary["seeds"]:
+        raise ValueError(f"{folder} has no seed {only_seed}; it has {', '.join(map(str, summary['seeds']))}")
+
+    results = {}
     with tempfile.TemporaryDirectory() as scratch:
         clone = Path(scratch) / "clone"
         _git(Path.cwd(), "clone", "--quiet", "--shared", "--no-checkout", ".", str(clone))
-        outcomes = [(seed, rebuild(summary, folder, seed, clone)) for seed in seeds]
-    for seed, outcome in outcomes:
-        print(f"seed {seed}: {outcome.words}")
-    return all(outcome.equal for _, outcome in outcomes)
+        for seed in seeds:
+            results[seed] = rebuild_seed(summary, folder, seed, clone)
+
+    for seed, result in results.items():
+        print(f"seed {seed}: {result.message}")
+    return all(result.equal for result in results.values())
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command; a user's error is one line and exit code 2."""
+    """Run the command; a user error is one line and exit code 2."""
     parser = argparse.ArgumentParser(
         prog="python -m tools.rebuild",
-        description="Run the pipeline of a record again, in a temporary clone, and compare every output with what the record states.",
+        description="Run the pipeline of a record again, in a temporary clone,"
+        " and compare every output with the hash that the record states.",
     )
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="of a record, below records/")
-    parser.add_argument("--seed", type=int, help="only this one (default: all)")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder of a record, in records/")
+    parser.add_argument("--seed", type=int, metavar="N", help="rebuild only this seed (default: all)")
     arguments = parser.parse_args(argv)
-    with refusing("rebuild"):
-        equal = run(arguments.folder, arguments.seed)
+    with user_errors("rebuild"):
+        equal = rebuild_record(arguments.folder, arguments.seed)
     raise SystemExit(0 if equal else 1)

@@ -1,52 +1,61 @@
-"""Where two files, or two folders of files, first differ: what a rebuild says when bytes are not the same."""
+"""Find the position of the first difference between two files or folders, in words for a message."""
 
 from pathlib import Path
 
+MAX_SHOWN_CHARACTERS = 80  # of a line
 
-def first_difference(a: Path, b: Path) -> str | None:
-    """In words; None where the bytes are the same."""
-    if a.is_dir() != b.is_dir():
+
+def first_difference(original: Path, rebuilt: Path) -> str | None:
+    """Describe the first difference of two files or folders; None if all bytes are the same."""
+    if original.is_dir() != rebuilt.is_dir():
         return "one is a folder, the other a file"
-    if not a.is_dir():
-        return _in_file(a.read_bytes(), b.read_bytes())
-    names = [
-        sorted(path.relative_to(side).as_posix() for path in side.rglob("*") if path.is_file())
-        for side in (a, b)
-    ]
-    for name in sorted({*names[0], *names[1]}):
-        if name not in names[0] or name not in names[1]:
+    if not original.is_dir():
+        return _in_bytes(original.read_bytes(), rebuilt.read_bytes())
+
+    original_names = _file_names(original)
+    rebuilt_names = _file_names(rebuilt)
+    for name in sorted(original_names | rebuilt_names):
+        if name not in original_names or name not in rebuilt_names:
             return f"{name} is in one of them only"
-        found = _in_file((a / name).read_bytes(), (b / name).read_bytes())
+        found = _in_bytes((original / name).read_bytes(), (rebuilt / name).read_bytes())
         if found:
             return f"{name}: {found}"
     return None
 
 
-def _in_file(a: bytes, b: bytes) -> str | None:
-    """The first byte that differs, and in a text its line.
+def _file_names(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
-    >>> _in_file(b"one\\ntwo\\n", b"one\\ntoo\\n")
+
+def _in_bytes(original: bytes, rebuilt: bytes) -> str | None:
+    """Describe the first byte that differs and, in a text, its line.
+
+    >>> _in_bytes(b"one\\ntwo\\n", b"one\\ntoo\\n")
     'byte 5 (line 2: "two", rebuilt "too") of 8'
     """
-    if a == b:
+    if original == rebuilt:
         return None
-    shorter = min(len(a), len(b))
-    offset = next((i for i in range(shorter) if a[i] != b[i]), shorter)
-    sizes = f"{len(a):,}" if len(a) == len(b) else f"{len(a):,}, rebuilt {len(b):,}"
-    lines = _line(a, offset), _line(b, offset)
-    if lines[0] is None or lines[1] is None:
+    shorter = min(len(original), len(rebuilt))
+    offset = next((i for i in range(shorter) if original[i] != rebuilt[i]), shorter)
+    sizes = f"{len(original):,}"
+    if len(original) != len(rebuilt):
+        sizes += f", rebuilt {len(rebuilt):,}"
+
+    original_line = _line_at(original, offset)
+    rebuilt_line = _line_at(rebuilt, offset)
+    if original_line is None or rebuilt_line is None:
         return f"byte {offset:,} of {sizes}"
-    number = a.count(b"\n", 0, offset) + 1
-    return f'byte {offset:,} (line {number:,}: "{lines[0]}", rebuilt "{lines[1]}") of {sizes}'
+    number = original.count(b"\n", 0, offset) + 1
+    return f'byte {offset:,} (line {number:,}: "{original_line}", rebuilt "{rebuilt_line}") of {sizes}'
 
 
-def _line(data: bytes, offset: int) -> str | None:
-    """The line around an offset; None where the file is no text."""
+def _line_at(data: bytes, offset: int) -> str | None:
+    """Return the line around an offset, shortened; None if the data is not text."""
     if b"\0" in data:
         return None
     start = data.rfind(b"\n", 0, offset) + 1
     end = data.find(b"\n", offset)
     try:
-        return data[start : end if end >= 0 else len(data)].decode("utf-8")[:80]
+        return data[start : end if end >= 0 else len(data)].decode("utf-8")[:MAX_SHOWN_CHARACTERS]
     except UnicodeDecodeError:
         return None

@@ -1,1 +1,1 @@
-"""Merge runs of several seeds into one record."""
+"""Merge runs that differ only in the seed into one record."""

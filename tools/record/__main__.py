@@ -1,4 +1,4 @@
-"""The command `python -m tools.record`."""
+"""Entry point of `python -m tools.record`."""
 
 from tools.record.cli import main
 

@@ -1,6 +1,7 @@
-"""`data/leaderboard.yaml`: what others' submissions report, who is to be credited for what, and what is new.
+"""Read data/leaderboard.yaml: figures that other submissions report, credits, and what is new here.
 
-The file is data that people typed from pull requests, so reading it is strict: a wrong key or type is a ValueError that names the row.
+People typed the file from pull requests, so reading it is strict: a wrong key or type is a
+ValueError that names the row.
 """
 
 from collections.abc import Mapping
@@ -13,10 +14,10 @@ import yaml
 from stages.common import config
 
 FILE = Path("data/leaderboard.yaml")
-PULLS = "https://github.com/openai/parameter-golf/"
+PULL_REQUESTS = "https://github.com/openai/parameter-golf/"
 OPERATORS = ("=", ">")
-# What an entry may leave out, by list.
-OPTIONAL: dict[str, dict[str, Any]] = {
+# Keys that an entry may leave out, with their defaults, by list.
+OPTIONAL_KEYS: dict[str, dict[str, Any]] = {
     "rows": {"note": None},
     "credits": {"author": None, "when": ()},
     "own": {"number": None, "author": None, "when": ()},
@@ -28,8 +29,8 @@ Status = Literal[
 
 
 @dataclass(frozen=True)
-class Row:
-    """One pull request's own figures; None is not stated."""
+class LeaderboardRow:
+    """Figures that one pull request reports; None is not stated."""
 
     number: int
     mean: float | None  # bpb over its seeds, on the challenge's validation set
@@ -37,23 +38,23 @@ class Row:
     seeds: int | None
     bytes: int | None  # both counted files, the worst seed
     status: Status
-    source: str  # where the figures stand, below PULLS
+    source: str  # page with the figures, relative to PULL_REQUESTS
     note: str | None
 
     @property
     def name(self) -> str:
-        """As people call it."""
+        """Name of the pull request, such as #1493."""
         return f"#{self.number}"
 
 
 @dataclass(frozen=True)
 class Credit:
-    """Something that a submission builds on."""
+    """An idea or code that a submission builds on."""
 
     number: int | None  # the pull request; None: this project
-    author: str | None  # the account
+    author: str | None  # GitHub account
     what: str
-    when: tuple[str, ...]  # conditions on parameters, `key = value` or `key > number`; none: the base
+    when: tuple[str, ...]  # conditions on parameters, `key = value` or `key > number`; none: always
 
     def __post_init__(self) -> None:
         for condition in self.when:
@@ -61,20 +62,20 @@ class Credit:
                 config.reject("when", f"{condition!r} is neither `key = value` nor `key > number`")
 
     def applies(self, parameters: Mapping[str, Any]) -> bool:
-        """Whether these parameters, by section, use it."""
+        """Tell if a run with these parameters, by section, uses it."""
         return all(_holds(condition, parameters) for condition in self.when)
 
 
 @dataclass(frozen=True)
 class Leaderboard:
-    """The file."""
+    """Content of the file."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[LeaderboardRow, ...]
     credits: tuple[Credit, ...]
-    own: tuple[Credit, ...]
+    own: tuple[Credit, ...]  # new in this project
 
-    def row(self, name: str) -> Row:
-        """The row called `1493` or `#1493`; a ValueError where there is none, or it has no mean."""
+    def row(self, name: str) -> LeaderboardRow:
+        """Return the row called `1493` or `#1493`; ValueError if there is none, or if it has no mean."""
         found = next((row for row in self.rows if str(row.number) == name.removeprefix("#")), None)
         if found is None:
             raise ValueError(f"{name} is not in {FILE}; it has {', '.join(row.name for row in self.rows)}")
@@ -83,32 +84,31 @@ class Leaderboard:
         return found
 
     def credited(self, parameters: Mapping[str, Any]) -> list[Credit]:
-        """What these parameters build on, the base first."""
+        """Return the credits that a run with these parameters owes, in the order of the file."""
         return [credit for credit in self.credits if credit.applies(parameters)]
 
 
-def read(path: Path = FILE) -> Leaderboard:
-    """The file, checked."""
-    raw = config.mapping(path, OPTIONAL, "run this from the root of the repository")
-    filled = {name: _with(raw.get(name), absent) for name, absent in OPTIONAL.items()}
+def read_leaderboard(path: Path = FILE) -> Leaderboard:
+    """Read and check the file."""
+    raw = config.read_sections(path, OPTIONAL_KEYS, "run this from the root of the repository")
+    sections = {name: _with_defaults(raw.get(name), defaults) for name, defaults in OPTIONAL_KEYS.items()}
     try:
-        read_back = config.build(filled, Leaderboard)
+        leaderboard = config.build(sections, Leaderboard)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    numbers = [row.number for row in read_back.rows]
-    twice = {number for number in numbers if numbers.count(number) > 1}
-    if twice:
-        raise ValueError(f"{path}: rows has #{min(twice)} more than once")
-    return read_back
+
+    numbers = [row.number for row in leaderboard.rows]
+    repeated = {number for number in numbers if numbers.count(number) > 1}
+    if repeated:
+        raise ValueError(f"{path}: rows has #{min(repeated)} more than once")
+    return leaderboard
 
 
-def _with(entries: Any, absent: Mapping[str, Any]) -> Any:
-    """The entries with what may be left out filled in; anything else is left for the schema to refuse."""
-    return (
-        [{**absent, **entry} if isinstance(entry, dict) else entry for entry in entries]
-        if isinstance(entries, list)
-        else entries
-    )
+def _with_defaults(entries: Any, defaults: Mapping[str, Any]) -> Any:
+    """Fill in the missing keys of a list of entries; anything else is left for the schema to reject."""
+    if not isinstance(entries, list):
+        return entries
+    return [{**defaults, **entry} if isinstance(entry, dict) else entry for entry in entries]
 
 
 def _holds(condition: str, parameters: Mapping[str, Any]) -> bool:
@@ -116,7 +116,7 @@ def _holds(condition: str, parameters: Mapping[str, Any]) -> bool:
     value: Any = parameters
     for part in key.split("."):
         if not isinstance(value, Mapping) or part not in value:
-            raise ValueError(f"{FILE}: when: {condition!r} names {key}, which is no parameter")
+            raise ValueError(f"{FILE}: when: {condition!r} names {key}, which is not a parameter")
         value = value[part]
-    wanted = yaml.safe_load(text)
-    return bool(value == wanted if operator == "=" else value > wanted)
+    operand = yaml.safe_load(text)
+    return bool(value == operand if operator == "=" else value > operand)

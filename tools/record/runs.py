@@ -1,11 +1,10 @@
-"""Runs of the pipeline by name: what an experiment or a revision handed in, and what its dvc.lock says that it was made from.
+"""Read runs of the pipeline by name: the files that an experiment or revision handed in, and its dvc.lock.
 
-Everything is read at the commit, from Git and from DVC's cache or remote, so that a clone that has fetched the experiments
-(`dvc exp pull`) reads the same. Only the command `dvc` is needed.
+Everything is read at the commit, from Git and from DVC's cache or remote, so a clone that has
+fetched the experiments (`dvc exp pull`) reads the same. Only the command `dvc` is needed.
 """
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,25 +12,25 @@ from typing import Any
 
 import yaml
 
+from stages.common.json_object import read_json_object
 from stages.submission.artifacts import sha256
 from tools.compare import revisions
 
 FOLDER = "artifacts/submission"
-CODE, LOG, REQUIREMENTS, SUMMARY = "train_gpt.py", "train.log", "requirements.txt", "submission.json"
+CODE = "train_gpt.py"
+LOG = "train.log"
+REQUIREMENTS = "requirements.txt"
+SUMMARY = "submission.json"
 PARAMETERS = "params.yaml"
-MEASURED = (
-    "log.txt",
-    "timing.json",
-    "train.log",
-    "submission.json",
-)  # names of files that hold what was measured
+# Names of output files that contain measurements, which differ in every run.
+MEASURED_FILES = ("log.txt", "timing.json", "train.log", "submission.json")
 
 
 @dataclass(frozen=True)
-class Run:
-    """One run: its names, and the files that it handed in."""
+class PipelineRun:
+    """One run of the pipeline: its names, and the files that it handed in."""
 
-    name: str  # as it was asked for
+    name: str  # as given by the user
     commit: str
     base: str  # the commit that the experiment was started from
     summary: dict[str, Any]  # submission.json
@@ -40,86 +39,102 @@ class Run:
 
     @property
     def seed(self) -> int:
-        """The seed of the run."""
+        """Seed of the run."""
         return int(self.summary["seeds"][0])
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """All effective parameters, the seed among them."""
-        found: dict[str, Any] = self.summary["parameters"]
-        return found
+        """All effective parameters, including the seed."""
+        parameters: dict[str, Any] = self.summary["parameters"]
+        return parameters
 
-    def produced(self) -> dict[str, str]:
-        """The hash of every output by path, in the order of the pipeline; files that hold measured values left out."""
-        outs = [out for stage in self.stages.values() for out in stage.get("outs", [])]
-        return {out["path"]: out["md5"] for out in outs if Path(out["path"]).name not in MEASURED}
+    def output_hashes(self) -> dict[str, str]:
+        """Return the hash of every output by path, in pipeline order, without MEASURED_FILES."""
+        hashes = {}
+        for stage in self.stages.values():
+            for output in stage.get("outs", []):
+                if Path(output["path"]).name not in MEASURED_FILES:
+                    hashes[output["path"]] = output["md5"]
+        return hashes
 
-    def inputs(self) -> dict[str, str]:
-        """The hash of everything that a stage read and no stage made: code, lock file, data; by path.
+    def input_hashes(self) -> dict[str, str]:
+        """Return the hash, by path, of everything that a stage read and no stage made: code, lock file, data.
 
-        What `bundle` reads is left out: the whole of `stages/`, of which its output, which is compared, is the part that counts. A
-        ValueError when two stages read different states of a file, which one run of the pipeline cannot.
+        The inputs of `bundle` are left out: they are all of `stages/`, and the part of it that
+        matters is its output, which is compared. Raises ValueError if two stages read different
+        states of a file, which cannot happen in one run of the pipeline.
         """
-        made = {out["path"] for stage in self.stages.values() for out in stage.get("outs", [])}
-        found: dict[str, str] = {}
+        outputs = {out["path"] for stage in self.stages.values() for out in stage.get("outs", [])}
+        hashes: dict[str, str] = {}
         for name, stage in self.stages.items():
-            for dep in stage.get("deps", []) if name != "bundle" else []:
-                if any(_inside(dep["path"], path) for path in made):
+            if name == "bundle":
+                continue
+            for dependency in stage.get("deps", []):
+                path = dependency["path"]
+                if any(_is_within(path, output) for output in outputs):
                     continue
-                if found.setdefault(dep["path"], dep["md5"]) != dep["md5"]:
+                if hashes.setdefault(path, dependency["md5"]) != dependency["md5"]:
                     raise ValueError(
-                        f"{self.name}: its stages ran with different states of {dep['path']}; run `dvc repro` there"
+                        f"{self.name}: its stages ran with different states of {path}; run `dvc repro` there"
                     )
-        return found
+        return hashes
 
 
-def read(name: str, folder: Path) -> Run:
-    """The run called `name`, an experiment or a revision; `folder`, which must not exist, receives its files.
+def read_run(name: str, folder: Path) -> PipelineRun:
+    """Read the run called `name`, an experiment or a revision; its files are copied to `folder`, a new one.
 
-    A ValueError when it has no submission, or one that its dvc.lock does not know.
+    Raises ValueError if it has no submission, or one that does not match its dvc.lock.
     """
-    commit = revisions.resolve(name)
-    lock, parameters = (_yaml(name, commit, path) for path in (revisions.LOCK, PARAMETERS))
+    commit = revisions.resolve_commit(name)
+    lock = _read_yaml(name, commit, revisions.LOCK_FILE)
+    parameters = _read_yaml(name, commit, PARAMETERS)
     stages = lock.get("stages", {})
     if "submission" not in stages:
         raise ValueError(
-            f"{name} ({commit[:10]}) has not run the stage submission: its {revisions.LOCK} does not name it; run `dvc repro`"
+            f"{name} ({commit[:10]}) has not run the stage submission:"
+            f" its {revisions.LOCK_FILE} does not name it; run `dvc repro`"
         )
-    revisions.fetch(commit, FOLDER, folder)
-    for out in stages["submission"].get("outs", []):
-        path = Path(out["path"])
+
+    # The files that Git tracks may have been edited since the run; the hashes in dvc.lock tell.
+    revisions.fetch_output(commit, FOLDER, folder)
+    for output in stages["submission"].get("outs", []):
+        path = Path(output["path"])
         if path.parent == Path(FOLDER) and (folder / path.name).is_file():
-            _require_hash(name, folder / path.name, out["md5"])
-    summary = _summary(name, folder / SUMMARY)
+            _require_hash(name, folder / path.name, output["md5"])
+
+    # The parameters at the commit and the code must be those of the run.
+    summary = _read_summary(name, folder / SUMMARY)
     if summary["parameters"] != parameters:
         raise ValueError(
-            f"{name}: {PARAMETERS} there is not what its {SUMMARY} ran with; run `dvc repro` and commit, then merge again"
+            f"{name}: {PARAMETERS} there is not what its {SUMMARY} ran with;"
+            " run `dvc repro` and commit, then merge again"
         )
     files = {file: (folder / file).read_bytes() for file in (CODE, LOG, REQUIREMENTS)}
     if sha256(files[CODE]) != summary["source_sha256"]:
         raise ValueError(
             f"{name}: {CODE} has another hash than its {SUMMARY} states; run `dvc repro submission`"
         )
-    return Run(name, commit, revisions.parent(commit), summary, stages, files)
+    return PipelineRun(name, commit, revisions.parent_commit(commit), summary, stages, files)
 
 
-def _summary(name: str, path: Path) -> dict[str, Any]:
-    """A submission.json of one seed."""
-    found = json.loads(path.read_text(encoding="utf-8"))
-    seeds = found.get("seeds")
-    if not isinstance(seeds, list) or len(seeds) != 1 or found.get("parameters", {}).get("seed") != seeds[0]:
+def _read_summary(name: str, path: Path) -> dict[str, Any]:
+    """Read a submission.json, which must be of one seed."""
+    summary = read_json_object(path)
+    seeds = summary.get("seeds")
+    seed = summary.get("parameters", {}).get("seed")
+    if seeds != [seed] or seed is None:
         raise ValueError(
-            f"{name}: its {SUMMARY} is not of one seed (seeds {seeds}); name runs of the pipeline, not records"
+            f"{name}: its {SUMMARY} is not of one seed (seeds {seeds});"
+            " name runs of the pipeline, not records"
         )
-    result: dict[str, Any] = found
-    return result
+    return summary
 
 
-def _yaml(name: str, commit: str, path: str) -> dict[str, Any]:
-    text = revisions.show(commit, path)
+def _read_yaml(name: str, commit: str, path: str) -> dict[str, Any]:
+    text = revisions.read_at_commit(commit, path)
     content: Any = yaml.safe_load(text) if text else None
     if not isinstance(content, dict):
-        raise ValueError(f"{name} ({commit[:10]}) has no {path}: it is no run of the pipeline")
+        raise ValueError(f"{name} ({commit[:10]}) has no {path}: it is not a run of the pipeline")
     return content
 
 
@@ -127,24 +142,25 @@ def _require_hash(name: str, path: Path, md5: str) -> None:
     found = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
     if found != md5:
         raise ValueError(
-            f"{name}: {FOLDER}/{path.name} was changed after the run ({found}, {revisions.LOCK} says {md5}); run `dvc repro`"
+            f"{name}: {FOLDER}/{path.name} was changed after the run"
+            f" ({found}, {revisions.LOCK_FILE} says {md5}); run `dvc repro`"
         )
 
 
-def _inside(path: str, folder: str) -> bool:
+def _is_within(path: str, folder: str) -> bool:
     return path == folder or Path(folder) in Path(path).parents
 
 
-def flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested mapping by dotted keys.
+def flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a nested mapping as one mapping with dotted keys.
 
-    >>> flat({"train": {"steps": 4}, "seed": 1})
+    >>> flatten({"train": {"steps": 4}, "seed": 1})
     {'train.steps': 4, 'seed': 1}
     """
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for key, value in mapping.items():
         if isinstance(value, Mapping):
-            found |= flat(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
-            found[f"{prefix}{key}"] = value
-    return found
+            flat[f"{prefix}{key}"] = value
+    return flat

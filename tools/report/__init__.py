@@ -1,1 +1,1 @@
-"""Write one page with pictures about one run, or several side by side."""
+"""Write one page with figures about one run, or about several side by side."""

@@ -1,4 +1,4 @@
-"""The command `python -m tools.report`."""
+"""Entry point of `python -m tools.report`."""
 
 from tools.report.cli import main
 

@@ -1,6 +1,7 @@
-"""Budgets and data: sizes of the counted files, both clocks, and that no validation document was trained on.
+"""Budgets and data: sizes of the counted files, both clocks, no validation document in the training data.
 
-Measured seconds never enter a verdict that passes, so that the report has the same bytes on a faster machine.
+A verdict that passes does not contain measured seconds, so that the report has the same bytes on a
+faster machine.
 """
 
 import hashlib
@@ -9,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from stages.audit.verdict import Outcome, Verdict, outcome
+from stages.audit.verdict import Number, Outcome, Verdict, pass_or_fail
 from stages.common import shards
 
 
 def check_sizes(sizes: Mapping[str, int], budget_bytes: int) -> Verdict:
-    """The counted files on disk, together, against the cap."""
+    """Budget: the counted files together, in bytes on disk, are within the cap."""
     total = sum(sizes.values())
     parts = " + ".join(f"{size} ({name})" for name, size in sizes.items())
     return Verdict(
@@ -22,43 +23,57 @@ def check_sizes(sizes: Mapping[str, int], budget_bytes: int) -> Verdict:
         name="bytes",
         subject="files",
         conditions=("budget",),
-        outcome=outcome(total <= budget_bytes),
+        outcome=pass_or_fail(total <= budget_bytes),
         evidence=f"{parts} = {total} bytes on disk, at most {budget_bytes} allowed",
         saw=total,
         expected=budget_bytes,
         bound="saw <= expected",
         positions=(),
         sees="artifacts over the cap, sizes that were typed instead of measured",
-        blind="files outside the counted two that a run would need (B14)",
+        blind="other files that a run would need (B14)",
     )
 
 
-def check_clock(what: str, subject: str, seconds: float | None, budget_seconds: float) -> Verdict:
-    """A measured time against its budget; `seconds` is None where the timing file does not hold it."""
-    within = seconds is not None and 0 <= seconds <= budget_seconds
-    evidence = f"{what} within {budget_seconds:g} seconds: yes"
+def check_clock(phase: str, subject: str, seconds: float | None, budget_seconds: float) -> Verdict:
+    """Budget: a phase, "training" or "evaluation", took no longer than allowed.
+
+    seconds: None if its timing file does not hold them.
+    """
+    outcome: Outcome = "pass"
+    evidence = f"{phase} within {budget_seconds:g} seconds: yes"
+    saw: Number = "within"
     if seconds is None:
-        evidence = f"{what} seconds were not recorded"
-    elif not within:
-        evidence = f"{what} took {seconds:.1f} seconds, {budget_seconds:g} are allowed"
+        outcome = "cannot tell"
+        evidence = f"{phase} seconds were not recorded"
+        saw = "unknown"
+    elif not 0 <= seconds <= budget_seconds:
+        outcome = "fail"
+        evidence = f"{phase} took {seconds:.1f} seconds, {budget_seconds:g} are allowed"
+        saw = "over"
+
     return Verdict(
         check="budget",
-        name=f"{what} clock",
+        name=f"{phase} clock",
         subject=subject,
         conditions=("budget",),
-        outcome="cannot tell" if seconds is None else outcome(within),
+        outcome=outcome,
         evidence=evidence,
-        saw="within" if within else "over" if seconds is not None else "unknown",
+        # In words, without the measured seconds.
+        saw=saw,
         expected="within",
         bound=budget_seconds,
         positions=(),
         sees="runs over their time",
-        blind="a timer started late: the clean room (B14) measures from outside",
+        blind="a timer that was started late: the clean room (B14) measures from outside",
     )
 
 
 def document_hashes(tokens: np.ndarray, bos: int) -> np.ndarray:
-    """The first eight bytes of sha256 over each document's token ids (BOS included, little-endian uint16), (D,) uint64, in stream order."""
+    """Hash each document of a stream (N,) uint16; returns (D,) uint64 in stream order.
+
+    The hash is the first eight bytes of sha256 over the document's token ids: little-endian uint16, BOS
+    included.
+    """
     prefixes = [
         hashlib.sha256(document.astype("<u2").tobytes()).digest()[:8]
         for document in shards.documents(tokens, bos)
@@ -67,41 +82,54 @@ def document_hashes(tokens: np.ndarray, bos: int) -> np.ndarray:
 
 
 def check_disjoint(
-    val: np.ndarray, documents: np.ndarray, train_count: int | None, val_count: int | None
+    val_hashes: np.ndarray, listed_hashes: np.ndarray, train_count: int | None, val_count: int | None
 ) -> Verdict:
-    """B15: the val documents' own hashes are those that documents.u64 lists, and none is among train's."""
-    result: Outcome = "cannot tell"
-    evidence, shared = "the manifest does not say how many train and val documents documents.u64 lists", 0
+    """B15: documents.u64 lists the val documents of the shards, and none of them is a train document.
+
+    val_hashes: (D,) uint64, of the val shards; listed_hashes: (T + D,) uint64, the content of
+    documents.u64, first train's and then val's; train_count, val_count: T and D as the manifest states
+    them.
+    """
+    outcome: Outcome = "cannot tell"
+    evidence = "the manifest does not say how many train and val documents documents.u64 lists"
+    shared = 0
     if train_count is not None and val_count is not None:
-        train, listed = documents[:train_count], documents[train_count:]
-        shared = int(np.isin(val, train).sum())
-        if len(documents) != train_count + val_count:
-            result, evidence = (
-                "fail",
-                f"documents.u64 holds {len(documents)} hashes, the manifest says {train_count} + {val_count}",
+        train, listed_val = listed_hashes[:train_count], listed_hashes[train_count:]
+        shared = int(np.isin(val_hashes, train).sum())
+
+        # First that the file belongs to these shards, then that the two sides share no document.
+        outcome = "fail"
+        if len(listed_hashes) != train_count + val_count:
+            evidence = (
+                f"documents.u64 holds {len(listed_hashes)} hashes, "
+                f"the manifest says {train_count} + {val_count}"
             )
-        elif not np.array_equal(np.sort(val), np.sort(listed)):
-            result, evidence = (
-                "fail",
-                f"documents.u64 does not list the {len(val)} documents of the val shards: it belongs to other data",
+        elif not np.array_equal(np.sort(val_hashes), np.sort(listed_val)):
+            evidence = (
+                f"documents.u64 does not list the {len(val_hashes)} documents of the val shards: "
+                "it belongs to other data"
             )
         elif shared:
-            result, evidence = (
-                "fail",
-                f"{shared} of {len(val)} val documents have the hash of a train document (by chance: 1e-10 or less)",
+            # The file belongs to these shards.
+            evidence = (
+                f"{shared} of {len(val_hashes)} val documents have the hash of a train document "
+                "(by chance: probability 1e-10 or less)"
             )
         else:
-            result, evidence = (
-                "pass",
-                f"none of {len(val)} val documents has the hash of one of {train_count} train documents",
+            outcome = "pass"
+            evidence = (
+                f"none of {len(val_hashes)} val documents has the hash of "
+                f"one of {train_count} train documents"
             )
+
     return Verdict(
         check="B15",
         name="train and val disjoint",
         subject="files",
         conditions=("data",),
-        outcome=result,
+        outcome=outcome,
         evidence=evidence,
+        # Documents on both sides.
         saw=shared,
         expected=0,
         bound=0,
@@ -112,21 +140,25 @@ def check_disjoint(
 
 
 def check_shards(recorded: Mapping[str, str] | None, found: Mapping[str, str]) -> Verdict:
-    """The val shards are, byte for byte, those that the manifest names: both map a shard's name to its sha256."""
-    same = recorded is not None and dict(recorded) == dict(found)
+    """B6: the val shards are exactly those of the manifest. Both arguments map names to sha256."""
+    outcome: Outcome = "pass"
     evidence = f"the {len(found)} val shards have the sha256 of the manifest"
     if recorded is None:
+        outcome = "cannot tell"
         evidence = "the manifest does not list the val shards"
-    elif not same:
-        odd = sorted(name for name in {*recorded, *found} if recorded.get(name) != found.get(name))
-        evidence = f"val shards differ from the manifest: {', '.join(odd)}"
+    elif dict(recorded) != dict(found):
+        outcome = "fail"
+        different = sorted(name for name in {*recorded, *found} if recorded.get(name) != found.get(name))
+        evidence = f"val shards differ from the manifest: {', '.join(different)}"
+
     return Verdict(
         check="B6",
         name="official val shards",
         subject="files",
         conditions=("C4", "data"),
-        outcome="cannot tell" if recorded is None else outcome(same),
+        outcome=outcome,
         evidence=evidence,
+        # Numbers of shards.
         saw=len(found),
         expected=len(recorded or {}),
         bound=0,
@@ -136,8 +168,8 @@ def check_shards(recorded: Mapping[str, str] | None, found: Mapping[str, str]) -
     )
 
 
-def seconds_of(timing: Mapping[str, Any], key: str) -> float | None:
-    """A measured time, or None where it is not there or no number."""
+def measured_seconds(timing: Mapping[str, Any], key: str) -> float | None:
+    """Read a measured time; None if it is missing or not a number."""
     value = timing.get(key)
     return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
@@ -145,7 +177,10 @@ def seconds_of(timing: Mapping[str, Any], key: str) -> float | None:
 def manifest_entries(
     manifest: Mapping[str, Any],
 ) -> tuple[dict[str, str] | None, tuple[int | None, int | None]]:
-    """Of the manifest: sha256 of each val shard by file name, and how many train and val documents; None where it does not say."""
+    """Read the sha256 of each val shard, by file name, and the numbers of train and val documents.
+
+    None for each that it does not state.
+    """
     listed = manifest.get("shards")
     if not isinstance(listed, dict):
         return None, (None, None)
@@ -154,10 +189,10 @@ def manifest_entries(
         for name, entry in listed.items()
         if name.startswith("val/")
     }
-    return val, (_documents(listed, "train/"), _documents(listed, "val/"))
+    return val, (_count_documents(listed, "train/"), _count_documents(listed, "val/"))
 
 
-def _documents(listed: Mapping[str, Mapping[str, Any]], side: str) -> int | None:
+def _count_documents(listed: Mapping[str, Mapping[str, Any]], side: str) -> int | None:
     entries = [entry for name, entry in listed.items() if name.startswith(side)]
     counts = [entry["documents"] for entry in entries if isinstance(entry.get("documents"), int)]
     return sum(counts) if counts and len(counts) == len(entries) else None

@@ -1,9 +1,9 @@
-"""All four conditions at once: the same stream gives the same scores however it is handed over (B13, and B5 from outside).
+"""All four conditions: scores do not depend on how the stream is divided into calls (B13, B5).
 
-*Pieces*: one call against calls of other lengths, some of them of a single token. *Trace*: what has only been looked at (`predict`) or
-was scored instead of observed must leave the same state behind. That is the order of events as far as it shows without the scorer's
-help: a scorer that updates when it is asked, and not when it is told, ends in another state. *Again*: a second scorer from the same
-factory begins with the same bits.
+*Pieces*: one call of score_stream against several of other lengths, some of a single token. *Trace*:
+calls of predict(), and scoring instead of observing, must leave the same state. That shows the order of
+events as far as it can be seen from outside: a scorer that updates in predict() and not in observe()
+ends in another state. *Rerun*: a second scorer from the same factory starts with the same bits.
 """
 
 import itertools
@@ -13,140 +13,172 @@ from typing import NamedTuple
 import numpy as np
 
 from stages.audit import probe_runner
-from stages.audit.sampling import Draw
-from stages.audit.verdict import Verdict, outcome
+from stages.audit.sampling import KeyedRng
+from stages.audit.verdict import Verdict, pass_or_fail
 from stages.common.scorer import Scorer
 
-LOOKS = 3  # tokens before each of which predict() is read
+PREDICTED_TOKENS = 3  # tokens before each of which predict() is called in the trace test
+CUTS = 3  # random places where a span is divided into calls, in addition to the one after its first token
 
 
-class Handed(NamedTuple):
-    """What the ways to hand over one stretch came to."""
+class SplitResult(NamedTuple):
+    """Results of the ways to score one span of n targets."""
 
-    whole: np.ndarray  # (L,) float32: losses in one call
-    pieces: np.ndarray  # (L,) float32: in several
-    looked: float  # largest difference between predictions behind the stretch: looked at on the way, or not
-    scored: float  # and: scored, or observed
+    whole: np.ndarray  # (n,) float32: losses in one call
+    pieces: np.ndarray  # (n,) float32: losses in several calls
+    # Largest difference of predict() after the span's first tokens were observed, in nats, if they were ...
+    after_predicting: float  # ... observed with a predict() before each
+    after_scoring: float  # ... or scored instead
 
 
 @dataclass(frozen=True)
-class Handing:
-    """A probe: the stretch [start, stop), and where it is cut."""
+class CallSplit:
+    """Probe: score the span [start, stop) in one call, and in calls that end at the cuts."""
 
     start: int
     stop: int
-    cuts: tuple[int, ...]
-    predicts: bool  # whether the scorer has predict()
+    cuts: tuple[int, ...]  # ascending offsets from start
+    predicts: bool  # the scorer has predict()
 
-    def run(self, scorer: Scorer, tokens: np.ndarray) -> Handed:
-        """Hand it over in each way, from forks."""
-        stretch = tokens[self.start : self.stop]
-        whole = probe_runner.score(scorer.fork(), stretch)
-        handed = scorer.fork()
-        bounds = [0, *self.cuts, len(stretch)]
-        pieces = [probe_runner.score(handed, stretch[a:b]) for a, b in itertools.pairwise(bounds)]
-        looked, scored = self._traces(scorer, stretch[: LOOKS + 1]) if self.predicts else (0.0, 0.0)
-        return Handed(whole, np.concatenate(pieces), looked, scored)
+    def run(self, scorer: Scorer, tokens: np.ndarray) -> SplitResult:
+        """Score the span in each way, from forks; tokens: (N,) uint16."""
+        span = tokens[self.start : self.stop]
+        whole = probe_runner.checked_score(scorer.fork(), span)
 
-    def _traces(self, scorer: Scorer, few: np.ndarray) -> tuple[float, float]:
-        plain, looking, scoring = scorer.fork(), scorer.fork(), scorer.fork()
-        for token in few.tolist():
-            plain.observe(token)
-            probe_runner.distribution(looking)
-            looking.observe(token)
-        probe_runner.score(scoring, few)
-        after = probe_runner.distribution(plain)
-        return _apart(probe_runner.distribution(looking), after), _apart(
-            probe_runner.distribution(scoring), after
+        fork = scorer.fork()
+        bounds = [0, *self.cuts, len(span)]
+        pieces = [probe_runner.checked_score(fork, span[a:b]) for a, b in itertools.pairwise(bounds)]
+
+        after_predicting = 0.0
+        after_scoring = 0.0
+        if self.predicts:
+            after_predicting, after_scoring = self._traces(scorer, span[: PREDICTED_TOKENS + 1])
+        return SplitResult(whole, np.concatenate(pieces), after_predicting, after_scoring)
+
+    def _traces(self, scorer: Scorer, tokens: np.ndarray) -> tuple[float, float]:
+        """Compare predict() after tokens (n,) were only observed, predicted and observed, or scored."""
+        observing = scorer.fork()
+        predicting = scorer.fork()
+        scoring = scorer.fork()
+        for token in tokens.tolist():
+            observing.observe(token)
+            probe_runner.checked_predict(predicting)
+            predicting.observe(token)
+        probe_runner.checked_score(scoring, tokens)
+
+        base = probe_runner.checked_predict(observing)
+        return (
+            _largest_difference(probe_runner.checked_predict(predicting), base),
+            _largest_difference(probe_runner.checked_predict(scoring), base),
         )
 
 
-def probes(key: bytes, positions: list[int], length: int, segment: int, predicts: bool) -> list[Handing]:
-    """One probe for each position, half a segment long; the first piece is a single token, the others end anywhere."""
-    draw = Draw(key, "pieces")
-    made = []
+def probes(key: bytes, positions: list[int], length: int, segment: int, predicts: bool) -> list[CallSplit]:
+    """Build one probe for each position of a stream of `length` tokens, with a span of half a segment.
+
+    The first piece is a single token; the others end anywhere.
+    """
+    rng = KeyedRng(key, "pieces")
+    splits = []
     for position in positions:
         size = min(max(2, segment // 2), length - position)
-        cuts = {1, *(draw.one(1, size) for _ in range(3))} if size > 1 else set()
-        made.append(Handing(position, position + size, tuple(sorted(cuts)), predicts))
-    return made
+        cuts: set[int] = set()
+        if size > 1:
+            cuts = {1, *(rng.integer(1, size) for _ in range(CUTS))}
+        splits.append(CallSplit(position, position + size, tuple(sorted(cuts)), predicts))
+    return splits
 
 
-def judge_pieces(subject: str, stretches: list[Handing], seen: list[Handed], tolerance: float) -> Verdict:
-    """B13: calls of other lengths give the same losses."""
-    apart = [np.nan_to_num(np.abs(one.whole.astype(np.float64) - one.pieces), nan=np.inf) for one in seen]
-    worst = int(np.argmax([difference.max() for difference in apart]))
-    at = int(apart[worst].argmax())
-    guilty = [
-        stretch.start + int(d.argmax())
-        for stretch, d in zip(stretches, apart, strict=True)
-        if not d.max() <= tolerance
+def judge_pieces(
+    subject: str, splits: list[CallSplit], results: list[SplitResult], tolerance: float
+) -> Verdict:
+    """B13: calls of other lengths give the same losses, within `tolerance` nats."""
+    differences = [
+        np.nan_to_num(np.abs(result.whole.astype(np.float64) - result.pieces), nan=np.inf)
+        for result in results
     ]
-    count = sum(len(difference) for difference in apart)
+    failed = [
+        split.start + int(difference.argmax())
+        for split, difference in zip(splits, differences, strict=True)
+        if not difference.max() <= tolerance
+    ]
+    targets = sum(len(difference) for difference in differences)
+
+    # The target with the largest difference.
+    worst = int(np.argmax([difference.max() for difference in differences]))
+    at = int(differences[worst].argmax())
     return Verdict(
         check="B13",
         name="whole or in pieces",
         subject=subject,
         conditions=("C1", "C3", "C4"),
-        outcome=outcome(not guilty),
-        evidence=f"{count} targets in {len(seen)} stretches, one call against several: largest difference {apart[worst].max():.1e} nats",
-        saw=float(seen[worst].pieces[at]),
-        expected=float(seen[worst].whole[at]),
+        outcome=pass_or_fail(not failed),
+        evidence=f"{targets} targets in {len(results)} spans, one call against several: "
+        f"largest difference {differences[worst].max():.1e} nats",
+        saw=float(results[worst].pieces[at]),
+        expected=float(results[worst].whole[at]),
         bound=tolerance,
-        positions=tuple(guilty) if guilty else tuple(stretch.start for stretch in stretches),
-        sees="scores that depend on how much of the stream a call holds: second passes, the better of two runs, rank-local caches",
-        blind="other batch sizes, other numbers of processes (not asked for here)",
+        positions=tuple(failed or (split.start for split in splits)),
+        sees="scores that depend on how much of the stream a call holds: second passes, "
+        "the better of two runs, caches of one rank",
+        blind="other batch sizes, other numbers of processes (not varied here)",
     )
 
 
-def judge_trace(subject: str, stretches: list[Handing], seen: list[Handed], tolerance: float) -> Verdict:
-    """B5, without the scorer's help: neither a look nor a score is an update."""
-    worst = max(max(one.looked, one.scored) for one in seen)
-    guilty = [
-        stretch.start
-        for stretch, one in zip(stretches, seen, strict=True)
-        if not max(one.looked, one.scored) <= tolerance
+def judge_trace(
+    subject: str, splits: list[CallSplit], results: list[SplitResult], tolerance: float
+) -> Verdict:
+    """B5: neither predict() nor scoring instead of observing changes what the scorer learns."""
+    after_predicting = max(result.after_predicting for result in results)
+    after_scoring = max(result.after_scoring for result in results)
+    # A NaN is a failure too.
+    failed = [
+        split.start
+        for split, result in zip(splits, results, strict=True)
+        if not max(result.after_predicting, result.after_scoring) <= tolerance
     ]
-    looked, scored = max(one.looked for one in seen), max(one.scored for one in seen)
     return Verdict(
         check="B5",
         name="reading leaves no trace",
         subject=subject,
         conditions=("C3", "C4"),
-        outcome=outcome(not guilty),
-        evidence=f"behind {len(seen)} stretches predict() differs by {looked:.1e} nats at most when it was read on the way, "
-        f"by {scored:.1e} when the stretch was scored instead of observed",
-        saw=worst,
+        outcome=pass_or_fail(not failed),
+        evidence=f"after {len(results)} spans predict() differs by {after_predicting:.1e} nats at most "
+        f"when it was also called on the way, "
+        f"by {after_scoring:.1e} when the span was scored instead of observed",
+        # The largest difference of all.
+        saw=max(max(result.after_predicting, result.after_scoring) for result in results),
         expected=0.0,
         bound=tolerance,
-        positions=tuple(guilty) if guilty else tuple(stretch.start for stretch in stretches),
-        sees="updates made by asking; a fast path that learns other things than observe() does",
-        blind="state that never shows in a prediction nearby",
+        positions=tuple(failed or (split.start for split in splits)),
+        sees="updates made by predict(); a fast path that learns other things than observe() does",
+        blind="state that never changes a prediction nearby",
     )
 
 
-def judge_again(subject: str, first: np.ndarray, second: np.ndarray) -> Verdict:
-    """B13: two scorers of one factory agree to the last bit on the stream's first segment."""
-    moved = np.flatnonzero(first.view(np.uint32) != second.view(np.uint32))
-    at = int(moved[0]) if len(moved) else 0
+def judge_rerun(subject: str, first: np.ndarray, second: np.ndarray) -> Verdict:
+    """B13: two scorers of one factory give the same bits, float32 (n,), on the stream's first segment."""
+    different = np.flatnonzero(first.view(np.uint32) != second.view(np.uint32))
+    at = int(different[0]) if len(different) else 0
     return Verdict(
         check="B13",
         name="a second run",
         subject=subject,
         conditions=("C1", "C4"),
-        outcome=outcome(not len(moved)),
-        evidence=f"{len(first)} targets from the stream's start by two scorers of one factory: {len(moved)} losses differ",
+        outcome=pass_or_fail(not len(different)),
+        evidence=f"{len(first)} targets from the stream's start by two scorers of one factory: "
+        f"{len(different)} losses differ",
         saw=float(second[at]),
         expected=float(first[at]),
         bound=0,
-        positions=(at + 1,) if len(moved) else (),
+        positions=(at + 1,) if len(different) else (),
         sees="seeds from the clock, state that outlives a scorer, one run chosen of several",
-        blind="what differs between machines, and further on in the stream",
+        blind="differences between machines, and later in the stream",
     )
 
 
-def _apart(one: np.ndarray, other: np.ndarray) -> float:
+def _largest_difference(one: np.ndarray, other: np.ndarray) -> float:
+    """Compare two distributions (V,) in nats; equal infinities do not differ, NaN differs from everything."""
     with np.errstate(invalid="ignore"):
-        return float(
-            np.nan_to_num(np.abs(one - other), nan=0.0 if np.array_equal(one, other) else np.inf).max()
-        )
+        difference = np.abs(one - other)
+    return float(np.nan_to_num(difference, nan=0.0 if np.array_equal(one, other) else np.inf).max())

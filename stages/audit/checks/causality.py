@@ -1,10 +1,11 @@
-"""C1 and C4: does a score depend on what comes after it, and does the ledger (B1)?
+"""C1 and C4: does a score, or the ledger, depend on what comes later (B1)?
 
-Two tests that need each other. *Perturbation*: two forks of one scorer score the same segment, but for one the tokens behind t are
-others, at the same length; the losses up to t must be the same, but for rounding. It sees every dependence that reaches no further than
-the segment.
-*Recomputation*: a scorer that is shown the stream a segment at a time must return the losses of the ledger, which was written with the
-whole stream at hand. What leaned on tokens behind the segment cannot agree, so it sees what perturbation does not.
+Two tests that need each other. *Perturbation*: two forks of one scorer score the same segment, except
+that for one of them the tokens after position t are others, equally many; the losses up to t must be
+equal, but for rounding. This detects every dependence that reaches no further than the segment.
+*Recomputation*: a scorer that is shown the stream one segment at a time must return the losses of the
+ledger, which was written with the whole stream available. Losses that used tokens after the segment
+cannot agree, so this detects what perturbation cannot.
 """
 
 from dataclasses import dataclass
@@ -13,123 +14,129 @@ from typing import NamedTuple
 import numpy as np
 
 from stages.audit import probe_runner
-from stages.audit.sampling import Draw, Group
-from stages.audit.verdict import Outcome, Verdict, outcome
+from stages.audit.sampling import KeyedRng, PerturbationGroup
+from stages.audit.verdict import Number, Outcome, Verdict, pass_or_fail
 from stages.common.scorer import Scorer
 
-SUFFIXES = ("random ids", "other text", "another document", "moved boundaries")
-BOUNDARIES = 2  # put into a future whose own are taken away
+SUFFIXES = ("random ids", "other text", "another document", "moved boundaries")  # kinds of replaced futures
+MOVED_BOUNDARIES = 2  # BOS put at random into a future whose own are taken away
 
 
-class Moved(NamedTuple):
-    """What replacing the future did: the first target position whose loss moved, and the two losses there; None when none did."""
+class ReplacedFuture(NamedTuple):
+    """Effect of replacing the tokens after one position."""
 
     position: int
-    suffix: str
-    first: int | None
-    before: float
+    suffix: str  # one of SUFFIXES
+    first: int | None  # first target position up to `position` whose loss changed; None if none did
+    before: float  # the two losses there, in nats
     after: float
 
 
 class Segment(NamedTuple):
-    """What a perturbation probe saw."""
+    """Finding of one perturbation probe."""
 
-    base: np.ndarray  # (L,) float32: losses of the segment as it is
-    moved: list[Moved]
+    base: np.ndarray  # (n,) float32: losses of the segment as it is
+    replaced: list[ReplacedFuture]
 
 
 @dataclass(frozen=True)
 class Perturbation:
-    """A probe: the segment of a group, once as it is and once for each position with another future."""
+    """Probe: score the segment of a group as it is, and once for each position with another future."""
 
-    group: Group
-    futures: tuple[
-        tuple[str, np.ndarray], ...
-    ]  # for each position, the kind of future and its tokens up to the segment's end
+    group: PerturbationGroup
+    futures: tuple[tuple[str, np.ndarray], ...]  # for each position: kind, and tokens up to the segment's end
 
     @property
     def start(self) -> int:
-        """The first token of the segment."""
+        """First token position of the segment."""
         return self.group.start
 
     def run(self, scorer: Scorer, tokens: np.ndarray) -> Segment:
-        """Score the segment and its variants from forks."""
+        """Score the segment and its variants from forks; tokens: (N,) uint16."""
         segment = tokens[self.group.start : self.group.stop]
-        base = probe_runner.score(scorer.fork(), segment)
-        moved = []
+        base = probe_runner.checked_score(scorer.fork(), segment)
+        replaced = []
         for position, (suffix, future) in zip(self.group.positions, self.futures, strict=True):
-            kept = position + 1 - self.group.start
-            nll = probe_runner.score(scorer.fork(), np.concatenate([segment[:kept], future]))
-            different = np.flatnonzero(probe_runner.moved(nll[:kept], base[:kept]))
-            first = int(different[0]) if len(different) else None
-            before, after = (0.0, 0.0) if first is None else (float(base[first]), float(nll[first]))
-            moved.append(
-                Moved(position, suffix, None if first is None else self.group.start + first, before, after)
-            )
-        return Segment(base, moved)
+            kept = position + 1 - self.group.start  # targets up to the position
+            nll = probe_runner.checked_score(scorer.fork(), np.concatenate([segment[:kept], future]))
+            different = np.flatnonzero(probe_runner.differs(nll[:kept], base[:kept]))
+            if len(different):
+                at = int(different[0])
+                replaced.append(
+                    ReplacedFuture(position, suffix, self.group.start + at, float(base[at]), float(nll[at]))
+                )
+            else:
+                replaced.append(ReplacedFuture(position, suffix, None, 0.0, 0.0))
+        return Segment(base, replaced)
 
 
 def probes(
-    key: bytes, groups: list[Group], tokens: np.ndarray, vocab_size: int, bos: int
+    key: bytes, groups: list[PerturbationGroup], tokens: np.ndarray, vocab_size: int, bos: int
 ) -> list[Perturbation]:
-    """One probe for each group; the futures are by turns random ids, text from elsewhere, another document, and documents of other lengths.
+    """Build one probe for each group; the kinds of futures alternate.
 
-    The last (B1b) is the future itself with its boundaries moved: what sorts documents by length, or reads where they end, shows there.
+    The last kind (B1b) is the future itself with its document boundaries moved: it detects scorers that
+    sort documents by length or use where they end. tokens: (N,) uint16.
     """
-    draw = Draw(key, "future")
-    made = []
-    turn = 0
+    rng = KeyedRng(key, "future")
+    perturbations: list[Perturbation] = []
+    count = 0
     for group in groups:
         futures = []
         for position in group.positions:
-            suffix = SUFFIXES[turn % len(SUFFIXES)]
-            future = _future(draw, suffix, tokens[position + 1 : group.stop], tokens, vocab_size, bos)
-            if (
-                future[0] == tokens[position + 1]
-            ):  # the token next to t must change: most that looks ahead looks there
-                future[0] = (int(future[0]) + draw.one(1, vocab_size)) % vocab_size
+            suffix = SUFFIXES[count % len(SUFFIXES)]
+            count += 1
+            future = _future(rng, suffix, tokens[position + 1 : group.stop], tokens, vocab_size, bos)
+
+            # The very next token must differ: most look-ahead uses that one.
+            if future[0] == tokens[position + 1]:
+                future[0] = (int(future[0]) + rng.integer(1, vocab_size)) % vocab_size
             futures.append((suffix, future))
-            turn += 1
-        made.append(Perturbation(group, tuple(futures)))
-    return made
+        perturbations.append(Perturbation(group, tuple(futures)))
+    return perturbations
 
 
-def judge_perturbation(subject: str, groups: list[Group], segments: list[Segment]) -> Verdict:
-    """B1, first half: nothing moved."""
-    found = [moved for segment in segments for moved in segment.moved]
-    guilty = [moved for moved in found if moved.first is not None]
-    positions = tuple(sorted(moved.position for moved in found))
-    saw, expected = 0.0, 0.0
-    edges = ", ".join(
-        f"{sum(group.kind == kind for group in groups)} at {kind}"
-        for kind in sorted({group.kind for group in groups})
-    )
-    evidence = f"{len(found)} futures replaced in {len(groups)} segments ({edges}): no loss at or before the change moved"
-    if guilty:
-        worst = guilty[0]
-        positions, saw, expected = (
-            tuple(sorted({moved.position for moved in guilty})),
-            worst.after,
-            worst.before,
-        )
+def judge_perturbation(subject: str, groups: list[PerturbationGroup], segments: list[Segment]) -> Verdict:
+    """B1, first half: no loss changed."""
+    # One future for each perturbed position; the first that changed a loss is reported.
+    futures = [future for segment in segments for future in segment.replaced]
+    failed = [future for future in futures if future.first is not None]
+    if failed:
+        worst = failed[0]
+        positions = sorted({future.position for future in failed})
+        saw, expected = worst.after, worst.before
         evidence = (
-            f"with {worst.suffix} behind position {worst.position}, the loss of target {worst.first} moved from {worst.before:.6g} "
-            f"to {worst.after:.6g} nats ({len(guilty)} of {len(found)} replaced futures moved a score)"
+            f"with {worst.suffix} after position {worst.position}, the loss of target {worst.first} "
+            f"moved from {worst.before:.6g} to {worst.after:.6g} nats "
+            f"({len(failed)} of {len(futures)} replaced futures changed a score)"
         )
+    else:
+        # Say at which kinds of boundaries futures were replaced.
+        positions = sorted(future.position for future in futures)
+        saw, expected = 0.0, 0.0
+        kinds = [group.kind for group in groups]
+        counts = ", ".join(f"{kinds.count(kind)} at {kind}" for kind in sorted(set(kinds)))
+        evidence = (
+            f"{len(futures)} futures replaced in {len(groups)} segments ({counts}): "
+            "no loss at or before the change moved"
+        )
+
     return Verdict(
         check="B1",
         name="future perturbation",
         subject=subject,
         conditions=("C1", "C3", "C4"),
-        outcome=outcome(not guilty),
+        outcome=pass_or_fail(not failed),
         evidence=evidence,
+        # The first loss that changed.
         saw=saw,
         expected=expected,
         bound=probe_runner.ROUNDING,
-        positions=positions,
-        sees="any dependence of a score on later tokens of the same segment: look-ahead, second passes, training before scoring, "
-        "documents sorted by length",
-        blind="validation text in the artifact, dependence on the target itself (B2, B3), tokens beyond the segment (recomputation)",
+        positions=tuple(positions),
+        sees="any dependence of a score on later tokens of the same segment: look-ahead, second passes, "
+        "training before scoring, documents sorted by length",
+        blind="validation text in the artifact, dependence on the target itself (B2, B3), "
+        "tokens after the segment (recomputation)",
     )
 
 
@@ -137,72 +144,86 @@ def judge_recomputation(
     subject: str,
     ledger: np.ndarray | None,
     losses: np.ndarray,
-    groups: list[Group],
+    groups: list[PerturbationGroup],
     segments: list[Segment],
-    tolerances: tuple[float, float],
+    loss_tolerance: float,
+    mean_tolerance: float,
 ) -> Verdict:
-    """B1, second half: losses from segments that saw no future against the ledger; tolerances for one loss and for the mean."""
-    again = losses.copy()
+    """B1, second half: losses that were computed without the future are those of the ledger.
+
+    ledger: (N-1,) float32, or None without a complete one; losses: (N-1,) float32 from the recomputed
+    spans, NaN elsewhere. The losses of the perturbed segments, as they are, are added to them.
+    Tolerances in nats, for one loss and for the mean.
+    """
+    # All targets that were scored without their future.
+    recomputed = losses.copy()
+    compared = ~np.isnan(losses)
     for group, segment in zip(groups, segments, strict=True):
-        again[group.start - 1 : group.stop - 1] = segment.base
-    held = np.flatnonzero(~np.isnan(losses) | _covered(groups, len(losses)))
-    each, mean = tolerances
-    share = len(held) / len(losses)
-    evidence = "there is no complete ledger to hold against recomputed losses"
-    result: Outcome = "cannot tell"
-    saw, expected = 0.0, 0.0
+        recomputed[group.start - 1 : group.stop - 1] = segment.base
+        compared[group.start - 1 : group.stop - 1] = True
+    targets = np.flatnonzero(compared)
+    share = len(targets) / len(losses)
+
+    # Compare them with the ledger, one by one and in the mean: a small gain everywhere changes only the mean.
+    outcome: Outcome = "cannot tell"
+    evidence = "there is no complete ledger to compare with recomputed losses"
+    saw: Number = 0.0
+    expected: Number = 0.0
     positions: tuple[int, ...] = ()
     if ledger is not None:
-        difference = ledger[held].astype(np.float64) - again[held].astype(np.float64)
-        worst = int(np.nan_to_num(np.abs(difference), nan=np.inf).argmax())
-        largest, offset = float(np.abs(difference).max()), float(difference.mean())
-        saw, expected, positions = (
-            float(ledger[held[worst]]),
-            float(again[held[worst]]),
-            (int(held[worst]) + 1,),
-        )
-        result = outcome(largest <= each and abs(offset) <= mean)
+        difference = ledger[targets].astype(np.float64) - recomputed[targets].astype(np.float64)
+        largest = float(np.abs(difference).max())
+        mean = float(difference.mean())
+        outcome = pass_or_fail(largest <= loss_tolerance and abs(mean) <= mean_tolerance)
         evidence = (
-            f"{len(held)} of {len(losses)} targets ({share:.1%}) scored again without their future: largest difference {largest:.1e} nats "
-            f"(bound {each:.0e}), mean {offset:+.1e} (bound {mean:.0e})"
+            f"{len(targets)} of {len(losses)} targets ({share:.1%}) scored again without their future: "
+            f"largest difference {largest:.1e} nats (bound {loss_tolerance:.0e}), "
+            f"mean {mean:+.1e} (bound {mean_tolerance:.0e})"
         )
+
+        # The target with the largest difference is reported.
+        worst = targets[np.nan_to_num(np.abs(difference), nan=np.inf).argmax()]
+        saw = float(ledger[worst])
+        expected = float(recomputed[worst])
+        positions = (int(worst) + 1,)
+
     return Verdict(
         check="B1",
         name="ledger without the future",
         subject=subject,
         conditions=("C1", "C3", "C4", "metric"),
-        outcome=result,
+        outcome=outcome,
         evidence=evidence,
+        # The two losses of that target.
         saw=saw,
         expected=expected,
-        bound=each,
+        bound=loss_tolerance,
         positions=positions,
-        sees="a ledger that another scorer wrote, a second pass, or one that used tokens behind the segment; edited losses",
-        blind=f"targets not scored again: of k false losses placed at random, none is among them with probability {1 - share:.3f}^k",
+        sees="a ledger that another scorer wrote, a second pass, "
+        "a scorer that used tokens after the segment, edited losses",
+        blind="targets that were not scored again: of k false losses at random places, "
+        f"none is among them with probability {1 - share:.3f}^k",
     )
 
 
 def _future(
-    draw: Draw, suffix: str, future: np.ndarray, tokens: np.ndarray, vocab_size: int, bos: int
+    rng: KeyedRng, suffix: str, future: np.ndarray, tokens: np.ndarray, vocab_size: int, bos: int
 ) -> np.ndarray:
+    """Build a replacement of that kind for the tokens `future` (n,), from the stream `tokens` (N,)."""
     length = len(future)
     if suffix == "moved boundaries":
-        moved = np.where(future == bos, (bos + draw.one(1, vocab_size)) % vocab_size, future).astype(
-            tokens.dtype
-        )
-        moved[draw.below(length, BOUNDARIES)] = bos
+        no_bos = (bos + rng.integer(1, vocab_size)) % vocab_size
+        moved = np.where(future == bos, no_bos, future).astype(tokens.dtype)
+        moved[rng.below(length, MOVED_BOUNDARIES)] = bos
         return moved
+
     if suffix == "random ids" or length >= len(tokens):
-        return draw.below(vocab_size, length).astype(tokens.dtype)
-    begin = draw.one(0, len(tokens) - length)
+        return rng.below(vocab_size, length).astype(tokens.dtype)
+
+    # Text from anywhere, or from where a document begins.
+    begin = rng.integer(0, len(tokens) - length)
     if suffix == "another document":
         starts = np.flatnonzero(tokens[: len(tokens) - length] == bos)
-        begin = int(starts[draw.one(0, len(starts))]) if len(starts) else begin
+        if len(starts):
+            begin = int(starts[rng.integer(0, len(starts))])
     return tokens[begin : begin + length].copy()
-
-
-def _covered(groups: list[Group], targets: int) -> np.ndarray:
-    covered = np.zeros(targets, dtype=bool)
-    for group in groups:
-        covered[group.start - 1 : group.stop - 1] = True
-    return covered

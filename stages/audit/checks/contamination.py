@@ -1,14 +1,16 @@
-"""B15: documents of train that are documents of val, and passages of train that stand in val, by shingles of 50 bytes.
+"""B15 on the text: documents and passages of val that are also in train, found by shingles of 50 bytes.
 
-Hashes of token ids (documents.u64, files.check_disjoint) show a document that was tokenized alike. Here it is the text that is compared.
-Every 50 bytes in a row of a document are a shingle; its hash is a polynomial that rolls along the text (Karp and Rabin 1987), mixed to
-64 bits. Kept are the shingles whose hash lies below 2^64 / `rate`: the same ones in train and in val, wherever they stand. With rate 1 that
-is all of them, and no shared passage of 50 bytes is missed; otherwise one of L bytes is missed with probability (1 - 1 / rate)^(L - 49).
-Memory holds val's kept shingles, about 40 bytes for each, and a block of train.
+Hashes of token ids (documents.u64, budgets.check_disjoint) detect a document that was tokenized alike.
+Here the text itself is compared. Every 50 consecutive bytes of a document are a shingle; its hash is a
+rolling polynomial (Karp and Rabin 1987), mixed to 64 bits. A shingle is kept if its hash is at most
+2^64 / `rate`: the same ones in train and in val, wherever they are. With rate 1 all are kept, and no
+shared passage of 50 bytes is missed; otherwise one of L bytes is missed with probability (1 - 1 /
+rate)^(L - 49). Memory holds val's kept shingles, about 40 bytes for each, and a block of train.
 
-A shared passage alone is no guilt: licences, signatures and quotations stand in many texts. A val document is convicted when all its text
-is a train document, or when more than `share` of its shingles are in train; what is below is reported. Of the default pipeline's 137
-documents, docstrings of packages that repeat themselves, 99 share a passage with train, and the worst 48 % of its shingles.
+A shared passage alone is not a failure: licences, signatures and quotations are in many texts. A val
+document fails if all its text is a train document, or if more than `share` of its shingles are in
+train; smaller shares are reported. Of the default pipeline's 137 documents, docstrings of packages that
+repeat themselves, 99 share a passage with train, and the worst 48 % of its shingles.
 """
 
 import hashlib
@@ -20,147 +22,183 @@ from typing import Any
 import numpy as np
 import sentencepiece
 
-from stages.audit.verdict import Verdict, outcome
+from stages.audit.verdict import Verdict, pass_or_fail
 from stages.common import shards
-from stages.common.jit import inner, outer
-from stages.common.lossless_text import Speller
+from stages.common.jit import jit_entry, jit_internal
+from stages.common.lossless_text import LosslessTokenizer
 from stages.tokenize.duplicates import documents
 
 SHINGLE_BYTES = 50
-FEWEST = 20  # kept shingles of a document from which a share is taken; a shorter one is compared as a whole
-SHARED = 0.75  # of a document's shingles: what boilerplate may make up of it, unless a caller says otherwise
+MIN_KEPT_SHINGLES = 20  # of a document whose share is judged; a shorter one is compared as a whole only
+MAX_SHARED = (
+    0.75  # share of a document's shingles that boilerplate may make up, unless the caller says otherwise
+)
 BASE: Any = np.uint64(
     0x9E3779B97F4A7C15
-)  # of the polynomial modulo 2^64: odd, so that no byte's weight vanishes
+)  # of the polynomial modulo 2^64; odd, so that no byte's weight vanishes
 MIX: Any = (np.uint64(0xFF51AFD7ED558CCD), np.uint64(0xC4CEB9FE1A85EC53))  # MurmurHash3's finaliser (Appleby)
-SHIFT: Any = np.uint64(33)
-ABSENT: Any = np.uint64(0)  # marks an empty place of the table; a hash of 0 counts as 1
+SHIFT: Any = np.uint64(33)  # likewise
+EMPTY: Any = np.uint64(0)  # marks an empty slot of the hash table; a hash of 0 becomes 1
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """What of val is in train: an entry for each val document, in stream order."""
+    """The part of val that is in train, by val document in stream order."""
 
-    starts: np.ndarray  # position of its BOS in the stream, (D,) int64
-    kept: np.ndarray  # its kept shingles, (D,) int64
-    shared: np.ndarray  # those that are in train too, (D,) int64
-    whole: np.ndarray  # whether its text is one of train's documents, (D,) bool
+    starts: np.ndarray  # (D,) int64: position of its BOS in the stream
+    kept: np.ndarray  # (D,) int64: number of its kept shingles
+    shared: np.ndarray  # (D,) int64: number of those that are also in train
+    whole: np.ndarray  # (D,) bool: its text is the text of a train document
     train_documents: int
-    rate: int
+    rate: int  # one in `rate` shingles was kept
 
     @property
     def shares(self) -> np.ndarray:
-        """The share of each document's kept shingles that is in train, (D,) float64; 0 where there are too few to say."""
-        return np.where(self.kept >= FEWEST, self.shared / np.maximum(1, self.kept), 0.0)
+        """Share of each document's kept shingles that is in train, (D,) float64.
+
+        0 if there are too few to judge.
+        """
+        return np.where(self.kept >= MIN_KEPT_SHINGLES, self.shared / np.maximum(1, self.kept), 0.0)
 
 
-class Table:
-    """The kept shingles of val, each with a mark that says whether train has it: open addressing, at most half full."""
+class ShingleTable:
+    """Hash table of val's kept shingles, each with a mark that says whether train has it.
+
+    Open addressing, at most half full.
+    """
 
     def __init__(self, hashes: np.ndarray) -> None:
+        """Insert hashes (n,) uint64, without marks."""
         size = 1 << max(4, (2 * len(hashes)).bit_length())
-        self.keys, self.marks = np.zeros(size, dtype=np.uint64), np.zeros(size, dtype=np.uint8)
+        self.keys = np.zeros(size, dtype=np.uint64)
+        self.marks = np.zeros(size, dtype=np.uint8)
         insert(hashes, self.keys)
 
 
-def texts(
+def document_texts(
     paths: list[Path], tokenizer: sentencepiece.SentencePieceProcessor
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Each document of a stream of shards: its number of tokens, BOS included, and its text, (bytes,) uint8."""
-    speller = Speller(tokenizer)
-    ends = np.cumsum([0, *map(len, speller.bytes_of)])
-    letters = np.frombuffer(b"".join(speller.bytes_of), dtype=np.uint8)
-    for document in documents(paths, speller.bos):
+    """Yield each document of a stream of shards: its length and its text.
+
+    The length is in tokens, BOS included; the text is (bytes,) uint8.
+    """
+    lossless = LosslessTokenizer(tokenizer)
+    ends = np.cumsum([0, *map(len, lossless.token_bytes)])
+    letters = np.frombuffer(b"".join(lossless.token_bytes), dtype=np.uint8)
+    for document in documents(paths, lossless.bos):
         ids = document.tokens.astype(np.int64)
-        room = np.empty(int((ends[ids + 1] - ends[ids]).sum()), dtype=np.uint8)
-        yield len(ids), spell(ids, ends, letters, room)
+        text = np.empty(int((ends[ids + 1] - ends[ids]).sum()), dtype=np.uint8)
+        yield len(ids), spell(ids, ends, letters, text)
 
 
-def overlap(
+def measure_overlap(
     train: Iterable[tuple[int, np.ndarray]], val: Iterable[tuple[int, np.ndarray]], rate: int = 1
 ) -> Overlap:
-    """Hold train's documents against val's; both are what `texts` yields, train read once and val before it."""
+    """Compare the documents of train and val, as `document_texts` yields them.
+
+    Val is read first, then train, each once.
+    """
     if rate < 1:
         raise ValueError(f"one in {rate} shingles is to be kept; expected 1 or more, 1 for all of them")
+
+    # Val: the kept shingles of each document, and a digest of its whole text.
     limit = np.uint64(((1 << 64) - 1) // rate)
     lengths, hashes, digests = [], [], []
     for length, text in val:
         lengths.append(length)
-        hashes.append(kept_shingles(text, limit))
+        hashes.append(sampled_shingles(text, limit))
         digests.append(hashlib.sha256(text.tobytes()).digest())
-    together = np.concatenate(hashes) if hashes else np.empty(0, dtype=np.uint64)
-    table, seen, count = Table(together), set[bytes](), 0
-    wanted = set(digests)
+    all_hashes = np.concatenate(hashes) if hashes else np.empty(0, dtype=np.uint64)
+    table = ShingleTable(all_hashes)
+
+    # Train: mark the shingles of val that occur in it.
+    val_digests = set(digests)
+    found_digests: set[bytes] = set()
+    train_documents = 0
     for _, text in train:
-        count += 1
-        mark(kept_shingles(text, limit), table.keys, table.marks)
+        train_documents += 1
+        mark(sampled_shingles(text, limit), table.keys, table.marks)
         digest = hashlib.sha256(text.tobytes()).digest()
-        if digest in wanted:
-            seen.add(digest)
-    marked = look_up(together, table.keys, table.marks, np.empty(len(together), dtype=np.uint8))
-    kept = np.array([len(of) for of in hashes], dtype=np.int64)
+        if digest in val_digests:
+            found_digests.add(digest)
+
+    # Count the marks of each val document.
+    marked = look_up(all_hashes, table.keys, table.marks, np.empty(len(all_hashes), dtype=np.uint8))
+    kept = np.array([len(document_hashes) for document_hashes in hashes], dtype=np.int64)
     ends = np.cumsum([0, *kept.tolist()])
-    running = np.concatenate([[0], np.cumsum(marked, dtype=np.int64)])
+    marks_before = np.concatenate([[0], np.cumsum(marked, dtype=np.int64)])
+    shared = marks_before[ends[1:]] - marks_before[ends[:-1]]
     starts = np.cumsum([0, *lengths], dtype=np.int64)[:-1]
-    whole = np.array([digest in seen for digest in digests], dtype=bool)
-    return Overlap(starts, kept, running[ends[1:]] - running[ends[:-1]], whole, count, rate)
+    whole = np.array([digest in found_digests for digest in digests], dtype=bool)
+    return Overlap(starts, kept, shared, whole, train_documents, rate)
 
 
-def check_passages(found: Overlap, share: float = SHARED) -> Verdict:
-    """B15 on the text: no val document is a train document, or made of train's passages by more than `share`."""
-    shares = found.shares
-    guilty = np.flatnonzero(found.whole | (shares > share))
-    order = guilty[np.argsort(-np.where(found.whole[guilty], 2.0, shares[guilty]), kind="stable")]
-    kept, documents_touched = max(1, int(found.kept.sum())), int((found.shared > 0).sum())
+def find_overlap(
+    train: Path, val: Path, tokenizer: sentencepiece.SentencePieceProcessor, rate: int = 1
+) -> Overlap:
+    """Run `measure_overlap` on two folders of shards."""
+    return measure_overlap(
+        document_texts(shards.find(train), tokenizer), document_texts(shards.find(val), tokenizer), rate
+    )
+
+
+def check_passages(overlap: Overlap, share: float = MAX_SHARED) -> Verdict:
+    """B15: no val document is a train document, or has more than `share` of its shingles in train."""
+    # Failed documents; whole copies come first, then the largest shares.
+    shares = overlap.shares
+    failed = np.flatnonzero(overlap.whole | (shares > share))
+    worst_first = failed[np.argsort(-np.where(overlap.whole[failed], 2.0, shares[failed]), kind="stable")]
+
+    # Evidence.
+    sampled = ""
+    if overlap.rate > 1:
+        missed = miss_probability(overlap.rate, 500)
+        sampled = (
+            f" (one in {overlap.rate} looked at: "
+            f"a passage of 500 bytes is missed with probability {missed:.1e})"
+        )
+    all_kept = max(1, int(overlap.kept.sum()))
     evidence = (
-        f"{found.whole.sum()} of {len(found.whole)} val documents are, as text, one of {found.train_documents} train documents; "
-        f"{(shares > share).sum()} have more than {share:.0%} of their {SHINGLE_BYTES}-byte shingles in train (so much is allowed for "
-        f"boilerplate); {documents_touched} share a passage, {found.shared.sum() / kept:.2%} of all shingles are shared"
-        f"{_sampled(found.rate)}; the largest share of a document is {shares.max(initial=0.0):.1%}"
+        f"{overlap.whole.sum()} of {len(overlap.whole)} val documents are, as text, one of "
+        f"{overlap.train_documents} train documents; "
+        f"{(shares > share).sum()} have more than {share:.0%} of their {SHINGLE_BYTES}-byte shingles "
+        "in train (up to that is allowed as boilerplate); "
+        f"{int((overlap.shared > 0).sum())} share a passage, "
+        f"{overlap.shared.sum() / all_kept:.2%} of all shingles are shared{sampled}; "
+        f"the largest share of a document is {shares.max(initial=0.0):.1%}"
     )
     return Verdict(
         check="B15",
         name="passages shared by train and val",
         subject="files",
         conditions=("data",),
-        outcome=outcome(not len(guilty)),
+        outcome=pass_or_fail(not len(failed)),
         evidence=evidence,
-        saw=float(shares.max(initial=0.0)) if not found.whole.any() else 1.0,
+        # The largest share of a document.
+        saw=1.0 if overlap.whole.any() else float(shares.max(initial=0.0)),
         expected=0.0,
         bound=share,
-        positions=tuple(found.starts[order[:3]].tolist()),
-        sees="val documents in train, whole or in large part, tokenized or cut otherwise",
-        blind=f"text that was changed every {SHINGLE_BYTES} bytes, translated or paraphrased; training data that was not shown",
+        positions=tuple(overlap.starts[worst_first[:3]].tolist()),
+        sees="val documents in train, whole or in large part, also if tokenized or cut otherwise",
+        blind=f"text that was changed every {SHINGLE_BYTES} bytes, translated or paraphrased; "
+        "training data that was not shown",
     )
 
 
-def find(train: Path, val: Path, tokenizer: sentencepiece.SentencePieceProcessor, rate: int = 1) -> Overlap:
-    """`overlap` of two folders of shards."""
-    return overlap(texts(shards.find(train), tokenizer), texts(shards.find(val), tokenizer), rate)
-
-
-def missed(rate: int, passage_bytes: int) -> float:
-    """The probability that none of a shared passage's shingles is kept."""
+def miss_probability(rate: int, passage_bytes: int) -> float:
+    """Compute the probability that none of a shared passage's shingles is kept."""
     return (1 - 1 / rate) ** max(0, passage_bytes - SHINGLE_BYTES + 1)
 
 
-def _sampled(rate: int) -> str:
-    return (
-        ""
-        if rate == 1
-        else f" (one in {rate} looked at: a passage of 500 bytes is missed with probability {missed(rate, 500):.1e})"
-    )
+def sampled_shingles(text: np.ndarray, limit: np.uint64) -> np.ndarray:
+    """Hash the shingles of a text (n,) uint8 and keep hashes up to `limit`, in order, uint64."""
+    hashes = np.empty(max(0, len(text) - SHINGLE_BYTES + 1), dtype=np.uint64)
+    return hashes[: _keep(text, limit, hashes)].copy()
 
 
-def kept_shingles(text: np.ndarray, limit: np.uint64) -> np.ndarray:
-    """The hashes of a text's shingles that are kept, in order, uint64."""
-    room = np.empty(max(0, len(text) - SHINGLE_BYTES + 1), dtype=np.uint64)
-    return room[: _keep(text, limit, room)].copy()
-
-
-@outer
+@jit_entry
 def spell(ids: np.ndarray, ends: np.ndarray, letters: np.ndarray, out: np.ndarray) -> np.ndarray:
-    """The bytes of ids, where those of id i are letters[ends[i] : ends[i + 1]]."""
+    """Concatenate the bytes of ids (n,) into out; those of id i are letters[ends[i] : ends[i + 1]]."""
     at = 0
     for i in ids:
         for j in range(ends[i], ends[i + 1]):
@@ -169,67 +207,71 @@ def spell(ids: np.ndarray, ends: np.ndarray, letters: np.ndarray, out: np.ndarra
     return out
 
 
-@inner
-def _mixed(rolled: int) -> int:
+@jit_internal
+def _mix(rolled: int) -> int:
+    """Finalise a polynomial hash; never EMPTY."""
     value = (rolled ^ (rolled >> SHIFT)) * MIX[0]
     value = (value ^ (value >> SHIFT)) * MIX[1]
     value ^= value >> SHIFT
-    return value if value != ABSENT else np.uint64(1)
+    return value if value != EMPTY else np.uint64(1)
 
 
-@inner
-def _leaving() -> int:
-    """The weight of the byte that leaves: BASE to the power of a shingle's length."""
+@jit_internal
+def _leaving_weight() -> int:
+    """Compute the weight of the byte that leaves the window: BASE to the power of a shingle's length."""
     power = np.uint64(1)
     for _ in range(SHINGLE_BYTES):
         power *= BASE
     return power
 
 
-@outer
+@jit_entry
 def _keep(text: np.ndarray, limit: int, out: np.ndarray) -> int:
-    rolled, gone, count = np.uint64(0), _leaving(), 0
+    """Write the kept hashes of text (n,) into out, and return their number."""
+    leaving_weight = _leaving_weight()
+    rolled = np.uint64(0)
+    count = 0
     for i in range(len(text)):
         rolled = rolled * BASE + np.uint64(text[i])
         if i >= SHINGLE_BYTES:
-            rolled -= gone * np.uint64(text[i - SHINGLE_BYTES])
+            rolled -= leaving_weight * np.uint64(text[i - SHINGLE_BYTES])
         if i >= SHINGLE_BYTES - 1:
-            value = _mixed(rolled)
+            value = _mix(rolled)
             if value <= limit:
                 out[count] = value
                 count += 1
     return count
 
 
-@inner
-def _place(value: int, keys: np.ndarray) -> int:
-    """Where a hash is in the table, or where it would go."""
+@jit_internal
+def _slot(value: int, keys: np.ndarray) -> int:
+    """Find the slot of a hash in the table, or the empty slot where it belongs (linear probing)."""
     last = np.uint64(len(keys) - 1)
-    place = value & last
-    while keys[place] != ABSENT and keys[place] != value:
-        place = (place + np.uint64(1)) & last
-    return place
+    slot = value & last
+    while keys[slot] != EMPTY and keys[slot] != value:
+        slot = (slot + np.uint64(1)) & last
+    return slot
 
 
-@outer
+@jit_entry
 def insert(hashes: np.ndarray, keys: np.ndarray) -> None:
-    """Put hashes into a table that has room for them."""
+    """Insert hashes (n,) into a table (size,) that has room for them."""
     for value in hashes:
-        keys[_place(value, keys)] = value
+        keys[_slot(value, keys)] = value
 
 
-@outer
+@jit_entry
 def mark(hashes: np.ndarray, keys: np.ndarray, marks: np.ndarray) -> None:
-    """Mark those of the hashes that are in the table."""
+    """Mark those of the hashes (n,) that are in the table (size,)."""
     for value in hashes:
-        place = _place(value, keys)
-        if keys[place] == value:
-            marks[place] = 1
+        slot = _slot(value, keys)
+        if keys[slot] == value:
+            marks[slot] = 1
 
 
-@outer
+@jit_entry
 def look_up(hashes: np.ndarray, keys: np.ndarray, marks: np.ndarray, out: np.ndarray) -> np.ndarray:
-    """The marks of hashes that are in the table, uint8."""
+    """Read the marks of hashes (n,) that are in the table into out (n,) uint8."""
     for i in range(len(hashes)):
-        out[i] = marks[_place(hashes[i], keys)]
+        out[i] = marks[_slot(hashes[i], keys)]
     return out

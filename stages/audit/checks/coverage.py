@@ -1,8 +1,9 @@
-"""Metric reporting: every target once, over the right bytes, and the reported number follows (B6, B11).
+"""Metric reporting: every target once, over the right bytes, and a number that follows (B6, B11).
 
-The bytes are counted here a second time and in another way than `stages.common.bpb` does: not from a table of pieces but from the decoded
-text of each document. After BOS no space is counted, so a document that begins with one has one byte less than its text, unless the decoder
-has dropped that space already, as one with a dummy prefix does.
+The bytes are counted here a second time, and not in the way of `stages.common.bpb`: from the decoded
+text of each document instead of a table of pieces. A space right after BOS does not count, so a
+document that begins with one has one byte less than its text, unless the decoder has already dropped
+that space, as one with a dummy prefix does.
 """
 
 import math
@@ -12,14 +13,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import sentencepiece
 
-from stages.audit.verdict import Verdict, outcome
+from stages.audit.verdict import Outcome, Verdict, pass_or_fail
 from stages.common import shards
 from stages.common.bpb import SPACE_MARKER, byte_table, target_bytes
 from stages.common.ledger import CHUNK_COLUMNS
 
-RELATIVE = 1.0e-12  # between two float64 sums of one set of numbers
-ROUNDING = 1.0e-6  # the chunk table has six decimals
-FUZZ = (
+SUM_TOLERANCE = 1.0e-12  # relative, between two float64 sums of the same numbers
+TABLE_TOLERANCE = 1.0e-6  # bits per byte: chunks.tsv has six decimals
+AWKWARD_TEXTS = (  # spaces, other scripts, control characters, the tokenizer's space marker, private use
     "a",
     " a",
     "a  b",
@@ -32,44 +33,54 @@ FUZZ = (
     " ",
 )
 
-
-SizeOf = Callable[[np.ndarray, sentencepiece.SentencePieceProcessor], np.ndarray]
+# Counts the bytes of each target of a stream (N,): (tokens, tokenizer) -> (N-1,) int64.
+ByteCounter = Callable[[np.ndarray, sentencepiece.SentencePieceProcessor], np.ndarray]
 
 
 class DocumentBytes(NamedTuple):
-    """Bytes of each document by its decoded text, (D,) int64, and whether the text held a replacement character."""
+    """Bytes of the documents of a stream, counted by decoding."""
 
-    counted: np.ndarray
-    replaced: np.ndarray
+    counted: np.ndarray  # (D,) int64
+    replaced: (
+        np.ndarray
+    )  # (D,) bool: the text holds a replacement character, so its bytes were not valid UTF-8
 
 
 def check_ledger(subject: str, ledger: np.ndarray, targets: int) -> Verdict:
-    """B6: exactly N-1 losses, each a finite number that is not negative."""
-    evidence, positions = (
-        f"{len(ledger.reshape(-1))} losses for {targets} targets, all finite and not negative",
-        (),
-    )
+    """B6: the ledger holds exactly `targets` losses, each a finite number that is not negative."""
+    # Shape first: without it the losses do not belong to targets.
+    outcome: Outcome = "pass"
+    evidence = f"{len(ledger.reshape(-1))} losses for {targets} targets, all finite and not negative"
+    positions: tuple[int, ...] = ()
     if ledger.dtype != np.float32 or ledger.shape != (targets,):
-        evidence = f"the ledger holds {ledger.dtype} {ledger.shape}, expected float32 ({targets},): targets are missing or counted twice"
-        holds = False
+        outcome = "fail"
+        evidence = (
+            f"the ledger holds {ledger.dtype} {ledger.shape}, expected float32 ({targets},): "
+            "targets are missing or counted twice"
+        )
     else:
         bad = np.flatnonzero(~(np.isfinite(ledger) & (ledger >= 0)))
-        holds = len(bad) == 0
-        if not holds:
-            evidence = f"{len(bad)} losses are negative or not finite, the first {ledger[bad[0]]} at target {bad[0] + 1}"
+        if len(bad):
+            outcome = "fail"
+            evidence = (
+                f"{len(bad)} losses are negative or not finite, "
+                f"the first {ledger[bad[0]]} at target {bad[0] + 1}"
+            )
             positions = tuple((bad[:3] + 1).tolist())
+
     return Verdict(
         check="B6",
         name="coverage",
         subject=subject,
         conditions=("C4", "metric"),
-        outcome=outcome(holds),
+        outcome=outcome,
         evidence=evidence,
+        # Numbers of losses and targets.
         saw=int(ledger.size),
         expected=targets,
         bound=0,
         positions=positions,
-        sees="dropped tails, subsets, targets scored twice, losses that are none",
+        sees="dropped tails, subsets, targets scored twice, losses that are not numbers",
         blind="whether the losses are right (B1, B3, B4)",
     )
 
@@ -77,61 +88,61 @@ def check_ledger(subject: str, ledger: np.ndarray, targets: int) -> Verdict:
 def check_reported(
     subject: str, ledger: np.ndarray | None, reported: Any, document_bytes: DocumentBytes
 ) -> Verdict:
-    """B6 and B11: the reported bits per byte follow from the ledger and the decoded bytes."""
+    """B6: the reported bits per byte follow from the ledger (N-1,), in nats, and the decoded bytes."""
     total = int(document_bytes.counted.sum())
-    recomputed = math.nan if ledger is None or not total else math.fsum(ledger.tolist()) / math.log(2) / total
+    recomputed = math.nan
+    if ledger is not None and total:
+        recomputed = math.fsum(ledger.tolist()) / math.log(2) / total
     number = float(reported) if isinstance(reported, (int, float)) else math.nan
-    holds = abs(number - recomputed) <= RELATIVE * abs(recomputed)
+    holds = abs(number - recomputed) <= SUM_TOLERANCE * abs(recomputed)
     return Verdict(
         check="B6",
         name="reported bits per byte",
         subject=subject,
         conditions=("metric",),
-        outcome="cannot tell" if ledger is None else outcome(holds),
+        outcome="cannot tell" if ledger is None else pass_or_fail(holds),
         evidence=f"reported {number!r}; from the ledger over {total} decoded bytes {recomputed!r}",
         saw=number,
         expected=recomputed,
-        bound=RELATIVE,
+        bound=SUM_TOLERANCE,
         positions=(),
         sees="a number that is not the sum of its ledger, over other bytes, or rounded in its favour",
         blind="whether the losses are right (B1, B3, B4)",
     )
 
 
-def check_chunks(subject: str, table: str, ledger: np.ndarray | None, target_bytes: np.ndarray) -> Verdict:
-    """B6: the chunk table covers every target once, in order, and its figures follow from the ledger."""
-    fault, first_bad, rows = "", 0, _rows(table)
-    covered = 0
+def check_chunks(
+    subject: str, chunk_table: str, ledger: np.ndarray | None, target_bytes: np.ndarray
+) -> Verdict:
+    """B6: the text of chunks.tsv covers every target once, in order, and its figures follow from the ledger.
+
+    ledger: (N-1,) float32 nats, or None without a complete one; target_bytes: (N-1,) int64.
+    """
+    # Follow the rows up to the first that is wrong.
+    rows = _parse_chunk_table(chunk_table)
+    fault = ""
+    covered = 0  # targets of the rows that are right
     for number, row in enumerate(rows or []):
-        part = slice(covered, covered + int(row["targets"]))
-        size = int(target_bytes[part].sum())
-        if (row["chunk"], row["first_target"], row["bytes"]) != (number, covered, size) or row[
-            "targets"
-        ] <= 0:
-            fault, first_bad = (
-                f"chunk {number} is {row}, expected to begin at target {covered} with {size} bytes",
-                covered,
-            )
-        elif (
-            ledger is not None
-            and size
-            and abs(row["bpb"] - float(ledger[part].sum(dtype=np.float64)) / math.log(2) / size) > ROUNDING
-        ):
-            fault, first_bad = f"chunk {number} says {row['bpb']} bpb, its ledger does not", covered
+        fault = _chunk_fault(number, row, covered, ledger, target_bytes)
         if fault:
             break
         covered += int(row["targets"])
+
+    # The whole: right columns, and all targets covered.
+    first_bad = covered
     if rows is None:
-        fault = f"the table has not the columns {', '.join(CHUNK_COLUMNS)}"
+        fault = f"the table lacks the columns {', '.join(CHUNK_COLUMNS)}"
+        first_bad = 0
     elif not fault and covered != len(target_bytes):
-        fault, first_bad = f"the chunks cover {covered} of {len(target_bytes)} targets", covered
+        fault = f"the chunks cover {covered} of {len(target_bytes)} targets"
     return Verdict(
         check="B6",
         name="chunk table",
         subject=subject,
         conditions=("C4", "metric"),
-        outcome=outcome(not fault),
+        outcome=pass_or_fail(not fault),
         evidence=fault or f"{len(rows or [])} chunks cover the targets in order, once, with their bytes",
+        # Numbers of covered targets and of all.
         saw=covered,
         expected=len(target_bytes),
         bound=0,
@@ -141,13 +152,14 @@ def check_chunks(subject: str, table: str, ledger: np.ndarray | None, target_byt
     )
 
 
-def count_documents(tokens: np.ndarray, tokenizer: sentencepiece.SentencePieceProcessor) -> DocumentBytes:
-    """The bytes of each document of a stream by decoding it."""
-    strips = tokenizer.decode([tokenizer.piece_to_id(SPACE_MARKER)]) == ""
+def count_decoded_bytes(tokens: np.ndarray, tokenizer: sentencepiece.SentencePieceProcessor) -> DocumentBytes:
+    """Count the bytes of each document of a stream (N,) by decoding it."""
+    decoder_drops_space = tokenizer.decode([tokenizer.piece_to_id(SPACE_MARKER)]) == ""
     counted, replaced = [], []
     for document in shards.documents(tokens, tokenizer.bos_id()):
         text: str = tokenizer.decode(document[1:].tolist())
-        counted.append(len(text.encode("utf-8")) - (1 if text.startswith(" ") and not strips else 0))
+        uncounted_space = text.startswith(" ") and not decoder_drops_space
+        counted.append(len(text.encode("utf-8")) - int(uncounted_space))
         replaced.append("\ufffd" in text)
     return DocumentBytes(np.array(counted, dtype=np.int64), np.array(replaced, dtype=bool))
 
@@ -155,65 +167,87 @@ def count_documents(tokens: np.ndarray, tokenizer: sentencepiece.SentencePiecePr
 def check_denominator(
     tokens: np.ndarray, bos: int, target_bytes: np.ndarray, document_bytes: DocumentBytes
 ) -> Verdict:
-    """B11: for each document, the bytes that bits are divided by are those of its decoded text."""
+    """B11: for each document, the bytes that bits are divided by are those of its decoded text.
+
+    tokens: (N,) uint16; target_bytes: (N-1,) int64.
+    """
     starts = shards.document_starts(tokens, bos)
     per_document = np.add.reduceat(np.concatenate([[0], target_bytes]), starts)
     wrong = np.flatnonzero(per_document != document_bytes.counted)
-    unreadable = bool(len(wrong)) and bool(document_bytes.replaced[wrong].all())
-    evidence = f"{len(starts)} documents decode to {document_bytes.counted.sum()} bytes, as many as were counted for each"
+
+    # A document of bytes that are not UTF-8 cannot be counted by decoding.
+    outcome: Outcome = "pass"
+    evidence = (
+        f"{len(starts)} documents decode to {document_bytes.counted.sum()} bytes, "
+        "the same number as was counted for each"
+    )
     if len(wrong):
+        outcome = "fail"
         first = int(wrong[0])
         evidence = (
-            f"{len(wrong)} of {len(starts)} documents differ, the first number {first}: {per_document[first]} bytes counted, "
-            f"{document_bytes.counted[first]} decoded"
+            f"{len(wrong)} of {len(starts)} documents differ, the first number {first}: "
+            f"{per_document[first]} bytes counted, {document_bytes.counted[first]} decoded"
         )
-        if unreadable:
-            evidence += "; all of them hold bytes that are no UTF-8, which decoding replaces"
+        if document_bytes.replaced[wrong].all():
+            outcome = "cannot tell"
+            evidence += "; all of them hold bytes that are not UTF-8, which decoding replaces"
+
     return Verdict(
         check="B11",
         name="denominator",
         subject="files",
         conditions=("metric",),
-        outcome="cannot tell" if unreadable else outcome(not len(wrong)),
+        outcome=outcome,
         evidence=evidence,
+        # Bytes of the whole stream.
         saw=int(target_bytes.sum()),
         expected=int(document_bytes.counted.sum()),
         bound=0,
         positions=tuple(starts[wrong[:3]].tolist()),
-        sees="spaces counted twice, byte-fallback pieces counted as three bytes, control tokens counted, another tokenizer",
+        sees="spaces counted twice, byte-fallback pieces counted as three bytes, control tokens counted, "
+        "another tokenizer",
         blind="text that the tokenizer lost before it was encoded; the manifest states it",
     )
 
 
-def _sizes(tokens: np.ndarray, tokenizer: sentencepiece.SentencePieceProcessor) -> np.ndarray:
-    return target_bytes(tokens, byte_table(tokenizer))
-
-
 def check_table(
-    tokenizer: sentencepiece.SentencePieceProcessor, texts: Sequence[str], size_of: SizeOf = _sizes
+    tokenizer: sentencepiece.SentencePieceProcessor,
+    texts: Sequence[str],
+    count_bytes: ByteCounter | None = None,
 ) -> Verdict:
-    """B11 on awkward texts: for each, the counted bytes of its ids behind BOS are those of its decoded text.
+    """B11 on awkward texts: the bytes counted for the ids of each text are those of its decoded text.
 
-    `size_of` gives the bytes of each target of a stream, (N-1,): the project's own unless another is to be judged.
+    count_bytes: the counter to test; the project's own by default.
     """
+    # Count each text in both ways.
+    count_bytes = count_bytes or _count_by_table
     wrong = []
     for text in texts:
         tokens = np.array([tokenizer.bos_id(), *tokenizer.encode(text)], dtype=np.int64)
-        expected = int(count_documents(tokens, tokenizer).counted.sum())
-        counted = int(size_of(tokens, tokenizer).sum())
+        expected = int(count_decoded_bytes(tokens, tokenizer).counted.sum())
+        counted = int(count_bytes(tokens, tokenizer).sum())
         if counted != expected:
             wrong.append((text, counted, expected))
-    evidence = f"{len(texts)} awkward texts (spaces, other scripts, control and private characters): all bytes counted once"
+
+    # Report the first that is wrong.
+    evidence = (
+        f"{len(texts)} awkward texts (spaces, other scripts, control and private characters): "
+        "all bytes counted once"
+    )
     if wrong:
         text, counted, expected = wrong[0]
-        evidence = f"{len(wrong)} of {len(texts)} awkward texts are counted wrongly, the first {text!r}: {counted} bytes for {expected}"
+        evidence = (
+            f"{len(wrong)} of {len(texts)} awkward texts are counted wrongly, "
+            f"the first {text!r}: {counted} bytes for {expected}"
+        )
     return Verdict(
         check="B11",
         name="awkward texts",
         subject="files",
         conditions=("metric",),
-        outcome=outcome(not wrong),
+        outcome=pass_or_fail(not wrong),
         evidence=evidence,
+        # Bytes of that text.
         saw=wrong[0][1] if wrong else 0,
         expected=wrong[0][2] if wrong else 0,
         bound=0,
@@ -223,17 +257,37 @@ def check_table(
     )
 
 
-def _rows(table: str) -> list[dict[str, float]] | None:
+def _count_by_table(tokens: np.ndarray, tokenizer: sentencepiece.SentencePieceProcessor) -> np.ndarray:
+    return target_bytes(tokens, byte_table(tokenizer))
+
+
+def _chunk_fault(
+    number: int, row: dict[str, float], first_target: int, ledger: np.ndarray | None, target_bytes: np.ndarray
+) -> str:
+    """Compare a row of chunks.tsv with the targets it should cover; returns "" if it is right."""
+    span = slice(first_target, first_target + int(row["targets"]))
+    size = int(target_bytes[span].sum())
+    is_expected = row["chunk"] == number and row["first_target"] == first_target and row["bytes"] == size
+    if not is_expected or row["targets"] <= 0:
+        return f"chunk {number} is {row}, expected to begin at target {first_target} with {size} bytes"
+    if ledger is not None and size:
+        bpb = float(ledger[span].sum(dtype=np.float64)) / math.log(2) / size
+        if abs(row["bpb"] - bpb) > TABLE_TOLERANCE:
+            return f"chunk {number} says {row['bpb']} bpb, its ledger does not"
+    return ""
+
+
+def _parse_chunk_table(table: str) -> list[dict[str, float]] | None:
+    """Parse chunks.tsv; None if its columns are others, a ValueError if a row does not consist of numbers."""
     lines = [line.split("\t") for line in table.splitlines()]
     if not lines or tuple(lines[0]) != CHUNK_COLUMNS:
         return None
-    return [_row(cells) for cells in lines[1:]]
-
-
-def _row(cells: Sequence[str]) -> dict[str, float]:
-    try:
-        return dict(zip(CHUNK_COLUMNS, map(float, cells), strict=True))
-    except ValueError as error:
-        raise ValueError(
-            f"the chunk table has the row {cells}, expected {len(CHUNK_COLUMNS)} numbers"
-        ) from error
+    rows = []
+    for cells in lines[1:]:
+        try:
+            rows.append(dict(zip(CHUNK_COLUMNS, map(float, cells), strict=True)))
+        except ValueError as error:
+            raise ValueError(
+                f"the chunk table has the row {cells}, expected {len(CHUNK_COLUMNS)} numbers"
+            ) from error
+    return rows

@@ -1,6 +1,7 @@
-"""Tokens to a file and back by `predict` and `observe`, and what a fresh process does that is given such a file: B12's decoder.
+"""Encode tokens with `predict` and `observe`, and decode them in a fresh process (B12).
 
-It imports no more than it needs, so that what it takes for a scorer of a few lines is not the start of a framework.
+`decode_task` is the program of that process. This module imports as little as possible, so that
+decoding with a scorer of a few lines does not start a framework.
 """
 
 import importlib
@@ -12,33 +13,38 @@ import numpy as np
 
 from stages.audit import probe_runner
 from stages.common import range_coder
-from stages.common.range_coder import Decoder, Encoder
+from stages.common.range_coder import RangeDecoder, RangeEncoder
 from stages.common.scorer import Scorer
 
-TASK, GIVEN, PAYLOAD, FOUND = "task.json", "given.npy", "payload.bin", "found.npy"  # in the decoder's folder
-NO_SCORER = 3  # exit code of a decoder that could not make the scorer
+# Files in the working folder of the decoding process.
+TASK = "task.json"  # factory, its arguments, and the numbers of targets
+GIVEN = "given.npy"  # (n,) uint16: tokens before the encoded ones
+PAYLOAD = "payload.bin"
+FOUND = "found.npy"  # written by the process: (count,) uint16
+NO_SCORER = 3  # exit code of a process that could not build the scorer
 
 
 def encode(scorer: Scorer, tokens: np.ndarray) -> bytes:
-    """The tokens as a file, which the scorer observes one by one."""
-    encoder = Encoder()
+    """Encode tokens (n,) uint16, which the scorer observes one by one."""
+    encoder = RangeEncoder()
     for token in tokens.tolist():
-        encoder.code(_starts(scorer), token)
+        encoder.code(_cumulative(scorer), token)
         scorer.observe(token)
     return encoder.finish()
 
 
 def decode(scorer: Scorer, payload: bytes, count: int) -> np.ndarray:
-    """So many tokens of a file, (count,) uint16."""
-    decoder, found = Decoder(payload), np.empty(count, dtype=np.uint16)
+    """Decode `count` tokens, uint16, which the scorer observes one by one."""
+    decoder = RangeDecoder(payload)
+    found = np.empty(count, dtype=np.uint16)
     for i in range(count):
-        found[i] = decoder.code(_starts(scorer))
+        found[i] = decoder.code(_cumulative(scorer))
         scorer.observe(int(found[i]))
     return found
 
 
-def decode_here() -> None:
-    """What the fresh process does: decode the payload in its folder."""
+def decode_task() -> None:
+    """Decode the payload in the working folder; exits with NO_SCORER if the scorer cannot be built."""
     task = json.loads(Path(TASK).read_text(encoding="utf-8"))
     module, _, function = task["factory"].partition(":")
     try:
@@ -51,8 +57,9 @@ def decode_here() -> None:
     np.save(FOUND, decode(scorer, Path(PAYLOAD).read_bytes(), task["count"]))
 
 
-def _starts(scorer: Scorer) -> np.ndarray:
+def _cumulative(scorer: Scorer) -> np.ndarray:
+    """Quantise the scorer's next prediction to the cumulative counts (V + 1,) of the range coder."""
     try:
-        return range_coder.cumulative(probe_runner.distribution(scorer))
+        return range_coder.cumulative_frequencies(probe_runner.checked_predict(scorer))
     except ValueError as error:
-        raise probe_runner.BrokenProtocol(f"predict: {error}") from error
+        raise probe_runner.ProtocolError(f"predict: {error}") from error

@@ -1,11 +1,13 @@
-"""C1 and C4: which document moves which (B1c)?
+"""C1 and C4: which document of a call depends on which (B1c)?
 
-A few short documents are scored in one call, and again with one token of each exchanged in turn. "Document j moves document i" where a
-loss of i is another number then. In a lawful stream an arrow never points backwards. Where one does, the arrows may still agree with some
-other order (longest first, #1530's queue), in which a decoder could work but which is not the official one; a circle agrees with none, and
-nothing could decode it (#2130's lineage: training in one order, a cache in another).
+A few short documents are scored in one call, and again with one token of each exchanged in turn. If a
+loss of document i then changes, i depends on the document j whose token was exchanged. In a lawful
+stream no document depends on a later one. If one does, the dependencies may still agree with some other
+order (longest first, the queue of #1530), in which a decoder could work but which is not the official
+one; a cycle agrees with no order, and nothing could decode it (the lineage of #2130: training in one
+order, a cache in another).
 
-A BOS is predicted at the end of the document before it, so it counts as that one's last target.
+A BOS is predicted at the end of the document before it, so it counts as the last target of that one.
 """
 
 from dataclasses import dataclass
@@ -14,130 +16,159 @@ from typing import NamedTuple
 import numpy as np
 
 from stages.audit import probe_runner
-from stages.audit.sampling import Draw
-from stages.audit.verdict import Verdict, outcome
+from stages.audit.sampling import KeyedRng
+from stages.audit.verdict import Verdict, pass_or_fail
 from stages.common.scorer import Scorer
 
-SHORTEST, LONGEST = 6, 40  # tokens of a document, BOS included
+SHORTEST_DOCUMENT = 6  # tokens, BOS included
+LONGEST_DOCUMENT = 40
 
 
-class Arrow(NamedTuple):
-    """An exchanged token of document `source` moved a loss of document `target`, of the target at `position` in the call."""
+class Dependency(NamedTuple):
+    """A loss of document `target` that changed when a token of document `source` was exchanged."""
 
     source: int
     target: int
-    position: int
-    exchanged: int  # the position that was exchanged
-    before: float
+    position: int  # in the call, of the first target of that document whose loss changed
+    exchanged: int  # in the call, of the exchanged token
+    before: float  # the loss in nats, before and after the exchange
     after: float
 
 
 @dataclass(frozen=True)
-class Graph:
-    """A probe: documents to score in one call behind the walker, and what to put where in each of them."""
+class OrderProbe:
+    """Probe: score documents in one call after tokens[:start], and exchange a token of each in turn."""
 
     start: int
-    documents: tuple[np.ndarray, ...]
-    places: tuple[int, ...]  # of the exchanged token, counted from the call's first
-    substitutes: tuple[int, ...]
+    documents: tuple[np.ndarray, ...]  # token ids, each begins with BOS
+    positions: tuple[int, ...]  # of each document's exchanged token, in the call
+    substitutes: tuple[int, ...]  # the id that takes its place
 
-    def run(self, scorer: Scorer, tokens: np.ndarray) -> list[Arrow]:
-        """The arrows between different documents, and those within one that point backwards."""
+    def run(self, scorer: Scorer, tokens: np.ndarray) -> list[Dependency]:
+        """Find dependencies between different documents, and of a document on its own later tokens."""
         call = np.concatenate(self.documents)
-        owner = np.repeat(np.arange(len(self.documents)), [len(document) for document in self.documents])
-        owner[np.cumsum([0, *(len(document) for document in self.documents[:-1])])] -= 1
-        base = probe_runner.score(scorer.fork(), call)
-        arrows = []
-        for source, (place, substitute) in enumerate(zip(self.places, self.substitutes, strict=True)):
+
+        # The document of each target; a BOS belongs to the document before it.
+        lengths = [len(document) for document in self.documents]
+        owner = np.repeat(np.arange(len(lengths)), lengths)
+        owner[np.cumsum([0, *lengths[:-1]])] -= 1
+
+        base = probe_runner.checked_score(scorer.fork(), call)
+        dependencies = []
+        for source, (position, substitute) in enumerate(zip(self.positions, self.substitutes, strict=True)):
             exchanged = call.copy()
-            exchanged[place] = substitute
-            nll = probe_runner.score(scorer.fork(), exchanged)
-            moved = np.flatnonzero(probe_runner.moved(nll, base))
-            moved = moved[(owner[moved] != source) | (moved < place)]
-            for target in np.unique(owner[moved]).tolist():
-                first = int(moved[owner[moved] == target][0])
-                arrows.append(Arrow(source, target, first, place, float(base[first]), float(nll[first])))
-        return arrows
+            exchanged[position] = substitute
+            nll = probe_runner.checked_score(scorer.fork(), exchanged)
+
+            # Within the source document only the targets before the exchanged token must not change.
+            changed = np.flatnonzero(probe_runner.differs(nll, base))
+            changed = changed[(owner[changed] != source) | (changed < position)]
+            for target in np.unique(owner[changed]).tolist():
+                first = int(changed[owner[changed] == target][0])
+                dependencies.append(
+                    Dependency(source, target, first, position, float(base[first]), float(nll[first]))
+                )
+        return dependencies
 
 
-def probe(key: bytes, start: int, tokens: np.ndarray, vocab_size: int, bos: int, documents: int) -> Graph:
-    """Documents of different lengths, cut from anywhere in the stream, the longest neither first nor last."""
-    draw = Draw(key, "graph")
-    longest = min(LONGEST, len(tokens) - 1)
-    lengths = np.sort(
-        draw.below(max(1, longest - SHORTEST), documents) + min(SHORTEST, longest) + np.arange(documents)
-    )
-    lengths = np.roll(lengths, 1 + documents // 2)
-    at = 0
-    made: list[np.ndarray] = []
-    places: list[int] = []
+def probe(
+    key: bytes, start: int, tokens: np.ndarray, vocab_size: int, bos: int, documents: int
+) -> OrderProbe:
+    """Cut documents of different lengths from anywhere in the stream (N,), and choose their exchanged tokens.
+
+    The longest is neither the first nor the last.
+    """
+    rng = KeyedRng(key, "graph")
+    longest = min(LONGEST_DOCUMENT, len(tokens) - 1)
+    shortest = min(SHORTEST_DOCUMENT, longest)
+    lengths = rng.below(max(1, longest - SHORTEST_DOCUMENT), documents) + shortest + np.arange(documents)
+    lengths = np.roll(np.sort(lengths), 1 + documents // 2)
+    lengths = np.minimum(lengths, len(tokens))
+
+    call_position = 0  # of the document's BOS
+    cut: list[np.ndarray] = []
+    positions: list[int] = []
     substitutes: list[int] = []
-    for length in np.minimum(lengths, len(tokens)).tolist():
-        begin = draw.one(0, len(tokens) - length + 1)
-        document = np.where(
-            tokens[begin : begin + length] == bos, (bos + 1) % vocab_size, tokens[begin : begin + length]
-        )
+    for length in lengths.tolist():
+        begin = rng.integer(0, len(tokens) - length + 1)
+        piece = tokens[begin : begin + length]
+        document = np.where(piece == bos, (bos + 1) % vocab_size, piece).astype(tokens.dtype)
         document[0] = bos
-        place = (length - 1, 1, draw.one(1, length))[
-            len(made) % 3
-        ]  # leaks are commonest where documents meet
-        substitute = (int(document[place]) + draw.one(1, vocab_size)) % vocab_size
-        made.append(document.astype(tokens.dtype))
-        places.append(at + place)
-        substitutes.append(substitute if substitute != bos else (substitute + 1) % vocab_size)
-        at += length
-    return Graph(start, tuple(made), tuple(places), tuple(substitutes))
+
+        # Exchange the last token, the first, or any one, in turn: leaks are commonest where documents meet.
+        offset = (length - 1, 1, rng.integer(1, length))[len(cut) % 3]
+        substitute = (int(document[offset]) + rng.integer(1, vocab_size)) % vocab_size
+        if substitute == bos:
+            substitute = (substitute + 1) % vocab_size
+        cut.append(document)
+        positions.append(call_position + offset)
+        substitutes.append(substitute)
+        call_position += length
+    return OrderProbe(start, tuple(cut), tuple(positions), tuple(substitutes))
 
 
-def judge(subject: str, graph: Graph, arrows: list[Arrow], scope: str) -> Verdict:
-    """B1c: no arrow points backwards; and none leads to another document where the scorer declares that each stands alone."""
-    guilty = [arrow for arrow in arrows if arrow.position < arrow.exchanged]
-    evidence = (
-        f"{len(graph.documents)} documents in one call: {len(arrows)} move a later one, none an earlier one"
-    )
-    if guilty:
+def judge(subject: str, probe: OrderProbe, dependencies: list[Dependency], scope: str) -> Verdict:
+    """B1c: no document depends on a later one.
+
+    If the scorer declares the scope "document", none may depend on any other.
+    """
+    # A dependency on a later token is a failure in any case; one on another document only by declaration.
+    count = len(probe.documents)
+    failed = [dependency for dependency in dependencies if dependency.position < dependency.exchanged]
+    if failed:
         order = (
-            "the arrows form a circle, so that no order could be decoded"
-            if _is_circular(arrows)
+            "the dependencies form a circle, so that no order could be decoded"
+            if _is_circular(dependencies)
             else "another order was used"
         )
-        evidence = f"{len(guilty)} arrows point backwards, the first {_text(guilty[0])}; {order}"
-    elif scope == "document" and arrows:
-        guilty = arrows
-        evidence = f"declared to score each document by itself, but {len(guilty)} move others, the first {_text(guilty[0])}"
-    elif scope == "document":
+        evidence = f"{len(failed)} dependencies on later tokens, the first {_describe(failed[0])}; {order}"
+    elif scope == "document" and dependencies:
+        failed = dependencies
         evidence = (
-            f"{len(graph.documents)} documents in one call, declared to stand alone: none moves another"
+            f"declared to score each document by itself, but {len(failed)} dependencies between documents, "
+            f"the first {_describe(failed[0])}"
         )
-    worst = guilty[0] if guilty else None
+    elif scope == "document":
+        evidence = f"{count} documents in one call, declared independent: none depends on another"
+    else:
+        evidence = (
+            f"{count} documents in one call: {len(dependencies)} dependencies on an earlier one, "
+            "none on a later one"
+        )
+
     return Verdict(
         check="B1c",
         name="dependency graph",
         subject=subject,
         conditions=("C1", "C4"),
-        outcome=outcome(not guilty),
+        outcome=pass_or_fail(not failed),
         evidence=evidence,
-        saw=worst.after if worst else 0,
-        expected=worst.before if worst else 0,
+        # The first loss that must not depend on the exchanged token.
+        saw=failed[0].after if failed else 0,
+        expected=failed[0].before if failed else 0,
         bound=probe_runner.ROUNDING,
-        positions=tuple(graph.start + arrow.position for arrow in guilty[:3]),
-        sees="documents scored in another order than the stream's with state in common, circles, what crosses a declared boundary",
-        blind="documents further apart than those of one call; dependences too small to tell from rounding",
+        positions=tuple(probe.start + dependency.position for dependency in failed[:3]),
+        sees="documents scored in another order than the stream's with shared state, circles, "
+        "state that crosses a declared boundary",
+        blind="documents further apart than those of one call; dependencies too small to tell from rounding",
     )
 
 
-def _text(arrow: Arrow) -> str:
+def _describe(dependency: Dependency) -> str:
     return (
-        f"{arrow.source} to {arrow.target} (a loss moved from {arrow.before:.6g} to {arrow.after:.6g} nats)"
+        f"of document {dependency.target} on {dependency.source} "
+        f"(a loss moved from {dependency.before:.6g} to {dependency.after:.6g} nats)"
     )
 
 
-def _is_circular(arrows: list[Arrow]) -> bool:
-    """Whether no order of the documents puts every arrow's source before its target."""
-    left = {(arrow.source, arrow.target) for arrow in arrows}
-    while left:
-        sources, targets = ({arrow[end] for arrow in left} for end in (0, 1))
+def _is_circular(dependencies: list[Dependency]) -> bool:
+    """Test whether no order of the documents puts every source before its target (Kahn's algorithm)."""
+    remaining = {(dependency.source, dependency.target) for dependency in dependencies}
+    while remaining:
+        sources = {source for source, _ in remaining}
+        targets = {target for _, target in remaining}
         if not sources - targets:
             return True
-        left = {arrow for arrow in left if arrow[0] in targets}
+        # Documents that depend on nothing that remains come first; remove them.
+        remaining = {(source, target) for source, target in remaining if source in targets}
     return False

@@ -1,9 +1,10 @@
-"""C2, by what a scorer must not care about (B10).
+"""C2, by changes that must not matter (B10).
 
-Three changes that a lawful scorer shrugs off, for those who can make them of themselves. *Other names*: with the ids permuted, in the
-scorer and in the stream, the losses stay. *No memory*: with its memory's weight at zero, how the memory is hashed is nobody's business.
-*One bucket*: when every context falls into one, a memory knows nothing, and what it still gains is mass that was counted twice (#770, #779
-and 33 more: one bucket gave 0 bits a byte); on ids drawn at random that gain is bounded as in canary.py.
+Three variants of a scorer, for those who can build them. *Permuted ids*: with the ids permuted, in the
+scorer and in the stream, the losses stay the same. *No memory*: if its memory has weight zero, the
+number of hash buckets does not matter. *One bucket*: if every context falls into one bucket, a memory
+knows nothing, and any gain is probability that was counted twice (#770, #779 and 33 more: one bucket
+gave 0 bits per byte); on ids drawn at random that gain is bounded as in canary.py.
 """
 
 from collections.abc import Callable
@@ -13,22 +14,24 @@ import numpy as np
 
 from stages.audit import probe_runner
 from stages.audit.checks import canary
-from stages.audit.sampling import Draw
-from stages.audit.verdict import Verdict, outcome
+from stages.audit.sampling import KeyedRng
+from stages.audit.verdict import Verdict, pass_or_fail
 from stages.common.scorer import Scorer
 
-BUCKETS = (1, 1 << 10, 1 << 16)
+BUCKETS = (1, 1 << 10, 1 << 16)  # numbers of hash buckets that are compared
 
 
 class Variants(NamedTuple):
-    """Other versions of one scorer, each at the empty prefix; None where it cannot be made."""
+    """Factories of other versions of one scorer, at the empty prefix; None for one that cannot be built."""
 
-    relabelled: Callable[[np.ndarray], Scorer] | None = None  # id a is called permutation[a]
-    hashed: Callable[[int], Scorer] | None = None  # by the number of buckets
-    forgetful: Callable[[int], Scorer] | None = None  # memory's weight 0, by the number of buckets
+    permuted_ids: Callable[[np.ndarray], Scorer] | None = (
+        None  # called with (V,): id a becomes permutation[a]
+    )
+    with_buckets: Callable[[int], Scorer] | None = None  # called with the number of hash buckets
+    without_memory: Callable[[int], Scorer] | None = None  # the same, and the memory has weight 0
 
 
-NONE = Variants()
+NO_VARIANTS = Variants()
 
 
 def check(
@@ -38,58 +41,56 @@ def check(
     tokens: np.ndarray,
     base: np.ndarray,
     vocab_size: int,
-    tolerances: tuple[float, float],
+    loss_tolerance: float,
+    canary_bits: float,
 ) -> list[Verdict]:
-    """One verdict for each variant that there is.
+    """B10: one verdict for each variant that can be built.
 
-    `base` is what the plain scorer charges for tokens[1:] from the stream's start; tolerances: nats for one loss, bits won on noise.
+    tokens: (n + 1,) uint16, the beginning of the stream; base: (n,) float32, the plain scorer's losses
+    of tokens[1:]; loss_tolerance: nats for one loss; canary_bits: as in canary.judge.
     """
     verdicts = []
-    if variants.relabelled is not None:
-        names = Draw(key, "names").order(vocab_size)
-        verdicts.append(
-            _same(
-                subject,
-                "other names for the ids",
-                base,
-                _scored(variants.relabelled(names), names[tokens]),
-                tolerances[0],
-            )
-        )
-    if variants.forgetful is not None:
-        first, *others = (_scored(variants.forgetful(buckets), tokens) for buckets in BUCKETS)
-        far = max(others, key=lambda other: float(np.abs(other - first).max()))
-        verdicts.append(_same(subject, "a memory of no weight", first, far, 0.0))
-    if variants.hashed is not None:
-        known = canary.draw("uniform", key, len(tokens), tokens, vocab_size)
-        scorer = variants.hashed(1)
+    if variants.permuted_ids is not None:
+        permutation = KeyedRng(key, "names").permutation(vocab_size)
+        losses = _score_from_start(variants.permuted_ids(permutation), permutation[tokens])
+        verdicts.append(_judge_equal(subject, "other names for the ids", base, losses, loss_tolerance))
+
+    if variants.without_memory is not None:
+        first, *others = [_score_from_start(variants.without_memory(buckets), tokens) for buckets in BUCKETS]
+        farthest = max(others, key=lambda other: float(np.abs(other - first).max()))
+        verdicts.append(_judge_equal(subject, "a memory of no weight", first, farthest, 0.0))
+
+    if variants.with_buckets is not None:
+        known = canary.draw_canary("uniform", key, len(tokens), tokens, vocab_size)
+        scorer = variants.with_buckets(1)
         scorer.observe(int(tokens[0]))
-        seen = canary.Won(
-            "uniform, one bucket", 1, canary.won(known.logp, probe_runner.score(scorer, known.tokens))
-        )
-        verdicts.append(canary.judge(subject, "B10", "one bucket", [seen], tolerances[1]))
+        won = canary.bits_won(known.logp, probe_runner.checked_score(scorer, known.tokens))
+        result = canary.CanaryResult("uniform, one bucket", 1, won)
+        verdicts.append(canary.judge(subject, "B10", "one bucket", [result], canary_bits))
     return verdicts
 
 
-def _scored(scorer: Scorer, tokens: np.ndarray) -> np.ndarray:
+def _score_from_start(scorer: Scorer, tokens: np.ndarray) -> np.ndarray:
     scorer.observe(int(tokens[0]))
-    return probe_runner.score(scorer, tokens[1:].astype(np.uint16))
+    return probe_runner.checked_score(scorer, tokens[1:].astype(np.uint16))
 
 
-def _same(subject: str, name: str, base: np.ndarray, varied: np.ndarray, tolerance: float) -> Verdict:
-    apart = np.nan_to_num(np.abs(base.astype(np.float64) - varied), nan=np.inf)
-    worst = int(apart.argmax())
+def _judge_equal(subject: str, name: str, base: np.ndarray, varied: np.ndarray, tolerance: float) -> Verdict:
+    """Compare the losses (n,) of a variant with those of the plain scorer."""
+    difference = np.nan_to_num(np.abs(base.astype(np.float64) - varied), nan=np.inf)
+    worst = int(difference.argmax())
     return Verdict(
         check="B10",
         name=name,
         subject=subject,
         conditions=("C2",),
-        outcome=outcome(bool(apart[worst] <= tolerance)),
-        evidence=f"{len(base)} targets from the stream's start, as they are and with {name}: largest difference {apart[worst]:.1e} nats",
+        outcome=pass_or_fail(bool(difference[worst] <= tolerance)),
+        evidence=f"{len(base)} targets from the stream's start, as they are and with {name}: "
+        f"largest difference {difference[worst]:.1e} nats",
         saw=float(varied[worst]),
         expected=float(base[worst]),
         bound=tolerance,
         positions=(worst + 1,),
-        sees="ids whose number matters, collisions of hashes that gain, a memory that acts when it is off",
+        sees="ids whose number matters, gains from hash collisions, a memory that acts when it is off",
         blind="cheats that treat all ids and buckets alike (B3)",
     )

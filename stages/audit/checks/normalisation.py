@@ -1,9 +1,11 @@
-"""C2 and C3: is there one distribution, fixed before the token exists, and is it what was scored (B2, B3, B4)?
+"""C2 and C3: is there one distribution, fixed before the token is known, and is it scored (B2, B3, B4)?
 
-`predict` shows the distribution before the token is revealed, so that its sum is plain to see; but what counts is `score_stream`, the
-fast path. Substitution ties them together: at one position the fast path is shown a instead of x_t, and must charge -log p(a) with the
-p that was committed. Then q(a) = exp(-nll(x_t := a)) sums to one because p does. A vocabulary too large to be substituted whole is
-sampled from r = p/2 + 1/(2V), and the sum Z is estimated by 1 + mean of (q(a) - p(a)) / r(a): unbiased, and exact where q = p.
+`predict` shows the distribution before the token is revealed, so its sum can be computed; but the
+losses come from `score_stream`, the fast path. Substitution ties the two together: at one position t
+the fast path is shown an id a instead of x_t, and must charge -log p(a) with the p that was committed.
+Then q(a) = exp(-nll(x_t := a)) sums to one because p does. If the vocabulary is too large to substitute
+every id, ids are sampled from r = p/2 + 1/(2V), and the sum Z of q is estimated by 1 + mean of (q(a) -
+p(a)) / r(a): unbiased, and exact where q = p.
 """
 
 import itertools
@@ -13,59 +15,65 @@ from typing import NamedTuple
 import numpy as np
 
 from stages.audit import probe_runner
-from stages.audit.sampling import Draw
-from stages.audit.verdict import Verdict, outcome
+from stages.audit.sampling import KeyedRng
+from stages.audit.verdict import Number, Outcome, Verdict, pass_or_fail
 from stages.common.scorer import Scorer
 
-RUN = 4  # consecutive targets committed to at each place: what skips every other target cannot fall between single ones
-MARGIN = (
-    8  # the fast path is called on up to so many tokens before the substituted one, and half as many after it
+# Consecutive targets whose distributions are read at each position: a scorer that skips every other
+# target cannot fall between them.
+RUN_TARGETS = 4
+MAX_TOKENS_BEFORE = (
+    8  # tokens before the substituted one in the same call of the fast path; half as many after it
 )
 
 
 class Commitment(NamedTuple):
-    """What a distribution probe saw at one position."""
+    """Finding of a distribution probe at one position t."""
 
     position: int
-    log_sum: float  # logsumexp of predict()
-    finite: bool
-    repeated: (
-        bool  # predict() gave the same bits again, before and after another fork had observed another token
-    )
-    charged: np.ndarray  # (up to RUN,) float64: -predict()[x] for x_t and the targets after it
-    deviation: float  # largest |nll(x_t := a) + predict()[a]| over the substituted ids
-    worst: int  # the id where
-    prefix_moved: bool  # whether losses before t depended on the id at t
+    log_sum: float  # log of the sum of exp(predict())
+    finite: bool  # every entry of predict() is finite
+    repeated: bool  # predict() gave the same bits again after other forks had observed another token
+    charged: np.ndarray  # (up to RUN_TARGETS,) float64, nats: -predict()[x] for x_t and the targets after it
+    deviation: float  # largest |nll(x_t := a) + predict()[a]| over the substituted ids, in nats
+    worst_id: int  # the id with that deviation
+    prefix_changed: bool  # losses before t depended on the id at t
     total: float  # sum of q over the vocabulary, or its estimate
-    ids: int  # substituted
+    ids: int  # number of substituted ids
 
 
 @dataclass(frozen=True)
 class Substitution:
-    """A probe: read predict() at `position`, then score the piece [start, stop) with other ids there."""
+    """Probe: read predict() at `position`, then score the piece [start, stop) with other ids there."""
 
     start: int
     position: int
     stop: int
     uniform: np.ndarray  # (K,) int64: ids drawn uniformly
-    quantiles: np.ndarray  # (K,) float64 in [0, 1): where the ids drawn from p lie in its cumulative sum
+    quantiles: (
+        np.ndarray
+    )  # (K,) float64 in [0, 1): positions in the cumulative sum of p, for ids drawn from p
 
     def run(self, scorer: Scorer, tokens: np.ndarray) -> Commitment:
-        """Commit, then substitute."""
-        target = int(tokens[self.position])
+        """Read the distribution, then substitute; tokens: (N,) uint16."""
+        # The distribution that the scorer commits to before it knows x_t.
         stepper = scorer.fork()
         for token in tokens[self.start : self.position].tolist():
             stepper.observe(token)
-        committed = probe_runner.distribution(stepper)
-        repeated = _unmoved_by_others(stepper, committed, (target + 1) % len(committed))
-        ids, drawn = self._ids(committed, target)
+        committed = probe_runner.checked_predict(stepper)
+        target = int(tokens[self.position])
+        repeated = _repeats_after_forks(stepper, committed, (target + 1) % len(committed))
+        ids, sampled = self._ids(committed, target)
         charged = self._charged(stepper, committed, tokens)
+
+        # Losses of the fast path up to t, one row for each id in the place of x_t.
         at = self.position - self.start
         nll = np.empty((len(ids), at + 1), dtype=np.float32)
         for row, substitute in zip(nll, ids.tolist(), strict=True):
             piece = tokens[self.start : self.stop].copy()
             piece[at] = substitute
-            row[:] = probe_runner.score(scorer.fork(), piece)[: at + 1]
+            row[:] = probe_runner.checked_score(scorer.fork(), piece)[: at + 1]
+
         deviation = np.nan_to_num(np.abs(nll[:, at] + committed[ids]), nan=np.inf)
         return Commitment(
             position=self.position,
@@ -74,182 +82,224 @@ class Substitution:
             repeated=repeated,
             charged=charged,
             deviation=float(deviation.max()),
-            worst=int(ids[deviation.argmax()]),
-            prefix_moved=bool(probe_runner.moved(nll[:, :at], nll[:1, :at]).any()),
-            total=_total(committed, ids, nll[:, at].astype(np.float64), drawn),
+            worst_id=int(ids[deviation.argmax()]),
+            prefix_changed=bool(probe_runner.differs(nll[:, :at], nll[:1, :at]).any()),
+            total=_sum_of_scored(committed, ids, nll[:, at].astype(np.float64), sampled),
             ids=len(ids),
         )
 
     def _charged(self, stepper: Scorer, committed: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-        """What the run's targets cost by the distributions committed before each; the stepper goes on over them."""
-        run = tokens[self.position : self.position + RUN].tolist()
+        """Read the losses of x_t and the next targets, each from the distribution committed before it.
+
+        Advances the stepper.
+        """
+        run = tokens[self.position : self.position + RUN_TARGETS].tolist()
         charged = [-float(committed[run[0]])]
         for token, following in itertools.pairwise(run):
             stepper.observe(token)
-            charged.append(-float(probe_runner.distribution(stepper)[following]))
+            charged.append(-float(probe_runner.checked_predict(stepper)[following]))
         return np.array(charged)
 
     def _ids(self, committed: np.ndarray, target: int) -> tuple[np.ndarray, int]:
-        """The ids to put at t, and how many of them, at the end, were drawn from r; 0 when they are the whole vocabulary."""
-        if len(committed) <= len(self.uniform):
-            return np.arange(len(committed)), 0
+        """Choose the ids (K,) to put at t.
+
+        Also returns how many of them, the last ones, were drawn from r; 0 if every id is tried.
+        committed: (V,) float64.
+        """
+        vocab_size = len(committed)
+        if vocab_size <= len(self.uniform):
+            return np.arange(vocab_size), 0
+
+        # The target and the likeliest id, then ids drawn from p and uniformly in turn: half and half,
+        # as r says.
         cumulative = np.cumsum(np.exp(committed))
-        likely = np.minimum(
-            np.searchsorted(cumulative, self.quantiles * cumulative[-1], side="right"), len(committed) - 1
-        )
-        count = (len(likely) - 2) // 2 * 2  # even, so that half of them are likely ids, as r says
-        drawn = np.where(np.arange(count) % 2 == 0, likely[:count], self.uniform[:count])
-        return np.concatenate([[target, int(np.nan_to_num(committed, nan=-np.inf).argmax())], drawn]), len(
-            drawn
-        )
+        from_p = np.searchsorted(cumulative, self.quantiles * cumulative[-1], side="right")
+        from_p = np.minimum(from_p, vocab_size - 1)
+        count = (len(from_p) - 2) // 2 * 2
+        drawn = np.where(np.arange(count) % 2 == 0, from_p[:count], self.uniform[:count])
+        likeliest = int(np.nan_to_num(committed, nan=-np.inf).argmax())
+        return np.concatenate([[target, likeliest], drawn]), len(drawn)
 
 
 def probes(
     key: bytes, positions: list[int], length: int, vocab_size: int, substitutions: int
 ) -> list[Substitution]:
-    """One probe for each position, in pieces whose lengths vary so that they cannot be told from ordinary calls."""
-    draw = Draw(key, "substitution")
-    made = []
+    """Build one probe for each position of a stream of `length` tokens, with up to `substitutions` ids.
+
+    Lengths of the pieces vary, so that they cannot be told from ordinary calls.
+    """
+    rng = KeyedRng(key, "substitution")
+    substitution_probes = []
     for position in positions:
-        start = max(1, position - draw.one(0, MARGIN))
-        stop = min(length, position + 1 + draw.one(0, MARGIN // 2))
-        uniform = draw.below(vocab_size, substitutions)
-        quantiles = draw.below(1 << 53, substitutions) / float(1 << 53)
-        made.append(Substitution(start, position, stop, uniform, quantiles))
-    return made
+        start = max(1, position - rng.integer(0, MAX_TOKENS_BEFORE))
+        stop = min(length, position + 1 + rng.integer(0, MAX_TOKENS_BEFORE // 2))
+        uniform = rng.below(vocab_size, substitutions)
+        quantiles = rng.below(1 << 53, substitutions) / float(1 << 53)
+        substitution_probes.append(Substitution(start, position, stop, uniform, quantiles))
+    return substitution_probes
 
 
-def judge_independence(subject: str, seen: list[Commitment]) -> Verdict:
-    """B2: what is predicted does not move with the token, nor do earlier losses."""
-    guilty = [one for one in seen if not one.repeated or one.prefix_moved]
-    evidence = f"at {len(seen)} positions predict() gave the same bits before and after other forks observed other tokens"
-    if guilty:
-        what = (
-            "an earlier loss moved with the token put there"
-            if guilty[0].prefix_moved
-            else "predict() moved when another fork went on"
-        )
-        evidence = f"at {len(guilty)} of {len(seen)} positions {what}"
+def judge_independence(subject: str, findings: list[Commitment]) -> Verdict:
+    """B2: predict() and earlier losses do not change with the token at t."""
+    # Two ways to depend on a token before it is scored.
+    failed = [finding for finding in findings if not finding.repeated or finding.prefix_changed]
+    evidence = (
+        f"at {len(findings)} positions predict() gave the same bits "
+        "before and after other forks observed other tokens"
+    )
+    if failed:
+        reason = "predict() changed after another fork had observed a token"
+        if failed[0].prefix_changed:
+            reason = "an earlier loss changed with the token put there"
+        evidence = f"at {len(failed)} of {len(findings)} positions {reason}"
     return Verdict(
         check="B2",
         name="own-token independence",
         subject=subject,
         conditions=("C1", "C2", "C3"),
-        outcome=outcome(not guilty),
+        outcome=pass_or_fail(not failed),
         evidence=evidence,
-        saw=len(guilty),
+        # Numbers of positions.
+        saw=len(failed),
         expected=0,
         bound=0,
-        positions=tuple(one.position for one in (guilty or seen)),
-        sees="state that a look at the distribution or another fork changes; earlier scores that depend on this token",
-        blind="a fast path that has another distribution than predict() shows (B3)",
+        positions=tuple(finding.position for finding in (failed or findings)),
+        sees="state that predict() or another fork changes; earlier scores that depend on this token",
+        blind="a fast path that uses another distribution than predict() shows (B3)",
     )
 
 
-def judge_sum(subject: str, seen: list[Commitment], tolerance: float) -> Verdict:
-    """B3, first half: the committed probabilities sum to one."""
-    deviation = np.array(
-        [one.log_sum if one.finite else np.inf for one in seen]
-    )  # a sum below one gives bits away, which is lawful
-    deviation = np.nan_to_num(deviation, nan=np.inf)
-    worst = seen[int(deviation.argmax())]
-    guilty = deviation > tolerance
+def judge_sum(subject: str, findings: list[Commitment], tolerance: float) -> Verdict:
+    """B3, first half: the committed probabilities sum to one; tolerance: of the log of the sum."""
+    # A sum below one is lawful: it only loses bits.
+    log_sums = np.array([finding.log_sum if finding.finite else np.inf for finding in findings])
+    log_sums = np.nan_to_num(log_sums, nan=np.inf)
+    failed = [finding for finding, log_sum in zip(findings, log_sums, strict=True) if log_sum > tolerance]
+    all_finite = all(finding.finite for finding in findings)
     return Verdict(
         check="B3",
         name="committed distribution sums to one",
         subject=subject,
         conditions=("C2",),
-        outcome=outcome(not guilty.any()),
-        evidence=f"largest log of the sum over {len(seen)} distributions {deviation.max():.1e}; all entries finite: "
-        f"{'yes' if all(one.finite for one in seen) else 'no'}",
-        saw=worst.log_sum,
+        outcome=pass_or_fail(not failed),
+        evidence=f"largest log of the sum over {len(findings)} distributions {log_sums.max():.1e}; "
+        f"all entries finite: {'yes' if all_finite else 'no'}",
+        saw=findings[int(log_sums.argmax())].log_sum,
         expected=0.0,
         bound=tolerance,
-        positions=tuple(
-            one.position for one, bad in zip(seen, guilty, strict=True) if bad or not guilty.any()
-        ),
+        positions=tuple(finding.position for finding in (failed or findings)),
         sees="probabilities over the whole vocabulary that sum to more than one",
-        blind="positions that were not drawn; whether these probabilities are the ones that are scored (substitution)",
+        blind="positions that were not drawn; "
+        "whether these probabilities are the ones that are scored (substitution)",
     )
 
 
-def judge_substitution(subject: str, seen: list[Commitment], vocab_size: int, tolerance: float) -> Verdict:
-    """B3, second half: the fast path charges any token what was committed, so its sum over tokens is one too."""
-    guilty = [one for one in seen if not one.deviation <= tolerance]
-    worst = max(seen, key=lambda one: one.deviation)
-    far = max(seen, key=lambda one: abs(one.total - 1))
-    ids = sum(one.ids for one in seen)
-    whole = all(one.ids == vocab_size for one in seen)
-    evidence = (
-        f"{ids} substitutions at {len(seen)} positions: largest difference from the committed distribution {worst.deviation:.1e} nats "
-        f"(id {worst.worst} at {worst.position}); {'sum' if whole else 'estimated sum'} of the scored probabilities {far.total:.7f}"
-    )
+def judge_substitution(
+    subject: str, findings: list[Commitment], vocab_size: int, tolerance: float
+) -> Verdict:
+    """B3, second half: the fast path charges any id what was committed, so its sum is one too."""
+    failed = [finding for finding in findings if not finding.deviation <= tolerance]
+    worst = max(findings, key=lambda finding: finding.deviation)
+    farthest = max(findings, key=lambda finding: abs(finding.total - 1))
+
+    # How many ids were tried decides what the check cannot detect.
+    ids = sum(finding.ids for finding in findings)
+    all_ids = all(finding.ids == vocab_size for finding in findings)
+    if all_ids:
+        blind = "causality in time (B1)"
+    else:
+        blind = f"advantages of a few tokens only: {ids} pairs of position and id were tried"
     return Verdict(
         check="B3",
         name="counterfactual sum",
         subject=subject,
         conditions=("C2", "C3"),
-        outcome=outcome(not guilty),
-        evidence=evidence,
-        saw=far.total,
+        outcome=pass_or_fail(not failed),
+        evidence=f"{ids} substitutions at {len(findings)} positions: largest difference from the committed "
+        f"distribution {worst.deviation:.1e} nats (id {worst.worst_id} at {worst.position}); "
+        f"{'sum' if all_ids else 'estimated sum'} of the scored probabilities {farthest.total:.7f}",
+        # The sum of scored probabilities that is farthest from one.
+        saw=farthest.total,
         expected=1.0,
         bound=tolerance,
-        positions=tuple(one.position for one in (guilty or seen)),
-        sees="target-dependent gates, update before score, unnormalised mixtures, scores for the realised token only",
-        blind="causality in time (B1)"
-        if whole
-        else f"what favours few tokens only: {ids} pairs of position and id were tried",
+        positions=tuple(finding.position for finding in (failed or findings)),
+        sees="target-dependent gates, update before score, unnormalised mixtures, "
+        "scores for the realised token only",
+        blind=blind,
     )
 
 
 def judge_commitment(
-    subject: str, ledger: np.ndarray | None, seen: list[Commitment], tolerance: float
+    subject: str, ledger: np.ndarray | None, findings: list[Commitment], tolerance: float
 ) -> Verdict:
-    """B4: the ledger's loss is the one that was committed before the token was known."""
-    fields = {
-        "check": "B4",
-        "name": "ledger equals commitment",
-        "subject": subject,
-        "conditions": ("C1", "C2", "C3", "metric"),
-        "bound": tolerance,
-        "sees": "a ledger whose losses no distribution fixed beforehand explains, whatever wrote it",
-        "blind": "targets that were not drawn",
-    }
-    if ledger is None:
-        evidence = "there is no complete ledger to hold against the commitments"
-        return Verdict(
-            outcome="cannot tell", evidence=evidence, saw=0.0, expected=0.0, positions=(), **fields
-        )  # type: ignore[arg-type]
-    charged = np.concatenate([one.charged for one in seen])
-    places = np.concatenate([one.position + np.arange(len(one.charged)) for one in seen])
-    written = ledger[places - 1].astype(np.float64)
-    deviation = np.nan_to_num(np.abs(written - charged), nan=np.inf)
-    worst, guilty = int(deviation.argmax()), deviation > tolerance
+    """B4: the ledger's losses are those that were committed before each token was known.
+
+    ledger: (N-1,) float32, or None without a complete one; tolerance: nats for one loss.
+    """
+    # Without a complete ledger there is nothing to compare.
+    outcome: Outcome = "cannot tell"
+    evidence = "there is no complete ledger to compare with the committed distributions"
+    saw: Number = 0.0
+    expected: Number = 0.0
+    positions: tuple[int, ...] = ()
+    if ledger is not None:
+        charged = np.concatenate([finding.charged for finding in findings])
+        targets = np.concatenate([finding.position + np.arange(len(finding.charged)) for finding in findings])
+
+        # Compare each target; the worst is reported.
+        written = ledger[targets - 1].astype(np.float64)
+        deviation = np.nan_to_num(np.abs(written - charged), nan=np.inf)
+        failed = targets[deviation > tolerance].tolist()
+        worst = int(deviation.argmax())
+
+        outcome = pass_or_fail(not failed)
+        evidence = (
+            f"{len(charged)} targets in {len(findings)} runs: largest difference {deviation.max():.1e} nats"
+        )
+        saw = float(written[worst])
+        expected = float(charged[worst])
+        positions = tuple(failed or (finding.position for finding in findings))
+
     return Verdict(
-        outcome=outcome(not guilty.any()),
-        evidence=f"{len(charged)} targets in {len(seen)} runs: largest difference {deviation.max():.1e} nats",
-        saw=float(written[worst]),
-        expected=float(charged[worst]),
-        positions=tuple(places[guilty].tolist()) if guilty.any() else tuple(one.position for one in seen),
-        **fields,  # type: ignore[arg-type]
+        check="B4",
+        name="ledger equals commitment",
+        subject=subject,
+        conditions=("C1", "C2", "C3", "metric"),
+        outcome=outcome,
+        evidence=evidence,
+        # The two losses of the worst target.
+        saw=saw,
+        expected=expected,
+        bound=tolerance,
+        positions=positions,
+        sees="a ledger whose losses no distribution fixed beforehand explains, whatever wrote it",
+        blind="targets that were not drawn",
     )
 
 
 def log_sum_exp(x: np.ndarray) -> float:
-    """log of the sum of exp(x), float64."""
+    """Compute the log of the sum of exp(x) without overflow; x: (n,) float64."""
     top = float(x.max())
     return top + float(np.log(np.exp(x - top).sum())) if np.isfinite(top) else top
 
 
-def _unmoved_by_others(scorer: Scorer, committed: np.ndarray, other_token: int) -> bool:
-    stepped, streamed = scorer.fork(), scorer.fork()
-    stepped.observe(other_token)
-    probe_runner.score(streamed, np.array([other_token], dtype=np.uint16))
-    return probe_runner.distribution(scorer).tobytes() == committed.tobytes()
+def _repeats_after_forks(scorer: Scorer, committed: np.ndarray, other_token: int) -> bool:
+    """Test whether predict() gives the same bits after two forks have observed, and scored, another token."""
+    observing = scorer.fork()
+    scoring = scorer.fork()
+    observing.observe(other_token)
+    probe_runner.checked_score(scoring, np.array([other_token], dtype=np.uint16))
+    return probe_runner.checked_predict(scorer).tobytes() == committed.tobytes()
 
 
-def _total(committed: np.ndarray, ids: np.ndarray, nll: np.ndarray, drawn: int) -> float:
-    if not drawn:
+def _sum_of_scored(committed: np.ndarray, ids: np.ndarray, nll: np.ndarray, sampled: int) -> float:
+    """Sum q(a) = exp(-nll) over the vocabulary, or estimate the sum if ids were sampled.
+
+    committed: (V,) float64; ids, nll: (K,), of which the last `sampled` were drawn from r.
+    """
+    if not sampled:
         return float(np.exp(-nll).sum())
-    p, q = np.exp(committed[ids[-drawn:]]), np.exp(-nll[-drawn:])
-    return 1.0 + float(((q - p) / (p / 2 + 1 / (2 * len(committed)))).mean())
+    p = np.exp(committed[ids[-sampled:]])
+    q = np.exp(-nll[-sampled:])
+    r = p / 2 + 1 / (2 * len(committed))
+    return 1.0 + float(((q - p) / r).mean())

@@ -1,11 +1,13 @@
-"""B12: a stretch of the stream is arithmetic-coded with `predict` and `observe` alone, and decoded by a process that never saw it.
+"""B12: a span of the stream is encoded with `predict` and `observe`, and decoded in a fresh process.
 
-A decoder exists only for a lawful score: it has the artifact, what came before and the file, so whatever it needs is a function of these
-(C1), its codes must be those of one distribution (C2), it learns from a token once it is known (C3) and gets each once, in order (C4). The
-file's bits are held against what was claimed for the same targets.
+A decoder exists only for a lawful score: it has the artifact, the tokens before and the file, so
+everything it needs is a function of these (C1); its code lengths must be those of one distribution
+(C2); it learns from a token once that is known (C3); and it gets each once, in order (C4). The size of
+the file is compared with the losses that were claimed for the same targets.
 
-What came before the stretch is given to the decoder, so that a stretch may lie across an edge far into the stream; with `start` = 1 it is
-the stream's prefix, and nothing is given but its first token.
+The decoder is given the tokens before the span, so that a span may cross a boundary far into the
+stream. With `start` = 1 the span is the beginning of the stream, and nothing but the first token is
+given.
 """
 
 import json
@@ -19,110 +21,128 @@ from typing import NamedTuple
 import numpy as np
 
 from stages.audit import probe_runner
-from stages.audit.audit_scorer import Factory
+from stages.audit.audit_scorer import ScorerFactory
 from stages.audit.checks.decoder import FOUND, GIVEN, NO_SCORER, PAYLOAD, TASK, encode
 from stages.audit.scorer_recipe import Recipe
 from stages.audit.verdict import Outcome, Verdict
 from stages.common import range_coder
 
 
-class Elsewhere(NamedTuple):
-    """What another process decoded; None, and why, when it did not, and whether it came as far as to have a scorer."""
+class FreshDecode(NamedTuple):
+    """Result of decoding in another process."""
 
-    found: np.ndarray | None
-    trouble: str = ""
-    began: bool = True
+    found: np.ndarray | None  # (count,) uint16; None if it failed
+    error: str = ""
+    started: bool = True  # it got as far as building the scorer
 
 
 def check_round_trip(
     subject: str,
-    factory: Factory,
+    factory: ScorerFactory,
     recipe: Recipe,
     tokens: np.ndarray,
     start: int,
     count: int,
     ledger: np.ndarray | None,
     tolerance: float,
-    patience_seconds: float = 600.0,
+    timeout_seconds: float = 600.0,
 ) -> Verdict:
-    """Code and decode tokens[start : start + count] of the stream, (N,) uint16, with 1 <= start.
+    """B12: encode tokens[start : start + count] of the stream (N,) uint16, and decode them elsewhere.
 
-    The claim is `ledger`, (N-1,) float32, or without one what `score_stream` says here; `tolerance`, in nats a target, is how closely
-    `predict` repeats it.
+    start: 1 or more.
+
+    The claimed losses are those of `ledger`, (N-1,) float32, or without one those of score_stream in
+    this process; `predict` may differ from them by `tolerance` nats per target.
     """
     count = min(count, len(tokens) - start)
-    stretch, n_targets = tokens[start : start + count], len(tokens) - 1
+    span = tokens[start : start + count]
+    n_targets = len(tokens) - 1
     scorer = factory(n_targets)
     for token in tokens[:start].tolist():
         scorer.observe(token)
-    claimed = (
-        probe_runner.score(scorer.fork(), stretch)
-        if ledger is None
-        else ledger[start - 1 : start - 1 + count]
-    )
-    payload = encode(scorer, stretch)
-    bits, claim = 8.0 * len(payload), float(claimed.sum(dtype=np.float64)) / math.log(2)
-    bound = range_coder.overhead_bits(count, scorer.vocab_size) + count * tolerance / math.log(2)
-    size = f"{count} targets in {len(payload)} bytes"
-    if bits <= claim + bound:  # not so with a claim that is no number
-        elsewhere = _decode_elsewhere(recipe, tokens[:start], payload, count, n_targets, patience_seconds)
-        result, evidence = _judge(f"{size}, {bits - claim:+.1f} bits against the claim", stretch, elsewhere)
+
+    # Bits that were claimed, and bits of the file.
+    if ledger is None:
+        claimed_nats = probe_runner.checked_score(scorer.fork(), span)
     else:
-        result, evidence = (
-            "fail",
-            f"{size}, {bits - claim:.1f} bits more than claimed: the claim is no code length",
-        )
+        claimed_nats = ledger[start - 1 : start - 1 + count]
+    claimed_bits = float(claimed_nats.sum(dtype=np.float64)) / math.log(2)
+    payload = encode(scorer, span)
+    bits = 8.0 * len(payload)
+    bound = range_coder.max_overhead_bits(count, scorer.vocab_size) + count * tolerance / math.log(2)
+
+    size = f"{count} targets in {len(payload)} bytes"
+    if bits <= claimed_bits + bound:  # False if the claim is NaN
+        decoded = _decode_elsewhere(recipe, tokens[:start], payload, count, n_targets, timeout_seconds)
+        outcome, result = _judge(span, decoded)
+        evidence = f"{size}, {bits - claimed_bits:+.1f} bits against the claim; {result}"
+    else:
+        outcome = "fail"
+        evidence = f"{size}, {bits - claimed_bits:.1f} bits more than claimed: the claim is not a code length"
+
     return Verdict(
         check="B12",
         name="decoder round trip",
         subject=subject,
         conditions=("C1", "C2", "C3", "C4"),
-        outcome=result,
+        outcome=outcome,
         evidence=evidence,
         saw=bits,
-        expected=claim,
+        expected=claimed_bits,
         bound=bound,
         positions=(start, start + count - 1),
-        sees=f"scores that no decoder could be built on: a claim below what the file takes, by more than {bound:.1f} bits over the stretch",
-        blind="targets outside the stretch; a decoder that reads its answers from the disk (B14) or carries them in the artifact (B15)",
+        sees="scores for which no decoder can exist: a claim below the size of the file, "
+        f"by more than {bound:.1f} bits over the span",
+        blind="targets outside the span; a decoder that reads its answers from the disk (B14) "
+        "or carries them in the artifact (B15)",
     )
 
 
-def _judge(size: str, stretch: np.ndarray, elsewhere: Elsewhere) -> tuple[Outcome, str]:
-    if elsewhere.found is None:
-        return (
-            "fail" if elsewhere.began else "cannot tell",
-            f"{size}; a fresh process did not decode them: {elsewhere.trouble}",
-        )
-    wrong = np.flatnonzero(elsewhere.found != stretch)
+def _judge(span: np.ndarray, decoded: FreshDecode) -> tuple[Outcome, str]:
+    """Compare the decoded tokens with the span (n,); returns the outcome and its reason."""
+    if decoded.found is None:
+        outcome: Outcome = "fail" if decoded.started else "cannot tell"
+        return outcome, f"a fresh process did not decode them: {decoded.error}"
+    wrong = np.flatnonzero(decoded.found != span)
     if len(wrong):
         return (
             "fail",
-            f"{size}; a fresh process lost the thread at number {wrong[0]}: its distribution was not the coder's",
+            f"a fresh process decoded token number {wrong[0]} wrongly: "
+            "its distribution was not the encoder's",
         )
-    return "pass", f"{size}; a fresh process decoded them"
+    return "pass", "a fresh process decoded them"
 
 
 def _decode_elsewhere(
-    recipe: Recipe, given: np.ndarray, payload: bytes, count: int, n_targets: int, patience_seconds: float
-) -> Elsewhere:
-    """What a process in a folder with nothing but its task makes of the payload."""
+    recipe: Recipe, given: np.ndarray, payload: bytes, count: int, n_targets: int, timeout_seconds: float
+) -> FreshDecode:
+    """Decode the payload in a fresh process, in a folder that holds nothing but its task."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         task = {"factory": recipe.factory, "words": recipe.words, "n_targets": n_targets, "count": count}
         (folder / TASK).write_text(json.dumps(task), encoding="utf-8")
         np.save(folder / GIVEN, given)
         (folder / PAYLOAD).write_bytes(payload)
+
+        # The process imports the same modules as this one.
         paths = [str(Path(path).absolute()) for path in sys.path]
-        program = f"import sys; sys.path[:] = {paths!r}; from stages.audit.checks import decoder; decoder.decode_here()"
-        command = [sys.executable, "-c", program]
+        program = (
+            f"import sys; sys.path[:] = {paths!r}; "
+            "from stages.audit.checks import decoder; decoder.decode_task()"
+        )
         try:
             ended = subprocess.run(
-                command, cwd=folder, capture_output=True, text=True, check=False, timeout=patience_seconds
+                [sys.executable, "-c", program],
+                cwd=folder,
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=timeout_seconds,
             )
         except subprocess.TimeoutExpired:
-            return Elsewhere(None, f"it was not done after {patience_seconds:g} seconds", began=False)
+            return FreshDecode(None, f"it was not done after {timeout_seconds:g} seconds", started=False)
+
         if ended.returncode or not (folder / FOUND).exists():
-            said = (ended.stderr.strip().splitlines() or [f"exit code {ended.returncode}"])[-1]
-            return Elsewhere(None, said, began=ended.returncode != NO_SCORER)
-        return Elsewhere(np.load(folder / FOUND))
+            lines = ended.stderr.strip().splitlines() or [f"exit code {ended.returncode}"]
+            return FreshDecode(None, lines[-1], started=ended.returncode != NO_SCORER)
+        return FreshDecode(np.load(folder / FOUND))

@@ -1,1 +1,1 @@
-"""The clean room: a command run in a Linux sandbox, and watched."""
+"""The clean room: a command that runs in a Linux sandbox, with its file and network access traced."""

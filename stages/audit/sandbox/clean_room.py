@@ -1,13 +1,15 @@
-"""B14, the clean room: the artifact scores in an empty folder, with only itself and the validation shards, and an outside clock running.
+"""B14, the clean room: the artifact scores in an empty folder, with nothing but the validation shards.
 
-The room holds the counted files, the shards and the tokenizer, read-only; no network, no training data, no home, none of the caller's
-environment. What is opened is held against what a run may open: the room itself, the interpreter with its packages, and the system. The
-time is taken from before the process is made to its last output, so that a timer that was started late falls short of it, and to its end
-for the budget. How far the system let us go stands in the evidence; what could not be enforced or watched is "cannot tell".
+The folder holds the counted files, the shards and the tokenizer, read-only; there is no network, no
+training data, no home and nothing of the caller's environment. Files that are opened are compared with
+those that a run may open: the folder itself, the interpreter with its packages, and the system. The
+time is measured from before the process is created to its last output, so that a timer that was started
+late falls short of it, and to its end for the budget. The evidence says how far the system allowed the
+sandbox; what could not be enforced or traced is "cannot tell".
 """
 
+import functools
 import hashlib
-import json
 import math
 import shutil
 import sys
@@ -18,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from stages.audit.sandbox import sandbox
-from stages.audit.sandbox.sandbox import Means, Seen
-from stages.audit.verdict import Outcome, Verdict, outcome
+from stages.audit.sandbox.sandbox import Capabilities, Trace
+from stages.audit.verdict import Number, Outcome, Verdict, pass_or_fail
+from stages.common.json_object import read_json_object
 
-SYSTEM = (
+SYSTEM = (  # folders of the system that a run may read
     "/bin",
     "/dev",
     "/etc",
@@ -34,24 +37,30 @@ SYSTEM = (
     "/usr",
     "/var/cache/ldconfig",
 )
-LATE_SECONDS = 5.0  # that an artifact's clock may fall short of ours: what it writes after it has asked, and the start of the watchers
-LISTED = 3  # files that a sentence names
-NAME = "clean room"
+# All verdicts here are on the artifact as a whole, and have no positions in the stream.
+_verdict = functools.partial(
+    Verdict, check="B14", subject="clean room", conditions=("clean room",), positions=()
+)
+# Seconds by which an artifact's clock may fall short of the audit's: start of the tracers, and what it
+# writes after it has read its clock.
+LATE_SECONDS = 5.0
+MAX_LISTED = 3  # names in a sentence of evidence
+QUOTED_OUTPUT_CHARACTERS = 200  # of a failed run's output that are quoted
 
 
 @dataclass(frozen=True)
-class Artifact:
-    """What is handed in, and how it is made to score."""
+class AuditedArtifact:
+    """Counted files of a submission, and the command by which they score."""
 
-    counted: Mapping[str, Path]  # name in the room to file: train_gpt.py and model.bin
+    counted: Mapping[str, Path]  # name in the clean room -> file: train_gpt.py and model.bin
     data: Mapping[str, Path]  # likewise, files and folders: data/val, data/tokenizer.model
-    command: tuple[str, ...] = ("train_gpt.py", "eval")  # for the interpreter
-    output: str = "eval"  # where metrics.json and timing.json are then
+    command: tuple[str, ...] = ("train_gpt.py", "eval")  # arguments of the interpreter
+    output: str = "eval"  # folder in the clean room with metrics.json and timing.json afterwards
 
 
 @dataclass(frozen=True)
-class Claim:
-    """What the artifact's authors say of its run."""
+class ClaimedMetric:
+    """Result that the artifact's authors claim."""
 
     metric: str  # the key in metrics.json
     value: float
@@ -60,196 +69,236 @@ class Claim:
 
 
 @dataclass(frozen=True)
-class Visit:
-    """What a run in the room did and left."""
+class CleanRoomRun:
+    """Record of a run in the clean room, and its results."""
 
-    seen: Seen
-    room: Path  # which is gone
+    trace: Trace
+    room: Path  # the folder, which no longer exists
     sizes: Mapping[str, int]  # bytes of the counted files
-    changed: tuple[str, ...]  # inputs that are not what they were
+    changed: tuple[str, ...]  # inputs that were changed or removed
     written: float  # seconds from the process's start to its last output
     metrics: Mapping[str, Any] = field(default_factory=dict)
     timing: Mapping[str, Any] = field(default_factory=dict)
 
 
-def visit(
-    artifact: Artifact,
-    covered: Sequence[Path] = (),
-    means: Means | None = None,
+def run_in_clean_room(
+    artifact: AuditedArtifact,
+    masked: Sequence[Path] = (),
+    capabilities: Capabilities | None = None,
     environment: Mapping[str, str] | None = None,
-    patience_seconds: float = 3600.0,
-) -> Visit:
-    """Run the artifact in a room of its own; folders in `covered` (training data, the repository) are empty for it where mounts allow.
+    timeout_seconds: float = 3600.0,
+) -> CleanRoomRun:
+    """Run the artifact in a sandbox with a folder of its own.
 
-    The interpreter stays where it is, also within them. `environment` is handed on to the run.
+    masked: folders (training data, the repository) that are empty for it if mounts are allowed, except
+    for the interpreter; capabilities: those of the system by default; environment: variables that the
+    run gets.
     """
-    means = sandbox.available() if means is None else means
+    capabilities = sandbox.detect_capabilities() if capabilities is None else capabilities
     with tempfile.TemporaryDirectory() as room_name, tempfile.TemporaryDirectory() as log_name:
-        room, log = Path(room_name).resolve(), Path(log_name).resolve()
-        inputs = _furnish(room, {**artifact.counted, **artifact.data})
-        before = {path: _digest(path) for path in inputs}
+        room = Path(room_name).resolve()
+        log = Path(log_name).resolve()
+        inputs = _copy_read_only(room, {**artifact.counted, **artifact.data})
+        digests = {path: _digest(path) for path in inputs}
         sizes = {name: (room / name).stat().st_size for name in artifact.counted}
+
         command = [sys.executable, *artifact.command]
-        seen = sandbox.run(command, room, log, means, inputs, covered, environment or {}, patience_seconds)
+        trace = sandbox.run_sandboxed(
+            command, room, log, capabilities, inputs, masked, environment or {}, timeout_seconds
+        )
+
         changed = [
             str(path.relative_to(room))
-            for path, was in before.items()
-            if not path.is_file() or _digest(path) != was
+            for path, digest in digests.items()
+            if not path.is_file() or _digest(path) != digest
         ]
+        # Of a file's times the kernel alone sets st_ctime: nobody can set it back.
         output = room / artifact.output
-        # Of a file's times the kernel sets st_ctime alone: nobody can set it back.
-        written = max((path.stat().st_ctime for path in output.rglob("*")), default=seen.began) - seen.began
-        return Visit(
-            seen,
+        written_at = max((path.stat().st_ctime for path in output.rglob("*")), default=trace.started_at)
+        return CleanRoomRun(
+            trace,
             room,
             sizes,
             tuple(changed),
-            written,
-            _json(output / "metrics.json"),
-            _json(output / "timing.json"),
+            written_at - trace.started_at,
+            metrics=_read_output(output / "metrics.json"),
+            timing=_read_output(output / "timing.json"),
         )
 
 
-def check_clean_room(seen: Visit, claim: Claim, late_seconds: float = LATE_SECONDS) -> list[Verdict]:
-    """B14: the run came out as claimed, touched nothing else, spoke to nobody, and took the time that it says."""
+def check_clean_room(
+    run: CleanRoomRun, claim: ClaimedMetric, late_seconds: float = LATE_SECONDS
+) -> list[Verdict]:
+    """B14: a run in the clean room confirms the claim.
+
+    It gave the claimed number, opened nothing else, contacted nobody, and took the time that it states.
+    """
     return [
-        _check_result(seen, claim),
-        _check_files(seen),
-        _check_network(seen),
-        _check_clock(seen, claim, late_seconds),
+        _check_result(run, claim),
+        _check_files(run),
+        _check_network(run),
+        _check_clock(run, claim, late_seconds),
     ]
 
 
-def outsiders(seen: Visit) -> list[Path]:
-    """What was opened and is neither the room's, nor the interpreter's, nor the system's."""
-    allowed = [seen.room, *sandbox.interpreter(), *map(Path, SYSTEM)]
-    return sorted(path for path in seen.seen.files if not any(_within(path, place) for place in allowed))
+def unexpected_files(run: CleanRoomRun) -> list[Path]:
+    """List the files that were opened outside the clean room, the interpreter and the system."""
+    allowed = [run.room, *sandbox.interpreter_folders(), *map(Path, SYSTEM)]
+    return sorted(
+        path for path in run.trace.files if not any(path.is_relative_to(folder) for folder in allowed)
+    )
 
 
-def _check_result(seen: Visit, claim: Claim) -> Verdict:
-    value, code = seen.metrics.get(claim.metric), seen.seen.returncode
-    parts = " + ".join(f"{size} ({name})" for name, size in seen.sizes.items())
-    result: Outcome = "fail"
-    if code is None:
-        evidence = "the run had not ended when patience did"
-    elif code:
-        said = " ".join(seen.seen.output.split())[-200:]
-        evidence = f"with {parts} bytes and the data alone, the run ended with exit code {code}: {said}"
-    elif seen.changed:
-        evidence = f"the run changed its inputs: {', '.join(seen.changed[:LISTED])}"
+def _check_result(run: CleanRoomRun, claim: ClaimedMetric) -> Verdict:
+    value = run.metrics.get(claim.metric)
+    parts = " + ".join(f"{size} ({name})" for name, size in run.sizes.items())
+
+    # The run itself first, then its result.
+    outcome: Outcome = "fail"
+    if run.trace.returncode is None:
+        evidence = "the run had not ended at its timeout"
+    elif run.trace.returncode:
+        printed = " ".join(run.trace.output.split())[-QUOTED_OUTPUT_CHARACTERS:]
+        evidence = (
+            f"with {parts} bytes and the data alone, "
+            f"the run ended with exit code {run.trace.returncode}: {printed}"
+        )
+    elif run.changed:
+        evidence = f"the run changed its inputs: {', '.join(run.changed[:MAX_LISTED])}"
     elif not isinstance(value, (int, float)):
         evidence = f"the run left no metrics.json with {claim.metric}"
     else:
-        result = outcome(abs(value - claim.value) <= claim.tolerance)
+        outcome = pass_or_fail(abs(value - claim.value) <= claim.tolerance)
         evidence = f"with {parts} bytes and the data alone, {claim.metric} is {value!r}"
-    number = float(value) if isinstance(value, (int, float)) else math.nan
-    sees = "artifacts that need another file, write over their data, or give another number than was claimed"
+
     return _verdict(
-        "runs from the counted files alone",
-        result,
-        evidence,
-        number,
-        claim.value,
-        claim.tolerance,
-        sees,
-        "what the weights know",
+        name="runs from the counted files alone",
+        outcome=outcome,
+        evidence=evidence,
+        # The number that the run gave, and the claimed one.
+        saw=float(value) if isinstance(value, (int, float)) else math.nan,
+        expected=claim.value,
+        bound=claim.tolerance,
+        sees="artifacts that need another file, write over their data, "
+        "or give another number than was claimed",
+        blind="what the weights contain",
     )
 
 
-def _check_files(seen: Visit) -> Verdict:
-    outside = outsiders(seen)
-    result: Outcome = "fail" if outside else "pass" if seen.seen.means.traced else "cannot tell"
-    listed = ", ".join(map(str, outside[:LISTED]))
-    evidence = f"opened outside the room, the interpreter and the system: {listed or 'nothing'} ({len(outside)}); {seen.seen.means}"
+def _check_files(run: CleanRoomRun) -> Verdict:
+    unexpected = unexpected_files(run)
+    outcome: Outcome = "cannot tell"
+    if unexpected:
+        outcome = "fail"
+    elif run.trace.capabilities.traced:
+        outcome = "pass"
+    listed = ", ".join(map(str, unexpected[:MAX_LISTED])) or "nothing"
     return _verdict(
-        "opened files",
-        result,
-        evidence,
-        len(outside),
-        0,
-        0,
-        sees="files outside the counted set, training shards, the repository, caches, even if only looked for",
-        blind="files hidden among the interpreter's packages or the system's; without strace, what native code opens",
+        name="opened files",
+        outcome=outcome,
+        evidence="opened outside the clean room, the interpreter and the system: "
+        f"{listed} ({len(unexpected)}); {run.trace.capabilities}",
+        saw=len(unexpected),
+        expected=0,
+        bound=0,
+        sees="files outside the counted set, training shards, the repository, caches, "
+        "even if only looked for",
+        blind="files hidden among the interpreter's packages or the system's; without strace, "
+        "files that native code opens",
     )
 
 
-def _check_network(seen: Visit) -> Verdict:
-    means, spoken = seen.seen.means, sorted(seen.seen.addresses)
-    result: Outcome = "fail" if spoken else "pass" if means.network or means.traced else "cannot tell"
-    evidence = f"hosts looked up or spoken to: {', '.join(spoken[:LISTED]) or 'none'}; {means}"
+def _check_network(run: CleanRoomRun) -> Verdict:
+    contacted = sorted(run.trace.addresses)
+    capabilities = run.trace.capabilities
+    outcome: Outcome = "cannot tell"
+    if contacted:
+        outcome = "fail"
+    elif capabilities.network or capabilities.traced:
+        outcome = "pass"
+    listed = ", ".join(contacted[:MAX_LISTED]) or "none"
     return _verdict(
-        "no network",
-        result,
-        evidence,
-        len(spoken),
-        0,
-        0,
-        sees="downloads, and services asked while scoring",
-        blind="a process on this machine, reached through a socket in a file; names that native code looks up",
+        name="no network",
+        outcome=outcome,
+        evidence=f"hosts looked up or contacted: {listed}; {capabilities}",
+        saw=len(contacted),
+        expected=0,
+        bound=0,
+        sees="downloads, and services that are used while scoring",
+        blind="a process on this machine, reached through a socket in a file; "
+        "names that native code looks up",
     )
 
 
-def _check_clock(seen: Visit, claim: Claim, late_seconds: float) -> Verdict:
-    """Measured seconds are told when they convict; a verdict that passes has the same bytes on a faster machine."""
-    said, took = seen.timing.get("evaluation_seconds", seen.timing.get("process_seconds")), seen.seen.seconds
-    known = isinstance(said, (int, float)) and not isinstance(said, bool)
-    result: Outcome = "pass"
-    evidence = f"from the process's start to its end within {claim.budget_seconds:g} seconds, and its own clock agrees"
-    if took > claim.budget_seconds:
-        result, evidence = (
-            "fail",
-            f"from the process's start to its end {took:.1f} seconds, {claim.budget_seconds:g} are allowed",
+def _check_clock(run: CleanRoomRun, claim: ClaimedMetric, late_seconds: float) -> Verdict:
+    """Compare the run's own clock with the outside one.
+
+    Measured seconds are in the evidence of a failure only: a verdict that passes has the same bytes on
+    a faster machine.
+    """
+    stated = run.timing.get("evaluation_seconds", run.timing.get("process_seconds"))
+    is_stated = isinstance(stated, (int, float)) and not isinstance(stated, bool)
+
+    outcome: Outcome = "fail"
+    saw: Number = "within"
+    expected: Number = "within"
+    if run.trace.seconds > claim.budget_seconds:
+        evidence = (
+            f"from the process's start to its end {run.trace.seconds:.1f} seconds, "
+            f"{claim.budget_seconds:g} are allowed"
         )
-    elif known and float(said) < seen.written - late_seconds:
-        took, result = seen.written, "fail"
-        evidence = f"it says {said:.1f} seconds, and wrote its last output after {took:.1f}: its timer was started late, or stopped early"
-    elif not known:
-        result, evidence = (
-            "cannot tell",
-            "it left no timing.json with its evaluation_seconds; by our clock it kept to its budget",
+        saw = f"{run.trace.seconds:.1f} s"
+        expected = f"{stated} s"
+    elif is_stated and float(stated) < run.written - late_seconds:
+        # The run's own clock shows less than passed until its last output.
+        evidence = (
+            f"it states {stated:.1f} seconds, and wrote its last output after {run.written:.1f}: "
+            "its timer was started late, or stopped early"
         )
-    numbers = (f"{took:.1f} s", f"{said} s") if result == "fail" else ("within", "within")
-    sees = "timers started late or stopped early, seconds spent before the first line or in other processes, runs over their time"
+        saw = f"{run.written:.1f} s"
+        expected = f"{stated} s"
+    elif not is_stated:
+        outcome = "cannot tell"
+        evidence = (
+            "it left no timing.json with its evaluation_seconds; by the audit's clock it kept to its budget"
+        )
+    else:
+        # Both clocks agree.
+        outcome = "pass"
+        evidence = (
+            f"from the process's start to its end within {claim.budget_seconds:g} seconds, "
+            "and its own clock agrees"
+        )
+
     return _verdict(
-        "wall clock",
-        result,
-        evidence,
-        *numbers,
-        late_seconds,
-        sees,
-        "a machine that is faster than the challenge's",
+        name="wall clock",
+        outcome=outcome,
+        evidence=evidence,
+        saw=saw,
+        expected=expected,
+        bound=late_seconds,
+        sees="timers started late or stopped early, "
+        "seconds spent before the first line or in other processes, runs over their time",
+        blind="a machine that is faster than the challenge's",
     )
 
 
-def _verdict(
-    name: str,
-    result: Outcome,
-    evidence: str,
-    saw: float | str,
-    expected: float | str,
-    bound: float,
-    sees: str,
-    blind: str,
-) -> Verdict:
-    return Verdict(
-        "B14", name, NAME, ("clean room",), result, evidence, saw, expected, bound, (), sees, blind
-    )
-
-
-def _furnish(room: Path, wanted: Mapping[str, Path]) -> list[Path]:
-    """Copy files and folders to where they are wanted, read-only; the files."""
-    files = []
+def _copy_read_only(room: Path, wanted: Mapping[str, Path]) -> list[Path]:
+    """Copy files and folders into the clean room under the wanted names, read-only; returns the copies."""
+    copied = []
     for name, source in wanted.items():
-        inside = (
-            [path for path in sorted(source.rglob("*")) if path.is_file()] if source.is_dir() else [source]
-        )
-        for path in inside:
-            target = room / name / path.relative_to(source) if source.is_dir() else room / name
+        if source.is_dir():
+            files = [path for path in sorted(source.rglob("*")) if path.is_file()]
+            targets = [room / name / path.relative_to(source) for path in files]
+        else:
+            files = [source]
+            targets = [room / name]
+        for path, target in zip(files, targets, strict=True):
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
             target.chmod(0o444)
-            files.append(target)
-    return files
+            copied.append(target)
+    return copied
 
 
 def _digest(path: Path) -> str:
@@ -257,14 +306,9 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _within(path: Path, place: Path) -> bool:
-    return path.is_relative_to(place)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """A JSON object that the run wrote; nothing where it wrote none."""
+def _read_output(path: Path) -> dict[str, Any]:
+    """Read a JSON object that the run wrote; empty if it wrote none."""
     try:
-        held = json.loads(path.read_text(encoding="utf-8"))
+        return read_json_object(path)
     except (OSError, ValueError):
         return {}
-    return held if isinstance(held, dict) else {}

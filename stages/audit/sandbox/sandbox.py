@@ -1,8 +1,9 @@
-"""A command in a folder of its own: without a network, with read-only inputs and covered folders, watched, as far as the system lets us.
+"""Runs a command in a Linux sandbox: no network, read-only inputs, masked folders, traced file access.
 
-Nothing here needs root where unprivileged user namespaces are allowed (util-linux's unshare); where they are not, the command runs all the
-same and `Means` says what was missing. Watching is done twice: by audit hooks inside every interpreter (audit_hook.py), which see attempts,
-and by strace where it is installed and may trace, which sees every process and native code too.
+Nothing here needs root where unprivileged user namespaces are allowed (util-linux's unshare); where
+they are not, the command runs all the same and `Capabilities` says what was missing. Access is traced
+in two ways: by audit hooks inside every Python interpreter (audit_hook.py), which see attempts, and by
+strace, where it is installed and allowed, which also sees every other process and native code.
 """
 
 import contextlib
@@ -24,68 +25,105 @@ from pathlib import Path
 
 from stages.audit.sandbox import audit_hook
 
-ARRANGE = """set -e
+# Runs in the new namespaces: arguments in threes (verb, path, path) up to "--", then the command. The
+# loopback interface is brought up because torchrun uses it; `ip` may be absent.
+MOUNT_SCRIPT = """set -e
 ip link set lo up 2>/dev/null || true
 while [ "$1" != -- ]; do
   case "$1" in
-    cover) mount -t tmpfs none "$2" ;;
+    mask) mount -t tmpfs none "$2" ;;
     bind) mkdir -p "$3"; mount --bind "$2" "$3" ;;
-    keep) mount --bind "$2" "$2"; mount -o remount,bind,ro "$2" ;;
+    readonly) mount --bind "$2" "$2"; mount -o remount,bind,ro "$2" ;;
   esac
   shift 3
 done
 shift
 exec "$@"
-"""  # torchrun talks to itself over the loopback; `ip` may be absent
-TRACED = "trace=open,openat,openat2,creat,execve,execveat,connect,sendto,sendmsg,sendmmsg"
+"""
+TRACED_CALLS = "trace=open,openat,openat2,creat,execve,execveat,connect,sendto,sendmsg,sendmmsg"
+# Lines of strace -y, in which a descriptor is followed by its path in angle brackets:
+# a call with a path, after the descriptor of a folder or not;
 PATH_CALL = re.compile(
-    r'^\d+ +(?:open|openat|openat2|creat|execve|execveat)\((?:(?:AT_FDCWD|\d+)<([^>]*)>, )?"((?:[^"\\]|\\.)*)"'
+    r"^\d+ +(?:open|openat|openat2|creat|execve|execveat)"
+    r'\((?:(?:AT_FDCWD|\d+)<([^>]*)>, )?"((?:[^"\\]|\\.)*)"'
 )
-OPENED = re.compile(r"= \d+<([^>]*)>$")  # what a descriptor leads to, links resolved
-RESUMED = re.compile(
-    r"^\d+ +<\.\.\. (?:open|openat|openat2|creat) resumed>.*= \d+<([^>]*)>$"
-)  # after another thread's line
+# the descriptor that it returned, links resolved;
+OPENED = re.compile(r"= \d+<([^>]*)>$")
+# the same in a line of its own, after another thread's line;
+RESUMED = re.compile(r"^\d+ +<\.\.\. (?:open|openat|openat2|creat) resumed>.*= \d+<([^>]*)>$")
+# port and address of a host, IPv4 or IPv6.
 INET = re.compile(
-    r'sin6?_port=htons\((\d+)\)[^"]*?(?:inet_addr\("([^"]*)"\)|inet_pton\(AF_INET6, "([^"]*)"|sin6_addr="([^"]*)")'
+    r"sin6?_port=htons\((\d+)\)"
+    r'[^"]*?(?:inet_addr\("([^"]*)"\)|inet_pton\(AF_INET6, "([^"]*)"|sin6_addr="([^"]*)")'
 )
-NAME_SERVER = "53"  # its port
+NAME_SERVER_PORT = "53"
+OUTPUT_CHARACTERS = 2000  # of the end of the command's output that are kept
+EVENT_PIPE = "events"  # name of the audit hooks' pipe in the log folder
 
 
 @dataclass(frozen=True)
-class Means:
-    """How far the system let us go."""
+class Capabilities:
+    """Parts of the sandbox that this system allows."""
 
-    network: bool  # a namespace without interfaces but the loopback
-    mounts: bool  # inputs mounted read-only, folders covered
-    traced: bool  # every process watched by strace; otherwise Python alone, by hooks
+    network: bool  # a network namespace without interfaces except the loopback
+    mounts: bool  # inputs mounted read-only, folders masked
+    traced: bool  # every process traced by strace; otherwise only Python, by audit hooks
 
     def __str__(self) -> str:
-        network = "no network (namespace)" if self.network else "the network was there"
+        network = "no network (namespace)" if self.network else "the network was available"
         mounts = "inputs mounted read-only" if self.mounts else "inputs read-only by their mode alone"
-        traced = (
-            "every process traced (strace)"
-            if self.traced
-            else "Python watched by audit hooks, native code not"
-        )
+        traced = "Python traced by audit hooks, native code not"
+        if self.traced:
+            traced = "every process traced (strace)"
         return f"{network}, {mounts}, {traced}"
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What a confined command did."""
+class Trace:
+    """Record of what a command in the sandbox did."""
 
-    returncode: int | None  # None: it was stopped when patience ended
-    began: float  # when its process was made, in seconds since the epoch, as files are dated
+    returncode: int | None  # None: it was killed at the timeout
+    started_at: float  # creation of its process, in seconds since the epoch, as the times of files
     seconds: float  # from then to its end
-    output: str  # what it printed last
-    files: frozenset[Path]  # opened, or tried to
+    output: str  # the end of what it printed
+    files: frozenset[Path]  # opened, or tried to open
     programs: frozenset[str]
-    addresses: frozenset[str]  # hosts spoken to or looked up, the loopback aside
-    means: Means
+    addresses: frozenset[str]  # hosts contacted or looked up, except the loopback
+    capabilities: Capabilities
 
 
-def interpreter() -> list[Path]:
-    """The folders of this interpreter, its library and its packages."""
+class HookListener:
+    """Reads the audit hooks' events from a named pipe; unlike a file, the traced process cannot empty it."""
+
+    def __init__(self, path: Path) -> None:
+        """Create the pipe and read from it in a thread."""
+        os.mkfifo(path)
+        self.pipe = os.open(path, os.O_RDWR)
+        self.received = bytearray()
+        self.end_mark = (
+            f"{secrets.token_hex(16)}\n".encode()
+        )  # secret, so that the process cannot end the trace
+        self.thread = threading.Thread(target=self._read, daemon=True)
+        self.thread.start()
+
+    def finish(self) -> set[audit_hook.Event]:
+        """Stop, and return all events."""
+        os.write(self.pipe, b"\n" + self.end_mark)
+        self.thread.join()
+        os.close(self.pipe)
+        return {
+            _parse_event(line)
+            for line in bytes(self.received).removesuffix(self.end_mark).splitlines()
+            if line
+        }
+
+    def _read(self) -> None:
+        while not self.received.endswith(self.end_mark):
+            self.received += os.read(self.pipe, 1 << 16)
+
+
+def interpreter_folders() -> list[Path]:
+    """List the folders of this interpreter, its library and its packages."""
     places = [
         sys.prefix,
         sys.base_prefix,
@@ -95,94 +133,80 @@ def interpreter() -> list[Path]:
     return sorted({Path(place).absolute() for place in places} | {Path(place).resolve() for place in places})
 
 
-class Listener:
-    """Reads what the hooks tell from a named pipe, which, other than a file, cannot be emptied by who is watched."""
-
-    def __init__(self, path: Path) -> None:
-        os.mkfifo(path)
-        self.pipe = os.open(path, os.O_RDWR)
-        self.heard = bytearray()
-        self.last = f"{secrets.token_hex(16)}\n".encode()
-        self.thread = threading.Thread(target=self._listen, daemon=True)
-        self.thread.start()
-
-    def finish(self) -> set[tuple[str, str]]:
-        """All that was told; a line that is none of the hooks' was written by who is watched, and counts as a file of that name."""
-        os.write(self.pipe, b"\n" + self.last)
-        self.thread.join()
-        os.close(self.pipe)
-        return {_line(line) for line in bytes(self.heard).removesuffix(self.last).splitlines() if line}
-
-    def _listen(self) -> None:
-        while not self.heard.endswith(self.last):
-            self.heard += os.read(self.pipe, 1 << 16)
-
-
-def available(strace: bool = True) -> Means:
-    """What this system allows, found out by trying; `strace` False does without it."""
+def detect_capabilities(strace: bool = True) -> Capabilities:
+    """Find out by trying what this system allows; without strace if `strace` is False."""
     network = _works("unshare", "-rn", "true")
     mounts = network and _works("unshare", "-rnm", "sh", "-c", "mount -t tmpfs none /mnt")
-    return Means(
-        network,
-        mounts,
-        strace
-        and _works("strace", "-f", "-qq", "-y", "--seccomp-bpf", "-e", TRACED, "-o", os.devnull, "true"),
-    )
+    traced = strace and _works(*_strace_command(Path(os.devnull)), "true")
+    return Capabilities(network, mounts, traced)
 
 
-def run(
+def run_sandboxed(
     command: Sequence[str],
     room: Path,
     log: Path,
-    means: Means,
+    capabilities: Capabilities,
     read_only: Sequence[Path],
-    covered: Sequence[Path],
+    masked: Sequence[Path],
     environment: Mapping[str, str],
-    patience_seconds: float,
-) -> Seen:
-    """Run a Python command in `room`; `log` is an empty folder outside it, for what the watchers write.
+    timeout_seconds: float,
+) -> Trace:
+    """Run a Python command in the folder `room`, and trace it.
 
-    Nothing of the caller's environment is handed on; HOME and TMPDIR lie in the room. No process of the command outlives this call. Folders
-    in `covered` are empty for it, but for the interpreter.
+    log: an empty folder outside the room, for the traces; read_only: inputs in the room; masked:
+    folders that are empty for the command, except for the interpreter. Of the caller's environment
+    nothing is passed on, only `environment`; HOME and TMPDIR are in the room. No process of the command
+    outlives this call.
     """
-    (log / audit_hook.MODULE).write_text(
-        Path(audit_hook.__file__).read_text(encoding="utf-8"), encoding="utf-8"
-    )
-    (log / "sitecustomize.py").write_text(
-        audit_hook.SITECUSTOMIZE.format(log=str(log / "told")), encoding="utf-8"
-    )
-    listener = Listener(log / "told")
-    variables = _variables(room, log) | dict(environment)
-    wrapped = _wrapped(command, log, means, read_only, covered)
+    # Install the audit hooks: sitecustomize.py is imported by every interpreter that finds it on PYTHONPATH.
+    hook_source = Path(audit_hook.__file__).read_text(encoding="utf-8")
+    (log / audit_hook.MODULE).write_text(hook_source, encoding="utf-8")
+    sitecustomize = audit_hook.SITECUSTOMIZE.format(pipe=str(log / EVENT_PIPE))
+    (log / "sitecustomize.py").write_text(sitecustomize, encoding="utf-8")
+    listener = HookListener(log / EVENT_PIPE)
+
+    # Run the command; kill it, and its children, at the timeout.
+    variables = _environment(room, log) | dict(environment)
+    sandboxed = _sandboxed_command(command, log, capabilities, read_only, masked)
     with (log / "output").open("wb") as output:
-        began, started = time.time(), time.monotonic()
+        started_at = time.time()
+        started = time.monotonic()
         process = subprocess.Popen(
-            wrapped, cwd=room, env=variables, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            sandboxed,
+            cwd=room,
+            env=variables,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
         returncode = None
         try:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                returncode = process.wait(patience_seconds)
+                returncode = process.wait(timeout_seconds)
         finally:
             seconds = time.monotonic() - started
-            _end(process)
-    told = listener.finish() | {
-        (kind, what) for kind, what in _traced(log / "trace") if not what.startswith(str(log))
-    }
-    return Seen(
+            _kill_group(process)
+
+    # Collect the events of both traces; strace also saw the hooks' own files in the log folder.
+    events = listener.finish()
+    for kind, name in _strace_events(log / "trace"):
+        if not name.startswith(str(log)):
+            events.add((kind, name))
+    printed = (log / "output").read_text(encoding="utf-8", errors="replace")
+    return Trace(
         returncode,
-        began,
+        started_at,
         seconds,
-        (log / "output").read_text(encoding="utf-8", errors="replace")[-2000:],
-        frozenset(Path(os.path.normpath(what)) for kind, what in told if kind == "file"),
-        frozenset(what for kind, what in told if kind == "program"),
-        frozenset(what for kind, what in told if kind == "address" and not _is_loopback(what)),
-        means,
+        printed[-OUTPUT_CHARACTERS:],
+        files=frozenset(Path(os.path.normpath(name)) for kind, name in events if kind == "file"),
+        programs=frozenset(name for kind, name in events if kind == "program"),
+        addresses=frozenset(name for kind, name in events if kind == "address" and not _is_loopback(name)),
+        capabilities=capabilities,
     )
 
 
-def _variables(room: Path, log: Path) -> dict[str, str]:
-    """The whole environment of the command."""
+def _environment(room: Path, log: Path) -> dict[str, str]:
+    """Build the whole environment of the command, and the folders that it names in the room."""
     for name in ("home", "tmp"):
         (room / name).mkdir()
     folders = [str(Path(sys.executable).parent), "/usr/local/bin", "/usr/bin", "/bin", "/usr/sbin", "/sbin"]
@@ -191,93 +215,111 @@ def _variables(room: Path, log: Path) -> dict[str, str]:
         "HOME": str(room / "home"),
         "TMPDIR": str(room / "tmp"),
         "LANG": "C.UTF-8",
-        "PYTHONPATH": str(log),  # sitecustomize
+        "PYTHONPATH": str(log),  # sitecustomize.py
         "PYTHONNOUSERSITE": "1",
         "PYTHONDONTWRITEBYTECODE": "1",
     }
 
 
-def _end(process: "subprocess.Popen[bytes]") -> None:
-    """Kill what is left of the process and of its children, which are in its group."""
+def _kill_group(process: "subprocess.Popen[bytes]") -> None:
+    """Kill what is left of the process and of its children, which are in its process group."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
-def _wrapped(
-    command: Sequence[str], log: Path, means: Means, read_only: Sequence[Path], covered: Sequence[Path]
+def _strace_command(trace: Path) -> list[str]:
+    options = ["-f", "-qq", "-y", "-s", "4096", "--seccomp-bpf", "-e", TRACED_CALLS, "-o", str(trace)]
+    return ["strace", *options]
+
+
+def _sandboxed_command(
+    command: Sequence[str],
+    log: Path,
+    capabilities: Capabilities,
+    read_only: Sequence[Path],
+    masked: Sequence[Path],
 ) -> list[str]:
-    words = list(command)
-    if means.traced:
-        words = [
-            "strace",
-            "-f",
-            "-qq",
-            "-y",
-            "-s",
-            "4096",
-            "--seccomp-bpf",
-            "-e",
-            TRACED,
-            "-o",
-            str(log / "trace"),
-            *words,
-        ]
-    if not means.network:
-        return words
-    arranged: list[str] = []
-    if means.mounts:
-        arranged += [
-            word for number, path in enumerate(covered) for word in _cover(path, log, log / f"saved{number}")
-        ]
-        arranged += [word for path in read_only for word in ("keep", str(path), "-")]
-    return ["unshare", "-rnm" if means.mounts else "-rn", "sh", "-c", ARRANGE, "sh", *arranged, "--", *words]
+    """Wrap a command in strace and unshare, as far as the system allows."""
+    wrapped = list(command)
+    if capabilities.traced:
+        wrapped = [*_strace_command(log / "trace"), *wrapped]
+    if not capabilities.network:
+        return wrapped
+
+    mounts: list[str] = []
+    if capabilities.mounts:
+        for number, path in enumerate(masked):
+            mounts += _mask_arguments(path, log, log / f"saved{number}")
+        for path in read_only:
+            mounts += ["readonly", str(path), "-"]
+    namespaces = "-rnm" if capabilities.mounts else "-rn"
+    return ["unshare", namespaces, "sh", "-c", MOUNT_SCRIPT, "sh", *mounts, "--", *wrapped]
 
 
-def _cover(path: Path, log: Path, saved: Path) -> list[str]:
-    """Put an empty folder in a folder's place, and the interpreter back into it if it lies there, as in a repository with its `.venv`.
+def _mask_arguments(path: Path, log: Path, saved: Path) -> list[str]:
+    """Build MOUNT_SCRIPT's arguments that put an empty folder in the place of a folder.
 
-    What holds the watchers, or is the interpreter's own, stays as it is.
+    If the interpreter is inside, as in a repository with its `.venv`, it is mounted back from `saved`.
+    A folder that holds the log, or belongs to the interpreter, is not masked.
     """
-    path, homes = path.resolve(), interpreter()
+    path = path.resolve()
+    homes = interpreter_folders()
     if not path.is_dir() or log.is_relative_to(path) or any(path.is_relative_to(home) for home in homes):
         return []
-    nested = [home for home in homes if home.is_relative_to(path)]
-    inside = [
-        home for home in nested if not any(home != other and home.is_relative_to(other) for other in nested)
+
+    # The interpreter's folders inside; of nested ones the outermost.
+    inside = [home for home in homes if home.is_relative_to(path)]
+    outermost = [
+        home for home in inside if not any(home != other and home.is_relative_to(other) for other in inside)
     ]
-    places = [str(saved / str(number)) for number in range(len(inside))]
-    away = [word for home, place in zip(inside, places, strict=True) for word in ("bind", str(home), place)]
-    back = [word for home, place in zip(inside, places, strict=True) for word in ("bind", place, str(home))]
-    return [*away, "cover", str(path), "-", *back]
+    save: list[str] = []
+    restore: list[str] = []
+    for number, home in enumerate(outermost):
+        place = str(saved / str(number))
+        save += ["bind", str(home), place]
+        restore += ["bind", place, str(home)]
+    return [*save, "mask", str(path), "-", *restore]
 
 
-def _line(line: bytes) -> tuple[str, str]:
+def _parse_event(line: bytes) -> audit_hook.Event:
+    """Parse a line of the pipe.
+
+    A line that no hook wrote was written by the traced process; it counts as a file of that name.
+    """
     text = line.decode("utf-8", errors="surrogateescape")
     try:
-        told = json.loads(text)
+        event = json.loads(text)
     except ValueError:
         return "file", text
-    return (str(told[0]), str(told[1])) if isinstance(told, list) and len(told) == 2 else ("file", text)
+    if isinstance(event, list) and len(event) == 2:
+        return str(event[0]), str(event[1])
+    return "file", text
 
 
-def _traced(log: Path) -> set[tuple[str, str]]:
-    """What strace wrote, if it ran: files opened or run, and addresses but of name servers, which torchrun asks about itself."""
-    lines = log.read_text(encoding="utf-8", errors="surrogateescape").splitlines() if log.exists() else []
-    files = {("file", path) for line in lines if (path := _path(line)) is not None}
-    hosts = {
-        ("address", host)
-        for line in lines
-        for port, *hosts in INET.findall(line)
-        if port != NAME_SERVER
-        for host in hosts
-        if host
-    }
-    return files | hosts
+def _strace_events(trace: Path) -> set[audit_hook.Event]:
+    """Parse what strace wrote, if it ran: files opened or run, and addresses.
+
+    Addresses of name servers are left out: torchrun looks up its own host.
+    """
+    if not trace.exists():
+        return set()
+    events: set[audit_hook.Event] = set()
+    for line in trace.read_text(encoding="utf-8", errors="surrogateescape").splitlines():
+        path = _path_in(line)
+        if path is not None:
+            events.add(("file", path))
+        for port, *hosts in INET.findall(line):
+            if port != NAME_SERVER_PORT:
+                events.update(("address", host) for host in hosts if host)
+    return events
 
 
-def _path(line: str) -> str | None:
-    """The path that a line is about, links resolved where the call succeeded; None for a list of names."""
+def _path_in(line: str) -> str | None:
+    """Find the path that a line of strace is about, links resolved if the call succeeded.
+
+    None for the listing of a folder, and for other calls.
+    """
     if resumed := RESUMED.match(line):
         return resumed.group(1)
     match = PATH_CALL.match(line)
@@ -285,8 +327,11 @@ def _path(line: str) -> str | None:
         return None
     if opened := OPENED.search(line, match.end()):
         return opened.group(1)
+
+    # The call failed, or another thread's line follows: the path as it was given.
     folder, name = match.groups()
-    name = name.encode("latin-1", errors="replace").decode("unicode_escape") if "\\" in name else name
+    if "\\" in name:
+        name = name.encode("latin-1", errors="replace").decode("unicode_escape")
     return name if name.startswith("/") or folder is None else f"{folder}/{name}"
 
 

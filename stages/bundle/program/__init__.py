@@ -1,1 +1,1 @@
-"""The command line of train_gpt.py."""
+"""The command line of train_gpt.py: what runs from the bundle."""

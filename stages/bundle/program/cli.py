@@ -1,7 +1,9 @@
-"""The verbs of train_gpt.py: train, calibrate and pack in one process under one clock; or, with `eval`, score in a process of its own.
+"""Command line of train_gpt.py: train, calibrate and pack in one process, or, with `eval`, score in another.
 
-The verbs are the stages' own, called in the same order with the same parameters, so the bytes and the score are the pipeline's. The seed is
-not carried: it is the environment variable SEED. Training opens no validation data, scoring no training data.
+Both call the stages' own functions, in the same order with the same parameters, so the bytes and
+the score are those of the pipeline. One clock runs over training and calibration. The seed is not
+in the file: it is the environment variable SEED. Training opens no validation data, and scoring no
+training data.
 """
 
 import argparse
@@ -14,24 +16,26 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from stages.calibrate.hessians import collect
+from stages.calibrate.hessians import collect_hessians
 from stages.calibrate.params import CalibrateParams
 from stages.calibrate.params import Params as CalibrateInput
-from stages.common import clock, command, environment
-from stages.common.parallel import ParallelParams, World, relaunch_under_torchrun, world
-from stages.common.progress import Report
+from stages.common import clock, environment
+from stages.common.parallel import ParallelParams, World, distributed, relaunch_under_torchrun
+from stages.common.progress import Logger
+from stages.common.stage import Run, Stage, launch
 from stages.pack.artifact import pack
-from stages.pack.file.decode_process import Decoder
-from stages.pack.file.load import Unpacking
+from stages.pack.file.decode_process import DecodeProcess
+from stages.pack.file.load import PendingModel
 from stages.pack.params import PackParams
-from stages.scoring.evaluate import TimedScorer, read_stream, score, scorer_of, write_results
+from stages.scoring.evaluate import TimedScorer, load_scorer, score, write_results
+from stages.scoring.stream import open_stream_for_model
 from stages.sliding_eval.params import SlidingEvalParams
 from stages.sliding_eval.scorer import SlidingScorer
 from stages.train.loop import train
 from stages.train.model import Model
 from stages.train.params import ModelParams, TrainParams
 from stages.train.params import Params as TrainInput
-from stages.ttt_eval.build import scorer_for
+from stages.ttt_eval.build import build_scorer
 from stages.ttt_eval.params import Params as TttInput
 from stages.ttt_eval.params import TttEvalParams
 
@@ -39,15 +43,15 @@ DEFAULT_SEED = 42
 
 
 @dataclass(frozen=True)
-class Claim:
-    """The part of the section `submission` that decides what runs."""
+class ScorerChoice:
+    """The field of the section `submission` that decides what runs."""
 
-    scorer: Literal["sliding_eval", "ttt_eval"]  # what `eval` scores with
+    scorer: Literal["sliding_eval", "ttt_eval"]
 
 
 @dataclass(frozen=True)
-class Params:
-    """What train_gpt.py carries, and the seed."""
+class BundleParams:
+    """Parameters in train_gpt.py, and the seed."""
 
     seed: int
     parallel: ParallelParams
@@ -57,130 +61,149 @@ class Params:
     pack: PackParams
     sliding_eval: SlidingEvalParams
     ttt_eval: TttEvalParams
-    submission: Claim
+    submission: ScorerChoice
 
     def __post_init__(self) -> None:
+        # Each stage checks its parameters against each other.
         self.for_train()
         self.for_calibrate()
         self.for_ttt()
 
     def for_train(self) -> TrainInput:
-        """What the train stage would read."""
+        """Return the parameters of the stage train."""
         return TrainInput(self.seed, self.parallel, self.model, self.train)
 
     def for_calibrate(self) -> CalibrateInput:
-        """What the calibrate stage would read."""
+        """Return the parameters of the stage calibrate."""
         return CalibrateInput(self.seed, self.parallel, self.model, self.calibrate)
 
     def for_ttt(self) -> TttInput:
-        """What the ttt_eval stage would read."""
+        """Return the parameters of the stage ttt_eval."""
         return TttInput(self.parallel, self.sliding_eval, self.ttt_eval)
 
 
 def eval_options(parser: argparse.ArgumentParser) -> None:
-    """The options that only `eval` has."""
+    """Add the options that only `eval` has."""
     parser.add_argument(
-        "--scorer", choices=("sliding_eval", "ttt_eval"), help="instead of the one that the submission claims"
+        "--scorer",
+        choices=("sliding_eval", "ttt_eval"),
+        help="score with this one (default: the one that the submission claims)",
     )
 
 
-TRAIN = command.Stage(
+TRAIN = Stage(
     name="train_gpt",
-    summary="Train, calibrate and pack a model; the seed is SEED. `train_gpt.py eval --help` tells how to score it.",
-    params=Params,
+    summary="Train, calibrate and pack a model; the environment variable SEED is the seed."
+    " To score it: `train_gpt.py eval --help`.",
+    params=BundleParams,
     reads={"train": Path("data/train")},
     writes=("model.bin", "metrics.json"),
 )
-EVAL = command.Stage(
+EVAL = Stage(
     name="train_gpt",
     summary="Score the validation shards with model.bin.",
-    params=Params,
+    params=BundleParams,
     reads={"model": Path("model.bin"), "val": Path("data/val"), "tokenizer": Path("data/tokenizer.model")},
     writes=("nll.npy", "chunks.tsv", "metrics.json"),
     add_options=eval_options,
 )
 
 
-def main(parameters: dict[str, Any], decoder: Decoder | None) -> None:
-    """The command line of train_gpt.py, with the parameters that it carries; a `decoder` is for `eval`."""
-    carried = parameters | {"seed": _seed()}
+def main(parameters: dict[str, Any], decoder: DecodeProcess | None) -> None:
+    """Run the command line. With `decoder`, a process that waits for model.bin, it is that of `eval`."""
+    embedded = parameters | {"seed": _seed()}
     if decoder:
-        command.launch(EVAL, partial(evaluate, decoder), sys.argv[2:], embedded=carried, output=Path("eval"))
+        launch(EVAL, partial(evaluate, decoder), sys.argv[2:], embedded=embedded, output=Path("eval"))
     else:
-        command.launch(TRAIN, build, sys.argv[1:], embedded=carried, output=Path())
+        launch(TRAIN, train_and_pack, sys.argv[1:], embedded=embedded, output=Path())
 
 
-def build(run: command.Run[Params]) -> None:
-    """Training shards to model.bin; one clock over everything that reads them."""
-    params, shard_folder = run.params, run.path("train")
+def train_and_pack(run: Run[BundleParams]) -> None:
+    """Make model.bin from training shards."""
+    params = run.params
+    shard_folder = run.path("train")
     relaunch_under_torchrun(params.parallel, sys.argv[0], sys.argv[1:])
-    with world(params.parallel, compiles=True) as here:
-        state, hessians = _learn(params, shard_folder, here, run)
-        if here.is_main:
-            packed = pack(_on(here, state), _on(here, hessians), params.model, params.pack, run.report)
+    with distributed(params.parallel, compiles=True) as world:
+        state, hessians = _train_and_calibrate(params, shard_folder, world, run)
+        if world.is_main:
+            # On the device, as in the stage pack: the results are those of the same arithmetic.
+            state = _to_device(world, state)
+            hessians = _to_device(world, hessians)
+            packed = pack(state, hessians, params.model, params.pack, run.logger)
             run.write_bytes("model.bin", packed.blob)
             run.write_json("metrics.json", {"bytes_model": len(packed.blob)})
-            run.report.log(f"train_gpt: model.bin has {len(packed.blob):,} bytes")
-        here.barrier()
+            run.logger.log(f"train_gpt: model.bin has {len(packed.blob):,} bytes")
+        world.barrier()
 
 
-def evaluate(decoder: Decoder, run: command.Run[Params]) -> None:
-    """model.bin and the validation shards to a ledger and its bits per byte."""
+def evaluate(decoder: DecodeProcess, run: Run[BundleParams]) -> None:
+    """Score the validation shards with model.bin, and write the ledger and its bits per byte."""
     params = run.params
     name: str = run.arguments.scorer or params.submission.scorer
     files = {option: run.path(option) for option in EVAL.reads}
     relaunch_under_torchrun(params.parallel, sys.argv[0], sys.argv[1:])
-    unpacking = Unpacking(files["model"], decoder)
-    with world(params.parallel) as here:
-        stream = read_stream(
-            files["val"], files["tokenizer"], unpacking.params.vocab_size, params.sliding_eval.window
+    pending = PendingModel(files["model"], decoder)
+    with distributed(params.parallel) as world:
+        # The stream and the scorer.
+        stream = open_stream_for_model(
+            files["val"], files["tokenizer"], pending.params.vocab_size, params.sliding_eval.window
         )
 
-        def make(model: Model, report: Report) -> TimedScorer:
+        def build(model: Model, logger: Logger) -> TimedScorer:
             if name == "sliding_eval":
-                return SlidingScorer(model, params.sliding_eval, here, report)
-            return scorer_for(
-                model, params.sliding_eval, params.ttt_eval, here, stream.table, stream.targets, report
+                return SlidingScorer(model, params.sliding_eval, world, logger)
+            return build_scorer(
+                model, params.sliding_eval, params.ttt_eval, world, stream.table, stream.targets, logger
             )
 
-        scorer = scorer_of(unpacking, here, make, run.report)
-        pace = clock.Pace(scorer.warm_up_targets)
-        nll = score(scorer, stream, pace)
-        if here.is_main:
+        scorer = load_scorer(pending, world, build, run.logger)
+
+        # The evaluation.
+        throughput = clock.EvalThroughput(scorer.warm_up_targets)
+        nll = score(scorer, stream, throughput)
+
+        # The results.
+        counted_bytes = int(stream.counted_bytes.sum())
+        if world.is_main:
             chunk = getattr(params, name).chunk
             bpb = write_results(run.output, name.removesuffix("_eval"), nll, stream, chunk, run.write_json)
-            run.report.log(
-                f"train_gpt: {name} scores {bpb!r} bpb over {stream.targets:,} targets, {int(stream.counted_bytes.sum()):,} bytes"
+            run.logger.log(
+                f"train_gpt: {name} scores {bpb!r} bpb"
+                f" over {stream.targets:,} targets, {counted_bytes:,} bytes"
             )
-        run.timing |= pace.timing(stream.targets, int(stream.counted_bytes.sum()), here.size) | {
-            "hardware": environment.hardware(here.device)
-        }
+        run.timing |= throughput.timing(stream.targets, counted_bytes, world.size)
+        run.timing |= {"hardware": environment.hardware(world.device)}
 
 
-def _learn(
-    params: Params, shard_folder: Path, here: World, run: command.Run[Params]
+def _train_and_calibrate(
+    params: BundleParams, shard_folder: Path, world: World, run: Run[BundleParams]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the trained weights and the Hessians, both by name, measured by one clock."""
     interval = clock.Interval()
-    trained = train(params.for_train(), shard_folder, here, run.report, interval)
-    hessians = collect(trained.state, params.for_calibrate(), shard_folder, here, run.report, interval)
+    trained = train(params.for_train(), shard_folder, world, run.logger, interval)
+    hessians = collect_hessians(
+        trained.state, params.for_calibrate(), shard_folder, world, run.logger, interval
+    )
     run.timing |= {
         "training_seconds": interval.seconds,
-        "hardware": environment.hardware(here.device),
-        "ranks": here.size,
-    } | trained.measured
-    run.report.log(
-        f"train_gpt: {len(trained.losses)} steps and {len(hessians)} Hessians in {interval.seconds:.1f} s of training"
+        "hardware": environment.hardware(world.device),
+        "ranks": world.size,
+    }
+    run.timing |= trained.timing
+    run.logger.log(
+        f"train_gpt: {len(trained.losses)} steps and {len(hessians)} Hessians"
+        f" in {interval.seconds:.1f} s of training"
     )
     return trained.state, hessians
 
 
-def _on(here: World, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors on this process's device, where the pack stage has them."""
-    return {name: tensor.to(here.device) for name, tensor in tensors.items()}
+def _to_device(world: World, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors on the device of this process."""
+    return {name: tensor.to(world.device) for name, tensor in tensors.items()}
 
 
 def _seed() -> int:
-    """SEED, or the default; exits like any user's error when it is not an integer."""
+    """Return SEED or the default; a value that is not an integer is a user error."""
     text = os.environ.get("SEED", str(DEFAULT_SEED))
     if not text.isascii() or not text.isdigit():
         sys.stderr.write(f"error: train_gpt: SEED is {text!r}, expected an integer of 0 or more\n")

@@ -1,133 +1,174 @@
-"""An arithmetic coder of binary decisions; integers only, so that it gives the same bytes on every machine.
+"""Adaptive binary arithmetic coder.
 
-It is the carryless one of PAQ (Mahoney 2002) with 40 bits of interval and 16 of probability. Probabilities are counters that adapt by 1/n,
-and by 1/4096 in the end; what lies between two contexts is coded by the line between their counters, as PAQ does in its secondary
-estimation, and teaches both. Coding and decoding are one function, which is told each decision or finds it out.
+It uses integers only, so that it gives the same bytes on every machine.
 
-Shapes: K contexts, U decisions.
+It is the carryless coder of PAQ (Mahoney 2002) with a 40-bit interval and 16-bit probabilities. A
+probability is an adaptive counter: it moves by 1/n of each error, and by 1/4096 once n is large. A
+decision whose context is between two neighbouring contexts is coded with the probability on the
+line between their two counters, as in PAQ's secondary estimation (APM), and updates both.
+
+Encoding and decoding are one function: an encoder is given each bit, a decoder returns it.
+
+Fixed point: a suffix _qN says that a number has N fractional bits, e.g. 1 << 22 is 1.0 in q22.
+
+Shapes: K contexts, U binary decisions in each context, B bytes.
 """
 
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from stages.common.jit import inlined, inner
+from stages.common.jit import jit_inline, jit_internal
+from stages.pack.entropy.records import new_record
 
 INTERVAL_BITS = 40
 INTERVAL_MASK = (1 << INTERVAL_BITS) - 1
-OUT_SHIFT = INTERVAL_BITS - 8
-LOW, HIGH, CODE, POSITION = 0, 1, 2, 3  # of the registers
+TOP_BYTE_SHIFT = INTERVAL_BITS - 8
+FLUSH_BYTES = INTERVAL_BITS // 8  # bytes of the interval, which a decoder reads ahead
 
-PROBABILITY_BITS = 22  # of a counter; the coder takes the upper 16
-ONE = 1 << PROBABILITY_BITS
-HALF: Any = np.int64(
-    32768
-)  # of 65,536; a plain constant would have the functions it is given to compiled anew
-MOST_CERTAIN = 24  # of 65,536: a decision never costs less than 0.0005 bits nor more than 11.4
-PART_BITS = 4  # of how far a decision lies from one context to the next
-WHOLE = 1 << PART_BITS
-COUNT_LIMIT = 4095  # decisions; counts are in WHOLEs of them
+PROB_BITS = 22  # fractional bits of a counter's probability; the coder uses the upper 16
+PROB_ONE = 1 << PROB_BITS
+PROB_MIN = 1 << (PROB_BITS - 16)  # a counter stays this far from 0 and 1: one unit of the coder's 16 bits
+# The probability of a coded decision stays this far from 0 and 1 (q16): it costs between 0.0005 and
+# 11.4 bits.
+CODED_PROB_MIN_Q16 = 24
+# 1/2 in q16. Typed: with a plain constant numba would compile the functions that take it a second
+# time.
+HALF_Q16: Any = np.int64(32768)
+
+BLEND_BITS = 4  # fractional bits of a position between two contexts
+BLEND_ONE = 1 << BLEND_BITS
+COUNT_LIMIT = 4095  # a counter's count of decisions stops here: its rate is 1/4096 from then on
 RATE_BITS = 20
-RATES = ((1 << RATE_BITS) / (np.arange(COUNT_LIMIT + 1) + 1.5)).astype(
-    np.int64
-)  # one correctly rounded division each: alike everywhere
-ROUNDING = 1 << (PART_BITS + RATE_BITS - 1)
-LEAST = 1 << (PROBABILITY_BITS - 16)  # of a counter
-FLUSH_BYTES = 5  # that a decoder has read ahead
+# 1 / (n + 1.5) in q20 for counts n. One division, correctly rounded in IEEE 754: the same on every
+# machine.
+RATES_Q20 = ((1 << RATE_BITS) / (np.arange(COUNT_LIMIT + 1) + 1.5)).astype(np.int64)
+ROUNDING = 1 << (BLEND_BITS + RATE_BITS - 1)  # half a unit of a counter's update before its shift
 
 
-class Stream(NamedTuple):
-    """Where decisions go, or come from; compiled code takes it apart."""
+class CoderState:
+    """Record of a coder's registers."""
 
-    registers: np.ndarray  # int64
-    buffer: np.ndarray  # uint8
+    low: int  # first number of the interval
+    high: int  # last number of the interval
+    code: int  # decoder only: the 40 bits of the stream at `position`
+    position: int  # bytes written or read so far; counts on beyond the end of the buffer
+
+
+class BinaryCoder(NamedTuple):
+    """An encoder or a decoder of one stream."""
+
+    state: CoderState
+    buffer_B: np.ndarray  # uint8: bytes to write or to read
     decoding: bool
 
 
 class Counters(NamedTuple):
-    """What decisions have taught."""
+    """Adaptive probabilities."""
 
-    chances_KU: np.ndarray  # int64: that a decision is 1, of ONE
-    counts_KU: np.ndarray  # int64: how many decisions that is drawn from, of WHOLE
+    prob_q22_KU: np.ndarray  # int64: probability that a decision is 1
+    count_q4_KU: np.ndarray  # int64: decisions this probability is learnt from
 
 
-@inner
-def code(bit: int, probability: int, stream: Stream) -> int:
-    """Code or decode one decision whose being 1 has `probability` of 65,536."""
-    registers, buffer, decoding = stream
-    low, high = registers[LOW], registers[HIGH]
-    middle = low + ((high - low) >> 16) * probability
+@jit_internal
+def code_bit(bit: int, prob_q16: int, coder: BinaryCoder) -> int:
+    """Encode `bit`, or decode it and ignore the argument; returns the bit.
+
+    `prob_q16` is the probability that it is 1.
+    """
+    state, buffer_B, decoding = coder
+    low = state.low
+    high = state.high
+
+    # Cut the interval in proportion to the probabilities: the lower part is 1.
+    middle = low + ((high - low) >> 16) * prob_q16
     if decoding:
-        bit = 1 if registers[CODE] <= middle else 0
+        bit = 1 if state.code <= middle else 0
     if bit:
         high = middle
     else:
         low = middle + 1
-    while (low ^ high) >> OUT_SHIFT == 0:
-        position = registers[POSITION]
+
+    # Shift out leading bytes on which both ends agree. The stream goes on with zeros after the end
+    # of the buffer.
+    while (low ^ high) >> TOP_BYTE_SHIFT == 0:
+        position = state.position
         if decoding:
-            following = np.int64(buffer[position]) if position < len(buffer) else np.int64(0)
-            registers[CODE] = ((registers[CODE] << 8) & INTERVAL_MASK) | following
-        elif position < len(buffer):
-            buffer[position] = high >> OUT_SHIFT
-        registers[POSITION] = position + 1
+            following: Any = np.int64(buffer_B[position]) if position < len(buffer_B) else np.int64(0)
+            state.code = ((state.code << 8) & INTERVAL_MASK) | following
+        elif position < len(buffer_B):
+            buffer_B[position] = high >> TOP_BYTE_SHIFT
+        state.position = position + 1
         low = (low << 8) & INTERVAL_MASK
         high = ((high << 8) & INTERVAL_MASK) | 255
-    registers[LOW], registers[HIGH] = low, high
+
+    state.low = low
+    state.high = high
     return bit
 
 
-@inlined
-def learn(bit: int, context: int, part: int, place: int, counters: Counters, stream: Stream) -> int:
-    """Code or decode one decision that lies `part` of WHOLE from one context to the next, and let both counters learn it."""
-    chances_KU = counters.chances_KU
-    chance = chances_KU[context, place]
-    chance += ((chances_KU[context + 1, place] - chance) * part) >> PART_BITS
-    bit = code(bit, min(max(chance >> (PROBABILITY_BITS - 16), MOST_CERTAIN), 65536 - MOST_CERTAIN), stream)
-    error = (ONE if bit else 0) - chance
-    _correct(error, WHOLE - part, context, place, counters)
-    _correct(error, part, context + 1, place, counters)
+@jit_inline
+def code_adaptive_bit(
+    bit: int, context: int, blend_q4: int, decision: int, counters: Counters, coder: BinaryCoder
+) -> int:
+    """Encode or decode one decision by its counters, and update these; returns the bit.
+
+    The probability is interpolated: `blend_q4` of the way from `context` to `context + 1`.
+    """
+    prob_q22_KU = counters.prob_q22_KU
+    prob_q22 = prob_q22_KU[context, decision]
+    prob_q22 += ((prob_q22_KU[context + 1, decision] - prob_q22) * blend_q4) >> BLEND_BITS
+
+    prob_q16 = min(max(prob_q22 >> (PROB_BITS - 16), CODED_PROB_MIN_Q16), 65536 - CODED_PROB_MIN_Q16)
+    bit = code_bit(bit, prob_q16, coder)
+
+    error_q22 = (PROB_ONE if bit else 0) - prob_q22
+    _update_counter(error_q22, BLEND_ONE - blend_q4, context, decision, counters)
+    _update_counter(error_q22, blend_q4, context + 1, decision, counters)
     return bit
 
 
-@inner
-def _correct(error: int, weight: int, context: int, place: int, counters: Counters) -> None:
-    """Move a counter by its share in an error."""
-    chances_KU, counts_KU = counters
-    count = counts_KU[context, place]
-    moved = chances_KU[context, place] + (
-        (error * weight * RATES[count >> PART_BITS] + ROUNDING) >> (PART_BITS + RATE_BITS)
+@jit_internal
+def _update_counter(error_q22: int, weight_q4: int, context: int, decision: int, counters: Counters) -> None:
+    """Move a counter by its weight in an error, at the rate of its count."""
+    prob_q22_KU, count_q4_KU = counters
+    count_q4 = count_q4_KU[context, decision]
+    step_q22 = (error_q22 * weight_q4 * RATES_Q20[count_q4 >> BLEND_BITS] + ROUNDING) >> (
+        BLEND_BITS + RATE_BITS
     )
-    chances_KU[context, place] = min(max(moved, LEAST), ONE - LEAST)
-    counts_KU[context, place] = min(count + weight, COUNT_LIMIT << PART_BITS)
+    prob_q22 = prob_q22_KU[context, decision] + step_q22
+    prob_q22_KU[context, decision] = min(max(prob_q22, PROB_MIN), PROB_ONE - PROB_MIN)
+    count_q4_KU[context, decision] = min(count_q4 + weight_q4, COUNT_LIMIT << BLEND_BITS)
 
 
-@inner
-def code_number(number: int, digits: int, stream: Stream) -> int:
-    """Code or decode so many binary digits as they are."""
+@jit_internal
+def code_raw_bits(number: int, bits: int, coder: BinaryCoder) -> int:
+    """Encode or decode the lowest `bits` bits of a number, each with probability 1/2; returns them."""
     value = 0
-    for place in range(digits - 1, -1, -1):
-        value = 2 * value + code((number >> place) & 1, HALF, stream)
+    for place in range(bits - 1, -1, -1):
+        value = 2 * value + code_bit((number >> place) & 1, HALF_Q16, coder)
     return value
 
 
-def to_write() -> np.ndarray:
-    """Registers at the start of coding."""
-    return np.array([0, INTERVAL_MASK, 0, 0], np.int64)
+def encoder_state() -> CoderState:
+    """State at the start of encoding."""
+    return new_record(CoderState, high=INTERVAL_MASK)
 
 
-def to_read(payload: bytes) -> np.ndarray:
-    """Registers at the start of decoding."""
+def decoder_state(payload: bytes) -> CoderState:
+    """State at the start of decoding: the first bytes are read already."""
     first = payload[:FLUSH_BYTES].ljust(FLUSH_BYTES, b"\0")
-    return np.array([0, INTERVAL_MASK, int.from_bytes(first, "big"), FLUSH_BYTES], np.int64)
+    code = int.from_bytes(first, "big")
+    return new_record(CoderState, high=INTERVAL_MASK, code=code, position=FLUSH_BYTES)
 
 
-def ending(registers: np.ndarray) -> bytes:
-    """The last bytes of a stream: the fewest that lie in the interval however they go on with zeros."""
-    low, high = int(registers[LOW]), int(registers[HIGH])
+def final_bytes(state: CoderState) -> bytes:
+    """Last bytes of a stream: the fewest that name a number of the interval when zeros follow."""
+    low = int(state.low)
+    high = int(state.high)
     for count in range(FLUSH_BYTES + 1):
         shift = INTERVAL_BITS - 8 * count
         value = high >> shift << shift
         if value >= low:
             return (value >> shift).to_bytes(count, "big")
-    raise AssertionError("an interval holds its own end")
+    raise AssertionError("an interval contains its own end")

@@ -1,85 +1,103 @@
-"""A series of numbers of which neighbours may be alike, as differences to a running mean, for the arithmetic coder.
+"""Delta coder for a series of numbers: differences to a running mean, coded by the level coder.
 
-The exponents and steps of rows and columns are such: those of one attention head lie together, those of an MLP do not. So the mean's rate
-is chosen by trial, and stands first in the payload, and the mean's start after it. float16 numbers are taken for the integers that their
-bits are in order; a difference of integers is one in the logarithm, about.
+It is for exponents and steps of rows and columns, where neighbours may be alike: those of one
+attention head are, those of an MLP are not. So the rate of the mean is chosen by trial and stored.
+float16 numbers are coded as the integers that their bits are, made monotonic in value: a difference
+of such integers is about a difference of logarithms.
 
-    payload   1 byte: k, the mean moves by 2^-k of each difference; 2 bytes: where it starts; the differences (level_coder.py)
+    payload   1 byte: k, the mean moves by 2^-k of each difference
+              2 bytes: the mean before the first number, little-endian, signed
+              the differences as one row of levels (level_coder.py)
+
+Shapes: N numbers.
 """
 
 import numpy as np
 
-from stages.common.jit import outer
+from stages.common.jit import jit_entry
 from stages.pack.entropy import level_coder
 
-SHIFTS = (1, 2, 3, 4, 6, 8)  # k
-LONGEST = 1 << 20  # numbers: more is no side information
-POINT = 8  # bits of the mean behind the point
-CIRCLE, HALF = 65535, 32767  # differences are taken around the circle of what the coder can code
-LEAD_BYTES = 3
+SHIFTS = (1, 2, 3, 4, 6, 8)  # values of k to choose from
+MAX_NUMBERS = 1 << 20  # longest series: side information is shorter
+FRAC_BITS = 8  # fractional bits of the running mean
+MODULUS = 65535  # differences wrap around, to stay in what the level coder takes: -32767 to 32767
+MAX_VALUE = 32767
+HEADER_BYTES = 3
 
 
 def encode(raw: bytes, item_bytes: int) -> bytes:
-    """The payload of a series of int8 or little-endian float16 numbers, which are none with all bits set."""
-    values = _integers(raw, item_bytes)
-    if len(values) > LONGEST or values.min(initial=0) < -HALF:
+    """Encode int8 or little-endian float16 numbers; a ValueError for the NaN with all bits set."""
+    values = _to_integers(raw, item_bytes)
+    if len(values) > MAX_NUMBERS or values.min(initial=0) < -MAX_VALUE:
         raise ValueError(
-            f"a series of {len(values)} numbers cannot be coded: there are more than {LONGEST}, or one is none"
+            f"a series of {len(values)} numbers cannot be coded: it has more than {MAX_NUMBERS},"
+            " or one is not a number"
         )
-    start = int(np.sort(values)[len(values) // 2]) if len(values) else 0
-    return min((_encode(values, shift, start) for shift in SHIFTS), key=len)
+    median = int(np.sort(values)[len(values) // 2]) if len(values) else 0
+    return min((_encode(values, shift, median) for shift in SHIFTS), key=len)
 
 
 def decode(payload: bytes, item_bytes: int, count: int) -> bytes:
-    """So many numbers; a ValueError when the payload does not hold exactly those."""
-    shift, start = payload[0] if payload else -1, int.from_bytes(payload[1:LEAD_BYTES], "little", signed=True)
-    if shift not in SHIFTS or len(payload) < LEAD_BYTES or count > LONGEST:
+    """Decode `count` numbers; a ValueError when the payload does not hold exactly those."""
+    shift = payload[0] if payload else -1
+    if shift not in SHIFTS or len(payload) < HEADER_BYTES or count > MAX_NUMBERS:
         raise ValueError(
-            f"a series of {count} numbers in {len(payload)} bytes begins with {shift}, expected one of {SHIFTS}"
+            f"a series of {count} numbers in {len(payload)} bytes begins with {shift},"
+            f" expected one of {SHIFTS}"
         )
-    values = level_coder.decode(payload[LEAD_BYTES:], np.zeros(1, np.int8), np.zeros(count, np.int8), 1)[
-        0
-    ].astype(np.int64)
-    _follow(values, shift, start, True)
-    return _raw(values, item_bytes)
+    start = int.from_bytes(payload[1:HEADER_BYTES], "little", signed=True)
+    row_N = level_coder.decode(payload[HEADER_BYTES:], *_no_exponents(count), 1)[0]
+    values_N = row_N.astype(np.int64)
+    _delta(values_N, shift, start, True)
+    return _from_integers(values_N, item_bytes)
 
 
 def compile_ahead() -> None:
-    """Have what compiled code there is here compiled."""
-    _follow(np.zeros(1, np.int64), SHIFTS[0], 0, False)
+    """Compile this module's own function; the level coder has its own `compile_ahead`."""
+    _delta(np.zeros(1, np.int64), SHIFTS[0], 0, False)
 
 
-def _encode(values: np.ndarray, shift: int, start: int) -> bytes:
-    differences = values.copy()
-    _follow(differences, shift, start, False)
-    coded = level_coder.encode(
-        differences[None].astype(np.int16), np.zeros(1, np.int8), np.zeros(len(values), np.int8), 1
-    )
+def _encode(values_N: np.ndarray, shift: int, start: int) -> bytes:
+    """The payload at one rate of the mean."""
+    differences_N = values_N.copy()
+    _delta(differences_N, shift, start, False)
+    levels_1N = differences_N[None].astype(np.int16)
+    coded = level_coder.encode(levels_1N, *_no_exponents(len(values_N)), 1)
     return bytes([shift]) + start.to_bytes(2, "little", signed=True) + coded
 
 
-def _integers(raw: bytes, item_bytes: int) -> np.ndarray:
-    values = np.frombuffer(raw, f"<i{item_bytes}").astype(np.int64)
-    return np.where(values < 0, -1 - (values & HALF), values) if item_bytes == 2 else values
+def _no_exponents(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Exponents of one row and of `count` columns, all zero."""
+    return np.zeros(1, np.int8), np.zeros(count, np.int8)
 
 
-def _raw(values: np.ndarray, item_bytes: int) -> bytes:
-    """The inverse of _integers; a ValueError for what is not of so many bytes."""
+def _to_integers(raw: bytes, item_bytes: int) -> np.ndarray:
+    """The numbers as (N,) int64, in the order of their values.
+
+    The bits of float16 are a sign and a magnitude; the magnitudes of negative numbers are inverted.
+    """
+    values_N = np.frombuffer(raw, f"<i{item_bytes}").astype(np.int64)
+    return np.where(values_N < 0, -1 - (values_N & MAX_VALUE), values_N) if item_bytes == 2 else values_N
+
+
+def _from_integers(values_N: np.ndarray, item_bytes: int) -> bytes:
+    """The inverse of `_to_integers`; a ValueError for a number that does not fit `item_bytes`."""
     if item_bytes == 2:
-        values = np.where(values < 0, -1 - (values & HALF), values)
-    narrow = values.astype(f"<i{item_bytes}")
-    if not np.array_equal(narrow, values):
+        values_N = np.where(values_N < 0, -1 - (values_N & MAX_VALUE), values_N)
+    narrow_N = values_N.astype(f"<i{item_bytes}")
+    if not np.array_equal(narrow_N, values_N):
         raise ValueError(f"a series holds numbers beyond {item_bytes} bytes")
-    return narrow.tobytes()
+    return narrow_N.tobytes()
 
 
-@outer
-def _follow(values: np.ndarray, shift: int, start: int, back: bool) -> None:
-    """Differences to the running mean instead of the values, or the values again; in place."""
-    mean = start << POINT
-    for index in range(len(values)):
-        expected = (mean + (1 << (POINT - 1))) >> POINT
-        given = values[index]
-        made = (given + (expected if back else -expected) + HALF) % CIRCLE - HALF
-        values[index] = made
-        mean += (((made if back else given) << POINT) - mean) >> shift
+@jit_entry
+def _delta(values_N: np.ndarray, shift: int, start: int, inverse: bool) -> None:
+    """Replace values by their differences to the running mean, or back if `inverse`; in place."""
+    mean_q8 = start << FRAC_BITS
+    for index in range(len(values_N)):
+        expected = (mean_q8 + (1 << (FRAC_BITS - 1))) >> FRAC_BITS
+        before = values_N[index]
+        after = (before + (expected if inverse else -expected) + MAX_VALUE) % MODULUS - MAX_VALUE
+        values_N[index] = after
+        value = after if inverse else before
+        mean_q8 += ((value << FRAC_BITS) - mean_q8) >> shift

@@ -1,6 +1,9 @@
-"""What the coder believes of magnitudes before it has seen any: in each context of an expected magnitude, a normal distribution.
+"""Initial probabilities of a magnitude's decisions: those of a normal distribution.
 
-Shapes: K contexts, U decisions of a magnitude.
+Contexts are expected magnitudes, four to an octave. A magnitude's unary code asks "is it larger
+than k?" for k = 0, 1, ...
+
+Shapes: K contexts, U decisions of a magnitude's unary code.
 """
 
 import functools
@@ -9,58 +12,70 @@ from decimal import Context, Decimal, localcontext
 
 import numpy as np
 
-from stages.pack.entropy.binary_coder import ONE
+from stages.pack.entropy.binary_coder import PROB_ONE
 
-UNARY = 24  # decisions of a magnitude's unary part; what is longer goes on in Elias's gamma code
-RAW_BITS_FROM = 3  # log2 of an expected magnitude from which on its lowest bits are coded as they are
-SCALES, SCALES_PER_OCTAVE, SMALLEST = (
-    56,
-    4,
-    -6,
-)  # contexts of the expected magnitude: four evenly in each octave, from 2^-6 on
-RAW_SCALE = SCALES_PER_OCTAVE * (RAW_BITS_FROM - SMALLEST)
-SIGNS = 2 * SCALES  # the context of signs, behind those of even and of odd levels
-CONTEXTS = SIGNS + 2  # the last is the neighbour of the one before it
-RARE = ONE >> 10  # what is at first believed the least chance
-TINY = Decimal("1e-10")
+UNARY = 24  # decisions of a magnitude's unary part; larger magnitudes continue in Elias's gamma code
+RAW_BITS_FROM = 3  # octave of the expected magnitude from which on its lowest bits are coded raw
+
+# Contexts of the expected magnitude: evenly spaced in each octave, from 2^MIN_OCTAVE on.
+SCALE_CONTEXTS = 56
+CONTEXTS_PER_OCTAVE = 4
+MIN_OCTAVE = -6
+FIRST_RAW_CONTEXT = CONTEXTS_PER_OCTAVE * (RAW_BITS_FROM - MIN_OCTAVE)
+
+# Rows of the table: contexts of even magnitudes, of odd ones, of signs, and a neighbour of the last
+# for interpolation.
+SIGN_CONTEXT = 2 * SCALE_CONTEXTS
+CONTEXTS = SIGN_CONTEXT + 2
+
+MIN_PROB = PROB_ONE >> 10  # no initial probability is closer than 1/1024 to 0 or 1
+MIN_FACTOR = Decimal("1e-10")  # floor of the ratio of neighbouring weights: no tail becomes zero
 PI = Decimal("3.14159265358979323846")
 
 
 @functools.cache
-def first_chances(stride: int) -> np.ndarray:
-    """What is believed at first: the chances (K, U) that a magnitude goes on, for normal values; int64 of ONE.
+def initial_probs(stride: int) -> np.ndarray:
+    """Initial probabilities that a magnitude goes on, for normal values; (K, U) int64 in q22.
 
-    A level l of values whose mean magnitude is m has a chance in proportion to exp(-l^2 / (pi m^2)). Decimal's functions are rounded
-    correctly, and so the table is the same on every machine.
+    `stride` is the distance of the levels that a trellis state allows: 2, or 1 without a trellis. A
+    level l of normal values with mean magnitude m has a probability proportional to exp(-l^2 / (pi
+    m^2)). Decimal rounds its functions correctly, so the table is the same on every machine.
     """
-    chances_KU = np.full((CONTEXTS, UNARY), ONE // 2, np.int64)
+    probs_KU = np.full((CONTEXTS, UNARY), PROB_ONE // 2, np.int64)
     with localcontext(Context(prec=30)):
-        for scale in range(SCALES):
-            octave, quarter = divmod(scale, SCALES_PER_OCTAVE)
-            squared = (
-                Decimal(2) ** (SMALLEST + octave) * (SCALES_PER_OCTAVE + quarter) / SCALES_PER_OCTAVE
-            ) ** 2
+        for scale in range(SCALE_CONTEXTS):
+            octave, quarter = divmod(scale, CONTEXTS_PER_OCTAVE)
+            mean = Decimal(2) ** (MIN_OCTAVE + octave) * (CONTEXTS_PER_OCTAVE + quarter) / CONTEXTS_PER_OCTAVE
+
+            # With the lowest bits coded raw, the rest of a magnitude is distributed as in the
+            # octave below.
+            is_raw = scale >= FIRST_RAW_CONTEXT + CONTEXTS_PER_OCTAVE * (stride - 1)
             for odd in range(stride):
-                # Where the lowest bits are coded as they are, every octave is like the one below it.
-                alike = (
-                    scale
-                    if scale < RAW_SCALE + SCALES_PER_OCTAVE * (stride - 1)
-                    else scale - SCALES_PER_OCTAVE
-                )
-                first = SCALES * odd
-                chances_KU[first + scale] = (
-                    _chances(squared, stride, odd) if alike == scale else chances_KU[first + alike]
-                )
-    return chances_KU
+                context = SCALE_CONTEXTS * odd + scale
+                if is_raw:
+                    probs_KU[context] = probs_KU[context - CONTEXTS_PER_OCTAVE]
+                else:
+                    probs_KU[context] = _normal_probs(mean**2, stride, odd)
+    return probs_KU
 
 
-def _chances(squared: Decimal, stride: int, odd: int) -> list[int]:
-    """The chances (U) that magnitudes odd, odd + stride, ... go on, for normal values with this square of their mean magnitude."""
-    power = (-1 / (PI * squared)).exp()
-    weight, factor = power**odd, power ** (stride * (stride + 2 * odd))
+def _normal_probs(mean_squared: Decimal, stride: int, odd: int) -> list[int]:
+    """Probabilities (U,), in q22, that a magnitude goes on beyond odd, odd + stride, ...
+
+    `mean_squared` is the square of the mean magnitude.
+    """
+    # Weights of the magnitudes; the one of 0 is halved, since all others stand for two levels, +l
+    # and -l. Neighbours have the ratio `factor`, which itself shrinks by a constant ratio: exp(-l^2
+    # c) is a Gaussian.
+    base = (-1 / (PI * mean_squared)).exp()
+    weight = base**odd
+    factor = base ** (stride * (stride + 2 * odd))
     weights = [weight if odd else weight / 2]
     for _ in range(3 * UNARY):
-        weight, factor = weight * max(factor, TINY), factor * power ** (2 * stride * stride)
+        weight *= max(factor, MIN_FACTOR)
+        factor *= base ** (2 * stride * stride)
         weights.append(weight)
+
     tails = list(itertools.accumulate(reversed(weights)))[::-1]
-    return [min(max(int(ONE * tails[k + 1] / tails[k]), RARE), ONE - RARE) for k in range(UNARY)]
+    probs = [int(PROB_ONE * tails[k + 1] / tails[k]) for k in range(UNARY)]
+    return [min(max(prob, MIN_PROB), PROB_ONE - MIN_PROB) for prob in probs]

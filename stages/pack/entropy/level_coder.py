@@ -1,385 +1,607 @@
-"""An entropy coder for matrices of integer levels; integers only, so that it gives the same bytes on every machine.
+"""Entropy coder for matrices of integer levels.
 
-A level is a few binary decisions, each coded with a probability that the decisions before it have taught (binary_coder.py): the magnitude
-of its difference to what was predicted in unary, then its sign. What is known of the level chooses the probabilities.
+It uses integers only, so that it gives the same bytes on every machine.
 
-Its scale. The exponents of rows and columns (pack/quantise/trellis_quantiser.py) are known to both sides, and trained weights have about
-one scale, so that most of a level's is known before the first is coded. What is left is learnt: the columns' means of magnitudes, and how
-far a row's lie above them. Rows or columns of one attention head have scales of their own where they meet the others, so that the last
-magnitudes in the row and in the column may tell more: how far they are believed is learnt by least squares. The estimate lies between two
-contexts, four of which are in an octave; what is first believed of a context is a normal distribution (initial_probabilities.py).
+A level becomes a few binary decisions, each coded with a learnt probability (binary_coder.py): the
+magnitude of its difference to a prediction in unary, then the sign. The probabilities depend on the
+magnitude to expect and, on a trellis, on the parity of the level.
 
-Its mean. Rows of an embedding share a direction (those of rare tokens have hardly anything else), which predicts their levels
-(row_predictor.py). Where that has not paid in the rows before, as in all other matrices, nothing is predicted.
+Magnitude. Row and column exponents (pack/quantise/trellis_quantiser.py) are known to encoder and
+decoder, and trained weights have about one scale, so most of a level's scale is known in advance.
+The rest is learnt, in three factors:
 
-Its parity. On a trellis the state is known, and with it whether the level is even or odd (pack/trellis.py).
+    estimate = column mean * row factor         of normalised magnitudes; 2^(-exponent / 8)
+             * observed / expected              sums over the row so far, shrunk (`_shrinkage`)
+             * (1 + gain * local deviation)     of the last magnitudes in the row from their estimates
 
-Coding and decoding are one function: they must visit the same decisions in the same order, and so they cannot disagree.
+The column mean is corrected in the same way by the last rows' magnitudes in that column.
 
-Shapes: R rows, C columns, S states, K contexts, U decisions of a magnitude (initial_probabilities.py).
+Rows or columns of one attention head have scales of their own, which the local deviations follow;
+how far to trust them is learnt by least squares (`_regression_gain`). An estimate is between two
+contexts, of which there are four an octave. A context starts from a normal distribution
+(initial_probabilities.py).
+
+Prediction. Rows of an embedding share a direction (rare tokens have hardly anything else), which
+predicts their levels (row_predictor.py). It is used only where it has made the levels of earlier
+rows smaller.
+
+Parity. On a trellis the state is known, and the state says whether the level is even or odd
+(pack/trellis.py).
+
+Encoding and decoding are one function: both visit the same decisions in the same order, so they
+cannot disagree.
+
+Fixed point: _qN names N fractional bits. Sums: q8; relative deviations: q10; predictions: q12;
+means and ratios: q16.
+
+Shapes: R rows, C columns, S trellis states, K contexts, U decisions of a magnitude
+(initial_probabilities.py), B bytes.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from stages.common.jit import inlined, inner, outer
+from stages.common.jit import jit_entry, jit_inline, jit_internal
 from stages.pack.entropy.binary_coder import (
-    HALF,
-    PART_BITS,
-    WHOLE,
+    BLEND_BITS,
+    BLEND_ONE,
+    HALF_Q16,
+    BinaryCoder,
     Counters,
-    Stream,
-    code,
-    code_number,
-    ending,
-    learn,
-    to_read,
-    to_write,
+    code_adaptive_bit,
+    code_bit,
+    code_raw_bits,
+    decoder_state,
+    encoder_state,
+    final_bytes,
 )
 from stages.pack.entropy.initial_probabilities import (
+    CONTEXTS_PER_OCTAVE,
+    MIN_OCTAVE,
     RAW_BITS_FROM,
-    SCALES,
-    SCALES_PER_OCTAVE,
-    SIGNS,
-    SMALLEST,
+    SCALE_CONTEXTS,
+    SIGN_CONTEXT,
     UNARY,
-    first_chances,
+    initial_probs,
 )
+from stages.pack.entropy.records import new_record
 from stages.pack.entropy.row_predictor import (
-    PREDICTION_POINT,
-    USEFUL,
+    PREDICTION_BITS,
     Direction,
-    bounded,
-    direction,
-    doubt,
-    learn_direction,
-    predicted,
-    share_of,
+    clamp_level,
+    coefficient,
+    initial_direction,
+    prediction,
+    ridge,
+    update_direction,
 )
-from stages.pack.trellis import trellis
+from stages.pack.trellis import build_trellis
 
-LARGEST = 32767  # magnitude of a level
-CONFIDENCE = 16  # decisions that what is first believed of a context counts for
+MAX_LEVEL = 32767  # largest magnitude of a level
+INITIAL_COUNT = 16  # decisions that a context's initial probabilities count for
 
-POINT = 16  # bits behind the point: of factors, means and ratios
-SUM_POINT = 8  # of sums of magnitudes
-FIRST_RATIO = 3 << POINT  # of a row's magnitudes to what its columns expect
-FIRST_SPREAD = 256_000  # mean relative deviation of these ratios from row to row, of 2^SPREAD_POINT
-SPREAD_POINT = 20
-SAMPLING = 37356  # squared relative deviation of one normal value's magnitude: pi / 2 - 1 of 65,536
-HALF_PI = 25736  # of 2^14: a normal value's squared deviation to the square of its mean absolute one
-MOST_COUNTS = 4096  # of magnitudes, that what other rows were stands for
-RATIO_RATE, SPREAD_RATE = (
-    4681,
-    2048,
-)  # of 65,536, in the end: by how much a row moves the ratio and its spread
-MEAN_RATE = 256  # and a column's mean
-ROWS_KNOWN, ROWS_UNKNOWN = (
-    64,
-    16,
-)  # that a column's mean counts for at first, where exponents are known and where they are not
-FARTHEST = 64  # eighths of octaves of a factor from the middle one
-ROOTS = np.array([65536, 71468, 77936, 84990, 92682, 101070, 110218, 120194], np.int64)  # 2^(i/8), of 65,536
-LARGEST_MEAN, LARGEST_RATIO, LARGEST_SUM = (
-    1 << 26,
-    1 << 31,
-    1 << 36,
-)  # so that no product overflows, whatever the exponents are
-LARGEST_ESTIMATE = LARGEST << POINT
-NEAR = 4  # of what is near, about the last 2^4 columns or rows count
-RESOLUTION = 10  # bits of a relative deviation
-SELDOM = 8  # one column in so many is looked at for whether what is near can be believed
-DOUBT = 1 << 22  # squares of deviations that what is near must outweigh, so as to be believed
-MEMORY = 7  # these squares are forgotten by 1/128 a row
-# Of what is known of rows, of what is near in a row and in a column, and the sum of what is expected of the columns.
-RATIO, SPREAD, ALONG, ALONG_SQUARES, DOWN, DOWN_SQUARES, TOTAL = range(7)
-EXPECTED, SIZES, SAVED = range(
-    3
-)  # sums over a row: what its columns expected, its magnitudes, what predicting has saved
+FRAC_BITS = 16  # fractional bits of factors, means and ratios
+SUM_BITS = 8  # fractional bits of sums of magnitudes
+SPREAD_BITS = 20
+DEVIATION_BITS = 10  # fractional bits of a relative deviation
+SUM_SHIFT = FRAC_BITS - SUM_BITS  # from q16 to q8
 
+INITIAL_RATIO_Q16 = 3 << FRAC_BITS  # of a row's magnitudes to what its columns expect
+INITIAL_SPREAD_Q20 = 256_000  # about 1/4: mean relative deviation of this ratio from row to row
+SAMPLING_Q16 = 37356  # pi / 2 - 1: squared relative deviation of one normal value's magnitude
+HALF_PI_Q14 = 25736  # pi / 2: a normal variance over the square of the mean absolute deviation
+MAX_PRIOR_COUNT = 4096  # pseudo-observations given to the mean of earlier rows
+RATIO_PRIOR_COUNT = 8  # pseudo-observations of the old ratio when a row updates it
 
-class _Scales(NamedTuple):
-    """What is known of magnitudes; compiled code takes it apart."""
+# Rates at which rows update running means, in q16. They start as 1/n and do not fall below these.
+MIN_RATIO_RATE_Q16 = 4681  # 1/14
+MIN_SPREAD_RATE_Q16 = 2048  # 1/32
+MIN_MEAN_RATE_Q16 = 256  # 1/256
+# Rows that a column's initial mean counts for, if it comes from an exponent and if not.
+PRIOR_ROWS_WITH_EXPONENTS = 64
+PRIOR_ROWS_WITHOUT_EXPONENTS = 16
 
-    factors_R: np.ndarray
-    means_C: np.ndarray
-    near_C: np.ndarray  # means of the last rows
-    bases_C: np.ndarray  # what is expected: means, as far as what is near lets them be
-    known: bool  # whether the columns' means began as their exponents say
-    facts: np.ndarray  # RATIO, SPREAD, ...
-    sizes_C: np.ndarray  # of the row at hand: magnitudes of its differences
-    sums: np.ndarray  # EXPECTED, SIZES, SAVED
+MAX_EIGHTHS = 64  # a factor is at most this many eighths of an octave from the median one
+ROOTS_Q16 = np.array([65536, 71468, 77936, 84990, 92682, 101070, 110218, 120194], np.int64)  # 2^(i / 8)
+
+# Limits that keep every product below 2^63, whatever the exponents are.
+MAX_MEAN_Q16 = 1 << 26
+MAX_RATIO_Q16 = 1 << 31
+MAX_SUM_Q8 = 1 << 36
+MAX_ESTIMATE_Q16 = MAX_LEVEL << FRAC_BITS
+
+WINDOW_BITS = 4  # local means are over about the last 2^4 columns or rows, with exponential decay
+SUBSAMPLE = 8  # one column in 8 enters the regression of magnitudes on local deviations
+RIDGE_Q20 = 1 << 22  # added to that regression's sum of squares
+DECAY_SHIFT = 7  # its sums decay by 1/128 a row
+
+# np.int64(0) instead of 0: numba gives a literal a type of its own, and would compile what it is
+# passed to twice.
+ZERO: Any = np.int64(0)
 
 
-class _Coding(NamedTuple):
-    """By what decisions are coded."""
+class MatrixState:
+    """Record: state of the model for the matrix as a whole."""
+
+    ratio_q16: int  # a row's magnitudes over what its columns expect: running mean over rows
+    spread_q20: int  # mean relative deviation of that ratio from row to row
+    row_cov_q20: int  # regression on the deviation of the last columns: sum of products
+    row_var_q20: int  # sum of squares
+    column_cov_q20: int  # regression on the deviation of the last rows: the same
+    column_var_q20: int
+    expected_total_q16: int  # sum over columns of the expected normalised magnitudes
+
+
+class RowState:
+    """Record: state of the model for the row that is being coded."""
+
+    sign: int  # 1: large magnitudes make larger ones likely; -1: the reverse (`_shrinkage`)
+    observed_q8: int  # sum of magnitudes, pseudo-observations included
+    expected_q8: int  # sum of the magnitudes expected from the columns' means
+    recent_observed_q16: int  # the same two over the last columns, by exponential decay
+    recent_expected_q16: int
+    gain_q10: int  # how far the deviation of the last columns is trusted
+
+    is_predicted: int  # 1: levels are coded as differences to the prediction
+    coefficient_q8: int  # of the shared direction in this row: fitted to the levels so far
+    dot_q8: int  # sum of direction * level
+    norm_q8: int  # sum of direction^2, and the ridge
+
+    total_magnitude_q8: int  # plain sums over the row
+    total_expected_q8: int
+    total_saved_q12: int  # by how much the prediction made levels smaller
+
+
+class MagnitudeModel(NamedTuple):
+    """The model of magnitudes. Columns are normalised: divided by their row's ratio and factor."""
+
+    row_factor_q16_R: np.ndarray  # int64, as all others
+    mean_q16_C: np.ndarray  # running mean of each column
+    recent_mean_q16_C: np.ndarray  # the same over the last rows
+    expected_q16_C: np.ndarray  # the mean, corrected by the last rows as far as they are trusted
+    magnitude_C: np.ndarray  # of the differences in the row that is being coded
+    has_exponents: bool  # the columns' initial means come from exponents
+    matrix: MatrixState
+    row: RowState
+
+
+class Coding(NamedTuple):
+    """Binary coder, counters and trellis."""
 
     next_S2: np.ndarray
     stride: int
     counters: Counters
-    stream: Stream
+    coder: BinaryCoder
 
 
-def encode(levels_RC: np.ndarray, rows_R: np.ndarray, columns_C: np.ndarray, states: int) -> bytes:
-    """The bytes of int16 levels within LARGEST; on a trellis of several states each level must be one that its state allows.
+class Expectation(NamedTuple):
+    """The magnitude that is expected of one level, from coarse to fine."""
 
-    The exponents of rows and columns are int8; a decoder needs the same.
+    by_column_q16: int  # column's expectation times the row's factor
+    by_row_q16: int  # times the ratio of the row so far
+    deviation_q10: int  # relative deviation of the last columns from their expectations by row
+    estimate_q16: int  # `by_row_q16`, corrected by that deviation
+
+
+class Prediction(NamedTuple):
+    """The predicted level of one column."""
+
+    exact_q12: int
+    level: int  # the nearest level; on a trellis the nearest even one, so that differences keep parity
+    remainder_q12: int  # exact_q12 - level
+
+
+def encode(
+    levels_RC: np.ndarray, row_exponents_R: np.ndarray, column_exponents_C: np.ndarray, states: int
+) -> bytes:
+    """Encode int16 levels within +-MAX_LEVEL; returns the bytes.
+
+    On a trellis each level must be one that its state allows. Exponents are int8; a decoder needs
+    the same.
     """
     capacity = levels_RC.size + 64
     while True:
-        buffer, registers = np.zeros(capacity, np.uint8), to_write()
-        if not _run_from_start(levels_RC, rows_R, columns_C, states, registers, buffer, False):
-            raise ValueError(f"a level is beyond {LARGEST}, which is the most that can be coded")
-        written = int(registers[-1])
+        coder = BinaryCoder(encoder_state(), np.zeros(capacity, np.uint8), False)
+        if not _code_matrix(levels_RC, row_exponents_R, column_exponents_C, states, coder):
+            raise ValueError(f"a level is beyond {MAX_LEVEL}, which is the most that can be coded")
+
+        # Bytes beyond the buffer's end were counted but not written: start again with enough room.
+        written = int(coder.state.position)
         if written <= capacity:
-            return buffer[:written].tobytes() + ending(registers)
-        capacity = (
-            written + 64
-        )  # nothing was written beyond the buffer, but counted: again, with room for all of it
+            return coder.buffer_B[:written].tobytes() + final_bytes(coder.state)
+        capacity = written + 64
 
 
-def decode(payload: bytes, rows_R: np.ndarray, columns_C: np.ndarray, states: int) -> np.ndarray:
-    """The levels (R, C), int16; a ValueError when the payload does not hold exactly those."""
-    levels_RC, buffer = (
-        np.zeros((len(rows_R), len(columns_C)), np.int16),
-        np.frombuffer(bytearray(payload), np.uint8),
-    )
-    registers = to_read(payload)
-    ahead = int(registers[-1])
-    if not _run_from_start(levels_RC, rows_R, columns_C, states, registers, buffer, True):
-        raise ValueError(f"an arithmetic-coded stream holds a level beyond {LARGEST}")
-    written, end = int(registers[-1]) - ahead, ending(registers)
+def decode(
+    payload: bytes, row_exponents_R: np.ndarray, column_exponents_C: np.ndarray, states: int
+) -> np.ndarray:
+    """Decode the levels (R, C), int16; a ValueError when the payload does not hold exactly those."""
+    levels_RC = np.zeros((len(row_exponents_R), len(column_exponents_C)), np.int16)
+    coder = BinaryCoder(decoder_state(payload), np.frombuffer(bytearray(payload), np.uint8), True)
+    read_ahead = int(coder.state.position)
+    if not _code_matrix(levels_RC, row_exponents_R, column_exponents_C, states, coder):
+        raise ValueError(f"an arithmetic-coded stream holds a level beyond {MAX_LEVEL}")
+
+    # A matrix has one stream: the payload must end as the encoder would have ended it.
+    written = int(coder.state.position) - read_ahead
+    end = final_bytes(coder.state)
     if written > len(payload) or payload[written:] != end:
         raise ValueError(
-            f"an arithmetic-coded stream of {len(payload)} bytes does not end where its levels do, at {written + len(end)}"
+            f"an arithmetic-coded stream of {len(payload)} bytes does not end where its levels do,"
+            f" at {written + len(end)}"
         )
     return levels_RC
 
 
 def compile_ahead() -> None:
-    """Have coder and decoder compiled, which takes seconds."""
-    none = np.zeros(1, np.int8)
-    encode(np.zeros((1, 1), np.int16), none, none, 1)
+    """Compile encoder and decoder, which takes seconds."""
+    zero = np.zeros(1, np.int8)
+    encode(np.zeros((1, 1), np.int16), zero, zero, 1)
 
 
-def _run_from_start(
+def _code_matrix(
     levels_RC: np.ndarray,
-    rows_R: np.ndarray,
-    columns_C: np.ndarray,
+    row_exponents_R: np.ndarray,
+    column_exponents_C: np.ndarray,
     states: int,
-    registers: np.ndarray,
-    buffer: np.ndarray,
-    decoding: bool,
+    coder: BinaryCoder,
 ) -> bool:
-    walk, columns = trellis(states), len(columns_C)
-    chances_KU = first_chances(walk.stride).copy()
-    counts_KU = np.full(chances_KU.shape, CONFIDENCE * WHOLE, np.int64)
-    counts_KU[SIGNS] = 0
-    means = _factors(columns_C)
-    facts = np.array([FIRST_RATIO, FIRST_SPREAD, 0, 0, 0, 0, means.sum()], np.int64)
-    places = facts, np.zeros(columns, np.int64), np.zeros(3, np.int64)
-    scales = _Scales(_factors(rows_R), means, means.copy(), means.copy(), bool(columns_C.any()), *places)
-    coding = _Coding(
-        walk.next_S2, walk.stride, Counters(chances_KU, counts_KU), Stream(registers, buffer, decoding)
+    """Encode `levels_RC` or fill it, with a fresh model; returns what `_code_rows` does."""
+    trellis = build_trellis(states)
+    prob_q22_KU = initial_probs(trellis.stride).copy()
+    count_q4_KU = np.full(prob_q22_KU.shape, INITIAL_COUNT * BLEND_ONE, np.int64)
+    count_q4_KU[SIGN_CONTEXT] = 0
+
+    model = _initial_model(row_exponents_R, column_exponents_C)
+    coding = Coding(trellis.next_S2, trellis.stride, Counters(prob_q22_KU, count_q4_KU), coder)
+    direction = initial_direction(len(column_exponents_C))
+    return bool(_code_rows(levels_RC, model, direction, coding))
+
+
+def _initial_model(row_exponents_R: np.ndarray, column_exponents_C: np.ndarray) -> MagnitudeModel:
+    """The model before the first row: all that is known are the exponents."""
+    mean_q16_C = _factors_q16(column_exponents_C)
+    matrix = new_record(
+        MatrixState,
+        ratio_q16=INITIAL_RATIO_Q16,
+        spread_q20=INITIAL_SPREAD_Q20,
+        expected_total_q16=int(mean_q16_C.sum()),
     )
-    return bool(_run(levels_RC, scales, direction(columns), coding))
+    return MagnitudeModel(
+        row_factor_q16_R=_factors_q16(row_exponents_R),
+        mean_q16_C=mean_q16_C,
+        recent_mean_q16_C=mean_q16_C.copy(),
+        expected_q16_C=mean_q16_C.copy(),
+        magnitude_C=np.zeros(len(mean_q16_C), np.int64),
+        has_exponents=bool(column_exponents_C.any()),
+        matrix=matrix,
+        row=new_record(RowState),
+    )
 
 
-def _factors(exponents: np.ndarray) -> np.ndarray:
-    """What magnitudes of levels are expected to be in proportion to: 2^(-e / 8), around the middle exponent."""
+def _factors_q16(exponents: np.ndarray) -> np.ndarray:
+    """Factors 2^(-e / 8) of int8 exponents e, relative to the median exponent.
+
+    Magnitudes of levels are expected to be proportional to them.
+    """
     wide = exponents.astype(np.int64)
-    middle = int(np.sort(wide)[len(wide) // 2]) if len(wide) else 0
-    eighths = np.clip(middle - wide, -FARTHEST, FARTHEST) + FARTHEST
-    return (ROOTS[eighths % 8] << (eighths // 8)) >> (FARTHEST // 8)
+    median = int(np.sort(wide)[len(wide) // 2]) if len(wide) else 0
+    eighths = np.clip(median - wide, -MAX_EIGHTHS, MAX_EIGHTHS) + MAX_EIGHTHS
+    return (ROOTS_Q16[eighths % 8] << (eighths // 8)) >> (MAX_EIGHTHS // 8)
 
 
-@outer
-def _run(levels_RC: np.ndarray, scales: _Scales, shared: Direction, coding: _Coding) -> bool:
-    """Code `levels_RC`, or fill it from the stream; False for a level beyond LARGEST, which only a damaged stream holds."""
+@jit_entry
+def _code_rows(levels_RC: np.ndarray, model: MagnitudeModel, direction: Direction, coding: Coding) -> bool:
+    """Encode `levels_RC` or fill it; False if a level is beyond MAX_LEVEL.
+
+    Only a damaged stream holds such a level.
+    """
     for row in range(len(levels_RC)):
-        if not _row(levels_RC[row], scales.factors_R[row], scales, shared, coding):
+        row_factor_q16 = model.row_factor_q16_R[row]
+        if not _code_row(levels_RC[row], row_factor_q16, model, direction, coding):
             return False
-        _learn_scales(row, scales.factors_R[row], scales)
-        learn_direction(row, levels_RC[row], scales.sums[SAVED], shared)
+        _update_matrix(row, row_factor_q16, model)
+        update_direction(row, levels_RC[row], model.row.total_saved_q12, direction)
     return True
 
 
-@inner
-def _row(levels_C: np.ndarray, factor: int, scales: _Scales, shared: Direction, coding: _Coding) -> bool:
-    """One row. `sizes_C` become the magnitudes of its differences, `sums` their sums."""
-    facts, sizes_C, sums = scales.facts, scales.sizes_C, scales.sums
-    stride, useful = coding.stride, shared.facts[USEFUL] > 0
-    state = share = np.int64(0)
-    columns = max(len(levels_C), 1)
-    turn, counts = _prior(columns, facts[SPREAD])
-    usually = min(max((facts[TOTAL] // columns * factor) >> POINT, 1), LARGEST_MEAN)
-    expected = max((counts * usually) >> (POINT - SUM_POINT), 1 << SUM_POINT)
-    seen = min(max((expected * facts[RATIO]) >> POINT, 1), LARGEST_SUM)
-    products, squares = np.int64(0), doubt(shared.facts)
-    sums[:] = 0
-    trust = _trust(facts[ALONG], facts[ALONG_SQUARES])
-    near_seen = near_expected = np.int64(0)
+@jit_internal
+def _code_row(
+    levels_C: np.ndarray, row_factor_q16: int, model: MagnitudeModel, direction: Direction, coding: Coding
+) -> bool:
+    """Code one row; leaves its magnitudes and sums in the model."""
+    _begin_row(row_factor_q16, model, direction)
+    direction_q12_C = direction.direction_q12_C
+    stride = coding.stride
+    trellis_state = ZERO
     for column in range(len(levels_C)):
-        odd = state & 1 if stride == 2 else 0
-        base = min(max((scales.bases_C[column] * factor) >> POINT, 1), LARGEST_MEAN)
-        usual = max(1, min(base * seen // expected, LARGEST_ESTIMATE))
-        if column == 0:
-            near_seen = near_expected = usual << NEAR
-        deviation = _deviation(near_seen, near_expected)
-        estimate = max(
-            1, min(usual + ((usual * ((deviation * trust) >> RESOLUTION)) >> RESOLUTION), LARGEST_ESTIMATE)
+        expectation = _expect(column, row_factor_q16, model)
+        predicted = _predict(direction_q12_C[column], stride, model.row)
+
+        # Code the magnitude, then the sign of the difference to the prediction.
+        odd = trellis_state & 1 if stride == 2 else 0
+        difference = np.int64(levels_C[column]) - predicted.level
+        magnitude = _code_magnitude(abs(difference), expectation.estimate_q16, odd, coding)
+        if magnitude > 2 * MAX_LEVEL:
+            return False
+        level = predicted.level + _code_sign(
+            magnitude, difference, predicted.remainder_q12, expectation.estimate_q16, coding
         )
-        along = shared.along_C[column]
-        prediction, shift, remainder = predicted(share, along), np.int64(0), np.int64(0)
-        if useful:  # the nearest number to it; on a trellis an even one, so that parities stay
-            shift = (
-                (prediction + (stride << (PREDICTION_POINT - 1))) >> (PREDICTION_POINT + stride - 1)
-            ) << (stride - 1)
-            remainder = prediction - (shift << PREDICTION_POINT)
-        difference = np.int64(levels_C[column]) - shift
-        size = _magnitude(abs(difference), estimate, odd, coding)
-        if size > 2 * LARGEST:
+        if abs(level) > MAX_LEVEL:
             return False
-        level = shift + _signed(size, difference, remainder, estimate, coding)
-        if abs(level) > LARGEST:
-            return False
-        if coding.stream.decoding:
+        if coding.coder.decoding:
             levels_C[column] = level
 
-        if column % SELDOM == SELDOM - 1:
-            facts[ALONG] += deviation * _deviation(size << POINT, usual)
-            facts[ALONG_SQUARES] += deviation * deviation
-        near_seen += (size << POINT) - (near_seen >> NEAR)
-        near_expected += usual - (near_expected >> NEAR)
-        sizes_C[column] = size
-        sums[SIZES] += size << SUM_POINT
-        sums[EXPECTED] += base >> (POINT - SUM_POINT)
-        sums[SAVED] += (abs(level) << PREDICTION_POINT) - abs((level << PREDICTION_POINT) - prediction)
-        seen = min(max(seen + turn * (size << SUM_POINT), 1), LARGEST_SUM)
-        expected = max(expected + turn * (base >> (POINT - SUM_POINT)), 1 << SUM_POINT)
-        products += (along >> 4) * bounded(level)
-        squares += ((along >> 4) * (along >> 4)) >> 8
-        share = share_of(products, squares)
-        state = coding.next_S2[state, ((level - odd) >> 1) & 1] if stride == 2 else 0
+        _update_row(column, level, magnitude, expectation, predicted, direction_q12_C[column], model)
+        trellis_state = coding.next_S2[trellis_state, ((level - odd) >> 1) & 1] if stride == 2 else 0
     return True
 
 
-@inner
-def _prior(columns: int, spread: int) -> tuple[int, int]:
-    """Whether a row's magnitudes count with what other rows were, 1, or against it, -1; and how many usual ones that stands for.
+@jit_internal
+def _begin_row(row_factor_q16: int, model: MagnitudeModel, direction: Direction) -> None:
+    """Reset the row's state: the prior of its scale, and the predictor's coefficient."""
+    matrix = model.matrix
+    row = model.row
+    columns = max(len(model.mean_q16_C), 1)
 
-    Magnitudes of a row are taken for exchangeable. Their covariance tau is the variance of rows' means less what sampling makes of it, and
-    the best linear estimate of the next one counts SAMPLING / tau usual ones with those seen. Rows whose steps are made of their own
-    deviations differ by less than sampling would have it: then tau is negative, and what a row has had more of it will have less of.
+    # Prior: `prior_count` pseudo-observations of the mean expected from earlier rows.
+    row.sign, prior_count = _shrinkage(columns, matrix.spread_q20)
+    mean_q16 = (matrix.expected_total_q16 // columns * row_factor_q16) >> FRAC_BITS
+    mean_q16 = min(max(mean_q16, 1), MAX_MEAN_Q16)
+    row.expected_q8 = max((prior_count * mean_q16) >> SUM_SHIFT, 1 << SUM_BITS)
+    row.observed_q8 = min(max((row.expected_q8 * matrix.ratio_q16) >> FRAC_BITS, 1), MAX_SUM_Q8)
+
+    row.recent_observed_q16 = 0
+    row.recent_expected_q16 = 0
+    row.gain_q10 = _regression_gain(matrix.row_cov_q20, matrix.row_var_q20)
+
+    row.is_predicted = direction.stats.saved_q12 > 0
+    row.coefficient_q8 = 0
+    row.dot_q8 = 0
+    row.norm_q8 = ridge(direction.stats)
+
+    row.total_magnitude_q8 = 0
+    row.total_expected_q8 = 0
+    row.total_saved_q12 = 0
+
+
+@jit_inline
+def _expect(column: int, row_factor_q16: int, model: MagnitudeModel) -> Expectation:
+    """Estimate the magnitude of the next level."""
+    row = model.row
+    by_column_q16 = (model.expected_q16_C[column] * row_factor_q16) >> FRAC_BITS
+    by_column_q16 = min(max(by_column_q16, 1), MAX_MEAN_Q16)
+    by_row_q16 = max(1, min(by_column_q16 * row.observed_q8 // row.expected_q8, MAX_ESTIMATE_Q16))
+    if column == 0:
+        row.recent_observed_q16 = by_row_q16 << WINDOW_BITS
+        row.recent_expected_q16 = by_row_q16 << WINDOW_BITS
+
+    deviation_q10 = _relative_deviation(row.recent_observed_q16, row.recent_expected_q16)
+    correction_q10 = (deviation_q10 * row.gain_q10) >> DEVIATION_BITS
+    estimate_q16 = by_row_q16 + ((by_row_q16 * correction_q10) >> DEVIATION_BITS)
+    estimate_q16 = max(1, min(estimate_q16, MAX_ESTIMATE_Q16))
+    return Expectation(by_column_q16, by_row_q16, deviation_q10, estimate_q16)
+
+
+@jit_inline
+def _predict(direction_q12: int, stride: int, row: RowState) -> Prediction:
+    """Predict the next level from the row's coefficient; 0 where that has not paid in earlier rows."""
+    exact_q12 = prediction(row.coefficient_q8, direction_q12)
+    if not row.is_predicted:
+        return Prediction(exact_q12, ZERO, ZERO)
+    half_q12 = stride << (PREDICTION_BITS - 1)
+    level = ((exact_q12 + half_q12) >> (PREDICTION_BITS + stride - 1)) << (stride - 1)
+    return Prediction(exact_q12, level, exact_q12 - (level << PREDICTION_BITS))
+
+
+@jit_inline
+def _update_row(
+    column: int,
+    level: int,
+    magnitude: int,
+    expectation: Expectation,
+    predicted: Prediction,
+    direction_q12: int,
+    model: MagnitudeModel,
+) -> None:
+    """Learn from a coded level; `magnitude` is that of its difference to the prediction."""
+    row = model.row
+    by_column_q16, by_row_q16, deviation_q10, _ = expectation
+    model.magnitude_C[column] = magnitude
+
+    # Regression of the magnitude on the deviation of the columns before it.
+    if column % SUBSAMPLE == SUBSAMPLE - 1:
+        matrix = model.matrix
+        matrix.row_cov_q20 += deviation_q10 * _relative_deviation(magnitude << FRAC_BITS, by_row_q16)
+        matrix.row_var_q20 += deviation_q10 * deviation_q10
+
+    # The row's scale: of the last columns, and of all.
+    row.recent_observed_q16 += (magnitude << FRAC_BITS) - (row.recent_observed_q16 >> WINDOW_BITS)
+    row.recent_expected_q16 += by_row_q16 - (row.recent_expected_q16 >> WINDOW_BITS)
+    magnitude_q8 = magnitude << SUM_BITS
+    expected_q8 = by_column_q16 >> SUM_SHIFT
+    row.observed_q8 = min(max(row.observed_q8 + row.sign * magnitude_q8, 1), MAX_SUM_Q8)
+    row.expected_q8 = max(row.expected_q8 + row.sign * expected_q8, 1 << SUM_BITS)
+    row.total_magnitude_q8 += magnitude_q8
+    row.total_expected_q8 += expected_q8
+
+    # The predictor's coefficient, and what predicting saves.
+    level_q12 = level << PREDICTION_BITS
+    row.total_saved_q12 += abs(level_q12) - abs(level_q12 - predicted.exact_q12)
+    direction_q8 = direction_q12 >> 4
+    row.dot_q8 += direction_q8 * clamp_level(level)
+    row.norm_q8 += (direction_q8 * direction_q8) >> 8
+    row.coefficient_q8 = coefficient(row.dot_q8, row.norm_q8)
+
+
+@jit_internal
+def _shrinkage(columns: int, spread_q20: int) -> tuple[int, int]:
+    """Sign and strength (in pseudo-observations) of the shrinkage of a row's mean towards earlier rows.
+
+    The magnitudes of a row are taken to be exchangeable. Their covariance tau is the variance of
+    the rows' means less the part of it that sampling explains. The best linear estimate of the next
+    magnitude is the mean of those seen so far and SAMPLING / tau prior ones. If tau is negative,
+    rows differ by less than sampling alone would make them (their steps were derived from their own
+    deviations): a row that has had large magnitudes will then have small ones, and observations are
+    subtracted from the prior instead of added.
     """
-    mean = spread >> (SPREAD_POINT - 12)
-    tau = ((mean * mean * HALF_PI) >> 14) - (SAMPLING << 8) // columns
-    counts = min((SAMPLING << 8) // max(abs(tau), 1), MOST_COUNTS)
-    against = (17 * columns) >> 4  # at least, so that something is left at the row's end
-    if tau >= 0 or against > MOST_COUNTS:
-        return np.int64(1), max(counts, 2)
-    return np.int64(-1), max(counts, against)
+    mean_q12 = spread_q20 >> (SPREAD_BITS - 12)
+    tau_q24 = ((mean_q12 * mean_q12 * HALF_PI_Q14) >> 14) - (SAMPLING_Q16 << 8) // columns
+    prior_count = min((SAMPLING_Q16 << 8) // max(abs(tau_q24), 1), MAX_PRIOR_COUNT)
+    least_if_negative = (17 * columns) >> 4  # so that the prior is not used up before the row ends
+    if tau_q24 >= 0 or least_if_negative > MAX_PRIOR_COUNT:
+        return np.int64(1), max(prior_count, 2)
+    return np.int64(-1), max(prior_count, least_if_negative)
 
 
-@inner
-def _deviation(seen: int, expected: int) -> int:
-    """By how much the one differs from the other, relatively; bounded."""
-    return min(((seen - expected) << RESOLUTION) // expected, 4 << RESOLUTION)
+@jit_internal
+def _relative_deviation(observed: int, expected: int) -> int:
+    """(observed - expected) / expected in q10, at most 4."""
+    return min(((observed - expected) << DEVIATION_BITS) // expected, 4 << DEVIATION_BITS)
 
 
-@inner
-def _trust(products: int, squares: int) -> int:
-    """How far a deviation of what is near goes on, by least squares."""
-    return min(max((products << RESOLUTION) // (squares + DOUBT), 0), 1 << RESOLUTION)
+@jit_internal
+def _regression_gain(cov_q20: int, var_q20: int) -> int:
+    """Ridge regression coefficient cov / var in q10, from 0 to 1."""
+    return min(max((cov_q20 << DEVIATION_BITS) // (var_q20 + RIDGE_Q20), 0), 1 << DEVIATION_BITS)
 
 
-@inlined
-def _signed(size: int, difference: int, remainder: int, estimate: int, coding: _Coding) -> int:
-    """Code or decode a difference's sign: likely that of what rounding left of the prediction, the more the larger both are."""
-    if size == 0:
+@jit_inline
+def _code_sign(magnitude: int, difference: int, remainder_q12: int, estimate_q16: int, coding: Coding) -> int:
+    """Encode or decode the sign of a difference; returns the difference.
+
+    It is likely the sign of what rounding left of the prediction, the more so the larger both are.
+    That evidence chooses the context; without any the sign costs one bit.
+    """
+    if magnitude == 0:
         return 0
-    likely = ((abs(remainder) * size) << 22) // (estimate * estimate)
-    upward = remainder > 0
-    same = 1 if (difference > 0) == upward else 0
-    if likely:
-        same = learn(
-            same, np.int64(SIGNS), np.int64(0), min(likely, UNARY - 1), coding.counters, coding.stream
+    evidence = ((abs(remainder_q12) * magnitude) << 22) // (estimate_q16 * estimate_q16)
+    is_upward = remainder_q12 > 0
+    agrees = 1 if (difference > 0) == is_upward else 0
+    if evidence:
+        decision = min(evidence, UNARY - 1)
+        agrees = code_adaptive_bit(
+            agrees, np.int64(SIGN_CONTEXT), ZERO, decision, coding.counters, coding.coder
         )
     else:
-        same = code(same, HALF, coding.stream)
-    return size if (same == 1) == upward else -size
+        agrees = code_bit(agrees, HALF_Q16, coding.coder)
+    return magnitude if (agrees == 1) == is_upward else -magnitude
 
 
-@inlined
-def _magnitude(size: int, estimate: int, odd: int, coding: _Coding) -> int:
-    """Code or decode a magnitude of which the parity is known on a trellis; `estimate` is what it is expected to be."""
-    counters, stream, halving = coding.counters, coding.stream, coding.stride - 1
-    scale, part, octave = _place(estimate, halving)
-    raw_bits = max(0, octave - halving - RAW_BITS_FROM + 1)
-    context, magnitude = scale + SCALES * odd, size >> halving
-    high_part, length = magnitude >> raw_bits, np.int64(0)
-    while length < UNARY and learn(1 if length < high_part else 0, context, part, length, counters, stream):
-        length += 1
-    if length == UNARY:
+@jit_inline
+def _code_magnitude(magnitude: int, estimate_q16: int, odd: int, coding: Coding) -> int:
+    """Encode or decode a magnitude; returns it.
+
+    `odd` is its parity, which is known on a trellis, where half of it is coded; 0 without a
+    trellis. Of large magnitudes the lowest bits are coded raw; what is left in unary up to UNARY,
+    then in Elias's gamma code.
+    """
+    counters = coding.counters
+    coder = coding.coder
+    parity_bits = coding.stride - 1
+    scale, blend_q4, octave = _find_context(estimate_q16, parity_bits)
+    context = scale + SCALE_CONTEXTS * odd
+    raw_bits = max(0, octave - parity_bits - RAW_BITS_FROM + 1)
+    halved = magnitude >> parity_bits
+    high_part = halved >> raw_bits
+
+    # Unary.
+    value = ZERO
+    while value < UNARY and code_adaptive_bit(
+        1 if value < high_part else 0, context, blend_q4, value, counters, coder
+    ):
+        value += 1
+
+    # Gamma code of what is beyond: the number of bits in unary, then the bits below the leading
+    # one.
+    if value == UNARY:
         rest = high_part - UNARY + 1  # >= 1
-        digits = 0
-        while digits < 16 and code(1 if rest >> (digits + 1) else 0, HALF, stream):
-            digits += 1
-        length = UNARY - 1 + (1 << digits) + code_number(rest, digits, stream)
+        bits = 0
+        while bits < 16 and code_bit(1 if rest >> (bits + 1) else 0, HALF_Q16, coder):
+            bits += 1
+        value = UNARY - 1 + (1 << bits) + code_raw_bits(rest, bits, coder)
+
     if raw_bits:
-        length = (length << raw_bits) + code_number(magnitude, raw_bits, stream)
-    return (length << halving) + odd
+        value = (value << raw_bits) + code_raw_bits(halved, raw_bits, coder)
+    return (value << parity_bits) + odd
 
 
-@inner
-def _place(estimate: int, halving: int) -> tuple[int, int, int]:
-    """The context below an expected magnitude, how far it lies above that (of WHOLE), and the octave in which it lies."""
-    octave = np.int64(SMALLEST)
-    above = max(estimate >> (POINT + SMALLEST), 1)
+@jit_internal
+def _find_context(estimate_q16: int, parity_bits: int) -> tuple[int, int, int]:
+    """Locate an expected magnitude among the contexts.
+
+    Returns the context below it, how far it is above that (q4), and its octave (log2).
+    """
+    octave = np.int64(MIN_OCTAVE)
+    above = max(estimate_q16 >> (FRAC_BITS + MIN_OCTAVE), 1)
     while above > 1:
         above >>= 1
         octave += 1
-    # From here on in units of an octave's WHOLE-th of a quarter.
-    fine = max(estimate, 1 << (POINT + SMALLEST)) >> (POINT + octave - 2 - PART_BITS)
-    quarter, part = (fine >> PART_BITS) & (SCALES_PER_OCTAVE - 1), fine & (WHOLE - 1)
-    scale = SCALES_PER_OCTAVE * (octave - SMALLEST) + quarter
-    if scale >= SCALES - 1:
-        return np.int64(SCALES - 1), np.int64(0), octave
-    if quarter == SCALES_PER_OCTAVE - 1 and octave >= RAW_BITS_FROM - 1 + halving:
-        part = np.int64(0)  # the next context has one more raw bit
-    return scale, part, octave
+
+    # The position in the octave: 2 bits for the quarter, 4 for the way to the next.
+    position_q6 = max(estimate_q16, 1 << (FRAC_BITS + MIN_OCTAVE)) >> (FRAC_BITS + octave - 2 - BLEND_BITS)
+    quarter = (position_q6 >> BLEND_BITS) & (CONTEXTS_PER_OCTAVE - 1)
+    blend_q4 = position_q6 & (BLEND_ONE - 1)
+    scale = CONTEXTS_PER_OCTAVE * (octave - MIN_OCTAVE) + quarter
+
+    if scale >= SCALE_CONTEXTS - 1:
+        return np.int64(SCALE_CONTEXTS - 1), ZERO, octave
+    if quarter == CONTEXTS_PER_OCTAVE - 1 and octave >= RAW_BITS_FROM - 1 + parity_bits:
+        blend_q4 = ZERO  # the next context has one more raw bit: its counters mean something else
+    return scale, blend_q4, octave
 
 
-@inner
-def _learn_scales(row: int, factor: int, scales: _Scales) -> None:
-    """What a row's magnitudes say of its columns' means, and of the ratio of rows to columns."""
-    _, means_C, near_C, bases_C, known, facts, sizes_C, sums = scales
-    before = facts[RATIO]
-    ratio = min(
-        max(1, ((sums[SIZES] + (before >> 5)) << POINT) // (sums[EXPECTED] + (8 << SUM_POINT))), LARGEST_RATIO
-    )
-    rate = max(131072 // (2 * row + 3), RATIO_RATE)
-    facts[RATIO] = max(1, before + (((ratio - before) * rate) >> 16))
+@jit_internal
+def _update_matrix(row: int, row_factor_q16: int, model: MagnitudeModel) -> None:
+    """Learn the columns' means and the ratio of rows to columns from a coded row.
+
+    `row` is the number of rows before it.
+    """
+    matrix = model.matrix
+    sums = model.row
+
+    # The ratio, and how much it varies from row to row.
+    old_ratio_q16 = matrix.ratio_q16
+    observed_q8 = sums.total_magnitude_q8 + (old_ratio_q16 >> (SUM_SHIFT - 3))
+    expected_q8 = sums.total_expected_q8 + (RATIO_PRIOR_COUNT << SUM_BITS)
+    ratio_q16 = min(max(1, (observed_q8 << FRAC_BITS) // expected_q8), MAX_RATIO_Q16)
+    ratio_rate_q16 = max(131072 // (2 * row + 3), MIN_RATIO_RATE_Q16)
+    matrix.ratio_q16 = max(1, old_ratio_q16 + (((ratio_q16 - old_ratio_q16) * ratio_rate_q16) >> 16))
     if row:
-        deviation = min((abs(ratio - before) << SPREAD_POINT) // before, 4 << SPREAD_POINT)
-        facts[SPREAD] += ((deviation - facts[SPREAD]) * max(131072 // (2 * row + 3), SPREAD_RATE)) >> 16
-    scale = (np.int64(1) << (2 * POINT)) // max((ratio * factor) >> POINT, 1)
-    rate = max(65536 // (row + (ROWS_KNOWN if known else ROWS_UNKNOWN)), MEAN_RATE)
-    facts[ALONG] -= facts[ALONG] >> MEMORY
-    facts[ALONG_SQUARES] -= facts[ALONG_SQUARES] >> MEMORY
-    facts[DOWN] -= facts[DOWN] >> MEMORY
-    facts[DOWN_SQUARES] -= facts[DOWN_SQUARES] >> MEMORY
-    trust, facts[TOTAL] = _trust(facts[DOWN], facts[DOWN_SQUARES]), 0
-    for column in range(len(sizes_C)):
-        size, mean = min(sizes_C[column] * scale, LARGEST_MEAN), means_C[column]
-        if (column + row) % SELDOM == SELDOM - 1:
-            deviation = _deviation(near_C[column], mean)
-            facts[DOWN] += deviation * _deviation(size, mean)
-            facts[DOWN_SQUARES] += deviation * deviation
-        means_C[column] = max(1, mean + (((size - mean) * rate + 32768) >> 16))
-        near_C[column] += (size - near_C[column] + (1 << (NEAR - 1))) >> NEAR
-        bases_C[column] = max(
-            1, means_C[column] + (((near_C[column] - means_C[column]) * trust) >> RESOLUTION)
-        )
-        facts[TOTAL] += bases_C[column]
+        change_q20 = min((abs(ratio_q16 - old_ratio_q16) << SPREAD_BITS) // old_ratio_q16, 4 << SPREAD_BITS)
+        spread_rate_q16 = max(131072 // (2 * row + 3), MIN_SPREAD_RATE_Q16)
+        matrix.spread_q20 += ((change_q20 - matrix.spread_q20) * spread_rate_q16) >> 16
+
+    # Regressions on the last columns and on the last rows.
+    matrix.row_cov_q20 -= matrix.row_cov_q20 >> DECAY_SHIFT
+    matrix.row_var_q20 -= matrix.row_var_q20 >> DECAY_SHIFT
+    matrix.column_cov_q20 -= matrix.column_cov_q20 >> DECAY_SHIFT
+    matrix.column_var_q20 -= matrix.column_var_q20 >> DECAY_SHIFT
+    gain_q10 = _regression_gain(matrix.column_cov_q20, matrix.column_var_q20)
+
+    # The columns' means, of magnitudes normalised by the row's ratio and factor.
+    normaliser_q16 = (np.int64(1) << (2 * FRAC_BITS)) // max((ratio_q16 * row_factor_q16) >> FRAC_BITS, 1)
+    prior_rows = PRIOR_ROWS_WITH_EXPONENTS if model.has_exponents else PRIOR_ROWS_WITHOUT_EXPONENTS
+    mean_rate_q16 = max(65536 // (row + prior_rows), MIN_MEAN_RATE_Q16)
+    mean_q16_C = model.mean_q16_C
+    recent_mean_q16_C = model.recent_mean_q16_C
+    matrix.expected_total_q16 = 0
+    for column in range(len(mean_q16_C)):
+        magnitude_q16 = min(model.magnitude_C[column] * normaliser_q16, MAX_MEAN_Q16)
+        mean_q16 = mean_q16_C[column]
+        recent_q16 = recent_mean_q16_C[column]
+
+        # A diagonal of columns: one in SUBSAMPLE of each row.
+        if (column + row) % SUBSAMPLE == SUBSAMPLE - 1:
+            deviation_q10 = _relative_deviation(recent_q16, mean_q16)
+            matrix.column_cov_q20 += deviation_q10 * _relative_deviation(magnitude_q16, mean_q16)
+            matrix.column_var_q20 += deviation_q10 * deviation_q10
+
+        mean_q16 = max(1, mean_q16 + (((magnitude_q16 - mean_q16) * mean_rate_q16 + 32768) >> 16))
+        recent_q16 += (magnitude_q16 - recent_q16 + (1 << (WINDOW_BITS - 1))) >> WINDOW_BITS
+        expected_q16 = max(1, mean_q16 + (((recent_q16 - mean_q16) * gain_q10) >> DEVIATION_BITS))
+        mean_q16_C[column] = mean_q16
+        recent_mean_q16_C[column] = recent_q16
+        model.expected_q16_C[column] = expected_q16
+        matrix.expected_total_q16 += expected_q16

@@ -1,1 +1,1 @@
-"""The file model.bin, and the processes that write and read it."""
+"""The container model.bin, and the processes that encode and decode its tensors."""

@@ -1,7 +1,10 @@
-"""The coder in a process of its own, which is begun before this one imports torch.
+"""Encodes tensors in a forked child that is started before the parent imports torch.
 
-Compiling is seconds of Python, of the coder as of the search: two threads would take turns under one lock, and both with what this process
-does. The other process is a fork, made before this one has threads or a GPU of its own, and compiles before it is told what to encode.
+Compiling the coder takes seconds of Python, and so do the parent's import of torch and its
+compilation of the trellis search: two threads of one process would take turns under the
+interpreter's lock. The child is forked while the parent has neither threads nor a GPU, and compiles
+before it gets the first tensor. It serves one request per pipe at a time, on a thread for each
+pipe.
 """
 
 from collections.abc import Sequence
@@ -10,55 +13,62 @@ from multiprocessing.connection import Connection
 from queue import Queue
 from threading import Thread
 
-from stages.common.concurrency import forked, usable_cores
+from stages.common.concurrency import fork_process, usable_cores
 from stages.pack.entropy import codecs
 from stages.pack.file import container
-from stages.pack.file.container import Form, Stream
+from stages.pack.file.container import EncodedStream, Form
 
 
-class Encoder:
-    """`container.encode_streams` elsewhere, for as many callers at once as there are cores; use as a context manager."""
+class EncodeProcess:
+    """A child process that does `container.encode_streams` for one caller per core at once.
+
+    Use as a context manager: the child ends with it.
+    """
 
     def __init__(self) -> None:
         pairs = [Pipe() for _ in range(usable_cores())]
-        self._process = forked(_serve, pairs)
-        self._free: Queue[Connection] = Queue()
-        for ours, theirs in pairs:
-            theirs.close()
-            self._free.put(ours)
+        self._process = fork_process(_serve, pairs)
+        self._idle: Queue[Connection] = Queue()
+        for parent_end, child_end in pairs:
+            child_end.close()
+            self._idle.put(parent_end)
 
-    def __enter__(self) -> "Encoder":
+    def __enter__(self) -> "EncodeProcess":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        while not self._free.empty():
-            self._free.get().close()
+        while not self._idle.empty():
+            self._idle.get().close()
         self._process.join()
 
     def __call__(
         self, form: Form, shape: Sequence[int], raw: Sequence[bytes], family: str, quality: int
-    ) -> tuple[Stream, ...]:
-        """A tensor's streams from their raw bytes. A ChildProcessError when the other process is gone."""
-        line = self._free.get()
+    ) -> tuple[EncodedStream, ...]:
+        """Encode a tensor's streams from their raw bytes.
+
+        Raises ChildProcessError if the child has died.
+        """
+        connection = self._idle.get()
         try:
-            line.send((form, shape, raw, family, quality))
-            answer: tuple[Stream, ...] | ValueError = line.recv()
+            connection.send((form, shape, raw, family, quality))
+            answer: tuple[EncodedStream, ...] | ValueError = connection.recv()
         except (EOFError, OSError) as error:
             raise ChildProcessError(
                 "the process that encodes the weights ended; the lines above may say why"
             ) from error
         finally:
-            self._free.put(line)
+            self._idle.put(connection)
         if isinstance(answer, ValueError):
             raise answer
         return answer
 
 
 def _serve(pairs: Sequence[tuple[Connection, Connection]]) -> None:
-    """What the other process does until nobody is there to ask."""
-    for ours, _ in pairs:
-        ours.close()
-    threads = [Thread(target=_answer, args=(line,)) for _, line in pairs]
+    """Body of the child process: answers requests until the parent closes its ends of the pipes."""
+    for parent_end, _ in pairs:
+        # Inherited by the fork. While it is open here, the pipe would never report its end.
+        parent_end.close()
+    threads = [Thread(target=_answer_requests, args=(child_end,)) for _, child_end in pairs]
     for thread in threads:
         thread.start()
     codecs.compile_ahead("adaptive")
@@ -66,14 +76,14 @@ def _serve(pairs: Sequence[tuple[Connection, Connection]]) -> None:
         thread.join()
 
 
-def _answer(line: Connection) -> None:
-    with line:
+def _answer_requests(connection: Connection) -> None:
+    with connection:
         while True:
             try:
-                question = line.recv()
+                request = connection.recv()
             except EOFError:
                 return
             try:
-                line.send(container.encode_streams(*question))
+                connection.send(container.encode_streams(*request))
             except ValueError as error:
-                line.send(error)
+                connection.send(error)

@@ -1,4 +1,4 @@
-"""Float32 arrays in memory that several processes see."""
+"""Float32 arrays in a memory mapping that several processes share."""
 
 import math
 import mmap
@@ -7,10 +7,12 @@ from collections.abc import Mapping
 import numpy as np
 
 
-def arrays(memory: mmap.mmap, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-    """Arrays of these shapes, one after another."""
-    left, made = np.frombuffer(memory, np.float32), {}
+def array_views(memory: mmap.mmap, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """Views of `memory` as float32 arrays of these shapes, one after another, in their order."""
+    rest = np.frombuffer(memory, np.float32)
+    views = {}
     for name, shape in shapes.items():
         size = math.prod(shape)
-        made[name], left = left[:size].reshape(shape), left[size:]
-    return made
+        views[name] = rest[:size].reshape(shape)
+        rest = rest[size:]
+    return views

@@ -1,8 +1,11 @@
-"""The two ways to quantise a model's matrices: #1493's clip widths, and steps at one level of cost for a whole budget.
+"""Two methods to quantise a model's matrices: equal cost of every error, or #1493's clip widths.
 
-A quantiser knows the weights, Hessians and importances; one number, its scale, decides how coarse everything is, and so the bytes. It
-says which tensors are to be quantised together, which does not depend on the number of threads: each batch is one thread's
-(common/concurrency.py).
+A quantiser is built from weights, Hessians and importances. One number, its coarseness, then
+decides how coarse all matrices are, and so how many bytes they take (fit_budget.py). A quantiser
+names batches of matrices that are processed together, one batch a thread (common/concurrency.py).
+Batches do not depend on the number of threads, so results do not.
+
+Shapes: R rows, C columns, D entries of a histogram.
 """
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -13,65 +16,316 @@ import torch
 from torch import Tensor
 
 from stages.calibrate.hessians import hessian_name, importance_name
-from stages.common.concurrency import in_threads, usable_cores
-from stages.common.progress import Report
+from stages.common.concurrency import thread_map, usable_cores
+from stages.common.progress import Logger
 from stages.pack.file.container import GROUP_COLUMNS, Form
-from stages.pack.file.tensors import Corrected, Quantised, decoded
+from stages.pack.file.tensors import Corrected, RowQuantised, dequantised
 from stages.pack.params import PackParams
 from stages.pack.quantise import gptq, tensor_kinds, trellis_quantiser
-from stages.pack.quantise.fit_budget import Scales
-from stages.pack.quantise.gptq import Feedback
-from stages.pack.quantise.trellis_quantiser import Lattice
+from stages.pack.quantise.fit_budget import CoarsenessRange
+from stages.pack.quantise.gptq import GPTQFactors
+from stages.pack.quantise.trellis_quantiser import ColumnFeedback, ScaledMatrix, TrellisLevels
 
-# Of a matrix's rows: their importances are taken to lie within this factor of the mean. Rows that calibration hardly saw, as those of
-# rare tokens, are not known to matter that little.
+# A row's importance is clipped to within this factor of the matrix's mean. Rows that calibration
+# hardly saw, such as those of rare tokens, may matter more than was measured.
 IMPORTANCE_RANGE = 64.0
-# Rates and steps of an estimate: distortion over the squared distance of a state's levels, and what coding takes above the bound, with
-# exponents. At record size the first attempt should come within a hundredth of the budget, so that the second is the last.
-NOISE, OVERHEAD_BITS = {1: 0.088, 2: 0.067}, {1: 0.33, 2: 0.145}
-FEWEST_BITS = 0.02  # that a value costs however coarse its step
-MOST_BITS = 12.0  # of a value on average: finer steps would say nothing more, and a small model may leave some of a budget unused
-MOST_STEPS = 8192.0  # from zero to the largest weight of a column
-DEVIATIONS_PER_OCTAVE = 8
 
-WIDEST = 8.0  # factor on the clip widths, beyond which hardly anything but zeros is left
-COARSEST = 2.0**60
-BATCH_WEIGHTS = 1 << 21  # that a thread of a CPU works on together, so that there is work for all of them
+# The rate model of `predicted_bits`, by stride of the trellis (1: uniform grid). It should be so
+# good at record size that the first attempt is within a hundredth of the budget, and the second
+# attempt is the last.
+DISTORTION = {1: 0.088, 2: 0.067}  # mean squared error over the squared distance of a state's levels
+OVERHEAD_BITS = {1: 0.33, 2: 0.145}  # bits a value above the rate-distortion bound, with exponents
+MIN_BITS = 0.02  # bits a value at any coarseness
+LOG2_COARSENESS_LIMIT = 60.0
+
+# Mean bits a value at the finest coarseness. A small model may leave some of the budget unused.
+MAX_BITS = 12.0
+MAX_STEPS = 8192.0  # from zero to a column's largest weight; beyond, its step is made coarser
+DEVIATIONS_PER_OCTAVE = 8  # resolution of the histogram of deviations
+
+MAX_CLIP_FACTOR = 8.0  # on the clip widths of SDClip; beyond, hardly anything but zeros is left
+BATCH_WEIGHTS = 1 << 21  # largest batch on a CPU, in weights, so that all threads have work
+TINY = 1e-30  # floor of arguments of a logarithm
 
 
-class Result(NamedTuple):
-    """A quantised matrix, and what rate and distortion are measured by."""
+class QuantisedMatrix(NamedTuple):
+    """A quantised matrix, and the arrays by which rate and distortion are measured."""
 
-    coded: Quantised | Lattice | Corrected
+    coded: RowQuantised | TrellisLevels | Corrected
     form: Form
-    entered_RC: np.ndarray  # float32: the values after feedback that entered the quantiser, in its units
-    rounded_RC: np.ndarray  # float32: what it made of them
-    scale_C: np.ndarray  # float32: both times this are weights, up to a factor for each row
+    pre_quantised_RC: np.ndarray  # float32: weights after feedback, in the quantiser's units
+    quantised_RC: np.ndarray  # float32: the values they were rounded to, in the same units
+    column_factor_C: np.ndarray  # float32: both arrays times this are weights, up to a factor for each row
 
 
 class Quantiser(Protocol):
-    """A way to quantise."""
+    """Protocol of a method."""
 
-    on_cpu: ClassVar[
-        bool
-    ]  # whether it is the search of trellis_quantiser.py: no work for a GPU, and the bytes shall not depend on one
-    known: Mapping[str, Feedback]  # GPTQ's of each matrix
-    batches: Sequence[Sequence[str]]  # names of the matrices, those together that are quantised together
+    on_cpu: ClassVar[bool]  # runs on the CPU even if there is a GPU, so that bytes do not depend on one
+    gptq_factors: Mapping[str, GPTQFactors]  # by name of the matrix
+    batches: Sequence[Sequence[str]]  # names of the matrices that `quantise` takes together
 
     def __init__(
-        self, state: Mapping[str, Tensor], hessians: Mapping[str, Tensor], params: PackParams, report: Report
+        self, state: Mapping[str, Tensor], hessians: Mapping[str, Tensor], params: PackParams, logger: Logger
     ) -> None: ...
 
-    def quantise(self, names: Sequence[str], scale: float) -> list[Result]:
-        """The matrices of one batch, at a scale."""
+    def quantise(self, names: Sequence[str], coarseness: float) -> list[QuantisedMatrix]:
+        """Quantise the matrices of one batch."""
 
-    def scales(self, bits: float) -> Scales:
-        """The range of its scale, and where to begin when all matrices together may take so many bits."""
+    def coarseness_range(self, bits: float) -> CoarsenessRange:
+        """Range of the coarseness; its first value is predicted to make `bits` bits of all matrices."""
+
+
+class SDClipQuantiser:
+    """GPTQ on uniform grids with a fixed number of bits (#1394, #1493).
+
+    A row's step is proportional to its deviation. The coarseness multiplies all clip widths. It is
+    never below 1: finer steps would clip values that the parameters say are not to be clipped.
+    """
+
+    on_cpu: ClassVar = False
+
+    def __init__(
+        self, state: Mapping[str, Tensor], hessians: Mapping[str, Tensor], params: PackParams, logger: Logger
+    ) -> None:
+        self.state = state
+        self.params = params
+        by_matrix = {
+            name: hessian_of(name, tensor, hessians).to(tensor.device) for name, tensor in state.items()
+        }
+        self.gptq_factors: Mapping[str, GPTQFactors] = _factorise(by_matrix, params.damping, True, logger)
+        self.batches: Sequence[Sequence[str]] = _batches(
+            list(state), lambda name: (tensor_kinds.kind_of(name), state[name].shape), state
+        )
+        self.extra_bits = _extra_bits(state, by_matrix, params)
+
+    def quantise(self, names: Sequence[str], coarseness: float) -> list[QuantisedMatrix]:
+        """Quantise matrices of one kind and shape with the grid of their kind."""
+        grid = tensor_kinds.uniform_grid(tensor_kinds.kind_of(names[0]), self.params, coarseness)
+
+        # Stack the batch.
+        weights_BRC = torch.stack([self.state[name].detach() for name in names])
+        steps_BR = torch.stack(
+            [
+                gptq.row_steps(weight_RC, grid.clip, grid.qmax, name)
+                for weight_RC, name in zip(weights_BRC, names, strict=True)
+            ]
+        )
+        extra_bits_BC = torch.stack([self.extra_bits[name] for name in names])
+        factors = [self.gptq_factors[name] for name in names]
+        integers_BRC, pre_quantised_BRC = gptq.quantise(
+            weights_BRC, factors, steps_BR, extra_bits_BC, grid.qmax, self.params.block_columns
+        )
+
+        # One result for each matrix, on the CPU.
+        results = []
+        for parts in zip(integers_BRC, steps_BR, extra_bits_BC, pre_quantised_BRC, strict=True):
+            integers_RC, steps_R, extra_bits_C, pre_quantised_RC = (part.cpu().numpy() for part in parts)
+            coded = RowQuantised(integers_RC, steps_R, extra_bits_C)
+            form = Form("groups" if extra_bits_C.any() else "rows", grid.bits)
+            column_factor_C = np.ones(len(extra_bits_C), np.float32)
+            results.append(
+                QuantisedMatrix(coded, form, pre_quantised_RC, dequantised(coded), column_factor_C)
+            )
+        return results
+
+    def coarseness_range(self, bits: float) -> CoarsenessRange:
+        """From the clip widths of the parameters, whatever the bits, to MAX_CLIP_FACTOR times these."""
+        return CoarsenessRange(1.0, 1.0, MAX_CLIP_FACTOR)
+
+
+def _extra_bits(
+    state: Mapping[str, Tensor], hessians: Mapping[str, Tensor], params: PackParams
+) -> dict[str, Tensor]:
+    """AWQ-lite (#1908): extra bits of each column beyond its grid's, (C,) uint8, by name of the matrix.
+
+    The `awq_groups` groups of columns with the largest sum of rms(input) * mean |weight|, in the
+    whole model, get values of 8 bits. #1908 stores a second step for each of their rows. Here it is
+    the first step divided by a power of two, which needs no storage.
+    """
+    extra_bits = {}
+    ranking: list[tuple[float, str, int]] = []  # -salience, name, index of the group
+    for name, tensor in state.items():
+        extra_bits[name] = torch.zeros(tensor.shape[1], dtype=torch.uint8, device=tensor.device)
+        if params.awq_groups and _grid_bits(name, params) < 8:
+            rms_C = hessians[name].diagonal().double().sqrt()
+            salience_C = rms_C * tensor.detach().abs().double().mean(0)
+            for index, group in enumerate(salience_C.split(GROUP_COLUMNS)):
+                ranking.append((-float(group.sum()), name, index))
+
+    for _, name, index in sorted(ranking)[: params.awq_groups]:
+        group_columns = slice(index * GROUP_COLUMNS, (index + 1) * GROUP_COLUMNS)
+        extra_bits[name][group_columns] = 8 - _grid_bits(name, params)
+    return extra_bits
+
+
+def _grid_bits(name: str, params: PackParams) -> int:
+    return tensor_kinds.uniform_grid(tensor_kinds.kind_of(name), params, 1.0).bits
+
+
+class PreparedMatrix(NamedTuple):
+    """A matrix as RateDistortionQuantiser needs it at every coarseness."""
+
+    scaled: ScaledMatrix
+    max_scaled_C: np.ndarray  # float32: largest magnitudes of the scaled weights
+    unit_step: float  # the matrix's step at coarseness 1
+
+
+class DeviationHistogram(NamedTuple):
+    """Number of weights by standard deviation, in units of their steps at coarseness 1."""
+
+    log2_deviation_D: np.ndarray  # float64
+    count_D: np.ndarray  # int64
+
+
+class RateDistortionQuantiser:
+    """Trellis-coded quantisation: every weight's error is equally expensive (trellis_quantiser.py).
+
+    The coarseness is the step of a weight whose error costs one.
+    """
+
+    on_cpu: ClassVar = True
+
+    def __init__(
+        self, state: Mapping[str, Tensor], hessians: Mapping[str, Tensor], params: PackParams, logger: Logger
+    ) -> None:
+        self.params = params
+        by_matrix = {name: hessian_of(name, tensor, hessians) for name, tensor in state.items()}
+        self.gptq_factors: Mapping[str, GPTQFactors] = _factorise(by_matrix, params.damping, False, logger)
+        self.batches: Sequence[Sequence[str]] = [[name] for name in state]
+
+        # Feedback in units of steps, once for all matrices with the same input.
+        by_input = {hessian_name(name): name for name in state}
+        feedback = thread_map(
+            lambda name: _column_feedback(self.gptq_factors[name]),
+            list(by_input.values()),
+            lambda name: by_matrix[name].numel(),
+            usable_cores(),
+        )
+        feedback_by_input = dict(zip(by_input, feedback, strict=True))
+
+        def prepare(name: str) -> PreparedMatrix:
+            importance_R = importance_of(name, state[name], hessians, params.row_weight)
+            columns = feedback_by_input[hessian_name(name)]
+            return _prepare(name, state[name], importance_R, self.gptq_factors[name], columns)
+
+        prepared = thread_map(prepare, list(state), lambda name: state[name].numel(), usable_cores())
+        self.matrices = dict(zip(state, prepared, strict=True))
+
+    def quantise(self, names: Sequence[str], coarseness: float) -> list[QuantisedMatrix]:
+        """Search the levels of each matrix."""
+        return [self._quantise(self.matrices[name], coarseness) for name in names]
+
+    def coarseness_range(self, bits: float) -> CoarsenessRange:
+        """From MAX_BITS bits a value on, beginning where `bits` bits in all are predicted."""
+        histogram = _deviation_histogram(list(self.matrices.values()))
+        finest = self._coarseness_for(MAX_BITS * histogram.count_D.sum(), histogram)
+        first = max(finest, self._coarseness_for(bits, histogram))
+        return CoarsenessRange(first, finest, 2.0**LOG2_COARSENESS_LIMIT)
+
+    def _quantise(self, matrix: PreparedMatrix, coarseness: float) -> QuantisedMatrix:
+        scaled = matrix.scaled
+        step = matrix.unit_step * coarseness
+
+        # Coarser steps for columns whose levels would not fit 16 bits; no column needs a step that
+        # fine.
+        too_fine_C = np.maximum(1.0, matrix.max_scaled_C / (step * MAX_STEPS))
+        eighths_C = np.ceil(trellis_quantiser.EXPONENTS_PER_OCTAVE * np.log2(too_fine_C))
+        if eighths_C.any():
+            scaled = trellis_quantiser.coarsened(scaled, eighths_C)
+
+        states = self.params.states
+        found = trellis_quantiser.quantise_matrix(scaled, step, states, self.params.rate_weight)
+        return QuantisedMatrix(
+            coded=found.matrix,
+            form=Form("lattice", states),
+            pre_quantised_RC=found.pre_quantised_RC,
+            quantised_RC=found.matrix.levels_RC.astype(np.float32),
+            column_factor_C=trellis_quantiser.exponents_to_factors(scaled.columns.exponents_C),
+        )
+
+    def _coarseness_for(self, bits: float, histogram: DeviationHistogram) -> float:
+        """The coarseness at which all weights together are predicted to take `bits` bits, by bisection."""
+        low = -LOG2_COARSENESS_LIMIT
+        high = LOG2_COARSENESS_LIMIT
+        while high - low > 1e-3:
+            middle = (low + high) / 2
+            predicted_D = predicted_bits(histogram.log2_deviation_D - middle, self.params.states)
+            if (predicted_D * histogram.count_D).sum() > bits:
+                low = middle
+            else:
+                high = middle
+        return float(2.0**high)
+
+
+def predicted_bits(log2_deviation_D: np.ndarray, states: int) -> np.ndarray:
+    """Predict the bits a value (D,) of normal values, from log2 of their deviation in units of their step.
+
+    With r the ratio of variance to distortion: log2(1 + r) / 2, which is near the rate-distortion
+    bound, and an overhead, which vanishes with r.
+    """
+    stride = min(2, states)
+    ratio_D = 2.0 ** (2 * log2_deviation_D) / (DISTORTION[stride] * stride**2)
+    return np.maximum(MIN_BITS, np.log2(1 + ratio_D) / 2 + OVERHEAD_BITS[stride] * np.minimum(1, ratio_D))
+
+
+def _column_feedback(factors: GPTQFactors) -> ColumnFeedback:
+    """Feedback in units of steps that are proportional to U's diagonal."""
+    relative_C = factors.upper_CC.diagonal().double().numpy() / _mean_diagonal(factors)
+    exponents_C = trellis_quantiser.factors_to_exponents(relative_C)
+    return trellis_quantiser.column_feedback(factors.upper_CC.numpy(), exponents_C)
+
+
+def _mean_diagonal(factors: GPTQFactors) -> float:
+    """Geometric mean of U's diagonal."""
+    return float(np.exp(np.log(factors.upper_CC.diagonal().double().numpy()).mean()))
+
+
+def _prepare(
+    name: str, weight_RC: Tensor, importance_R: np.ndarray, factors: GPTQFactors, columns: ColumnFeedback
+) -> PreparedMatrix:
+    """Scale a matrix by the factors of its rows and columns.
+
+    A row's step is proportional to 1 / sqrt(importance).
+    """
+    if not bool(torch.isfinite(weight_RC).all()):
+        raise ValueError(f"{name}: its weights are not finite")
+    alive_RC = weight_RC.detach().float().cpu().masked_fill(factors.dead_C, 0.0).numpy()
+    mean_importance = float(importance_R.mean())
+    row_exponents_R = trellis_quantiser.factors_to_exponents(np.sqrt(mean_importance / importance_R))
+    scaled = trellis_quantiser.scale_matrix(alive_RC, importance_R, row_exponents_R, columns)
+    max_scaled_C = np.abs(scaled.scaled_RC).max(0, initial=0.0)
+    return PreparedMatrix(scaled, max_scaled_C, _mean_diagonal(factors) / mean_importance**0.5)
+
+
+def _deviation_histogram(matrices: Sequence[PreparedMatrix]) -> DeviationHistogram:
+    """Count the weights of all matrices by their deviation, modelled as a product of row and column."""
+
+    def count(matrix: PreparedMatrix) -> tuple[int, np.ndarray]:
+        """Lowest deviation, in eighths of octaves, and the counts from there on."""
+        variance_R, variance_C = trellis_quantiser.row_column_variances(matrix.scaled.scaled_RC)
+        log2_R1 = (np.log2(np.maximum(variance_R, TINY)) / 2)[:, None]
+        log2_C = np.log2(np.maximum(variance_C, TINY)) / 2
+        octaves_RC = log2_R1 + log2_C - np.log2(matrix.unit_step)
+        eighths_RC = np.rint(DEVIATIONS_PER_OCTAVE * octaves_RC).astype(np.int64)
+        lowest = int(eighths_RC.min(initial=0))
+        return lowest, np.bincount((eighths_RC - lowest).ravel())
+
+    counted = thread_map(count, matrices, lambda matrix: matrix.scaled.scaled_RC.size, usable_cores())
+    totals: dict[int, int] = {}
+    for lowest, counts in counted:
+        for eighths, number in enumerate(counts.tolist(), lowest):
+            totals[eighths] = totals.get(eighths, 0) + number
+    eighths_D = sorted(totals)
+    return DeviationHistogram(
+        np.array(eighths_D) / DEVIATIONS_PER_OCTAVE, np.array([totals[eighths] for eighths in eighths_D])
+    )
 
 
 def hessian_of(name: str, weight: Tensor, hessians: Mapping[str, Tensor]) -> Tensor:
-    """The Hessian of a matrix; a ValueError names it when there is none of its size."""
-    source, columns = hessian_name(name), weight.shape[1]
+    """Look up the Hessian (C, C) of a matrix (R, C); a ValueError names it when there is none of its size."""
+    source = hessian_name(name)
+    columns = weight.shape[1]
     if source not in hessians:
         raise ValueError(
             f"{name}: its Hessian {source} is not among the {len(hessians)} given; run `dvc repro calibrate`"
@@ -79,213 +333,29 @@ def hessian_of(name: str, weight: Tensor, hessians: Mapping[str, Tensor]) -> Ten
     if hessians[source].shape != (columns, columns):
         shape = tuple(hessians[source].shape)
         raise ValueError(
-            f"{name}: its Hessian has shape {shape}, expected ({columns}, {columns}); run `dvc repro calibrate`"
+            f"{name}: its Hessian has shape {shape}, expected ({columns}, {columns});"
+            " run `dvc repro calibrate`"
         )
     return hessians[source]
 
 
-class SDClip:
-    """Steps proportional to a row's standard deviation, a fixed number of bits (#1394, #1493).
+def importance_of(
+    name: str, weight_RC: Tensor, hessians: Mapping[str, Tensor], row_weight: float
+) -> np.ndarray:
+    """Importance g of each row to the power `row_weight`, (R,) float64.
 
-    The scale multiplies all clip widths. It is never below 1: finer steps would clip what the parameters say shall not be clipped.
+    g is the squared gradient of the loss in the row's weights, divided by the trace of the inputs'
+    Hessian.
     """
-
-    on_cpu: ClassVar = False
-
-    def __init__(
-        self, state: Mapping[str, Tensor], hessians: Mapping[str, Tensor], params: PackParams, report: Report
-    ) -> None:
-        self.state, self.params = state, params
-        found = {name: hessian_of(name, tensor, hessians).to(tensor.device) for name, tensor in state.items()}
-        self.known: Mapping[str, Feedback] = _feedback(found, params.damping, True, report)
-        self.batches: Sequence[Sequence[str]] = _batches(
-            list(state), lambda name: (tensor_kinds.kind_of(name), state[name].shape), state
-        )
-        self.finer = _finer_columns(state, found, params)
-
-    def quantise(self, names: Sequence[str], scale: float) -> list[Result]:
-        """GPTQ with the grid of the tensors' role."""
-        grid = tensor_kinds.grid(tensor_kinds.kind_of(names[0]), self.params, scale)
-        weights = torch.stack([self.state[name].detach() for name in names])
-        steps = torch.stack(
-            [
-                gptq.row_steps(weight, grid.clip, grid.qmax, name)
-                for weight, name in zip(weights, names, strict=True)
-            ]
-        )
-        finer = torch.stack([self.finer[name] for name in names])
-        known = [self.known[name] for name in names]
-        values, entered = gptq.quantise(weights, known, steps, finer, grid.qmax, self.params.block_columns)
-        return [self._result(grid, *of) for of in zip(values, steps, finer, entered, strict=True)]
-
-    def scales(self, bits: float) -> Scales:
-        """From the clip widths of the parameters on."""
-        return Scales(1.0, 1.0, WIDEST)
-
-    def _result(self, grid: tensor_kinds.Grid, *of: Tensor) -> Result:
-        values_RC, steps_R, finer_C, entered_RC = (tensor.cpu().numpy() for tensor in of)
-        coded = Quantised(values_RC, steps_R, finer_C)
-        form = Form("groups" if finer_C.any() else "rows", grid.bits)
-        return Result(coded, form, entered_RC, decoded(coded), np.ones(len(finer_C), np.float32))
-
-
-def _finer_columns(
-    state: Mapping[str, Tensor], hessians: Mapping[str, Tensor], params: PackParams
-) -> dict[str, Tensor]:
-    """AWQ-lite (#1908): by what power of two the steps of each matrix's columns are finer, (C,) uint8.
-
-    The `awq_groups` groups of columns with the largest sum of rms(input) * mean |weight| get values of 8 bits, in the whole model. #1908
-    keeps a second step for each of their rows; a power of two of the first says the same for nothing.
-    """
-    finer = {
-        name: torch.zeros(tensor.shape[1], dtype=torch.uint8, device=tensor.device)
-        for name, tensor in state.items()
-    }
-    found: list[tuple[float, str, int]] = []
-    for name, tensor in state.items():
-        if tensor_kinds.grid(tensor_kinds.kind_of(name), params, 1.0).bits < 8 and params.awq_groups:
-            salience_C = hessians[name].diagonal().double().sqrt() * tensor.detach().abs().double().mean(0)
-            found += [
-                (-float(group.sum()), name, index)
-                for index, group in enumerate(salience_C.split(GROUP_COLUMNS))
-            ]
-    for _, name, index in sorted(found)[: params.awq_groups]:
-        bits = tensor_kinds.grid(tensor_kinds.kind_of(name), params, 1.0).bits
-        finer[name][index * GROUP_COLUMNS : (index + 1) * GROUP_COLUMNS] = 8 - bits
-    return finer
-
-
-class _Inputs(NamedTuple):
-    """What is known of a Hessian."""
-
-    dead_C: Tensor
-    columns: trellis_quantiser.Columns
-    centre: float  # geometric mean of U's diagonal
-
-
-class _Matrix(NamedTuple):
-    """What of a matrix does not change with the scale."""
-
-    axes: trellis_quantiser.Axes
-    largest_C: np.ndarray  # magnitudes of the scaled weights
-    unit: float  # the matrix's step at scale 1
-
-
-class AtRate:
-    """Steps that make every weight's error cost the same (trellis_quantiser.py); the scale is the step of a weight whose error costs
-    one."""
-
-    on_cpu: ClassVar = True
-
-    def __init__(
-        self, state: Mapping[str, Tensor], hessians: Mapping[str, Tensor], params: PackParams, report: Report
-    ) -> None:
-        self.params = params
-        found = {name: hessian_of(name, tensor, hessians) for name, tensor in state.items()}
-        self.known: Mapping[str, Feedback] = _feedback(found, params.damping, False, report)
-        self.batches: Sequence[Sequence[str]] = [[name] for name in state]
-        alike = {hessian_name(name): name for name in state}  # matrices with one input share it
-        made = in_threads(
-            lambda name: _inputs(self.known[name]),
-            list(alike.values()),
-            lambda name: found[name].numel(),
-            usable_cores(),
-        )
-        inputs = dict(zip(alike, made, strict=True))
-
-        def matrix(name: str) -> _Matrix:
-            return self._matrix(name, state[name], hessians, inputs[hessian_name(name)])
-
-        matrices = in_threads(matrix, list(state), lambda name: state[name].numel(), usable_cores())
-        self.matrices = dict(zip(state, matrices, strict=True))
-
-    def quantise(self, names: Sequence[str], scale: float) -> list[Result]:
-        """Levels on the trellis."""
-        return [self._quantise(name, scale) for name in names]
-
-    def scales(self, bits: float) -> Scales:
-        """Beginning where normal values of these deviations would take so many bits."""
-        octaves, counts = _deviations(list(self.matrices.values()))
-        finest = self._scale_for(MOST_BITS * counts.sum(), octaves, counts)
-        return Scales(max(finest, self._scale_for(bits, octaves, counts)), finest, COARSEST)
-
-    def _quantise(self, name: str, scale: float) -> Result:
-        axes, largest_C, unit = self.matrices[name]
-        # Beyond so many steps a column's values would not fit their 16 bits, and no column needs a step that fine.
-        eighths_C = np.ceil(
-            trellis_quantiser.PER_OCTAVE * np.log2(np.maximum(1.0, largest_C / (unit * scale * MOST_STEPS)))
-        )
-        if eighths_C.any():
-            axes = trellis_quantiser.widened(axes, eighths_C)
-        states = self.params.states
-        chosen = trellis_quantiser.choose(axes, unit * scale, states, self.params.rate_weight)
-        levels_RC = chosen.lattice.levels_RC.astype(np.float32)
-        return Result(
-            chosen.lattice,
-            Form("lattice", states),
-            chosen.entered_RC,
-            levels_RC,
-            trellis_quantiser.scales(axes.columns.exponents_C),
-        )
-
-    def _scale_for(self, bits_total: float, octaves: np.ndarray, counts: np.ndarray) -> float:
-        """The scale at which normal values of these deviations would take so many bits."""
-        stride = min(2, self.params.states)
-        low, high = -60.0, 60.0  # log2 of the scale
-        while high - low > 1e-3:
-            middle = (low + high) / 2
-            ratio = 2.0 ** (2 * (octaves - middle)) / (NOISE[stride] * stride**2)
-            bits = np.maximum(
-                FEWEST_BITS, np.log2(1 + ratio) / 2 + OVERHEAD_BITS[stride] * np.minimum(1, ratio)
-            )
-            low, high = (middle, high) if (bits * counts).sum() > bits_total else (low, middle)
-        return float(2.0**high)
-
-    def _matrix(self, name: str, weight: Tensor, hessians: Mapping[str, Tensor], inputs: _Inputs) -> _Matrix:
-        if not bool(torch.isfinite(weight).all()):
-            raise ValueError(f"{name}: its weights are not finite")
-        importance_R = importance_of(name, weight, hessians, self.params.row_weight)
-        mean = float(importance_R.mean())
-        alive = weight.detach().float().cpu().masked_fill(inputs.dead_C, 0.0).numpy()
-        axes = trellis_quantiser.axes_of(
-            alive, importance_R, trellis_quantiser.exponents(np.sqrt(mean / importance_R)), inputs.columns
-        )
-        return _Matrix(axes, np.abs(axes.scaled_RC).max(0, initial=0.0), inputs.centre / mean**0.5)
-
-
-def _deviations(matrices: Sequence[_Matrix]) -> tuple[np.ndarray, np.ndarray]:
-    """How many weights have which deviation, as log2 in units of their steps at scale 1."""
-
-    def counted(of: _Matrix) -> tuple[int, np.ndarray]:
-        of_R, of_C = (
-            np.log2(np.maximum(squares, 1e-30)) / 2
-            for squares in trellis_quantiser.variances(of.axes.scaled_RC)
-        )
-        eighths_RC = np.rint(DEVIATIONS_PER_OCTAVE * (of_R[:, None] + of_C - np.log2(of.unit))).astype(
-            np.int64
-        )
-        least = int(eighths_RC.min(initial=0))
-        return least, np.bincount((eighths_RC - least).ravel())
-
-    found: dict[int, int] = {}
-    for least, counts in in_threads(counted, matrices, lambda of: of.axes.scaled_RC.size, usable_cores()):
-        for value, count in enumerate(counts.tolist(), least):
-            found[value] = found.get(value, 0) + count
-    return np.array(sorted(found)) / DEVIATIONS_PER_OCTAVE, np.array(
-        [found[value] for value in sorted(found)]
-    )
-
-
-def importance_of(name: str, weight: Tensor, hessians: Mapping[str, Tensor], row_weight: float) -> np.ndarray:
-    """g of each row to the power `row_weight`: the squared gradient of the loss in its weights over what the inputs contribute to it."""
-    source, hessian = importance_name(name), hessian_of(name, weight, hessians)
-    if source not in hessians or hessians[source].shape != weight.shape[:1]:
+    source = importance_name(name)
+    hessian_CC = hessian_of(name, weight_RC, hessians)
+    if source not in hessians or hessians[source].shape != weight_RC.shape[:1]:
         raise ValueError(
-            f"{name}: the importance of its rows, {source}, is not among what calibration gave; run `dvc repro calibrate`"
+            f"{name}: the importance of its rows, {source}, is not in the calibration's output;"
+            " run `dvc repro calibrate`"
         )
-    squares_R = hessians[source].double().cpu().numpy() / max(
-        float(hessian.diagonal().double().sum()), 1e-300
-    )
+    trace = max(float(hessian_CC.diagonal().double().sum()), trellis_quantiser.TINY)
+    squares_R = hessians[source].double().cpu().numpy() / trace
     mean = float(squares_R.mean())
     if not (np.isfinite(mean) and mean > 0):
         raise ValueError(
@@ -294,63 +364,53 @@ def importance_of(name: str, weight: Tensor, hessians: Mapping[str, Tensor], row
     return mean * np.clip(squares_R / mean, 1 / IMPORTANCE_RANGE, IMPORTANCE_RANGE) ** row_weight
 
 
-def _inputs(known: Feedback) -> _Inputs:
-    diagonal_C = known.upper_CC.diagonal().double().numpy()
-    centre = float(np.exp(np.log(diagonal_C).mean()))
-    return _Inputs(
-        known.dead_C,
-        trellis_quantiser.columns_of(
-            known.upper_CC.numpy(), trellis_quantiser.exponents(diagonal_C / centre)
-        ),
-        centre,
-    )
+def _factorise(
+    hessians: Mapping[str, Tensor], damping: float, act_order: bool, logger: Logger
+) -> dict[str, GPTQFactors]:
+    """GPTQ's factors by name of the matrix. Matrices with the same input share them."""
+    by_input = {hessian_name(name): hessian for name, hessian in sorted(hessians.items())}
+    batches = _batches(list(by_input), lambda source: by_input[source].shape, by_input)
+    with logger.progress("Hessians", len(by_input)) as progress:
 
-
-def _feedback(
-    found: Mapping[str, Tensor], damping: float, act_order: bool, report: Report
-) -> dict[str, Feedback]:
-    """GPTQ's knowledge of each matrix's Hessian: matrices with one input share it."""
-    by_source = {hessian_name(name): hessian for name, hessian in sorted(found.items())}
-    batches = _batches(list(by_source), lambda source: by_source[source].shape, by_source)
-    with report.progress("Hessians", len(by_source)) as progress:
-
-        def together(sources: Sequence[str]) -> list[Feedback]:
-            made = gptq.feedback(
-                torch.stack([by_source[source] for source in sources]), damping, sources, act_order
-            )
+        def factorise_batch(sources: Sequence[str]) -> list[GPTQFactors]:
+            stacked = torch.stack([by_input[source] for source in sources])
+            factors = gptq.factorise(stacked, damping, sources, act_order)
             progress.advance(len(sources), sources[0])
-            return made
+            return factors
 
         def work(sources: Sequence[str]) -> int:
-            return len(sources) * len(by_source[sources[0]]) ** 3
+            return len(sources) * len(by_input[sources[0]]) ** 3
 
-        made = in_threads(together, batches, work, threads_for(found.values()))
-    known = {
-        source: of
-        for sources, batch in zip(batches, made, strict=True)
-        for source, of in zip(sources, batch, strict=True)
-    }
-    return {name: known[hessian_name(name)] for name in found}
+        factorised = thread_map(factorise_batch, batches, work, threads_for(hessians.values()))
+
+    factors_by_input: dict[str, GPTQFactors] = {}
+    for sources, factors in zip(batches, factorised, strict=True):
+        factors_by_input |= zip(sources, factors, strict=True)
+    return {name: factors_by_input[hessian_name(name)] for name in hessians}
 
 
 def _batches(
     names: Sequence[str], key: Callable[[str], Hashable], tensors: Mapping[str, Tensor]
 ) -> list[list[str]]:
-    """Names with one key together; on a CPU BATCH_WEIGHTS at most, or one."""
+    """Batch names with the same key.
+
+    On a CPU a batch has one tensor, or several of BATCH_WEIGHTS together at most.
+    """
     by_key: dict[Hashable, list[str]] = {}
     for name in names:
         by_key.setdefault(key(name), []).append(name)
+
     batches = []
-    for alike in by_key.values():
-        tensor = tensors[alike[0]]
-        most = max(1, BATCH_WEIGHTS // tensor.numel()) if tensor.device.type == "cpu" else len(alike)
-        batches += [alike[first : first + most] for first in range(0, len(alike), most)]
+    for group in by_key.values():
+        tensor = tensors[group[0]]
+        size = max(1, BATCH_WEIGHTS // tensor.numel()) if tensor.device.type == "cpu" else len(group)
+        batches += [group[first : first + size] for first in range(0, len(group), size)]
     return batches
 
 
 def threads_for(tensors: Iterable[Tensor]) -> int:
-    """All cores for work on the CPU, one for work on a GPU."""
+    """All cores for work on a CPU, one thread for work on a GPU."""
     return usable_cores() if all(tensor.device.type == "cpu" for tensor in tensors) else 1
 
 
-QUANTISERS: dict[str, type[Quantiser]] = {"rate": AtRate, "sdclip": SDClip}
+QUANTISERS: dict[str, type[Quantiser]] = {"rate": RateDistortionQuantiser, "sdclip": SDClipQuantiser}

@@ -1,6 +1,7 @@
-"""What becomes of each tensor: decided by its role, never by its size.
+"""Kinds of tensors, which decide how each is stored: by role in the model, never by size.
 
-Block matrices, the embedding and value tables are quantised; gains, scales, mixes and skips are kept in float16.
+Block matrices, the embedding and value tables are quantised. Gains, scales, mixes and skips are
+kept in float16.
 """
 
 from typing import Literal, NamedTuple
@@ -12,20 +13,20 @@ from stages.train.model import is_matrix, is_quantised
 Kind = Literal["attention", "mlp", "embedding", "rest"]
 
 
-class Grid(NamedTuple):
-    """The uniform grid of a quantised kind: integers within +-qmax, of which the largest stands for `clip` standard deviations."""
+class UniformGrid(NamedTuple):
+    """Integers within +-qmax, with the largest at `clip` standard deviations."""
 
     bits: int
     clip: float
 
     @property
     def qmax(self) -> int:
-        """The largest magnitude; symmetric, so that one code of the 2^bits is unused."""
+        """The largest integer. The grid is symmetric, so one code of the 2^bits is unused."""
         return largest_value(self.bits)
 
 
 def kind_of(name: str) -> Kind:
-    """The role of a tensor of the state dict.
+    """The kind of a tensor of the state dict, by its name; "rest" is not quantised.
 
     >>> kind_of("blocks.3.mlp.up.weight"), kind_of("embedding.weight"), kind_of("blocks.3.mix")
     ('mlp', 'embedding', 'rest')
@@ -37,10 +38,12 @@ def kind_of(name: str) -> Kind:
     return "attention" if ".attention." in name else "mlp"
 
 
-def grid(kind: Kind, params: PackParams, clip_factor: float) -> Grid:
-    """The grid of a quantised kind with every clip width multiplied by `clip_factor`; a clip for each class of matrices (#1586)."""
+def uniform_grid(kind: Kind, params: PackParams, coarseness: float) -> UniformGrid:
+    """The grid of a quantised kind. Its clip width is multiplied by `coarseness`.
+
+    Each kind has its own clip width (#1586).
+    """
     assert kind != "rest", "float16 tensors have no grid"
     clips = {"attention": params.attention_clip, "mlp": params.mlp_clip, "embedding": params.embedding_clip}
-    return Grid(
-        params.embedding_bits if kind == "embedding" else params.matrix_bits, clip_factor * clips[kind]
-    )
+    bits = params.embedding_bits if kind == "embedding" else params.matrix_bits
+    return UniformGrid(bits, coarseness * clips[kind])

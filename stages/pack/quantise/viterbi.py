@@ -1,212 +1,244 @@
-"""The search for the levels of a matrix, which are steps on a trellis with GPTQ's feedback: Viterbi's, along each row.
+"""Viterbi search for the levels of a matrix on a trellis, with GPTQ's feedback inside the search.
 
-Choosing level l_j for y_j moves y_k by -(y_j - l_j) V_jk for k > j. Of all paths into a state of the trellis the cheapest survives, and
-each survivor carries its own y of the columns ahead (per-survivor processing: Raheli et al. 1995). A block of columns is searched at a
-time; its last columns' decisions are taken back and searched again with the next block, since survivors have not yet merged there.
+Choosing level l_j for value y_j moves the later values y_k by -(y_j - l_j) V_jk, for k > j. Of all
+paths into a trellis state the cheapest survives, and every survivor has its own copy of the values
+ahead, as its own errors have moved them (per-survivor processing: Raheli et al. 1995).
 
-Shapes: R rows, C columns, S states, B columns of a block.
+Columns are searched a block at a time. Survivors have not merged yet at the end of a block, so the
+decisions of its last columns (`delay`) are dropped and searched again with the next block:
+
+    | committed | first ... block ... kept | ... delay ... last |
+                  committed after this block, searched again with the next
+
+Results do not depend on threads: rows are independent, and sums have a fixed order.
+
+Shapes: R rows, C columns, S states, B columns of a block, L tabulated magnitudes, K classes of
+deviation.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from stages.common.jit import inlined, inner, outer
+from stages.common.jit import jit_entry, jit_internal
 from stages.pack.trellis import Trellis
 
-BLOCK, DELAY_PER_BIT = (
-    128,
-    8,
-)  # columns searched at once, and how many of them are taken back for each bit of the trellis's state
-ROWS_AT_ONCE = 16  # whose feedback shares a pass over V
+BLOCK_COLUMNS = 128
+DELAY_PER_BIT = 8  # columns of a block that are searched again, for each bit of the trellis state
+ROWS_AT_ONCE = 16  # rows whose feedback shares a pass over V, so that V is read from memory less often
+
+# np.int64(0) instead of 0: numba gives a literal a type of its own, and would compile what it is
+# passed to twice.
+ZERO: Any = np.int64(0)
 
 
-class Task(NamedTuple):
-    """What all rows of a search share; compiled code takes it apart."""
+class SearchTask(NamedTuple):
+    """The inputs that all rows share."""
 
-    unit_CC: np.ndarray
-    cost_C: np.ndarray
-    column_class_C: np.ndarray
-    prices: np.ndarray  # bits times lambda, by class and magnitude
-    into_S2: np.ndarray
+    feedback_CC: np.ndarray  # float32: V, upper triangular with a unit diagonal
+    cost_C: np.ndarray  # float32: of a squared error of 1, without the row's factor
+    column_class_C: np.ndarray  # int64: plus the row's class, a row of `prices_KL`
+    prices_KL: (
+        np.ndarray
+    )  # float32: lambda times the bits of a magnitude, by class of deviation; L = 1: no prices
+    incoming_S2: np.ndarray  # int64: pack/trellis.py
     odd_S: np.ndarray  # float32: 1 where a state's levels are odd
     stride: int
-    delay: int
+    delay: int  # columns
 
 
-class Survivors(NamedTuple):
-    """Places for the survivors of one row and one block of columns; for values ahead there are two, which take turns."""
+class Buffers(NamedTuple):
+    """Working memory of one thread.
 
-    start_R: np.ndarray  # of the rows that are searched at once: the state in which the next block begins
-    parents_BS: np.ndarray
-    levels_BS: np.ndarray
-    ahead_2SB: np.ndarray
-    costs_2S: np.ndarray
-    branch_levels_2S: np.ndarray
-    branch_errors_2S: np.ndarray
-    branch_totals_2S: np.ndarray
+    A leading dimension of 2 is for the current and the next column, or for the two branches.
+    """
 
-
-def task_of(
-    code: Trellis, unit_CC: np.ndarray, cost_C: np.ndarray, column_class_C: np.ndarray, prices: np.ndarray
-) -> Task:
-    """A search on a trellis."""
-    odd_S = (np.arange(code.states) % 2).astype(np.float32)
-    delay = min(BLOCK // 2, DELAY_PER_BIT * (code.states.bit_length() - 1))
-    return Task(unit_CC, cost_C, column_class_C, prices, code.into_S2, odd_S, code.stride, delay)
+    start_state_R: np.ndarray  # int64, R = ROWS_AT_ONCE: the state of each row at the start of the block
+    parents_BS: np.ndarray  # int64: the survivor's state one column before
+    levels_BS: np.ndarray  # int64: and the level that led here
+    values_2SB: np.ndarray  # float32: each survivor's values of the block
+    costs_2S: np.ndarray  # float32
+    branch_levels_2S: np.ndarray  # float32: by branch and state before it
+    branch_errors_2S: np.ndarray  # float32
+    branch_costs_2S: np.ndarray  # float32: cost of the path including this column
 
 
-def places(states: int) -> Survivors:
-    """Where a thread's search keeps its survivors."""
-    sizes = (ROWS_AT_ONCE,), (BLOCK, states), (BLOCK, states), (2, states, BLOCK), *[(2, states)] * 4
-    return Survivors(*(np.empty(size, np.int64 if i < 3 else np.float32) for i, size in enumerate(sizes)))
+def search_task(
+    trellis: Trellis,
+    feedback_CC: np.ndarray,
+    cost_C: np.ndarray,
+    column_class_C: np.ndarray,
+    prices_KL: np.ndarray,
+) -> SearchTask:
+    """The task of a search on this trellis."""
+    odd_S = (np.arange(trellis.states) % 2).astype(np.float32)
+    delay = min(BLOCK_COLUMNS // 2, DELAY_PER_BIT * (trellis.states.bit_length() - 1))
+    return SearchTask(
+        feedback_CC, cost_C, column_class_C, prices_KL, trellis.incoming_S2, odd_S, trellis.stride, delay
+    )
 
 
-@outer
+def allocate(states: int) -> Buffers:
+    """Buffers for one thread."""
+    return Buffers(
+        start_state_R=np.empty(ROWS_AT_ONCE, np.int64),
+        parents_BS=np.empty((BLOCK_COLUMNS, states), np.int64),
+        levels_BS=np.empty((BLOCK_COLUMNS, states), np.int64),
+        values_2SB=np.empty((2, states, BLOCK_COLUMNS), np.float32),
+        costs_2S=np.empty((2, states), np.float32),
+        branch_levels_2S=np.empty((2, states), np.float32),
+        branch_errors_2S=np.empty((2, states), np.float32),
+        branch_costs_2S=np.empty((2, states), np.float32),
+    )
+
+
+@jit_entry
 def search(
     y_RC: np.ndarray,
     cost_R: np.ndarray,
     row_class_R: np.ndarray,
-    task: Task,
-    of: Survivors,
+    task: SearchTask,
+    buffers: Buffers,
     levels_RC: np.ndarray,
 ) -> None:
-    """Fill `levels_RC`; `y_RC` ends as the values that entered the quantiser. Sums have a fixed order, so results do too."""
+    """Fill `levels_RC` (int16) for the float32 values `y_RC`, which become the values after feedback.
+
+    `cost_R` (float32) is the row's factor of an error's cost, `row_class_R` (int64) its class of
+    deviation.
+    """
     rows, columns = y_RC.shape
-    unit_CC, delay = task.unit_CC, task.delay
     for first_row in range(0, rows, ROWS_AT_ONCE):
         last_row = min(first_row + ROWS_AT_ONCE, rows)
-        of.start_R[:] = 0
-        first = np.int64(0)  # 0 would have all that is called with it compiled twice
+        buffers.start_state_R[:] = 0
+        first = ZERO
         while first < columns:
-            last = min(first + BLOCK, columns)
-            kept = last if last == columns else last - delay
+            last = min(first + BLOCK_COLUMNS, columns)
+            kept = last if last == columns else last - task.delay
+
+            # Search the block, and commit the levels up to `kept`.
             for row in range(first_row, last_row):
-                start = of.start_R[row - first_row]
-                best = _survive(y_RC[row], cost_R[row], row_class_R[row], start, first, last, task, of)
-                of.start_R[row - first_row] = _trace(
-                    best, first, last, kept, of.parents_BS, of.levels_BS, levels_RC[row]
+                start_state = buffers.start_state_R[row - first_row]
+                final_state = _forward(
+                    y_RC[row], cost_R[row], row_class_R[row], start_state, first, last, task, buffers
                 )
+                buffers.start_state_R[row - first_row] = _traceback(
+                    final_state, first, last, kept, buffers, levels_RC[row]
+                )
+
+            # Let the errors of the committed columns move all later ones.
             for column in range(first, kept):
-                moved_by = unit_CC[column, column + 1 :]
+                feedback_C = task.feedback_CC[column, column + 1 :]
                 for row in range(first_row, last_row):
-                    _move(
-                        y_RC[row, column + 1 :],
-                        y_RC[row, column] - np.float32(levels_RC[row, column]),
-                        moved_by,
-                    )
+                    error = y_RC[row, column] - np.float32(levels_RC[row, column])
+                    later_C = y_RC[row, column + 1 :]
+                    for i in range(len(feedback_C)):
+                        later_C[i] -= error * feedback_C[i]
             first = kept
 
 
-@inlined
-def _move(ahead: np.ndarray, error: float, moved_by: np.ndarray) -> None:
-    """Let an error move the columns after it."""
-    for i in range(len(moved_by)):
-        ahead[i] -= error * moved_by[i]
-
-
-@inner
-def _trace(
-    best: int,
-    first: int,
-    last: int,
-    kept: int,
-    parents_BS: np.ndarray,
-    levels_BS: np.ndarray,
-    levels_C: np.ndarray,
+@jit_internal
+def _traceback(
+    final_state: int, first: int, last: int, kept: int, buffers: Buffers, levels_C: np.ndarray
 ) -> int:
-    """The levels of columns first..kept on the path that ends in state `best` at `last`, into `levels_C`; its state at `kept`."""
-    start = best
+    """Follow the path that ends in `final_state` at column `last` back to `first`.
+
+    Writes the levels of columns first..kept to `levels_C`; returns the path's state at `kept`.
+    """
+    state = final_state
+    kept_state = final_state
     for column in range(last - 1, first - 1, -1):
         if column == kept - 1:
-            start = best
+            kept_state = state
         if column < kept:
-            levels_C[column] = levels_BS[column - first, best]
-        best = parents_BS[column - first, best]
-    return start
+            levels_C[column] = buffers.levels_BS[column - first, state]
+        state = buffers.parents_BS[column - first, state]
+    return kept_state
 
 
-@inner
-def _survive(
+@jit_internal
+def _forward(
     y_C: np.ndarray,
     row_cost: float,
     row_class: int,
-    start: int,
+    start_state: int,
     first: int,
     last: int,
-    task: Task,
-    of: Survivors,
+    task: SearchTask,
+    buffers: Buffers,
 ) -> int:
-    """Search one row's columns first..last from state `start`; the cheapest path's last state. Parents and levels are left to trace it."""
-    unit_CC, cost_C, column_class_C, prices, into_S2, odd_S, stride, _ = task
-    _, parents_BS, levels_BS, ahead_2SB, costs_2S, levels_2S, errors_2S, totals_2S = of
-    costs, new_costs, now, new = costs_2S[0], costs_2S[1], ahead_2SB[0], ahead_2SB[1]
-    costs[:] = np.float32(np.inf)
-    costs[start] = 0.0
-    now[:] = 0.0  # survivors that are not yet there cost infinitely much, and must only be numbers
+    """Viterbi's forward pass over columns first..last of one row.
+
+    Returns the final state of the cheapest path. Fills parents and levels of the buffers, for
+    `_traceback`.
+    """
+    costs_S = buffers.costs_2S[0]
+    next_costs_S = buffers.costs_2S[1]
+    values_SB = buffers.values_2SB[0]
+    next_values_SB = buffers.values_2SB[1]
+
+    # Levels of one branch are 2 * stride apart: offset, offset + spacing, ... All is float32.
+    spacing = np.float32(2 * task.stride)
+    inverse = np.float32(0.5 / task.stride)
+    half = np.float32(0.5)
+    has_prices = task.prices_KL.shape[1] > 1
+    max_magnitude = np.float32(task.prices_KL.shape[1] - 1)
+
+    # One survivor, in the start state. The others cost infinitely much; their values only have to
+    # be numbers.
+    costs_S[:] = np.float32(np.inf)
+    costs_S[start_state] = 0.0
+    values_SB[:] = 0.0
     for column in range(first, last):
-        now[start, column - first] = y_C[column]
+        values_SB[start_state, column - first] = y_C[column]
+
     for column in range(first, last):
-        place = column - first
-        priced = prices[min(max(row_class + column_class_C[column], 0), len(prices) - 1)]
+        position = column - first
+        price_class = min(max(row_class + task.column_class_C[column], 0), len(task.prices_KL) - 1)
+        prices_L = task.prices_KL[price_class]
+        error_cost = row_cost * task.cost_C[column]
+
+        # Extend every survivor by both branches: its nearest level, the error, and the path's cost.
         for branch in range(2):
-            _branch(
-                now,
-                place,
-                odd_S,
-                stride,
-                branch,
-                costs,
-                row_cost * cost_C[column],
-                priced,
-                levels_2S[branch],
-                errors_2S[branch],
-                totals_2S[branch],
-            )
-        moved_by = unit_CC[column, column + 1 : last]
-        for state in range(len(costs)):
-            step, other = into_S2[state, 0], into_S2[state, 1]
-            if totals_2S[other & 1, other >> 1] < totals_2S[step & 1, step >> 1]:
+            levels_S = buffers.branch_levels_2S[branch]
+            errors_S = buffers.branch_errors_2S[branch]
+            path_costs_S = buffers.branch_costs_2S[branch]
+            branch_offset = np.float32(task.stride * branch)
+
+            for state in range(len(costs_S)):
+                value = values_SB[state, position]
+                offset = task.odd_S[state] + branch_offset
+                level = np.floor((value - offset) * inverse + half) * spacing + offset
+                error = value - level
+                levels_S[state] = level
+                errors_S[state] = error
+                path_costs_S[state] = costs_S[state] + error * error * error_cost
+
+            # Prices have a loop of their own, so that the loop above has no table look-ups.
+            if has_prices:
+                for state in range(len(costs_S)):
+                    magnitude = np.int32(min(abs(levels_S[state]), max_magnitude))
+                    path_costs_S[state] += prices_L[magnitude]
+
+        # Of the two transitions into each state the cheaper survives, and moves its own copy of the
+        # values ahead.
+        feedback_B = task.feedback_CC[column, column + 1 : last]
+        for state in range(len(costs_S)):
+            step = task.incoming_S2[state, 0]
+            other = task.incoming_S2[state, 1]
+            if buffers.branch_costs_2S[other & 1, other >> 1] < buffers.branch_costs_2S[step & 1, step >> 1]:
                 step = other
-            parent, branch = step >> 1, step & 1
-            new_costs[state] = totals_2S[branch, parent]
-            parents_BS[place, state], levels_BS[place, state] = parent, np.int64(levels_2S[branch, parent])
-            values, error, into = now[parent, place + 1 :], errors_2S[branch, parent], new[state, place + 1 :]
-            for i in range(len(moved_by)):
-                into[i] = values[i] - error * moved_by[i]
-        now, new = new, now
-        costs, new_costs = new_costs, costs
-    return int(np.argmin(costs))
+            parent = step >> 1
+            branch = step & 1
+            next_costs_S[state] = buffers.branch_costs_2S[branch, parent]
+            buffers.parents_BS[position, state] = parent
+            buffers.levels_BS[position, state] = np.int64(buffers.branch_levels_2S[branch, parent])
 
+            error = buffers.branch_errors_2S[branch, parent]
+            parent_values_B = values_SB[parent, position + 1 :]
+            state_values_B = next_values_SB[state, position + 1 :]
+            for i in range(len(feedback_B)):
+                state_values_B[i] = parent_values_B[i] - error * feedback_B[i]
 
-@inlined
-def _branch(
-    now: np.ndarray,
-    place: int,
-    odd_S: np.ndarray,
-    stride: int,
-    branch: int,
-    costs: np.ndarray,
-    cost: float,
-    priced: np.ndarray,
-    levels: np.ndarray,
-    errors: np.ndarray,
-    totals: np.ndarray,
-) -> None:
-    """Each state's nearest level on one branch, its error, and what the path would then have cost."""
-    spacing, shift, half, most = (
-        np.float32(2 * stride),
-        np.float32(stride * branch),
-        np.float32(0.5),
-        np.float32(len(priced) - 1),
-    )
-    inverse = np.float32(0.5 / stride)
-    for state in range(len(costs)):
-        y, offset = now[state, place], odd_S[state] + shift
-        level = np.floor((y - offset) * inverse + half) * spacing + offset
-        error = y - level
-        levels[state], errors[state] = level, error
-        totals[state] = costs[state] + error * error * cost
-    if len(priced) > 1:
-        for state in range(len(costs)):
-            totals[state] += priced[np.int32(min(abs(levels[state]), most))]
+        values_SB, next_values_SB = next_values_SB, values_SB
+        costs_S, next_costs_S = next_costs_S, costs_S
+    return int(np.argmin(costs_S))

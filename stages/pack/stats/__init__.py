@@ -1,1 +1,1 @@
-"""Statistics of the packed tensors."""
+"""Statistics of the packed tensors: layers.tsv and the metrics of pack."""

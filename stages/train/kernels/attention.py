@@ -1,14 +1,23 @@
-"""Causal attention within documents, less the token's own value: keys before a document's first token are neither read nor computed
-(#1530 uses FA3's varlen form).
+"""Causal attention within documents, without the token's own value (XSA), as Triton kernels.
 
-Documents are given per token, by the first and the last position of its document in the window, and not as a list of lengths: shapes stay
-fixed whatever the text, so nothing is compiled again. A program walks the key blocks from its first token's document on; only blocks at
-the diagonal and at a document's edge are masked. The backward pass recomputes probabilities (FlashAttention-2, arXiv 2307.08691) in two
-kernels, by keys and by queries, without atomics: it repeats bit for bit.
+Keys before a document's first token are neither read nor computed (#1530 uses FA3's varlen form).
+Documents are given per token, by the first and the last position of its document in the window, and
+not as a list of lengths: shapes stay fixed whatever the text, so nothing is compiled again.
 
-With o the attention's output and v the token's own value, y = o - share v is written, where share = o . v / v . v; o itself is not kept.
+Forward: a program walks the key blocks from its first token's document on; only the blocks at the
+diagonal and at a document's edge are masked. Backward: two kernels, by keys and by queries,
+recompute the probabilities (FlashAttention-2, arXiv 2307.08691). They use no atomics, so results
+repeat bit for bit.
 
-Shapes: B batch, T tokens, H query heads, K key-value heads, C head dimension; lse (base 2), share and delta are (B, H, T) float32.
+With o the attention's output and v the token's own value, the kernel writes y = o - share v, where
+share = o . v / v . v; o itself is not kept.
+
+Shapes: B batch, T tokens, H query heads, K key-value heads, C head dimension; lse (base 2), share
+and delta are (B, H, T) float32.
+
+Names in the kernels: m positions of queries and BM their block size, n positions of keys and BN
+their block size, s scores in base 2 (BM, BN), p probabilities, d* gradients. EVEN: T is a multiple
+of every block size, so that loads need no mask.
 """
 
 import math
@@ -20,15 +29,17 @@ from torch import Tensor
 
 from stages.train.kernels.operator import operator
 
-SMALLEST_SQUARE = tl.constexpr(1e-24)  # of a value's norm, as in torch's normalize
-HIDDEN = tl.constexpr(
-    -1.0e6
-)  # score of a masked pair: finite, so that a row whose first block is all masked stays a number
+MIN_SQUARED_NORM = tl.constexpr(1e-24)  # floor of a value's squared norm, as in torch's normalize
+# Score of a masked pair. It is finite, so that a row whose first block is masked whole stays a
+# number.
+MASKED_SCORE = tl.constexpr(-1.0e6)
+# `scale` contains log2(e); scale * LN_2 is the 1 / sqrt(C) that the gradients of q and k need.
+LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
 def _tile(base, rows, T, stride, C: tl.constexpr, EVEN: tl.constexpr):
-    """Rows (n, C) of a head; zeros beyond T."""
+    """Load rows of a head, (rows, C); zeros beyond T."""
     pointers = base + rows[:, None] * stride + tl.arange(0, C)[None, :]
     if EVEN:
         return tl.load(pointers)
@@ -37,104 +48,144 @@ def _tile(base, rows, T, stride, C: tl.constexpr, EVEN: tl.constexpr):
 
 @triton.jit
 def _scores(q, k, m, n, start, scale, MASK: tl.constexpr):
-    """Scores in base 2 of queries m against keys n."""
+    """Scores in base 2 of queries m against keys n, (BM, BN)."""
     s = tl.dot(q, tl.trans(k)) * scale
     if MASK:
-        s = tl.where((n[None, :] <= m[:, None]) & (n[None, :] >= start[:, None]), s, HIDDEN)
+        s = tl.where((n[None, :] <= m[:, None]) & (n[None, :] >= start[:, None]), s, MASKED_SCORE)
     return s
 
 
 @triton.jit
-def _forward_range(q, acc, top, total, k_base, v_base, m, start, first, end, scale, T, stride,
-                   C: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr, EVEN: tl.constexpr):  # fmt: skip
+def _accumulate_output(
+    q, acc, row_max, row_sum, k_base, v_base, m, start, first, end, scale, T, stride,
+    C: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over the keys [first, end).
+
+    Updates the weighted sum of values `acc` (BM, C), the maximum score and the sum of exponentials
+    (BM,).
+    """
     for n0 in range(first, end, BN):
         n = n0 + tl.arange(0, BN)
         k = _tile(k_base, n, T, stride, C, EVEN)
         s = _scores(q, k, m, n, start, scale, MASK)
-        new_top = tl.maximum(top, tl.max(s, 1))
-        p = tl.exp2(s - new_top[:, None])
-        keep = tl.exp2(top - new_top)
-        total = total * keep + tl.sum(p, 1)
+        new_max = tl.maximum(row_max, tl.max(s, 1))
+        p = tl.exp2(s - new_max[:, None])
+        rescale = tl.exp2(row_max - new_max)
+        row_sum = row_sum * rescale + tl.sum(p, 1)
         v = _tile(v_base, n, T, stride, C, EVEN)
-        acc = tl.dot(p.to(v.dtype), v, acc * keep[:, None])
-        top = new_top
-    return acc, top, total
+        acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None])
+        row_max = new_max
+    return acc, row_max, row_sum
 
 
 @triton.jit
-def _bounds(starts, m0, T, BM: tl.constexpr, BN: tl.constexpr):
-    """Key blocks of queries m0 ...: where they begin, and the range that needs no mask."""
-    lo = tl.load(starts + m0) // BN * BN
+def _key_ranges(starts, m0, T, BM: tl.constexpr, BN: tl.constexpr):
+    """Keys of the queries from m0 on: the first one, and the range [full_start, full_end) without a mask."""
+    first_key = tl.load(starts + m0) // BN * BN
     last = tl.load(starts + tl.minimum(m0 + BM, T) - 1)
     full_end = m0 // BN * BN
-    full = tl.minimum(tl.cdiv(last, BN) * BN, full_end)
-    return lo, tl.maximum(full, lo), full_end
+    full_start = tl.minimum(tl.cdiv(last, BN) * BN, full_end)
+    return first_key, tl.maximum(full_start, first_key), full_end
 
 
 @triton.jit
-def _attend_forward(q, k, v, starts, y, lse, share, scale, T, H: tl.constexpr, K: tl.constexpr, C: tl.constexpr,
-                    BM: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr):  # fmt: skip
+def _attend_forward(
+    q, k, v, starts, y, lse, share, scale, T,
+    H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """y, lse and share of one block of queries."""
     m0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM  # the longest rows first
     b, h = tl.program_id(1) // H, tl.program_id(1) % H
     starts += b * T
     m = m0 + tl.arange(0, BM)
     q_base = (b * T).to(tl.int64) * H * C + h * C
     kv_base = (b * T).to(tl.int64) * K * C + h // (H // K) * C
+
+    # The queries, and the state of the online softmax.
     start = tl.load(starts + m) if EVEN else tl.load(starts + m, mask=m < T, other=0)
-    tile = _tile(q + q_base, m, T, H * C, C, EVEN)
+    q_tile = _tile(q + q_base, m, T, H * C, C, EVEN)
     acc = tl.zeros((BM, C), dtype=tl.float32)
-    top, total = tl.full((BM,), -float("inf"), dtype=tl.float32), tl.zeros((BM,), dtype=tl.float32)
-    lo, full, full_end = _bounds(starts, m0, T, BM, BN)
-    acc, top, total = _forward_range(
-        tile, acc, top, total, k + kv_base, v + kv_base, m, start, lo, full, scale, T, K * C, C, BN, True, EVEN
+    row_max = tl.full((BM,), -float("inf"), dtype=tl.float32)
+    row_sum = tl.zeros((BM,), dtype=tl.float32)
+
+    # Keys in three ranges: the edge of the first document, masked ...
+    first_key, full_start, full_end = _key_ranges(starts, m0, T, BM, BN)
+    acc, row_max, row_sum = _accumulate_output(
+        q_tile, acc, row_max, row_sum, k + kv_base, v + kv_base, m, start,
+        first_key, full_start, scale, T, K * C, C, BN, True, EVEN
     )  # fmt: skip
-    acc, top, total = _forward_range(
-        tile, acc, top, total, k + kv_base, v + kv_base, m, start, full, full_end, scale, T, K * C, C, BN, False, EVEN
+
+    # ... whole blocks without a mask ...
+    acc, row_max, row_sum = _accumulate_output(
+        q_tile, acc, row_max, row_sum, k + kv_base, v + kv_base, m, start,
+        full_start, full_end, scale, T, K * C, C, BN, False, EVEN
     )  # fmt: skip
+
+    # ... and the diagonal, masked.
     end = tl.minimum(m0 + BM, T)
-    acc, top, total = _forward_range(
-        tile, acc, top, total, k + kv_base, v + kv_base, m, start, tl.maximum(full_end, lo), end, scale, T, K * C, C, BN, True, EVEN
+    acc, row_max, row_sum = _accumulate_output(
+        q_tile, acc, row_max, row_sum, k + kv_base, v + kv_base, m, start,
+        tl.maximum(full_end, first_key), end, scale, T, K * C, C, BN, True, EVEN
     )  # fmt: skip
-    out = acc / total[:, None]
-    own = _tile(v + kv_base, m, T, K * C, C, EVEN).to(tl.float32)
-    along = tl.sum(out * own, 1) / tl.maximum(tl.sum(own * own, 1), SMALLEST_SQUARE)
-    pointers = y + q_base + m[:, None] * (H * C) + tl.arange(0, C)[None, :]
-    tl.store(pointers, (out - along[:, None] * own).to(y.dtype.element_ty), mask=m[:, None] < T)
+
+    # Remove the component along the token's own value.
+    out = acc / row_sum[:, None]
+    self_value = _tile(v + kv_base, m, T, K * C, C, EVEN).to(tl.float32)
+    share_m = tl.sum(out * self_value, 1) / tl.maximum(tl.sum(self_value * self_value, 1), MIN_SQUARED_NORM)
+    y_pointers = y + q_base + m[:, None] * (H * C) + tl.arange(0, C)[None, :]
+    tl.store(y_pointers, (out - share_m[:, None] * self_value).to(y.dtype.element_ty), mask=m[:, None] < T)
+
+    # Kept for the backward pass.
     row = tl.program_id(1).to(tl.int64) * T + m
-    tl.store(lse + row, top + tl.log2(total), mask=m < T)
-    tl.store(share + row, along, mask=m < T)
+    tl.store(lse + row, row_max + tl.log2(row_sum), mask=m < T)
+    tl.store(share + row, share_m, mask=m < T)
 
 
 @triton.jit
-def _own_value_backward(
+def _self_value_backward(
     dy, y, v, share, do, delta, dv, T, H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BM: tl.constexpr
 ):
-    """do = dy - b v and delta = do . o for each head of a group, and dv = sum of (a b v - a dy - b y): a the share, b = dy . v / v . v."""
+    """Backward pass of y = o - share v, for the query heads of one group.
+
+    With a = share and b = dy . v / v . v it computes do = dy - b v and delta = do . o for each
+    head, and the self values' part of dv, the sum over the heads of a b v - a dy - b y.
+    """
     b, group = tl.program_id(1) // K, tl.program_id(1) % K
-    m, c = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, C)
+    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    c = tl.arange(0, C)
     mask = m[:, None] < T
-    value_place = (b * T).to(tl.int64) * K * C + group * C + m[:, None] * (K * C) + c[None, :]
-    own = tl.load(v + value_place, mask=mask, other=0.0).to(tl.float32)
-    inverse = 1.0 / tl.maximum(tl.sum(own * own, 1), SMALLEST_SQUARE)
-    total = tl.zeros((BM, C), dtype=tl.float32)
+    v_offsets = (b * T).to(tl.int64) * K * C + group * C + m[:, None] * (K * C) + c[None, :]
+    self_value = tl.load(v + v_offsets, mask=mask, other=0.0).to(tl.float32)
+    inverse_square = 1.0 / tl.maximum(tl.sum(self_value * self_value, 1), MIN_SQUARED_NORM)
+
+    dv_total = tl.zeros((BM, C), dtype=tl.float32)
     for member in range(H // K):
         h = group * (H // K) + member
-        place = (b * T).to(tl.int64) * H * C + h * C + m[:, None] * (H * C) + c[None, :]
+        offsets = (b * T).to(tl.int64) * H * C + h * C + m[:, None] * (H * C) + c[None, :]
         row = (b * H + h).to(tl.int64) * T + m
-        upstream = tl.load(dy + place, mask=mask, other=0.0).to(tl.float32)
-        kept = tl.load(y + place, mask=mask, other=0.0).to(tl.float32)
-        a = tl.load(share + row, mask=m < T, other=0.0)
-        along = tl.sum(upstream * own, 1) * inverse
-        gradient = upstream - along[:, None] * own
-        tl.store(do + place, gradient.to(do.dtype.element_ty), mask=mask)
-        tl.store(delta + row, tl.sum(gradient * (kept + a[:, None] * own), 1), mask=m < T)
-        total += (a * along)[:, None] * own - a[:, None] * upstream - along[:, None] * kept
-    tl.store(dv + value_place, total.to(dv.dtype.element_ty), mask=mask)
+        dy_tile = tl.load(dy + offsets, mask=mask, other=0.0).to(tl.float32)
+        y_tile = tl.load(y + offsets, mask=mask, other=0.0).to(tl.float32)
+        share_m = tl.load(share + row, mask=m < T, other=0.0)  # a
+
+        dy_share = tl.sum(dy_tile * self_value, 1) * inverse_square  # b of the docstring
+        do_tile = dy_tile - dy_share[:, None] * self_value
+        tl.store(do + offsets, do_tile.to(do.dtype.element_ty), mask=mask)
+        tl.store(delta + row, tl.sum(do_tile * (y_tile + share_m[:, None] * self_value), 1), mask=m < T)
+        dv_total += (
+            (share_m * dy_share)[:, None] * self_value
+            - share_m[:, None] * dy_tile
+            - dy_share[:, None] * y_tile
+        )
+    tl.store(dv + v_offsets, dv_total.to(dv.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _keys_range(dk, dv, k, v, n, q_base, do_base, lse, delta, starts, first, end, scale, T, stride,
-                C: tl.constexpr, BM: tl.constexpr, MASK: tl.constexpr, EVEN: tl.constexpr):  # fmt: skip
+def _accumulate_dk_dv(
+    dk, dv, k, v, n, q_base, do_base, lse, delta, starts, first, end, scale, T, stride,
+    C: tl.constexpr, BM: tl.constexpr, MASK: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """Add the contribution of the queries [first, end) of one head to dk and dv (BN, C) of the keys n."""
     for m0 in range(first, end, BM):
         m = m0 + tl.arange(0, BM)
         q = _tile(q_base, m, T, stride, C, EVEN)
@@ -144,6 +195,7 @@ def _keys_range(dk, dv, k, v, n, q_base, do_base, lse, delta, starts, first, end
         if MASK:
             start = tl.load(starts + m) if EVEN else tl.load(starts + m, mask=m < T, other=0)
             p = tl.where((n[:, None] <= m[None, :]) & (n[:, None] >= start[None, :]), p, 0.0)
+
         do = _tile(do_base, m, T, stride, C, EVEN)
         dv = tl.dot(p.to(do.dtype), do, dv)
         row_delta = tl.load(delta + m) if EVEN else tl.load(delta + m, mask=m < T, other=0.0)
@@ -153,47 +205,59 @@ def _keys_range(dk, dv, k, v, n, q_base, do_base, lse, delta, starts, first, end
 
 
 @triton.jit
-def _attend_backward_keys(q, k, v, do, lse, delta, starts, ends, dk, dv, scale, T, H: tl.constexpr, K: tl.constexpr, C: tl.constexpr,
-                          BM: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr):  # fmt: skip
-    """dk and dv of one block of keys: every query of the group's heads that may look at it; dv comes with the own values' part in it."""
+def _attend_backward_keys(
+    q, k, v, do, lse, delta, starts, ends, dk, dv, scale, T,
+    H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of one block of keys, over all queries of the group's heads that see it.
+
+    dv already holds the self values' part (_self_value_backward).
+    """
     n0 = tl.program_id(0) * BN  # the first keys have the longest columns
     b, group = tl.program_id(1) // K, tl.program_id(1) % K
     starts += b * T
     ends += b * T
     n = n0 + tl.arange(0, BN)
     kv_base = (b * T).to(tl.int64) * K * C + group * C
-    key, value = _tile(k + kv_base, n, T, K * C, C, EVEN), _tile(v + kv_base, n, T, K * C, C, EVEN)
+    key = _tile(k + kv_base, n, T, K * C, C, EVEN)
+    value = _tile(v + kv_base, n, T, K * C, C, EVEN)
+
+    # Queries in three ranges: the diagonal, whole blocks, the edge of the last document.
     end = tl.load(ends + tl.minimum(n0 + BN, T) - 1) + 1
     diagonal_end = tl.minimum(tl.cdiv(n0 + BN, BM) * BM, end)
     full_end = tl.maximum((tl.load(ends + n0) + 1) // BM * BM, diagonal_end)
-    dk_acc, dv_acc = (
-        tl.zeros((BN, C), dtype=tl.float32),
-        _tile(dv + kv_base, n, T, K * C, C, EVEN).to(tl.float32),
-    )
+    dk_acc = tl.zeros((BN, C), dtype=tl.float32)
+    dv_acc = _tile(dv + kv_base, n, T, K * C, C, EVEN).to(tl.float32)
     for member in range(H // K):
         h = group * (H // K) + member
         q_base = (b * T).to(tl.int64) * H * C + h * C
         row = (b * H + h).to(tl.int64) * T
-        dk_acc, dv_acc = _keys_range(
+
+        # The first and the last range are masked.
+        dk_acc, dv_acc = _accumulate_dk_dv(
             dk_acc, dv_acc, key, value, n, q + q_base, do + q_base, lse + row, delta + row, starts,
             n0 // BM * BM, diagonal_end, scale, T, H * C, C, BM, True, EVEN,
         )  # fmt: skip
-        dk_acc, dv_acc = _keys_range(
+        dk_acc, dv_acc = _accumulate_dk_dv(
             dk_acc, dv_acc, key, value, n, q + q_base, do + q_base, lse + row, delta + row, starts,
             diagonal_end, full_end, scale, T, H * C, C, BM, False, EVEN,
         )  # fmt: skip
-        dk_acc, dv_acc = _keys_range(
+        dk_acc, dv_acc = _accumulate_dk_dv(
             dk_acc, dv_acc, key, value, n, q + q_base, do + q_base, lse + row, delta + row, starts,
             full_end, end, scale, T, H * C, C, BM, True, EVEN,
         )  # fmt: skip
-    place = kv_base + n[:, None] * (K * C) + tl.arange(0, C)[None, :]
-    tl.store(dk + place, (dk_acc * (scale * 0.6931471805599453)).to(dk.dtype.element_ty), mask=n[:, None] < T)
-    tl.store(dv + place, dv_acc.to(dv.dtype.element_ty), mask=n[:, None] < T)
+
+    offsets = kv_base + n[:, None] * (K * C) + tl.arange(0, C)[None, :]
+    tl.store(dk + offsets, (dk_acc * (scale * LN_2)).to(dk.dtype.element_ty), mask=n[:, None] < T)
+    tl.store(dv + offsets, dv_acc.to(dv.dtype.element_ty), mask=n[:, None] < T)
 
 
 @triton.jit
-def _queries_range(dq, q, do, row_lse, row_delta, k_base, v_base, m, start, first, end, scale, T, stride,
-                   C: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr, EVEN: tl.constexpr):  # fmt: skip
+def _accumulate_dq(
+    dq, q, do, row_lse, row_delta, k_base, v_base, m, start, first, end, scale, T, stride,
+    C: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """Add the contribution of the keys [first, end) to dq (BM, C) of the queries m."""
     for n0 in range(first, end, BN):
         n = n0 + tl.arange(0, BN)
         k = _tile(k_base, n, T, stride, C, EVEN)
@@ -205,8 +269,10 @@ def _queries_range(dq, q, do, row_lse, row_delta, k_base, v_base, m, start, firs
 
 
 @triton.jit
-def _attend_backward_queries(q, k, v, do, lse, delta, starts, dq, scale, T, H: tl.constexpr, K: tl.constexpr, C: tl.constexpr,
-                             BM: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr):  # fmt: skip
+def _attend_backward_queries(
+    q, k, v, do, lse, delta, starts, dq, scale, T,
+    H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
     """dq of one block of queries."""
     m0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
     b, h = tl.program_id(1) // H, tl.program_id(1) % H
@@ -215,49 +281,64 @@ def _attend_backward_queries(q, k, v, do, lse, delta, starts, dq, scale, T, H: t
     q_base = (b * T).to(tl.int64) * H * C + h * C
     kv_base = (b * T).to(tl.int64) * K * C + h // (H // K) * C
     row = tl.program_id(1).to(tl.int64) * T
+
+    # The queries with their gradients and the statistics of the forward pass.
     start = tl.load(starts + m) if EVEN else tl.load(starts + m, mask=m < T, other=0)
-    tile, upstream = _tile(q + q_base, m, T, H * C, C, EVEN), _tile(do + q_base, m, T, H * C, C, EVEN)
+    q_tile = _tile(q + q_base, m, T, H * C, C, EVEN)
+    do_tile = _tile(do + q_base, m, T, H * C, C, EVEN)
     row_lse = tl.load(lse + row + m, mask=m < T, other=float("inf"))
     row_delta = tl.load(delta + row + m, mask=m < T, other=0.0)
     acc = tl.zeros((BM, C), dtype=tl.float32)
-    lo, full, full_end = _bounds(starts, m0, T, BM, BN)
+
+    # Keys in three ranges as in the forward pass: masked ...
+    first_key, full_start, full_end = _key_ranges(starts, m0, T, BM, BN)
     end = tl.minimum(m0 + BM, T)
-    acc = _queries_range(
-        acc, tile, upstream, row_lse, row_delta, k + kv_base, v + kv_base, m, start, lo, full, scale, T, K * C, C, BN, True, EVEN
+    acc = _accumulate_dq(
+        acc, q_tile, do_tile, row_lse, row_delta, k + kv_base, v + kv_base, m, start,
+        first_key, full_start, scale, T, K * C, C, BN, True, EVEN
     )  # fmt: skip
-    acc = _queries_range(
-        acc, tile, upstream, row_lse, row_delta, k + kv_base, v + kv_base, m, start, full, full_end, scale, T, K * C, C, BN, False, EVEN
+
+    # ... without a mask ...
+    acc = _accumulate_dq(
+        acc, q_tile, do_tile, row_lse, row_delta, k + kv_base, v + kv_base, m, start,
+        full_start, full_end, scale, T, K * C, C, BN, False, EVEN
     )  # fmt: skip
-    acc = _queries_range(
-        acc, tile, upstream, row_lse, row_delta, k + kv_base, v + kv_base, m, start, tl.maximum(full_end, lo), end, scale, T, K * C, C, BN,
-        True, EVEN,
+
+    # ... and masked.
+    acc = _accumulate_dq(
+        acc, q_tile, do_tile, row_lse, row_delta, k + kv_base, v + kv_base, m, start,
+        tl.maximum(full_end, first_key), end, scale, T, K * C, C, BN, True, EVEN
     )  # fmt: skip
-    place = q_base + m[:, None] * (H * C) + tl.arange(0, C)[None, :]
-    tl.store(dq + place, (acc * (scale * 0.6931471805599453)).to(dq.dtype.element_ty), mask=m[:, None] < T)
+
+    offsets = q_base + m[:, None] * (H * C) + tl.arange(0, C)[None, :]
+    tl.store(dq + offsets, (acc * (scale * LN_2)).to(dq.dtype.element_ty), mask=m[:, None] < T)
 
 
-# Block sizes, warps and stages of each kernel, the fastest of benchmarks/attention_blocks.py on an H200 at head dimension 64.
+# Block sizes, warps and pipeline stages of each kernel: the fastest on an H200 at head dimension
+# 64.
 FORWARD = {"BM": 64, "BN": 64, "num_warps": 4, "num_stages": 3}
 KEYS = {"BM": 128, "BN": 64, "num_warps": 4, "num_stages": 2}
 QUERIES = {"BM": 64, "BN": 64, "num_warps": 4, "num_stages": 3}
-LARGEST_BLOCK = 128
-OWN_VALUE_ROWS = 16
+MAX_BLOCK = 128  # the largest block above, a multiple of all others
+SELF_VALUE_ROWS = 16  # tokens of one program of _self_value_backward
 
 
 def _scale(C: int) -> float:
+    """The factor on q . k: 1 / sqrt(C), and log2(e) because exponentials are in base 2."""
     return math.log2(math.e) / math.sqrt(C)
 
 
 @operator("document_attention")
-def _attend(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, ends: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _attend_op(
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, ends: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y (B, T, H, C), lse and share (B, H, T), of contiguous inputs."""
     B, T, H, C = q.shape
-    y, lse, share = (
-        torch.empty_like(q),
-        torch.empty(B, H, T, device=q.device),
-        torch.empty(B, H, T, device=q.device),
-    )
+    y = torch.empty_like(q)
+    lse = torch.empty(B, H, T, device=q.device)
+    share = torch.empty(B, H, T, device=q.device)
     _attend_forward[(triton.cdiv(T, FORWARD["BM"]), B * H)](
-        q, k, v, starts, y, lse, share, _scale(C), T, H, k.shape[2], C, EVEN=T % LARGEST_BLOCK == 0, **FORWARD
+        q, k, v, starts, y, lse, share, _scale(C), T, H, k.shape[2], C, EVEN=T % MAX_BLOCK == 0, **FORWARD
     )  # fmt: skip
     return y, lse, share
 
@@ -269,7 +350,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, ends: Tensor) -> tuple[Te
 
 
 @operator("document_attention_backward")
-def _attend_gradient(
+def _attend_backward_op(
     dy: Tensor,
     q: Tensor,
     k: Tensor,
@@ -280,11 +361,16 @@ def _attend_gradient(
     lse: Tensor,
     share: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv of contiguous inputs."""
     B, T, H, C = q.shape
-    K, even = k.shape[2], T % LARGEST_BLOCK == 0
+    K = k.shape[2]
+    even = T % MAX_BLOCK == 0
     dq, dk, dv, do, delta = (torch.empty_like(tensor) for tensor in (q, k, v, q, lse))
-    _own_value_backward[(triton.cdiv(T, OWN_VALUE_ROWS), B * K)](
-        dy, y, v, share, do, delta, dv, T, H, K, C, OWN_VALUE_ROWS
+
+    # The gradient of the removal of the self value, which gives do and delta to the other two
+    # kernels.
+    _self_value_backward[(triton.cdiv(T, SELF_VALUE_ROWS), B * K)](
+        dy, y, v, share, do, delta, dv, T, H, K, C, SELF_VALUE_ROWS
     )
     _attend_backward_keys[(triton.cdiv(T, KEYS["BN"]), B * K)](
         q, k, v, do, lse, delta, starts, ends, dk, dv, _scale(C), T, H, K, C, EVEN=even, **KEYS
@@ -316,12 +402,12 @@ def _save(ctx, inputs, output):
 
 
 def _vjp(ctx, dy, *_):
-    return *_attend_gradient(dy.contiguous(), *ctx.saved_tensors), None, None
+    return *_attend_backward_op(dy.contiguous(), *ctx.saved_tensors), None, None
 
 
 torch.library.register_autograd("caddie::document_attention", _vjp, setup_context=_save)
 
 
 def attend(q_BTHC: Tensor, k_BTKC: Tensor, v_BTKC: Tensor, starts_BT: Tensor, ends_BT: Tensor) -> Tensor:
-    """The fused twin of `plain.attend` within documents."""
-    return _attend(q_BTHC.contiguous(), k_BTKC.contiguous(), v_BTKC.contiguous(), starts_BT, ends_BT)[0]
+    """The fused counterpart of `reference.attend`, within documents."""
+    return _attend_op(q_BTHC.contiguous(), k_BTKC.contiguous(), v_BTKC.contiguous(), starts_BT, ends_BT)[0]

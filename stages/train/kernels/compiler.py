@@ -1,4 +1,7 @@
-"""What torch's compiler has to know of the kernels; a module of its own because importing the compiler takes seconds."""
+"""Registration of the kernels with torch's compiler (Inductor).
+
+A module of its own, because importing the compiler takes seconds.
+"""
 
 import functools
 
@@ -9,11 +12,12 @@ import stages.train.kernels  # registers the operators  # noqa: F401
 
 
 @functools.cache
-def declare_operators() -> None:
-    """Have our operators called as they are, with the strides that they were traced with.
+def register_fallbacks() -> None:
+    """Let Inductor call our operators as they are, with the strides that they were traced with.
 
-    The compiler finds that out by itself too, but torch 2.11 then formats the operator's arguments for a log line, each with the arguments
-    that it came from: exponential work in a model whose every layer is made of such operators.
+    Inductor finds that out by itself too, but in torch 2.11 it then formats the operator's
+    arguments for a log line, each with the arguments that it came from: exponential work in a model
+    whose layers are made of such operators.
     """
     for name in torch._C._dispatch_get_all_op_names():
         if name.startswith("caddie::"):

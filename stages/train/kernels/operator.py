@@ -1,7 +1,9 @@
-"""Functions as operators of torch's dispatcher: what its compiler takes as they are, and runs that are not compiled just call.
+"""Registration of functions as operators of torch's dispatcher.
 
-`torch.library.custom_op` makes the same operators, but imports the compiler when one is first called, which takes every process that
-evaluates or calibrates several seconds, and looks for aliases among the outputs at every call.
+torch.compile takes such an operator as a black box; without torch.compile it is an ordinary call.
+`torch.library.custom_op` makes the same operators, but it imports the compiler when one is first
+called, which takes every process that evaluates or calibrates several seconds, and it looks for
+aliases among the outputs at every call.
 """
 
 from collections.abc import Callable
@@ -11,7 +13,10 @@ import torch
 
 
 def operator(name: str) -> Callable[[Callable[..., Any]], Any]:
-    """Make a function of tensors, none of which it changes, the operator caddie::`name` on every device; its annotations are the schema."""
+    """Decorator: register a function of tensors as the operator caddie::`name` on every device.
+
+    The function must not change its arguments; its annotations are the schema.
+    """
 
     def register(function: Callable[..., Any]) -> Any:
         qualified = f"caddie::{name}"

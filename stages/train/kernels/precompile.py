@@ -1,4 +1,8 @@
-"""Kernels compiled side by side before they are needed: Triton compiles one when it is first launched, while all else waits."""
+"""Parallel compilation of the Triton kernels before they are needed.
+
+Triton compiles a kernel when it is first launched, while everything else waits. Here a rehearsal of
+the work only collects the kernels, and a pool of threads compiles them at the same time.
+"""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,24 +14,25 @@ from triton import knobs
 
 
 @contextlib.contextmanager
-def compiled_side_by_side(device: int) -> Iterator[None]:
-    """What is launched within, on that GPU, is compiled, each kernel on a thread of its own, and all are when this ends.
+def precompile_kernels(device: int) -> Iterator[None]:
+    """Compile all kernels that are launched in the context, on that GPU, each on a thread of its own.
 
-    A launch is left out while its kernel is compiled, so that results within are worth nothing.
+    The context ends when all are compiled. A launch whose kernel is not compiled yet is skipped, so
+    results computed inside are meaningless.
     """
-    begun: dict[tuple[str, str], Future[Any]] = {}
+    futures: dict[tuple[str, str], Future[Any]] = {}
 
-    def begin(*, key, fn, compile, is_manual_warmup, **_):
-        """What Triton asks before it compiles: whether it shall leave that, and the launch, alone."""
-        if not is_manual_warmup and (fn.name, key) not in begun:
-            begun[fn.name, key] = pool.submit(fn.jit_function.preload, compile["specialization_data"])
+    def skip_launch(*, key, fn, compile, is_manual_warmup, **_):
+        """Triton's hook before a compilation: start it on a thread; True skips compilation and launch."""
+        if not is_manual_warmup and (fn.name, key) not in futures:
+            futures[fn.name, key] = pool.submit(fn.jit_function.preload, compile["specialization_data"])
         return not is_manual_warmup
 
     with ThreadPoolExecutor(initializer=torch.cuda.set_device, initargs=(device,)) as pool:
-        knobs.runtime.jit_cache_hook = begin
+        knobs.runtime.jit_cache_hook = skip_launch
         try:
             yield
         finally:
             knobs.runtime.jit_cache_hook = None
-    for compiled in begun.values():
-        compiled.result()
+    for future in futures.values():
+        future.result()

@@ -1,9 +1,14 @@
-"""From the joint projection to normalised and rotated q and k, fused.
+"""Normalisation and RoPE of q and k, and their split from the joint projection, fused.
 
-One pass over the data each way, where the plain twins (stages/train/reference.py) take about ten. Arithmetic is float32 in registers,
-rounded once at the end. Gradients of the gain are summed from one partial sum a program, so results repeat bit for bit.
+One pass over the data each way, where the reference implementation (stages/train/reference.py)
+takes about ten. Arithmetic is float32 in registers and is rounded once at the end. The gradients of
+the gain are summed from one partial sum a program, so that results repeat bit for bit.
 
-Shapes: B batch, T tokens, H query heads, K key-value heads, C head dimension, E = (H + 2K) C, R half the rotated dimensions.
+A program works on one head of ROWS tokens: heads 0 to H - 1 are q, the next K are k, the last K are
+v.
+
+Shapes: B batch, T tokens, N = BT, H query heads, K key-value heads, C head dimension, E = (H + 2K)
+C, R half the rotated dimensions (`half` in the kernels).
 """
 
 import torch
@@ -13,16 +18,18 @@ from torch import Tensor
 
 from stages.train.kernels.operator import operator
 
-ROWS = 16  # tokens of one program
+ROWS = 16  # tokens of one program, which works on one head
 NORM_EPS = tl.constexpr(torch.finfo(torch.float32).eps)
 
 
 @triton.jit
 def _angles(cos, sin, starts, rows, columns, T, half: tl.constexpr, has_starts: tl.constexpr, valid):
-    """cos and signed sin (rows, columns) of each element, and the column that each is rotated with."""
+    """cos and signed sin (rows, columns), and for each column the one that it is rotated with (columns,)."""
     position = rows % T
     if has_starts:
         position -= tl.load(starts + rows, mask=valid, other=0)
+
+    # Columns that do not rotate get cos 1 and sin 0.
     rotates = columns < 2 * half
     angle = position[:, None] * half + (columns % max(half, 1))[None, :]
     mask = valid[:, None] & rotates[None, :]
@@ -34,22 +41,28 @@ def _angles(cos, sin, starts, rows, columns, T, half: tl.constexpr, has_starts: 
 
 
 @triton.jit
-def _split_forward(
+def _qk_norm_rope_forward(
     joint, gain, cos, sin, starts, q, k, v, N, T,
-    H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, half: tl.constexpr, has_starts: tl.constexpr, ROWS: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, C: tl.constexpr,
+    half: tl.constexpr, has_starts: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """One head of ROWS tokens: q and k normalised and rotated, q times its gain, v copied."""
-    rows, head, columns = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1), tl.arange(0, C)
+    """q and k normalised and rotated, q multiplied by its gain, v copied."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    head = tl.program_id(1)
+    columns = tl.arange(0, C)
     valid = rows < N
     token = rows[:, None].to(tl.int64)
-    place = token * ((H + 2 * K) * C) + head * C
-    held = tl.load(joint + place + columns[None, :], mask=valid[:, None], other=0.0)
+    offsets = token * ((H + 2 * K) * C) + head * C
+    values = tl.load(joint + offsets + columns[None, :], mask=valid[:, None], other=0.0)
+
+    # v is copied.
     if head >= H + K:
-        tl.store(v + token * (K * C) + (head - H - K) * C + columns[None, :], held, mask=valid[:, None])
+        tl.store(v + token * (K * C) + (head - H - K) * C + columns[None, :], values, mask=valid[:, None])
     else:
+        # q and k: normalise, rotate, and for q multiply by the gain.
         c, s, partner = _angles(cos, sin, starts, rows, columns, T, half, has_starts, valid)
-        x = held.to(tl.float32)
-        other = tl.load(joint + place + partner[None, :], mask=valid[:, None], other=0.0).to(tl.float32)
+        x = values.to(tl.float32)
+        other = tl.load(joint + offsets + partner[None, :], mask=valid[:, None], other=0.0).to(tl.float32)
         y = (x * c + other * s) * tl.rsqrt(tl.sum(x * x, 1) / C + NORM_EPS)[:, None]
         if head < H:
             out = token * (H * C) + head * C + columns[None, :]
@@ -60,22 +73,32 @@ def _split_forward(
 
 
 @triton.jit
-def _split_backward(
+def _qk_norm_rope_backward(
     joint, gain, cos, sin, starts, dq, dk, dv, djoint, dgain, N, T,
-    H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, half: tl.constexpr, has_starts: tl.constexpr, ROWS: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, C: tl.constexpr,
+    half: tl.constexpr, has_starts: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """With y the normalised x and z its rotation: dx = (dy - y mean(dy y)) / rms, dy the back-rotation of g dq, dg = sum(dq z)."""
-    rows, head, columns = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1), tl.arange(0, C)
+    """Gradients of the joint projection and of the gain.
+
+    With x a head's input, y the normalised x, z its rotation and g the gain: dg = sum(dq z), dy is
+    g dq rotated back, and dx = (dy - y mean(dy y)) / rms(x).
+    """
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    head = tl.program_id(1)
+    columns = tl.arange(0, C)
     valid = rows < N
     token = rows[:, None].to(tl.int64)
-    place = token * ((H + 2 * K) * C) + head * C
+    offsets = token * ((H + 2 * K) * C) + head * C
+
+    # The gradient of v is copied.
     if head >= H + K:
-        copied = tl.load(dv + token * (K * C) + (head - H - K) * C + columns[None, :], mask=valid[:, None])
-        tl.store(djoint + place + columns[None, :], copied, mask=valid[:, None])
+        values = tl.load(dv + token * (K * C) + (head - H - K) * C + columns[None, :], mask=valid[:, None])
+        tl.store(djoint + offsets + columns[None, :], values, mask=valid[:, None])
     else:
+        # The inputs again, and the gradient of their rotation.
         c, s, partner = _angles(cos, sin, starts, rows, columns, T, half, has_starts, valid)
-        x = tl.load(joint + place + columns[None, :], mask=valid[:, None], other=0.0).to(tl.float32)
-        other = tl.load(joint + place + partner[None, :], mask=valid[:, None], other=0.0).to(tl.float32)
+        x = tl.load(joint + offsets + columns[None, :], mask=valid[:, None], other=0.0).to(tl.float32)
+        other = tl.load(joint + offsets + partner[None, :], mask=valid[:, None], other=0.0).to(tl.float32)
         inverse = tl.rsqrt(tl.sum(x * x, 1) / C + NORM_EPS)[:, None]
         if head < H:  # noqa: SIM108  (Triton compiles the branches apart)
             source = dq + token * (H * C) + head * C
@@ -83,31 +106,32 @@ def _split_backward(
             source = dk + token * (K * C) + (head - H) * C
         dz = tl.load(source + columns[None, :], mask=valid[:, None], other=0.0).to(tl.float32)
         dz_other = tl.load(source + partner[None, :], mask=valid[:, None], other=0.0).to(tl.float32)
-        along = (
-            tl.sum(dz * (x * c + other * s), 1)[:, None] * inverse
-        )  # dz . z, which is dy . y: a rotation keeps it
+
+        # dz . z, which is dy . y, because a rotation does not change it.
+        dz_dot_z = tl.sum(dz * (x * c + other * s), 1)[:, None] * inverse
         if head < H:
-            tl.store(dgain + tl.program_id(0) * H + head, tl.sum(along))
+            tl.store(dgain + tl.program_id(0) * H + head, tl.sum(dz_dot_z))
         g = tl.load(gain + head, mask=head < H, other=1.0)
-        dx = g * inverse * (dz * c - dz_other * s - x * inverse * along / C)
-        tl.store(djoint + place + columns[None, :], dx.to(djoint.dtype.element_ty), mask=valid[:, None])
+        dx = g * inverse * (dz * c - dz_other * s - x * inverse * dz_dot_z / C)
+        tl.store(djoint + offsets + columns[None, :], dx.to(djoint.dtype.element_ty), mask=valid[:, None])
 
 
-@operator("split_heads")
-def _split(
+@operator("qk_norm_rope")
+def _qk_norm_rope_op(
     joint: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, starts: Tensor | None, K: int
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """q (B, T, H, C), k and v (B, T, K, C) of contiguous inputs."""
     B, T, E = joint.shape
     H = gain.shape[0]
     C = E // (H + 2 * K)
     q, k, v = (joint.new_empty(B, T, heads, C) for heads in (H, K, K))
-    _split_forward[(triton.cdiv(B * T, ROWS), H + 2 * K)](
+    _qk_norm_rope_forward[(triton.cdiv(B * T, ROWS), H + 2 * K)](
         joint, gain, cos, sin, starts, q, k, v, B * T, T, H, K, C, cos.shape[1], starts is not None, ROWS
     )  # fmt: skip
     return q, k, v
 
 
-@torch.library.register_fake("caddie::split_heads")
+@torch.library.register_fake("caddie::qk_norm_rope")
 def _(
     joint: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, starts: Tensor | None, K: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -116,8 +140,8 @@ def _(
     return joint.new_empty(B, T, gain.shape[0], C), joint.new_empty(B, T, K, C), joint.new_empty(B, T, K, C)
 
 
-@operator("split_heads_backward")
-def _split_gradient(
+@operator("qk_norm_rope_backward")
+def _qk_norm_rope_backward_op(
     joint: Tensor,
     gain: Tensor,
     cos: Tensor,
@@ -127,17 +151,20 @@ def _split_gradient(
     dk: Tensor,
     dv: Tensor,
 ) -> tuple[Tensor, Tensor]:
+    """The gradients of the joint projection and of the gain; those of q, k and v are contiguous."""
     B, T, H, C = dq.shape
     K = dk.shape[2]
     programs = triton.cdiv(B * T, ROWS)
-    djoint, dgain = torch.empty_like(joint), torch.empty(programs, H, device=joint.device)
-    _split_backward[(programs, H + 2 * K)](
-        joint, gain, cos, sin, starts, dq, dk, dv, djoint, dgain, B * T, T, H, K, C, cos.shape[1], starts is not None, ROWS
+    djoint = torch.empty_like(joint)
+    dgain = torch.empty(programs, H, device=joint.device)
+    _qk_norm_rope_backward[(programs, H + 2 * K)](
+        joint, gain, cos, sin, starts, dq, dk, dv, djoint, dgain,
+        B * T, T, H, K, C, cos.shape[1], starts is not None, ROWS
     )  # fmt: skip
     return djoint, dgain.sum(0).to(gain.dtype)
 
 
-@torch.library.register_fake("caddie::split_heads_backward")
+@torch.library.register_fake("caddie::qk_norm_rope_backward")
 def _(
     joint: Tensor,
     gain: Tensor,
@@ -151,23 +178,23 @@ def _(
     return torch.empty_like(joint), torch.empty_like(gain)
 
 
-def _save_split(ctx, inputs, output):
+def _save(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:5])
 
 
-def _split_vjp(ctx, dq, dk, dv):
+def _vjp(ctx, dq, dk, dv):
     joint, gain, cos, sin, starts = ctx.saved_tensors
-    djoint, dgain = _split_gradient(
+    djoint, dgain = _qk_norm_rope_backward_op(
         joint, gain, cos, sin, starts, dq.contiguous(), dk.contiguous(), dv.contiguous()
     )
     return djoint, dgain, None, None, None, None
 
 
-torch.library.register_autograd("caddie::split_heads", _split_vjp, setup_context=_save_split)
+torch.library.register_autograd("caddie::qk_norm_rope", _vjp, setup_context=_save)
 
 
-def split_heads(
+def qk_norm_rope(
     joint_BTE: Tensor, gain_H: Tensor, cos_TR: Tensor, sin_TR: Tensor, starts_BT: Tensor | None, kv_heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The fused twin of `plain.split_heads`."""
-    return _split(joint_BTE.contiguous(), gain_H.float(), cos_TR, sin_TR, starts_BT, kv_heads)
+    """The fused counterpart of `reference.qk_norm_rope`."""
+    return _qk_norm_rope_op(joint_BTE.contiguous(), gain_H.float(), cos_TR, sin_TR, starts_BT, kv_heads)

@@ -1,1 +1,1 @@
-"""The byte model that is mixed in on the decisions of a token."""
+"""A model of bytes (context mixing), mixed in on the binary decisions of a token."""

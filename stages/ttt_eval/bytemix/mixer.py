@@ -1,210 +1,394 @@
-"""Statistics of bytes, mixed with a network's decisions by weights that are learnt as one goes (PAQ's logistic mixing, Mahoney 2005).
+"""A model of bytes, mixed with a network's decisions (PAQ's logistic mixing, Mahoney 2005).
 
-A decision (scoring/byte_tree.py) is a bit of the next byte, or whether the token ends. What followed the same context before
-(context_tables.py) are two counts, of zeros and of ones; many of one drive out those of the other. An opinion is a logit, what that state
-of counts, or that length of a match, has been worth before. Weights, of two sets chosen by what is known, join opinions to the network's
-logit; they start with the network alone. Decisions of which the network is sure are left to it, and nothing is learnt of them.
+A decision (scoring/byte_tree.py) is a bit of the next byte, or whether the token ends. For each,
+every context (context_tables.py) gives a bit history, and the match model (text_history.py) an
+event and a length. An adaptive probability for each bit history, and for each event and length,
+turns them into logits. A dot product with learned weights joins these with the network's logit. Two
+sets of weights are added: one chosen by how many contexts are known and how certain the network is,
+one by the length of the match and the bits of the byte so far. Weights start as the network alone.
+Decisions of which the network is certain are left to it, and nothing is learned from them.
 
-Nothing learns until the token is scored, so that its probability is one of a law over all tokens: `law` gives it whole, by the same
+Everything learns only after the token is scored, so the probability of a token is that of a
+distribution over all tokens. `ByteMixer.distribution` computes the whole of it with the same
 functions.
 
-Shapes: N targets, D decisions of the longest path, V vocabulary.
+Shapes: N targets, D decisions of the longest path, V vocabulary, K contexts, H bit histories,
+I inputs, S sets of weights.
 """
 
+import copy
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 
-from stages.scoring.byte_tree import Trees
-from stages.ttt_eval.bytemix.context_tables import (
-    BY_CONTEXT,
-    BY_MATCH,
-    CHECKED,
-    CONTEXTS,
-    FIELDS,
-    FIRST_OPINION,
-    FOUND,
-    IN_LINE,
-    IS_RIGHT,
-    KNOWN,
-    LINE,
-    LINES,
-    LONGEST,
-    MOST_PLACES,
-    MOST_TEXT,
-    NETWORK,
-    NUMBER,
-    OF_LINE,
-    OPINION_OF_MATCH,
-    PLACE_IN_LINE,
-    SETS,
-    SETS_BY_MATCH,
-    START,
-    STATES,
-    SURE,
-    Arrays,
-    Paths,
-    Work,
-    advance,
-    paths_of,
-    place,
-    work_for,
-)
-from stages.ttt_eval.bytemix.simd import WIDTH, dot, inlined, step
-
-MOST_COUNTED, KEPT = 7, 2  # of one side; of the other, once this one has come
-FEWEST, LIMIT, NEVER = (
-    4,
-    127,
-    1023,
-)  # times an opinion is taken to have been seen: at first, at most; nothing is learnt of it
-WHOLE = (1 << 22) - 2  # the largest chance
-SEEN_BITS, SEEN = 10, np.uint32(1023)
-GRID_BITS = 12  # of a probability
-STEADY = np.float32(1024)  # decisions of a set of weights behind which its steps shrink with their root
-MOST = np.float32(18.0)  # the largest mixed logit
-BLOCK = (
-    16  # decisions whose ratios are multiplied before their logarithm is taken: none of them is below e^-18
+from stages.common.jit import jit_entry, jit_inline
+from stages.scoring.byte_tree import END, ByteTrees
+from stages.ttt_eval.bytemix import context_tables as contexts
+from stages.ttt_eval.bytemix.context_tables import N_CONTEXTS, N_HISTORIES, SLOT_SET
+from stages.ttt_eval.bytemix.simd import WIDTH, add_scaled, dot
+from stages.ttt_eval.bytemix.text_history import (
+    BITS_OF_PREFIX,
+    MAX_MATCH,
+    N_MATCH_PREDICTIONS,
+    NO_MATCH,
+    TextHistory,
+    TokenPaths,
+    append_byte,
+    append_token,
+    current_prefix,
+    match_continues,
+    match_prediction,
+    new_text_history,
+    token_paths,
 )
 
-GRID = (np.arange(1 << GRID_BITS) + 0.5) / (1 << GRID_BITS)
-LOGITS = np.log(GRID / (1 - GRID)).astype(np.float32)
-SHARES = np.append(65536 / (np.arange(NEVER) + 1.5), 0).astype(
-    np.int64
-)  # of 2^16: of what is new, behind so many times
-CLASS_OF_KNOWN = np.array([(known * (KNOWN - 1) + CONTEXTS - 1) // CONTEXTS for known in range(CONTEXTS + 1)])
+# Columns of a row of inputs: one for each context, then these.
+MATCH_INPUT = N_CONTEXTS
+NETWORK_INPUT = N_CONTEXTS + 1
+BIAS_INPUT = N_CONTEXTS + 2
+UPDATES = N_CONTEXTS + 3  # always 0 in a row of inputs; in a row of weights, how often it was updated
+BIAS = np.float32(0.25)
+
+# From this |logit| on a decision is left to the network. Half of all are, and nothing is lost by it.
+CERTAIN_LOGIT = np.float32(6.0)
+MAX_LOGIT = np.float32(18.0)  # largest |logit| of a mixed decision
+
+# A set of context weights is chosen by END or bit, the network's certainty, and the number of known
+# contexts.
+CERTAINTY_EDGES = np.array([0.5, 1.5, 3.0, 5.0])  # |logit| of the network between two classes
+N_CERTAINTIES = len(CERTAINTY_EDGES) + 1
+N_KNOWN_CLASSES = 8
+# A set of match weights is chosen by END or bit, the length of the match, the number of bits of the
+# byte so far (8 values), and the network's side (2 values).
+MATCH_LENGTH_EDGES = np.array([1, 12, 20, 32])  # bytes between two classes; class 0: none
+N_LENGTH_CLASSES = len(MATCH_LENGTH_EDGES) + 1
+
+# The classes as tables: by twice the network's |logit|, by the number of known contexts, by the
+# match's prediction.
+CERTAINTY = (np.arange(2 * int(CERTAIN_LOGIT) + 1)[:, None] / 2 >= CERTAINTY_EDGES).sum(1).astype(np.uint8)
+KNOWN_CLASS = (np.arange(N_CONTEXTS + 1) * (N_KNOWN_CLASSES - 1) + N_CONTEXTS - 1) // N_CONTEXTS
+_LENGTHS = np.append(0, np.arange(N_MATCH_PREDICTIONS - 1) % (MAX_MATCH + 1))
+LENGTH_CLASS = (_LENGTHS[:, None] >= MATCH_LENGTH_EDGES).sum(1).astype(np.uint8)
+
+# An adaptive probability (an entry of lpaq's StateMap) is an uint32: 22 bits of probability above a
+# count of 10 bits.
+COUNT_BITS = 10
+COUNT_MASK = np.uint32(1023)
+MAX_PROB = (1 << 22) - 2  # largest probability, times 2^22
+INITIAL_COUNT = 4  # observations that an initial probability counts as
+MAX_PROB_COUNT = 127  # observations after which old ones are forgotten
+FROZEN = 1023  # as a count: the probability never changes
+# Share of an error that a probability moves by after `count` observations, times 2^16.
+ADAPTATION_Q16 = np.append(65536 / (np.arange(FROZEN) + 1.5), 0).astype(np.int64)
+
+# Logits of probabilities, PAQ's "stretch", on a grid of 12 bits.
+STRETCH_BITS = 12
+STRETCH_SHIFT = np.uint32(32 - STRETCH_BITS)  # from an adaptive probability to its cell of the grid
+_GRID = (np.arange(1 << STRETCH_BITS) + 0.5) / (1 << STRETCH_BITS)
+STRETCH = np.log(_GRID / (1 - _GRID)).astype(np.float32)
+
+# Updates of a set of weights after which its steps shrink with the root of their number.
+STEADY_UPDATES = np.float32(1024)
+# Decisions whose ratios are multiplied before a logarithm is taken. None of the ratios is below
+# e^-18, so their product does not underflow.
+BLOCK = 16
+
+# Adaptive probabilities of a 1 by context and bit history: a record, so that the compiler knows its
+# shape.
+HISTORY_PROBS = np.dtype([("by_context_KH", np.uint32, (N_CONTEXTS, N_HISTORIES))])
+
+# A decision that is mixed, one record.
+DECISION = np.dtype(
+    [
+        ("step", np.uint32),  # its index in the token's path
+        ("slots", np.uint32),  # its SLOT_SET in the buffers
+        ("node", np.uint32),  # byte of its bit histories in a slot
+        ("is_bit", np.uint32),  # 0 for the end of a token
+        ("goes_right", np.uint32),  # the side that the token's path takes
+        ("match", np.uint32),  # the match model's prediction, an index; NO_MATCH for none
+        ("context_set", np.uint32),  # set of weights chosen by the contexts
+        ("match_set", np.uint32),  # ... and by the match
+        ("histories", np.uint8, (N_CONTEXTS,)),  # bit histories of the contexts
+    ]
+)
 
 
-def _next_states() -> np.ndarray:
-    """The counts after a bit, (2 STATES,) uint8: three bits of zeros above three of ones."""
-    after = np.zeros((2, STATES), np.uint8)
-    for state in range(STATES):
-        for bit in (0, 1):
-            counts = [state >> 3, state & 7]
-            counts[bit] = min(counts[bit] + 1, MOST_COUNTED)
-            counts[1 - bit] = (
-                min(counts[1 - bit], (counts[1 - bit] + KEPT) // 2)
-                if counts[1 - bit] > KEPT
-                else counts[1 - bit]
-            )
-            after[bit, state] = counts[0] << 3 | counts[1]
-    return after.ravel()
+class MixerState(NamedTuple):
+    """All that learns."""
+
+    text: TextHistory
+    tables: np.ndarray  # uint8: slots of bit histories (context_tables.new_tables)
+    history_probs: np.ndarray  # HISTORY_PROBS (2,): for END, and for bits
+    match_probs: np.ndarray  # uint32: adaptive probability of a 1 by the match model's prediction
+    context_weights_SI: np.ndarray  # float32
+    match_weights_SI: np.ndarray  # float32
 
 
-AFTER = _next_states()
+class DecisionBuffers(NamedTuple):
+    """The decisions of a token that are mixed, in the order of its path.
+
+    While a stream is scored there is room for two tokens, one in each half:
+
+        half 0                           half 1
+        token i - 1: scored, learned     token i: gathered, its slots prefetched
+        token i + 1: gathered            token i: scored, learned
+    """
+
+    decisions: np.ndarray  # DECISION
+    network_logits: np.ndarray  # float64: the network's logit of the side that the path takes
+    mixed_logits: np.ndarray  # float64: the mixed one; after _log_gain the other side's probability
+    inputs_DI: np.ndarray  # float32
+    slot_sets: np.ndarray  # SLOT_SET; the decisions of a nibble share one
+    keys_K: np.ndarray  # uint64: hashes of the contexts
 
 
-class Mixture:
-    """What has been learnt of a stream; its size in bytes, about, sizes the tables."""
+class Targets(NamedTuple):
+    """Tokens to score, and the network's scores of them."""
 
-    def __init__(self, trees: Trees, text_bytes: int, lines: int = LINES) -> None:
-        zeros, ones = np.divmod(np.arange(STATES), 8)
-        by_state = np.tile((ones + 0.4) / (zeros + ones + 0.8), 2 * CONTEXTS)
-        wrong = 1 / (np.arange(LONGEST + 1) / 4 + 3)
-        by_match = np.concatenate(
-            ([0.5], wrong, 1 - wrong, np.full(LONGEST + 1, 0.2), np.full(LONGEST + 1, 0.8))
+    tokens_N: np.ndarray  # int64
+    trees_N: np.ndarray  # int64: the byte tree that each is in
+    logits_ND: np.ndarray  # float32: the network's logit of the right side at each decision of a path
+    nll_N: np.ndarray  # float32: the network's loss, nats
+
+
+class Target(NamedTuple):
+    """One token to score."""
+
+    token: int
+    tree: int
+    logits_D: np.ndarray
+
+
+def decision_buffers(decisions: int) -> DecisionBuffers:
+    """Buffers for this number of decisions."""
+    return DecisionBuffers(
+        decisions=np.zeros(decisions, DECISION),
+        network_logits=np.zeros(decisions),
+        mixed_logits=np.zeros(decisions),
+        inputs_DI=np.zeros((decisions, WIDTH), np.float32),
+        slot_sets=np.zeros(decisions, SLOT_SET),
+        keys_K=np.zeros(N_CONTEXTS, np.uint64),
+    )
+
+
+def _adaptive(prob: np.ndarray) -> np.ndarray:
+    """Adaptive probabilities that start at these."""
+    return (prob * MAX_PROB).astype(np.uint32) << COUNT_BITS | INITIAL_COUNT
+
+
+def _initial_history_probs() -> np.ndarray:
+    """HISTORY_PROBS (2,): a history's share of ones. That of the empty history never changes."""
+    zeros, ones = np.divmod(np.arange(N_HISTORIES), 8)
+    probs_H = _adaptive((ones + 0.4) / (zeros + ones + 0.8))
+    probs_H[0] |= FROZEN
+    history_probs = np.zeros(2, HISTORY_PROBS)
+    history_probs["by_context_KH"] = probs_H
+    return history_probs
+
+
+def _initial_match_probs() -> np.ndarray:
+    """By the match model's prediction (text_history.py): the longer the match, the surer.
+
+    That of NO_MATCH is 1/2 and never changes.
+    """
+    wrong = 1 / (np.arange(MAX_MATCH + 1) / 4 + 3)
+    ends = np.full(MAX_MATCH + 1, 0.2)
+    probs = _adaptive(np.concatenate(([0.5], wrong, 1 - wrong, ends, 1 - ends)))
+    probs[NO_MATCH] |= FROZEN
+    return probs
+
+
+class ByteMixer:
+    """The byte model of one stream; `text_bytes`, about the stream's size, sizes its tables."""
+
+    def __init__(
+        self, trees: ByteTrees, text_bytes: int, slots_per_context: int = contexts.SLOTS_PER_CONTEXT
+    ) -> None:
+        self.trees = trees
+        self.paths = token_paths(trees)
+        context_weights_SI = np.zeros((2 * N_CERTAINTIES * N_KNOWN_CLASSES, WIDTH), np.float32)
+        context_weights_SI[:, NETWORK_INPUT] = 1.0
+        self.state = MixerState(
+            text=new_text_history(text_bytes),
+            tables=contexts.new_tables(slots_per_context),
+            history_probs=_initial_history_probs(),
+            match_probs=_initial_match_probs(),
+            context_weights_SI=context_weights_SI,
+            match_weights_SI=np.zeros((2 * N_LENGTH_CLASSES * 8 * 2, WIDTH), np.float32),
         )
-        chances = (np.concatenate((by_state, by_match)) * WHOLE).astype(np.uint32) << SEEN_BITS | FEWEST
-        chances[: 2 * CONTEXTS * STATES : STATES] |= NEVER
-        chances[2 * CONTEXTS * STATES] |= NEVER
-        weights = np.zeros((SETS + SETS_BY_MATCH, WIDTH), np.float32)
-        weights[:SETS, NETWORK] = 1.0
-        ring = min(1 << max(10, text_bytes.bit_length()), MOST_TEXT)
-        self.trees, self.paths = trees, paths_of(trees)
-        self.arrays = Arrays(
-            lines=np.zeros((CONTEXTS * lines + 1) * LINE, np.uint8),
-            chances=chances,
-            weights=weights.ravel(),
-            ring=np.zeros(ring, np.uint16),
-            table=np.zeros(min(ring >> 2, MOST_PLACES), np.uint32),
-            history=np.zeros(8, np.uint64),
-        )
 
-    def copy(self) -> "Mixture":
+    def copy(self) -> "ByteMixer":
         """An independent copy."""
-        twin = object.__new__(type(self))
-        twin.trees, twin.paths, twin.arrays = (
-            self.trees,
-            self.paths,
-            Arrays(*(array.copy() for array in self.arrays)),
-        )
+        twin = copy.copy(self)
+        twin.state = copy.deepcopy(self.state)
         return twin
 
-    def follow(
-        self, targets_N: np.ndarray, trees_N: np.ndarray, paths_ND: np.ndarray, nll_N: np.ndarray, rate: float
+    def score_and_learn(
+        self, tokens_N: np.ndarray, trees_N: np.ndarray, logits_ND: np.ndarray, nll_N: np.ndarray, rate: float
     ) -> np.ndarray:
-        """Each target's loss with the mixture, (N,) float32; behind each everything learns from it."""
-        mixed_N = np.empty(len(nll_N), np.float32)
-        _follow(
-            self.arrays,
-            self.paths,
-            work_for(2 * paths_ND.shape[1]),
-            targets_N,
-            trees_N,
-            paths_ND,
-            nll_N,
-            np.float32(rate),
-            mixed_N,
-        )
-        return mixed_N
+        """Each target's loss with the mixture, (N,) float32 nats; learns from it after it is scored.
 
-    def law(self, number: int, sums: np.ndarray) -> np.ndarray:
-        """The log-probability of every token that may come next, (V,), from sums of the network's masses (scoring/byte_tree.py); nothing
-        changes."""
-        logits_ND, logq_V = np.empty((1, self.trees.longest), np.float32), np.empty(len(sums) - 1)
-        _law(
-            self.arrays, self.paths, work_for(self.trees.longest), self.trees, number, sums, logits_ND, logq_V
-        )
-        return logq_V
+        The targets are described as in `Targets`; `rate` is the weights' learning rate.
+        """
+        mixed_nll_N = np.empty(len(nll_N), np.float32)
+        buffers = decision_buffers(2 * logits_ND.shape[1])
+        targets = Targets(tokens_N, trees_N, logits_ND, nll_N)
+        _score_and_learn(self.state, self.paths, buffers, targets, np.float32(rate), mixed_nll_N)
+        return mixed_nll_N
 
+    def distribution(self, tree: int, mass_V1: np.ndarray) -> np.ndarray:
+        """Log-probabilities of the next token, (V,) float64; nothing is learned.
 
-@inlined()
-def _share(logit: Any) -> Any:
-    """The mixture's share of a decision; it ends where the network is sure, and not at once, or a rounding error would make losses jump."""
-    return min(1.0, SURE - abs(logit))
+        `mass_V1`: the network's cumulative mass in the order of the tree
+        (byte_tree.cumulative_mass).
+        """
+        logp_V = np.empty(len(mass_V1) - 1)
+        longest_path = self.trees.longest_path
+        logits_D = np.empty(longest_path, np.float32)
+        buffers = decision_buffers(longest_path)
+        _distribution(self.state, self.paths, buffers, self.trees, tree, mass_V1, logits_D, logp_V)
+        return logp_V
 
 
-@inlined()
-def _weigh(arrays: Arrays, work: Work, begin: int, end: int) -> None:
-    """The mixed logits of placed decisions, of the side that each takes."""
-    known, line, nowhere = 0, -1, np.uint32(len(arrays.lines) - LINE)  # the line that is empty for good
+@jit_inline
+def _gather_decisions(
+    state: MixerState,
+    paths: TokenPaths,
+    buffers: DecisionBuffers,
+    target: Target,
+    step: int,
+    begin: int,
+    first_slots: int,
+) -> int:
+    """Gather a token's decisions from index `step` of its path on: hashes, slots, fixed features.
+
+    The slots are prefetched and not read yet, nor is anything else that learns. Decisions are
+    written to the buffers from `begin` on, slot sets from `first_slots` on. Returns the end of the
+    decisions.
+    """
+    text_state = state.text.state[0]
+    first = paths.path_start_TV[target.tree, target.token]
+    path_length = paths.path_start_TV[target.tree, target.token + 1] - first
+    text_start = paths.text_start_TV[target.tree, target.token]
+
+    prefix = current_prefix(state.text)
+    depth = 0  # bytes of the token in `prefix`
+    matches = text_state.match_length > 0  # these bytes agree with the match
+    hashed_depth = -1  # depth of the hashes in keys_K
+    nibble = contexts.NO_NIBBLE  # of the current slots
+    slots = first_slots - 1
+    end = begin
+    for d in range(step, path_length):
+        # Skip certain decisions, and NaN: while kernels are compiled ahead, logits are arbitrary.
+        logit = target.logits_D[d]
+        if not abs(logit) < CERTAIN_LOGIT:
+            continue
+
+        # Read the token's bytes up to the one that is decided.
+        path_step = paths.steps_E[first + d]
+        bit_prefix = path_step.bit_prefix
+        while depth < path_step.depth:
+            byte = paths.text[text_start + depth]
+            matches = matches and match_continues(state.text, text_state.match_position + depth, byte)
+            prefix = append_byte(prefix, byte)
+            depth += 1
+
+        # Compute where the slots of its nibble are.
+        if hashed_depth != depth:
+            contexts.hash_contexts(prefix, text_state, buffers.keys_K)
+            hashed_depth = depth
+            nibble = contexts.NO_NIBBLE
+        if nibble != contexts.NIBBLE_OF_PREFIX[bit_prefix]:
+            nibble = contexts.NIBBLE_OF_PREFIX[bit_prefix]
+            slots += 1
+            contexts.prefetch_slots(state.tables, buffers.keys_K, nibble, buffers.slot_sets[slots])
+
+        match = NO_MATCH
+        if matches:
+            match = match_prediction(state.text, depth, bit_prefix)
+
+        # Write the decision, and choose its sets of weights as far as they do not depend on the slots.
+        is_bit = np.int64(bit_prefix != END)
+        decision = buffers.decisions[end]
+        decision.step = d
+        decision.slots = slots
+        decision.node = contexts.node_in_slot(bit_prefix, depth)
+        decision.is_bit = is_bit
+        decision.goes_right = path_step.goes_right
+        decision.match = match
+
+        certainty = CERTAINTY[np.int64(abs(logit) * 2)]
+        length_class = is_bit * N_LENGTH_CLASSES + LENGTH_CLASS[match]
+        decision.context_set = (is_bit * N_CERTAINTIES + certainty) * N_KNOWN_CLASSES
+        decision.match_set = (length_class * 8 + BITS_OF_PREFIX[bit_prefix]) * 2 + (logit > 0)
+
+        # The network's part of its inputs.
+        buffers.network_logits[end] = logit if path_step.goes_right else -logit
+        buffers.inputs_DI[end, NETWORK_INPUT] = logit
+        buffers.inputs_DI[end, BIAS_INPUT] = BIAS
+        end += 1
+    return end
+
+
+@jit_inline
+def _mixing_weight(logit: Any) -> Any:
+    """Share of the mixture in a decision: 1 up to a network's |logit| of 5, then linear to 0 at 6.
+
+    The ramp keeps the loss continuous: rounding errors of the network must not make it jump.
+    """
+    return min(1.0, CERTAIN_LOGIT - abs(logit))
+
+
+@jit_inline
+def _mix(state: MixerState, buffers: DecisionBuffers, begin: int, end: int) -> None:
+    """Compute the mixed logits of the decisions [begin, end), of the side that the path takes."""
+    # Look up the inputs of all decisions first, so that the loads from memory overlap.
+    current_slots = -1
+    known = 0
     for i in range(begin, end):
-        field = i * FIELDS
-        if np.int64(work.fields[field + IN_LINE]) != line:
-            line, known = np.int64(work.fields[field + IN_LINE]), 0
-            for k in range(CONTEXTS):
-                at = work.lines[line * OF_LINE + START + k]
-                is_own = np.uint32(arrays.lines[at]) == work.lines[line * OF_LINE + CHECKED + k]
-                work.lines[line * OF_LINE + FOUND + k] = at if is_own else nowhere
-                known += is_own
-        place_in_line, opinion = work.fields[field + PLACE_IN_LINE], work.fields[field + FIRST_OPINION]
-        for k in range(CONTEXTS):
-            state = arrays.lines[work.lines[line * OF_LINE + FOUND + k] + place_in_line]
-            work.states[i * CONTEXTS + k] = state
-            work.inputs[i * WIDTH + k] = LOGITS[
-                arrays.chances[opinion + np.uint32(k * STATES) + state] >> np.uint32(32 - GRID_BITS)
-            ]
-        work.inputs[i * WIDTH + CONTEXTS] = LOGITS[
-            arrays.chances[work.fields[field + OPINION_OF_MATCH]] >> np.uint32(32 - GRID_BITS)
-        ]
-        work.fields[field + BY_CONTEXT] += np.uint32(CLASS_OF_KNOWN[known])
+        decision = buffers.decisions[i]
+        slots = buffers.slot_sets[decision.slots]
+        if np.int64(decision.slots) != current_slots:
+            current_slots = np.int64(decision.slots)
+            known = contexts.find_slots(state.tables, slots)
+
+        probs_KH = state.history_probs[decision.is_bit].by_context_KH
+        for k in range(N_CONTEXTS):
+            history = state.tables[slots.found[k] + decision.node]
+            decision.histories[k] = history
+            prob = probs_KH[k, history]
+            buffers.inputs_DI[i, k] = STRETCH[prob >> STRETCH_SHIFT]
+        buffers.inputs_DI[i, MATCH_INPUT] = STRETCH[state.match_probs[decision.match] >> STRETCH_SHIFT]
+        decision.context_set += np.uint32(KNOWN_CLASS[known])
+
+    # Mix.
     for i in range(begin, end):
-        first, second = (
-            np.int64(work.fields[i * FIELDS + BY_CONTEXT]),
-            np.int64(work.fields[i * FIELDS + BY_MATCH]),
-        )
-        total = dot(arrays.weights, first * WIDTH, second * WIDTH, work.inputs, i * WIDTH)
-        total, share = np.float64(min(max(total, -MOST), MOST)), _share(work.own[i])
-        work.mixed[i] = (total if work.fields[i * FIELDS + IS_RIGHT] else -total) * share + work.own[i] * (
-            1 - share
+        decision = buffers.decisions[i]
+        logit = dot(
+            state.context_weights_SI,
+            np.int64(decision.context_set),
+            state.match_weights_SI,
+            np.int64(decision.match_set),
+            buffers.inputs_DI,
+            i,
         )
 
+        # In float64, of the side taken, and shared with the network.
+        logit = np.float64(min(max(logit, -MAX_LOGIT), MAX_LOGIT))
+        network_logit = buffers.network_logits[i]
+        weight = _mixing_weight(network_logit)
+        side_logit = logit if decision.goes_right else -logit
+        buffers.mixed_logits[i] = side_logit * weight + network_logit * (1 - weight)
 
-@inlined(fastmath=True)
+
+@jit_inline(fastmath=True)
 def _exp(x: Any) -> Any:
-    """e^x within 1e-10 of it, for |x| up to 18: additions and multiplications only, so that several are computed at once."""
+    """e^x with a relative error below 1e-10, for |x| up to 18.
+
+    The Taylor series of e^(x / 64), squared six times: only additions and multiplications, so that
+    LLVM can vectorise it.
+    """
     x = x * (1 / 64)
     y = 1 + x * (1 / 8 + x * (1 / 72))
     y = 1 + x * (
@@ -215,142 +399,177 @@ def _exp(x: Any) -> Any:
     return y
 
 
-@inlined(fastmath=True)
-def _gain(work: Work, begin: int, end: int) -> float:
-    """What the mixed decisions on a token's path take from its loss, nats; their errors take their place."""
+@jit_inline(fastmath=True)
+def _log_gain(buffers: DecisionBuffers, begin: int, end: int) -> float:
+    """Nats that mixing the decisions [begin, end) takes from a token's loss.
+
+    The mixed logits are replaced with the probabilities of the sides not taken: the errors to learn
+    from.
+    """
     nats = 0.0
     for first in range(begin, end, BLOCK):
         ratio = 1.0
         for i in range(first, min(first + BLOCK, end)):
-            against = _exp(-work.mixed[i])
-            probability = 1 / (1 + against)
-            ratio *= (1 + _exp(-work.own[i])) * probability
-            work.mixed[i] = against * probability
+            odds_against = _exp(-buffers.mixed_logits[i])
+            prob = 1 / (1 + odds_against)
+            ratio *= (1 + _exp(-buffers.network_logits[i])) * prob
+            buffers.mixed_logits[i] = odds_against * prob
         nats += math.log(ratio)
     return nats
 
 
-@inlined()
-def _learnt(chances: np.ndarray, opinion: Any, came: Any) -> None:
-    """An opinion after a decision."""
-    old = chances[opinion]
-    times = old & SEEN
-    moved = ((came - np.int64(old - times)) * SHARES[times] >> 16) & ~np.int64(SEEN)
-    chances[opinion] = np.uint32(np.int64(old) + moved) + np.uint32(times < LIMIT)
+@jit_inline
+def _updated_prob(adaptive_prob: Any, bit: Any) -> Any:
+    """An adaptive probability after one more bit, 0 or 1."""
+    count = adaptive_prob & COUNT_MASK
+    prob = np.int64(adaptive_prob - count)  # still shifted by COUNT_BITS
+    error = bit * (MAX_PROB << COUNT_BITS) - prob
+    change = (error * ADAPTATION_Q16[count] >> 16) & ~np.int64(COUNT_MASK)
+    return np.uint32(np.int64(adaptive_prob) + change) + np.uint32(count < MAX_PROB_COUNT)
 
 
-@inlined(fastmath=True)
-def _learn(arrays: Arrays, work: Work, begin: int, end: int, rate: Any) -> None:
-    """Counts, opinions and weights after a token, whose decisions are weighed."""
-    line = -1
+@jit_inline(fastmath=True)
+def _steadiness(weights_SI: np.ndarray, s: int) -> Any:
+    """Divisor of a set's steps: 1 at first, later the root of the number of its updates."""
+    return np.sqrt(np.float32(1) + weights_SI[s, UPDATES] / STEADY_UPDATES)
+
+
+@jit_inline(fastmath=True)
+def _learn(state: MixerState, buffers: DecisionBuffers, begin: int, end: int, rate: Any) -> None:
+    """Update histories, probabilities and weights from the decisions [begin, end), after _log_gain."""
+    current_slots = -1
     for i in range(begin, end):
-        field = i * FIELDS
-        if np.int64(work.fields[field + IN_LINE]) != line:
-            line = np.int64(work.fields[field + IN_LINE])
-            for k in range(CONTEXTS):
-                at = work.lines[line * OF_LINE + START + k]
-                if work.lines[line * OF_LINE + FOUND + k] != at:
-                    for j in range(1, LINE):
-                        arrays.lines[at + np.uint32(j)] = np.uint8(0)
-                    arrays.lines[at] = np.uint8(work.lines[line * OF_LINE + CHECKED + k])
-        right, error = (
-            np.int64(work.fields[field + IS_RIGHT]),
-            rate * np.float32(work.mixed[i] * _share(work.own[i])),
-        )
-        error = error if right else -error
-        for of in (BY_CONTEXT, BY_MATCH):
-            row = np.int64(work.fields[field + of]) * WIDTH
-            steadied = np.sqrt(np.float32(1) + arrays.weights[row + WIDTH - 1] / STEADY)
-            step(arrays.weights, row, work.inputs, i * WIDTH, error / steadied)
-        came, after = right * (WHOLE << SEEN_BITS), np.uint32(right * STATES)
-        place_in_line, opinion = work.fields[field + PLACE_IN_LINE], work.fields[field + FIRST_OPINION]
-        for k in range(CONTEXTS):
-            state = work.states[i * CONTEXTS + k]
-            _learnt(arrays.chances, opinion + np.uint32(k * STATES) + state, came)
-            arrays.lines[work.lines[line * OF_LINE + START + k] + place_in_line] = AFTER[after + state]
-        _learnt(arrays.chances, work.fields[field + OPINION_OF_MATCH], came)
+        decision = buffers.decisions[i]
+        slots = buffers.slot_sets[decision.slots]
+        if np.int64(decision.slots) != current_slots:
+            current_slots = np.int64(decision.slots)
+            contexts.claim_slots(state.tables, slots)
+
+        # Weights: gradient descent on the loss.
+        bit = np.int64(decision.goes_right)
+        error = rate * np.float32(buffers.mixed_logits[i] * _mixing_weight(buffers.network_logits[i]))
+        error = error if bit else -error
+        context_set = np.int64(decision.context_set)
+        match_set = np.int64(decision.match_set)
+        context_step = error / _steadiness(state.context_weights_SI, context_set)
+        match_step = error / _steadiness(state.match_weights_SI, match_set)
+        add_scaled(state.context_weights_SI, context_set, buffers.inputs_DI, i, context_step)
+        add_scaled(state.match_weights_SI, match_set, buffers.inputs_DI, i, match_step)
+
+        # Probabilities and bit histories.
+        probs_KH = state.history_probs[decision.is_bit].by_context_KH
+        for k in range(N_CONTEXTS):
+            history = decision.histories[k]
+            probs_KH[k, history] = _updated_prob(probs_KH[k, history], bit)
+            state.tables[slots.start[k] + decision.node] = contexts.NEXT_HISTORY[bit, history]
+        state.match_probs[decision.match] = _updated_prob(state.match_probs[decision.match], bit)
 
 
-@njit(nogil=True)
-def _follow(
-    arrays: Arrays,
-    paths: Paths,
-    work: Work,
-    targets_N: np.ndarray,
-    trees_N: np.ndarray,
-    paths_ND: np.ndarray,
-    nll_N: np.ndarray,
+@jit_entry
+def _score_and_learn(
+    state: MixerState,
+    paths: TokenPaths,
+    buffers: DecisionBuffers,
+    targets: Targets,
     rate: Any,
-    mixed_N: np.ndarray,
+    mixed_nll_N: np.ndarray,
 ) -> None:
-    """The next target's lines are asked of the memory while this one is learnt from."""
-    longest, begin, end = paths_ND.shape[1], np.int64(0), np.int64(0)
-    for i in range(len(nll_N) + 1):
-        if i:
-            _weigh(arrays, work, begin, end)
-            mixed_N[i - 1] = nll_N[i - 1] - _gain(work, begin, end)
-            advance(arrays, paths, trees_N[i - 1], targets_N[i - 1])
-        base = longest - begin
-        placed = (
-            place(arrays, paths, trees_N[i], targets_N[i], paths_ND, i, work, base, base, 0)
-            if i < len(nll_N)
-            else base
-        )
-        if i:
-            _learn(arrays, work, begin, end, rate)
-        begin, end = base, placed
+    """Score and learn target by target, software-pipelined.
+
+    The slots of target i are prefetched while target i - 1 is learned from. The decisions of target
+    i - 1 are [begin, end) of the buffers; those of target i go into the other half.
+    """
+    half = targets.logits_ND.shape[1]
+    begin = np.int64(0)
+    end = np.int64(0)
+    for i in range(len(targets.nll_N) + 1):
+        if i > 0:
+            # Score target i - 1. Its slots are in the cache by now.
+            _mix(state, buffers, begin, end)
+            mixed_nll_N[i - 1] = targets.nll_N[i - 1] - _log_gain(buffers, begin, end)
+            append_token(state.text, paths, targets.trees_N[i - 1], targets.tokens_N[i - 1])
+
+        # Hash the contexts of target i and prefetch its slots, into the other half.
+        next_begin = half - begin
+        next_end = next_begin
+        if i < len(targets.nll_N):
+            target = Target(targets.tokens_N[i], targets.trees_N[i], targets.logits_ND[i])
+            next_end = _gather_decisions(state, paths, buffers, target, np.int64(0), next_begin, next_begin)
+
+        if i > 0:
+            # Learn from target i - 1 while the prefetches are under way.
+            _learn(state, buffers, begin, end, rate)
+        begin = next_begin
+        end = next_end
 
 
-@njit(nogil=True)
-def _law(
-    arrays: Arrays,
-    paths: Paths,
-    work: Work,
-    trees: Trees,
-    number: int,
-    sums: np.ndarray,
-    logits_ND: np.ndarray,
-    logq_V: np.ndarray,
+@jit_entry
+def _distribution(
+    state: MixerState,
+    paths: TokenPaths,
+    buffers: DecisionBuffers,
+    trees: ByteTrees,
+    tree: int,
+    mass_V1: np.ndarray,
+    logits_D: np.ndarray,
+    logp_V: np.ndarray,
 ) -> None:
-    """In the order of bytes a token shares its first decisions with the one before."""
-    first_V, before, end = trees.first_TV[number], -1, np.int64(0)
-    for token in trees.order_TV[number]:
-        first, count, shared = first_V[token], first_V[token + 1] - first_V[token], 0
-        if before >= 0:
-            other, most = first_V[before], min(count, first_V[before + 1] - first_V[before])
+    """Fill `logp_V`, the log-probabilities of all tokens.
+
+    In the order of their bytes, each token shares its first decisions with the one before.
+    `logits_D` is a buffer.
+    """
+    first_V = trees.path_start_TV[tree]
+    previous = -1
+    end = np.int64(0)
+    for token in trees.sorted_ids_TV[tree]:
+        first = first_V[token]
+        path_length = first_V[token + 1] - first
+
+        # Count the decisions shared with the previous token's path: those about the same ids.
+        shared = 0
+        if previous >= 0:
+            other = first_V[previous]
+            most = min(path_length, first_V[previous + 1] - other)
             while (
                 shared < most
                 and trees.low_E[first + shared] == trees.low_E[other + shared]
                 and trees.high_E[first + shared] == trees.high_E[other + shared]
             ):
                 shared += 1
-        for d in range(shared, count):
+
+        # The network's logits of the others, from its masses of both sides.
+        for d in range(shared, path_length):
             e = first + d
-            right, left = (
-                sums[trees.high_E[e]] - sums[trees.middle_E[e]],
-                sums[trees.middle_E[e]] - sums[trees.low_E[e]],
-            )
-            logits_ND[0, d] = math.log(np.float64(right)) - math.log(np.float64(left))
+            right_mass = mass_V1[trees.high_E[e]] - mass_V1[trees.middle_E[e]]
+            left_mass = mass_V1[trees.middle_E[e]] - mass_V1[trees.low_E[e]]
+            logits_D[d] = math.log(np.float64(right_mass)) - math.log(np.float64(left_mass))
+
+        # Gather and mix the decisions that are not in the buffers yet.
         begin = np.int64(0)
-        while begin < end and np.int64(work.fields[begin * FIELDS + NUMBER]) < shared:
+        while begin < end and np.int64(buffers.decisions[begin].step) < shared:
             begin += 1
-        end = place(arrays, paths, number, token, logits_ND, 0, work, 0, begin, shared)
-        _weigh(arrays, work, begin, end)
-        low, high, own = (
-            trees.same_TV2[number, token, 0],
-            trees.same_TV2[number, token, 1],
-            trees.place_TV[number, token],
-        )
-        nats, i = (
-            math.log(np.float64(sums[own + 1] - sums[own])) - math.log(np.float64(sums[high] - sums[low])),
-            0,
-        )
-        for d in range(count):
-            if i < end and np.int64(work.fields[i * FIELDS + NUMBER]) == d:
-                logit = work.mixed[i] if work.fields[i * FIELDS + IS_RIGHT] else -work.mixed[i]
+        first_slots = np.int64(0)
+        if begin > 0:
+            first_slots = np.int64(buffers.decisions[begin - 1].slots) + 1
+        target = Target(token, tree, logits_D)
+        end = _gather_decisions(state, paths, buffers, target, shared, begin, first_slots)
+        _mix(state, buffers, begin, end)
+
+        # The token's share among the ids of the same bytes, times the probabilities of its decisions.
+        low = trees.same_bytes_TV2[tree, token, 0]
+        high = trees.same_bytes_TV2[tree, token, 1]
+        rank = trees.rank_TV[tree, token]
+        own_mass = mass_V1[rank + 1] - mass_V1[rank]
+        logp = math.log(np.float64(own_mass)) - math.log(np.float64(mass_V1[high] - mass_V1[low]))
+
+        i = 0  # the next decision in the buffers
+        for d in range(path_length):
+            logit = np.float64(logits_D[d])
+            if i < end and np.int64(buffers.decisions[i].step) == d:
+                mixed_logit = buffers.mixed_logits[i]
+                logit = mixed_logit if buffers.decisions[i].goes_right else -mixed_logit
                 i += 1
-            else:
-                logit = np.float64(logits_ND[0, d])
-            nats -= math.log1p(math.exp(-logit if trees.right_E[first + d] else logit))
-        logq_V[token] = nats
-        before = token
+            logp -= math.log1p(math.exp(-logit if trees.goes_right_E[first + d] else logit))
+        logp_V[token] = logp
+        previous = token

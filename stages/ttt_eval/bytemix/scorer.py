@@ -1,79 +1,93 @@
-"""A byte model mixed in on any scorer's decisions: a lawful scorer that wraps another (#1916 without what was wrong with it).
+"""A byte model mixed in on top of any scorer: #1916 without what was wrong with it.
 
-The wrapped scorer says what it makes of each decision on a token's path through the tree of bytes (scoring/byte_tree.py); statistics of the
-bytes before (mixer.py) are mixed with it, and what all decisions have gained is taken from the loss:
+The wrapped scorer gives its logit of each decision on a token's path through the byte tree
+(scoring/byte_tree.py). A model of the bytes so far (mixer.py) is mixed with it, and the gain of all
+decisions is taken from the loss:
 
-    loss = -log p(v) + sum over the path of log n - log m
+    loss = -log p(v) + sum over the path of (log n - log m)
 
-where n and m are the network's and the mixed probability of the side taken. As long as nothing has been learnt m is n, and the loss is the
-wrapped scorer's to the last bit. All that m depends on is the prefix and the token's own bytes so far.
+where n and m are the network's and the mixed probability of the side taken. Until something is
+learned, m is n, and the loss is the wrapped scorer's to the last bit. m depends on nothing but the
+prefix and the token's own bytes so far.
 
-Shapes: N targets, V vocabulary, R rows of an answer.
+Shapes: N targets, V vocabulary, R rows of a result.
 """
 
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Self
 
 import numpy as np
 import torch
 
 from stages.common.bpb import ByteTable
-from stages.common.copy_on_write import Shared
+from stages.common.copy_on_write import CopyOnWrite
 from stages.scoring import byte_tree
-from stages.scoring.byte_tree_logits import NO_HINT, Forest
-from stages.scoring.evaluate import AskedScorer
-from stages.scoring.queries import Asked
-from stages.ttt_eval.bytemix.mixer import Mixture
+from stages.scoring.byte_tree_logits import NO_HINT, DeviceByteTrees
+from stages.scoring.evaluate import QueryableScorer
+from stages.scoring.queries import Queries
+from stages.ttt_eval.bytemix.mixer import ByteMixer
 from stages.ttt_eval.wrapper import Wrapper
 
-BYTES_A_TARGET = 4  # about, to size tables by
-PIECE = 1 << 20  # targets whose answers are held at a time, while the ones before are mixed
+BYTES_PER_TARGET = 4  # roughly; sizes the tables
+PIECE = 1 << 20  # targets per piece of a stream: one is mixed while the next is scored
 
 
 class MixerScorer(Wrapper):
-    """A lawful scorer; the stream's length, a public constant, sizes its tables. `table` is what the ids say."""
+    """A lawful scorer that wraps another.
+
+    The stream's length, a public constant, sizes its tables. `table` has the text of the ids.
+    """
 
     def __init__(
-        self, scorer: AskedScorer, rate: float, table: ByteTable, n_targets: int, device: torch.device
+        self, scorer: QueryableScorer, rate: float, table: ByteTable, n_targets: int, device: torch.device
     ) -> None:
         super().__init__(scorer)
         self.rate = rate
-        self.forest = Forest(byte_tree.of_table(table), device)
-        self.mixture = Shared(Mixture(self.forest.trees, n_targets * BYTES_A_TARGET), Mixture.copy)
-        self.last: int | None = None  # token that was scored
+        self.byte_trees = DeviceByteTrees(byte_tree.build_byte_trees(table), device)
+        mixer = ByteMixer(self.byte_trees.trees, n_targets * BYTES_PER_TARGET)
+        self.mixer = CopyOnWrite(mixer, ByteMixer.copy)
+        self.last_token: int | None = None  # the last one observed
 
     def fork(self) -> Self:
-        """An independent copy; the tables are shared until one of the two goes on."""
+        """An independent copy; the tables are shared until one of the two observes a token."""
         twin = super().fork()
-        twin.mixture = self.mixture.fork()
+        twin.mixer = self.mixer.fork()
         return twin
 
-    def _bend(self, logp_V: np.ndarray) -> np.ndarray:
-        trees = self.forest.trees
-        number = int(byte_tree.numbers_behind(trees.boundary_V, np.array([self.last]))[0])
-        return self.mixture.value.law(number, byte_tree.sums(logp_V, trees.order_TV[number]))
+    def _adjust_distribution(self, logp_V: np.ndarray) -> np.ndarray:
+        trees = self.byte_trees.trees
+        tree = int(byte_tree.tree_index_after(trees.boundary_V, np.array([self.last_token]))[0])
+        mass_V1 = byte_tree.cumulative_mass(logp_V, trees.sorted_ids_TV[tree])
+        return self.mixer.value.distribution(tree, mass_V1)
 
-    def _score(self, tokens: np.ndarray, asked: Asked | None) -> np.ndarray:
-        """Pieces are mixed by a thread of their own, while the wrapped scorer goes on."""
-        assert asked is None, "nothing lies on top of this scorer"
-        mixture, trees = self.mixture.own(), self.forest.trees
+    def _score(self, tokens: np.ndarray, queries: Queries | None) -> np.ndarray:
+        """Score and mix piece by piece: a thread mixes one while the wrapped scorer scores the next."""
+        assert queries is None, "no scorer on top of this one can ask it for more than losses"
+        mixer = self.mixer.writable()
+        pieces: list[Future[np.ndarray]] = []
         with ThreadPoolExecutor(1) as thread:
-            at_work = []
             for first in range(0, len(tokens), PIECE):
-                piece = tokens[first : first + PIECE]
-                previous = np.concatenate(([] if self.last is None else [self.last], piece)).astype(np.int64)[
-                    :-1
-                ]
-                self.last = int(piece[-1])
-                targets, trees_N = (
-                    piece[len(piece) - len(previous) :].astype(np.int64),
-                    byte_tree.numbers_behind(trees.boundary_V, previous),
+                piece = tokens[first : first + PIECE].astype(np.int64)
+
+                # A target and its predecessor; the first token of a stream is given, not scored.
+                if self.last_token is None:
+                    targets_N = piece[1:]
+                    previous_N = piece[:-1]
+                else:
+                    targets_N = piece
+                    previous_N = np.concatenate(([self.last_token], piece[:-1]))
+                self.last_token = int(piece[-1])
+
+                # The wrapped scorer's losses and path logits.
+                trees_N = byte_tree.tree_index_after(self.byte_trees.trees.boundary_V, previous_N)
+                no_hints_N = np.full_like(trees_N, NO_HINT)
+                scores = self.scorer.score(
+                    tokens[first : first + PIECE], Queries(no_hints_N, trees_N, self.byte_trees)
                 )
-                answers = self.scorer.score(
-                    piece, Asked(np.stack((np.full_like(trees_N, NO_HINT), trees_N)), self.forest)
+                nll_N = scores[0]
+                logits_ND = np.ascontiguousarray(scores[3:].T)
+                pieces.append(
+                    thread.submit(mixer.score_and_learn, targets_N, trees_N, logits_ND, nll_N, self.rate)
                 )
-                paths_ND = np.ascontiguousarray(answers[3:].T)
-                at_work.append(
-                    thread.submit(mixture.follow, targets, trees_N, paths_ND, answers[0], self.rate)
-                )
-            return np.concatenate([np.empty(0, dtype=np.float32), *(work.result() for work in at_work)])[None]
+        nll_of_pieces = [piece_nll.result() for piece_nll in pieces]
+        return np.concatenate([np.empty(0, dtype=np.float32), *nll_of_pieces])[None]

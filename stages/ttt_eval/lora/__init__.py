@@ -1,1 +1,1 @@
-"""Test-time training of low-rank adapters, one set per document."""
+"""Test-time training of low-rank adapters, one set for each document."""

@@ -1,19 +1,28 @@
-"""Score-first test-time training of low-rank adapters, a fresh set for each document (#1530, and what followed it).
+"""Score-first test-time training of low-rank adapters, a fresh set for each document.
 
-A document is cut into chunks of targets. Chunk c is scored with adapters trained on chunks 0 ... c-1 of the same document; the gradient of
-the very losses that are its scores then makes one step of AdamW. Its last chunk is never trained on. The model's own weights are frozen.
+The method is that of #1530 and its successors, but for what is said below.
 
-Nothing passes from one document to another, so any documents may lie side by side as rows of a batch, and in any order: a score depends on
-the tokens before it in its own document only. (#1530 and its successors adapt a batch at a time too, but keep A from batch to batch and
-train the model between: then order matters.) The context of a chunk ends with the chunk and reaches back `window` tokens at most, and
-is recomputed for every chunk because the adapters have changed. A batch loses its rows as their documents end: with the lengths of web
-text, a fixed number of rows would be four times the work. So shapes are many, and nothing here is compiled.
+A document is cut into chunks of targets. Chunk c is scored with adapters trained on chunks
+0 ... c-1 of the same document. The gradient of the very losses that are its scores then makes one
+step of AdamW. A document's last chunk is never trained on. The model's own weights are frozen.
 
-A document's company changes the last digits of its scores, since sums over other shapes run in another order. A call with too few documents
-to fill a batch scores them one by one, which costs little: then every shape follows from the chunk's number, and a score is a function of
-its past to the last bit.
+Nothing passes from one document to another: a score depends on the tokens before it in its own
+document only. So documents can be rows of one batch, in any order. (#1530 and its successors also
+adapt a batch at a time, but keep A from batch to batch and train the model in between; then order
+matters.)
 
-Shapes: B documents, T tokens of context, S targets of a chunk, V vocabulary.
+The context of a chunk ends with the chunk and reaches back `window` tokens at most. It is computed
+again for every chunk because the adapters have changed. A batch loses its rows as their documents
+end: with the lengths of web text, a fixed number of rows would be four times the work. So there are
+many shapes, and nothing here is compiled.
+
+The other rows of a batch change the last digits of a score, because sums over other shapes run in
+another order. A call with too few documents to fill a batch scores them one by one, which costs
+little. Then every shape follows from the chunk's number, and a score is a function of its past to
+the last bit.
+
+Shapes: N targets of a call, R rows of its result, B documents, L tokens of the longest document,
+T tokens of context, S targets of a chunk, P weights of a document's adapters, V vocabulary.
 """
 
 import copy
@@ -25,19 +34,19 @@ import torch
 from torch import Tensor
 
 from stages.common.parallel import World
-from stages.common.progress import Progress, Report
-from stages.scoring.queries import Asked, Questions, rows_of, scores_of
+from stages.common.progress import Logger, Progress
+from stages.scoring.queries import DeviceQueries, Queries, result_rows, score_targets
 from stages.sliding_eval.params import SlidingEvalParams
 from stages.train.model import Model, is_matrix
 from stages.train.reference import softcapped
-from stages.ttt_eval.lora.documents import Document, groups, split, table
-from stages.ttt_eval.lora.weights import Bank, Layout, adamw_, fresh_bank
+from stages.ttt_eval.lora.documents import StreamDocument, group_documents, pad_rows, split_documents
+from stages.ttt_eval.lora.weights import AdapterBatch, AdapterLayout, adamw_, fresh_adapters
 from stages.ttt_eval.loss_weighting import weighted
 from stages.ttt_eval.params import TttEvalParams
 
 
 def frozen(model: Model) -> Model:
-    """A copy that takes no gradients, its matrices already in the dtype in which they are used."""
+    """A copy without gradients, its matrices already in the dtype in which they are used."""
     twin = copy.deepcopy(model).requires_grad_(False)
     for name, parameter in twin.named_parameters():
         if is_matrix(name):
@@ -45,16 +54,19 @@ def frozen(model: Model) -> Model:
     return twin
 
 
-class Work(NamedTuple):
-    """What is asked of the scorer in one call, and where the answers go."""
+class ScoringCall(NamedTuple):
+    """One call of `LoRAScorer.score`: its queries, and where its result is collected."""
 
-    scores: np.ndarray  # (R, N) float32
-    asked: Asked | None
+    scores: np.ndarray  # (R, N) float32; on each rank the scores of its own documents, zeros elsewhere
+    queries: Queries | None
     progress: Progress
 
 
 class LoRAScorer:
-    """A lawful scorer; all ranks call it alike and all get every score. The model given is never changed."""
+    """A lawful scorer. All ranks make the same calls, and all get every score.
+
+    The model given is never changed.
+    """
 
     def __init__(
         self,
@@ -62,21 +74,22 @@ class LoRAScorer:
         sliding: SlidingEvalParams,
         params: TttEvalParams,
         world: World,
-        report: Report | None = None,
+        logger: Logger | None = None,
     ) -> None:
         self.model = frozen(model)
         self.window = sliding.window
         self.params = params
         self.lora = params.lora
         self.world = world
-        self.report = report or Report(is_main=False)
+        self.logger = logger or Logger(is_main=False)
         plan = model.plans[True]
-        self.layout = Layout(model.params, self.lora, len(plan.encoder) + len(plan.decoder))
+        self.layout = AdapterLayout(model.params, self.lora, len(plan.encoder) + len(plan.decoder))
         self.fresh_P = self.layout.fresh(world.device)
-        self.known = np.empty(0, dtype=np.int64)  # tokens of the open document
-        self.bank = fresh_bank(
-            self.fresh_P, 1
-        )  # its adapters, trained on its whole chunks; replaced, never changed
+
+        # The open document: its tokens, and its adapters, trained on its whole chunks. The tensors
+        # are replaced and never changed, so forks can share them.
+        self.open_tokens = np.empty(0, dtype=np.int64)
+        self.open_adapters = fresh_adapters(self.fresh_P, 1)
 
     @property
     def vocab_size(self) -> int:
@@ -85,157 +98,186 @@ class LoRAScorer:
 
     @property
     def warm_up_targets(self) -> int:
-        """A window: a document or two, which show the kernels most of what they will be asked for."""
+        """A window: one or two documents, with most of the shapes that kernels will meet."""
         return self.window
 
     def fork(self) -> "LoRAScorer":
-        """An independent copy; what the two share is never changed."""
-        twin = object.__new__(type(self))
-        twin.__dict__.update(self.__dict__)
-        return twin
+        """An independent copy."""
+        return copy.copy(self)
 
     def observe(self, token: int) -> None:
         """Append a token to the prefix; the last one of a chunk trains its document's adapters."""
-        self.known = np.append(self.known, token)
-        if token == self.model.params.bos_id or len(self.known) == 1:
-            self.known, self.bank = self.known[-1:], fresh_bank(self.fresh_P, 1)
-        elif (len(self.known) - 1) % self.lora.chunk == 0:
-            bank, chunk = self.bank.copy(0), (len(self.known) - 1) // self.lora.chunk - 1
-            self._step(bank, self._on_device(self.known[None]), None, chunk, trained=1)
-            self.bank = bank
+        self.open_tokens = np.append(self.open_tokens, token)
+        n_targets = len(self.open_tokens) - 1
+        if token == self.model.params.bos_id or n_targets == 0:
+            self.open_tokens = self.open_tokens[-1:]
+            self.open_adapters = fresh_adapters(self.fresh_P, 1)
+        elif n_targets % self.lora.chunk == 0:
+            adapters = self.open_adapters.copy(0)
+            chunk = n_targets // self.lora.chunk - 1
+            tokens_1L = self._on_device(self.open_tokens[None])
+            self._score_chunk_and_train(adapters, tokens_1L, None, chunk, trained=1)
+            self.open_adapters = adapters
 
     @torch.no_grad()
     def predict(self) -> np.ndarray:
         """Natural log-probabilities of the next token, (V,) float64."""
-        if not len(self.known):
+        if not len(self.open_tokens):
             raise ValueError("nothing is observed yet: the first token of a stream is given, not predicted")
-        start, end = self._context((len(self.known) - 1) // self.lora.chunk)
-        place = len(self.known) - 1 - start
-        z_1V = self._uncapped(
-            self._on_device(table([self.known[start:]], end - start)),
-            slice(place, place + 1),
-            self.bank.weights_BP,
-        )
-        logits_V = softcapped(z_1V[0, 0], self.model.params.logit_softcap)
+
+        # The context is padded to where its chunk will end: the rotary base depends on its length.
+        start, end = self._context(chunk=(len(self.open_tokens) - 1) // self.lora.chunk)
+        inputs_1T = self._on_device(pad_rows([self.open_tokens[start:]], end - start))
+        last = len(self.open_tokens) - 1 - start
+        z_11V = self._raw_logits(inputs_1T, slice(last, last + 1), self.open_adapters.weights_BP)
+        logits_V = softcapped(z_11V[0, 0], self.model.params.logit_softcap)
         return torch.log_softmax(logits_V.double(), dim=-1).cpu().numpy()
 
     def score_stream(self, tokens: np.ndarray) -> np.ndarray:
         """Score and observe tokens in order; nats, float32."""
         return self.score(tokens, None)[0]
 
-    def score(self, tokens: np.ndarray, asked: Asked | None) -> np.ndarray:
-        """`score_stream` as the first of (R, N) rows; the others answer what is asked."""
+    def score(self, tokens: np.ndarray, queries: Queries | None) -> np.ndarray:
+        """Score and observe tokens in order; returns losses and query results, (R, N) (queries.py)."""
         tokens = tokens.astype(np.int64)
-        if not len(self.known):
-            self.known, tokens = tokens[:1], tokens[1:]
-        scores = np.zeros((rows_of(asked), len(tokens)), dtype=np.float32)
+        if not len(self.open_tokens):  # the first token of a stream is given
+            self.open_tokens = tokens[:1]
+            tokens = tokens[1:]
+        scores = np.zeros((result_rows(queries), len(tokens)), dtype=np.float32)
         if not len(tokens):
             return scores
-        documents = split(self.known, tokens, self.model.params.bos_id)
-        with self.report.progress("score and train", len(tokens)) as progress:
-            self.bank = self._score_documents(documents, Work(scores, asked, progress))
-        self.known = documents[-1].tokens
+
+        documents = split_documents(self.open_tokens, tokens, self.model.params.bos_id)
+        with self.logger.progress("score and train", len(tokens)) as progress:
+            self.open_adapters = self._score_documents(documents, ScoringCall(scores, queries, progress))
+        self.open_tokens = documents[-1].tokens
         return self.world.sum_(torch.from_numpy(scores).to(self.world.device)).cpu().numpy()
 
-    def _score_documents(self, documents: list[Document], work: Work) -> Bank:
-        """Score this rank's share; gives every rank the adapters of the last document, which stays open."""
-        bank = None
-        if documents[
-            0
-        ].first:  # begun in an earlier call; every rank goes on with it, and one keeps its scores
-            bank = self._run(documents[:1], self.bank.copy(0), work)
+    def _score_documents(self, documents: list[StreamDocument], call: ScoringCall) -> AdapterBatch:
+        """Score this rank's share of the documents.
+
+        Returns the adapters of the last document, which stays open, on every rank.
+        """
+        # The document that an earlier call began: every rank continues it, and one keeps its
+        # scores.
+        open_adapters = None
+        if documents[0].first_target:
+            open_adapters = self._score_group(documents[:1], self.open_adapters.copy(0), call)
             if not self.world.is_main:
-                work.scores[:] = 0
-        new = [document for document in documents if not document.first]
-        side_by_side = self.lora.documents if len(new) >= self.lora.documents else 1
-        for group in groups(new, self.world.rank, self.world.size, side_by_side):
-            bank = self._run(group, fresh_bank(self.fresh_P, len(group)), work) or bank
-        return self._from_its_rank(bank) if new else self._known(bank)
+                call.scores[:] = 0
 
-    def _run(self, group: list[Document], bank: Bank, work: Work) -> Bank | None:
-        """Score documents side by side, those with the most targets first; gives the adapters of the one that stays open, if it is here."""
+        # New documents are shared out over the ranks.
+        new = [document for document in documents if not document.first_target]
+        group_size = self.lora.documents if len(new) >= self.lora.documents else 1
+        for group in group_documents(new, self.world.rank, self.world.size, group_size):
+            adapters = fresh_adapters(self.fresh_P, len(group))
+            open_adapters = self._score_group(group, adapters, call) or open_adapters
+
+        # The last document is a new one if there is any: then one rank has its adapters, and the
+        # others add zeros.
+        if new and self.world.size > 1:
+            if open_adapters is None:
+                zeros_1P = torch.zeros_like(self.fresh_P)[None]
+                open_adapters = AdapterBatch(zeros_1P, zeros_1P.clone())
+            open_adapters = AdapterBatch(*(self.world.sum_(tensor) for tensor in open_adapters))
+        assert open_adapters is not None, "no rank scored the last document, which is open"
+        return open_adapters
+
+    def _score_group(
+        self, group: list[StreamDocument], adapters: AdapterBatch, call: ScoringCall
+    ) -> AdapterBatch | None:
+        """Score documents as rows of a batch, those with the most targets first.
+
+        Returns the adapters of the document that stays open, if it is in the group.
+        """
         size = self.lora.chunk
-        last = max(document.chunks(size) for document in group)
-        tokens_BL = self._on_device(table([document.tokens for document in group], last * size + 1))
-        questions = None
-        if work.asked is not None:
-            about = [
-                table([_about(document, row) for document in group], last * size)
-                for row in work.asked.about_2N
-            ]
-            questions = Questions(self._on_device(np.stack(about)), work.asked.forest)
+        n_chunks = max(document.n_chunks(size) for document in group)
+        tokens_BL = self._on_device(pad_rows([document.tokens for document in group], n_chunks * size + 1))
+
+        def by_document(ids_N: np.ndarray) -> Tensor:
+            rows = [_ids_of_document(document, ids_N) for document in group]
+            return self._on_device(pad_rows(rows, n_chunks * size))
+
+        queries = call.queries.to_device(by_document) if call.queries is not None else None
+
+        # Documents end at different chunks; those that go on are the first rows.
         scored = []
-        for chunk in range(group[0].first // size, last):
-            rows = sum(document.chunks(size) > chunk for document in group)
-            trained = sum(document.trained(size) > chunk for document in group)
-            scored.append((chunk, self._step(bank.rows(rows), tokens_BL, questions, chunk, trained)))
-            work.progress.advance(rows * size * self.world.size)
-        for chunk, scores_BS in scored:
-            _fill(work.scores, group, chunk, scores_BS.cpu().numpy())
-        return next((bank.copy(row) for row, document in enumerate(group) if document.is_open), None)
+        for chunk in range(group[0].first_target // size, n_chunks):
+            rows = sum(document.n_chunks(size) > chunk for document in group)
+            trained = sum(document.n_trained_chunks(size) > chunk for document in group)
+            scores_RBS = self._score_chunk_and_train(adapters.first(rows), tokens_BL, queries, chunk, trained)
+            scored.append((chunk, scores_RBS))
+            call.progress.advance(rows * size * self.world.size)
 
-    def _step(
-        self, bank: Bank, tokens_BL: Tensor, questions: Questions | None, chunk: int, trained: int
+        # Copied from the device at the end, so that it never waits for the host.
+        for chunk, scores_RBS in scored:
+            _write_scores(call.scores, group, chunk, scores_RBS.cpu().numpy())
+        for row, document in enumerate(group):
+            if document.is_open:
+                return adapters.copy(row)
+        return None
+
+    def _score_chunk_and_train(
+        self,
+        adapters: AdapterBatch,
+        tokens_BL: Tensor,
+        queries: DeviceQueries | None,
+        chunk: int,
+        trained: int,
     ) -> Tensor:
-        """The answers about a chunk of every document in the bank, (R, B, S); then the first `trained` documents learn from it."""
-        start, end = self._context(chunk)
-        rows, size = len(bank.weights_BP), self.lora.chunk
-        place = slice(chunk * size - start, end - start)
-        weights_BP = bank.weights_BP.detach().requires_grad_(trained > 0)
-        with torch.set_grad_enabled(trained > 0):
-            z_BSV = self._uncapped(tokens_BL[:rows, start:end], place, weights_BP)
-            here = questions and questions._replace(
-                about_2N=questions.about_2N[:, :rows, end - size : end].flatten(1)
-            )
-            scores = scores_of(
-                self.model, z_BSV.flatten(0, 1), tokens_BL[:rows, end - size + 1 : end + 1].flatten(), here
-            )
-            scores = scores.unflatten(1, (rows, size))
-            if trained:
-                loss = weighted(scores[0, :trained], self.params.confidence).mean(dim=1).sum()
-                (gradients_BP,) = torch.autograd.grad(loss, weights_BP)
-                adamw_(bank.rows(trained), gradients_BP[:trained], chunk + 1, self.lora)
-        return scores.detach()
+        """Score a chunk of every document, then train the first `trained` documents on it, in place.
 
-    def _uncapped(self, inputs_BT: Tensor, place: slice, weights_BP: Tensor) -> Tensor:
-        """Logits before the softcap at the positions `place`, (B, S, V)."""
-        return self.model.uncapped(
-            inputs_BT, True, place, self.layout.adapters(weights_BP.to(self.model.dtype))
-        )
+        Returns the scores, (R, B, S).
+        """
+        start, end = self._context(chunk)
+        rows = len(adapters.weights_BP)
+        size = self.lora.chunk
+        positions = slice(chunk * size - start, end - start)  # of the chunk in its context
+        weights_BP = adapters.weights_BP.detach().requires_grad_(trained > 0)
+        with torch.set_grad_enabled(trained > 0):
+            # Score.
+            z_BSV = self._raw_logits(tokens_BL[:rows, start:end], positions, weights_BP)
+            targets_BS = tokens_BL[:rows, end - size + 1 : end + 1]
+            chunk_queries = queries and queries.map(lambda ids_BL: ids_BL[:rows, end - size : end].flatten())
+            scores_RN = score_targets(self.model, z_BSV.flatten(0, 1), targets_BS.flatten(), chunk_queries)
+            scores_RBS = scores_RN.unflatten(1, (rows, size))
+
+            # Train: each document's loss has a gradient in its own weights only.
+            if trained:
+                losses_BS = weighted(scores_RBS[0, :trained], self.params.weight_by_surprise)
+                (gradients_BP,) = torch.autograd.grad(losses_BS.mean(dim=1).sum(), weights_BP)
+                adamw_(adapters.first(trained), gradients_BP[:trained], chunk + 1, self.lora)
+        return scores_RBS.detach()
+
+    def _raw_logits(self, inputs_BT: Tensor, positions: slice, weights_BP: Tensor) -> Tensor:
+        """Logits before the softcap at the positions, (B, S, V)."""
+        adapters = self.layout.adapters(weights_BP.to(self.model.dtype))
+        return self.model.raw_logits(inputs_BT, True, positions, adapters)
 
     def _context(self, chunk: int) -> tuple[int, int]:
-        """Where the context of a chunk begins and ends in its document; known before the document's end is."""
+        """Start and end of a chunk's context; they do not depend on where the document ends."""
         end = (chunk + 1) * self.lora.chunk
         return max(0, end - self.window), end
-
-    def _from_its_rank(self, bank: Bank | None) -> Bank:
-        """The bank that one rank has and the others have not."""
-        if self.world.size > 1:
-            bank = bank or Bank(*(torch.zeros_like(self.fresh_P)[None] for _ in Bank._fields))
-            bank = Bank(*(self.world.sum_(tensor) for tensor in bank))
-        return self._known(bank)
-
-    @staticmethod
-    def _known(bank: Bank | None) -> Bank:
-        assert bank is not None, "the last document is open, and somebody scored it"
-        return bank
 
     def _on_device(self, values: np.ndarray) -> Tensor:
         return torch.from_numpy(values).to(self.world.device)
 
 
-def _about(document: Document, row: np.ndarray) -> np.ndarray:
-    """A document's part of a row of questions, by its targets; zeros for those that are not scored."""
-    own = np.zeros(document.targets, dtype=np.int64)
-    own[document.first :] = row[document.place + document.first : document.place + document.targets]
-    return own
+def _ids_of_document(document: StreamDocument, ids_N: np.ndarray) -> np.ndarray:
+    """The part of a call's query ids that is a document's, (M,); zeros for targets scored earlier."""
+    ids_M = np.zeros(document.n_targets, dtype=np.int64)
+    first = document.offset + document.first_target
+    ids_M[document.first_target :] = ids_N[first : document.offset + document.n_targets]
+    return ids_M
 
 
-def _fill(scores: np.ndarray, group: Sequence[Document], chunk: int, scores_BS: np.ndarray) -> None:
-    """Put the answers about a chunk, (R, B, S), where they belong."""
-    size = scores_BS.shape[-1]
-    for row, document in enumerate(group[: scores_BS.shape[1]]):
-        first, end = max(document.first, chunk * size), min(document.targets, (chunk + 1) * size)
-        scores[:, document.place + first : document.place + end] = scores_BS[
-            :, row, first - chunk * size : end - chunk * size
-        ]
+def _write_scores(
+    scores_RN: np.ndarray, group: Sequence[StreamDocument], chunk: int, scores_RBS: np.ndarray
+) -> None:
+    """Copy a chunk's scores to their places in the call's result."""
+    size = scores_RBS.shape[-1]
+    for row, document in enumerate(group[: scores_RBS.shape[1]]):
+        first = max(document.first_target, chunk * size)
+        end = min(document.n_targets, (chunk + 1) * size)
+        scores_RS = scores_RBS[:, row, first - chunk * size : end - chunk * size]
+        scores_RN[:, document.offset + first : document.offset + end] = scores_RS

@@ -1,1 +1,1 @@
-"""The n-gram table, and the tilt of the distribution towards its guess."""
+"""The n-gram table, and the tilt of a distribution towards its hint."""

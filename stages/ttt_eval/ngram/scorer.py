@@ -1,179 +1,249 @@
-"""A learned tilt towards one token, on any scorer: a mixture that is a distribution by its form (#1145 and #1514 without their gates).
+"""A learned tilt towards one token, on top of any scorer: #1145 and #1514 without their gates.
 
-A hint h (table.py) makes one binary event of the next token: is it h? The wrapped scorer gives it the probability p(h); the tilt gives it
+A hint h (table.py) makes one binary event of the next token: is it h? The wrapped scorer gives this
+the probability p(h). The tilt gives it
 
-    p'(h) = sigmoid(logit p(h) + w . x),    and every other token p(v) (1 - p'(h)) / (1 - p(h)),
+    p'(h) = sigmoid(logit p(h) + b),    and every other token p(v) (1 - p'(h)) / (1 - p(h)),
 
-which sums to one whatever w is. In the form of #1514, with b = w . x: p'(v) = p(v) exp(b [v = h]) / Z, Z = 1 + p(h) (exp(b) - 1). The
-inputs x are logit p(h), a constant, and for each context length the stretched share of the positions in that context's state whose hint
-came true. w is chosen by the longest known context, and lies between the weights of the two nearest of a few values of logit p(h): with
-one set for each range of it losses jumped by a nat at its ends, where two ways to compute the same p(h) differ in their last bits. Shares
-and weights learn from the token after it is scored; all weights start at 0, which is the wrapped scorer exactly. h and x depend on the
-observed prefix alone.
+which sums to one whatever the boost b is. In the form of #1514: p'(v) = p(v) exp(b [v = h]) / Z, Z
+= 1 + p(h) (exp(b) - 1).
 
-Who asks for the decisions on a token's path through the tree of bytes (scoring/byte_tree.py) gets them as they stand under the tilt: what
-the hint has is added, times exp(b), to whichever side it is on.
+The boost is w . x. The inputs x are logit p(h), a constant, and for each context length the logit
+of its hit rate: how often the hint came true at positions where that context was in the same state.
+The weights w depend on the longest known context and on logit p(h): there is one set at each of a
+few values of it, the knots, and between two knots w is interpolated. (With one set for each range
+of logit p(h), losses jumped by a nat at the ends of a range, where two ways to compute the same
+p(h) differ in their last bits.)
 
-Shapes: N targets, K context lengths, S states, X inputs, D decisions of the longest path.
+Hit rates and weights learn from the token after it is scored. All weights start at 0, which is the
+wrapped scorer exactly. h and x depend on the observed prefix alone.
+
+A scorer on top can ask for the decisions on a token's path through the byte tree
+(scoring/byte_tree.py). It gets them under the tilt: the hint's mass, times exp(b), is added to the
+side that the hint is on.
+
+Shapes: N targets, K context lengths, S states of a context, W sets of weights, X inputs, D
+decisions of the longest path.
 """
 
+import copy
 import math
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy as np
-from numba import njit
 
-from stages.common.copy_on_write import Shared
-from stages.scoring.byte_tree import Trees
-from stages.scoring.evaluate import AskedScorer
-from stages.scoring.queries import Asked
-from stages.ttt_eval.ngram.table import LENGTHS, STATES, UNKNOWN, Hints
+from stages.common.copy_on_write import CopyOnWrite
+from stages.common.jit import jit_entry
+from stages.scoring.byte_tree import ByteTrees
+from stages.scoring.evaluate import QueryableScorer
+from stages.scoring.queries import Queries
+from stages.ttt_eval.ngram.table import CONTEXT_LENGTHS, SLOT_STATES, UNKNOWN, NgramTable
 from stages.ttt_eval.wrapper import Wrapper
 
-INPUTS = 2 + len(LENGTHS)
-KNOTS, APART = 8, 2.0  # values of logit p(h) that have weights, around 0, and what lies between two
-MOST_CERTAIN = 8.0  # of a stretched share; of logit p(h), twice that
-COUNT_LIMIT = 255  # a share forgets by 1/256 in the end
-STEADY = 16  # updates of a set of weights behind which its steps shrink with their root: else noise costs more than a good network leaves
-LEARNT = ("weights", "updates", "shares_KS", "counts_KS")
-SURE = -1e-7  # the largest log p(h): float32 cannot tell it from 0
+INPUTS = 2 + len(CONTEXT_LENGTHS)  # X
+KNOTS = 8  # values of logit p(h) that have a set of weights, around 0
+KNOT_SPACING = 2.0  # between two of them
+MAX_RATE_LOGIT = 8.0  # largest logit of a hit rate; logit p(h) as an input goes up to twice that
+MAX_RATE_COUNT = 255  # observations after which a hit rate forgets by 1/256 each
+# Updates of a set of weights after which its steps shrink with the root of their number. With
+# larger steps noise costs more than a good network leaves to gain.
+STEADY_UPDATES = 16
+MAX_LOG_PROB = -1e-7  # largest log p(h): float32 cannot tell it from 0
 
 
-@njit(nogil=True)
-def _boost(
-    states_K: np.ndarray, hint_logp: float, weights: np.ndarray, shares_KS: np.ndarray, x_X: np.ndarray
-) -> tuple[float, int, float]:
-    """b, the number of the first of the two sets of weights that gave it, and the share of the second; fills the inputs."""
+class TiltState(NamedTuple):
+    """All that the tilt learns."""
+
+    weights_WX: np.ndarray  # float64; W = K KNOTS, by longest known context and knot
+    updates_W: np.ndarray  # float64: how often each set of weights was updated
+    hit_rates_KS: np.ndarray  # float64: share of hints that came true, by context length and state
+    counts_KS: np.ndarray  # int64: how many there were, up to MAX_RATE_COUNT
+
+
+class Boost(NamedTuple):
+    """A boost b; its w is (1 - share) weights[lower] + share weights[lower + 1]."""
+
+    boost: float
+    lower: int
+    share: float
+
+
+def new_tilt_state() -> TiltState:
+    """No tilt, and hints that come true half of the time."""
+    sets = len(CONTEXT_LENGTHS) * KNOTS
+    return TiltState(
+        weights_WX=np.zeros((sets, INPUTS)),
+        updates_W=np.zeros(sets),
+        hit_rates_KS=np.full((len(CONTEXT_LENGTHS), SLOT_STATES), 0.5),
+        counts_KS=np.zeros((len(CONTEXT_LENGTHS), SLOT_STATES), np.int64),
+    )
+
+
+@jit_entry
+def _boost(state: TiltState, states_K: np.ndarray, hint_logp: float, x_X: np.ndarray) -> Boost:
+    """Compute b for a hint of log-probability `hint_logp`, and fill its inputs x."""
+    # Inputs, and the longest known context.
     logit = hint_logp - math.log(-math.expm1(hint_logp))
-    x_X[0], x_X[1] = min(max(logit, -2 * MOST_CERTAIN), 2 * MOST_CERTAIN) / 4, 1.0
+    x_X[0] = min(max(logit, -2 * MAX_RATE_LOGIT), 2 * MAX_RATE_LOGIT) / 4
+    x_X[1] = 1.0
     longest = 0
     for k in range(len(states_K)):
         x_X[2 + k] = 0.0
         if states_K[k] != UNKNOWN:
             longest = k
-            share = shares_KS[k, states_K[k]]
-            x_X[2 + k] = min(max(math.log(share / (1 - share)), -MOST_CERTAIN), MOST_CERTAIN)
-    place = min(max(logit / APART + (KNOTS - 1) / 2, 0.0), KNOTS - 1.0)
-    below = min(int(place), KNOTS - 2)
-    first, share, boost = longest * KNOTS + below, place - below, 0.0
+            rate = state.hit_rates_KS[k, states_K[k]]
+            x_X[2 + k] = min(max(math.log(rate / (1 - rate)), -MAX_RATE_LOGIT), MAX_RATE_LOGIT)
+
+    # The two knots around logit p(h), and the dot product with the weights between them.
+    position = min(max(logit / KNOT_SPACING + (KNOTS - 1) / 2, 0.0), KNOTS - 1.0)
+    knot = min(int(position), KNOTS - 2)
+    lower = longest * KNOTS + knot
+    share = position - knot
+    boost = 0.0
     for i in range(len(x_X)):
-        boost += ((1 - share) * weights[first, i] + share * weights[first + 1, i]) * x_X[i]
-    return boost, first, share
+        weight = (1 - share) * state.weights_WX[lower, i] + share * state.weights_WX[lower + 1, i]
+        boost += weight * x_X[i]
+    return Boost(boost, lower, share)
 
 
-@njit(nogil=True)
-def follow(
-    hints: np.ndarray,
-    states: np.ndarray,
-    targets: np.ndarray,
-    nll: np.ndarray,
-    hint_logp: np.ndarray,
-    weights: np.ndarray,
-    shares_KS: np.ndarray,
-    counts_KS: np.ndarray,
-    updates: np.ndarray,
+@jit_entry(makes_arrays=True)
+def score_and_adapt(
+    state: TiltState,
+    hints_N: np.ndarray,
+    states_NK: np.ndarray,
+    targets_N: np.ndarray,
+    nll_N: np.ndarray,
+    hint_logp_N: np.ndarray,
     rate: float,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Each target's loss under the tilt, (N,) float32, and its boost, (N,); behind each the shares and weights learn from it."""
-    tilted, boosts, x_X = np.empty(len(nll), np.float32), np.zeros(len(nll)), np.empty(INPUTS)
-    for i in range(len(nll)):
-        tilted[i] = nll[i]
-        if hints[i] < 0 or math.isnan(hint_logp[i]):
+    """Each target's loss under the tilt, (N,) float32 nats, and its boost, (N,).
+
+    Hit rates and weights learn from each target after it is scored.
+
+    `hints_N` and `states_NK` are the table's, `nll_N` and `hint_logp_N` the wrapped scorer's losses
+    and log-probabilities of the hints, `rate` the weights' learning rate.
+    """
+    tilted_nll_N = np.empty(len(nll_N), np.float32)
+    boosts_N = np.zeros(len(nll_N))
+    x_X = np.empty(INPUTS)
+    for i in range(len(nll_N)):
+        tilted_nll_N[i] = nll_N[i]
+        if hints_N[i] < 0 or math.isnan(hint_logp_N[i]):
             continue
-        logp = min(np.float64(hint_logp[i]), SURE)
-        boost, first, second_share = _boost(states[i], logp, weights, shares_KS, x_X)
-        boosts[i] = boost
-        came = 1.0 if hints[i] == targets[i] else 0.0
-        log_z = math.log1p(math.exp(logp) * math.expm1(boost))
-        tilted[i] = max(0.0, nll[i] - boost * came + log_z)
-        error = came - math.exp(logp + boost - log_z)
-        for chosen, share in ((first, 1 - second_share), (first + 1, second_share)):
-            step = rate * share / math.sqrt(1 + updates[chosen] / STEADY)
-            updates[chosen] += share
+
+        # Score.
+        hint_logp = min(np.float64(hint_logp_N[i]), MAX_LOG_PROB)
+        boost, lower, upper_share = _boost(state, states_NK[i], hint_logp, x_X)
+        boosts_N[i] = boost
+        hit = 1.0 if hints_N[i] == targets_N[i] else 0.0
+        log_z = math.log1p(math.exp(hint_logp) * math.expm1(boost))
+        tilted_nll_N[i] = max(0.0, nll_N[i] - boost * hit + log_z)
+
+        # A gradient step of both sets of weights.
+        error = hit - math.exp(hint_logp + boost - log_z)
+        for chosen, share in ((lower, 1 - upper_share), (lower + 1, upper_share)):
+            step = rate * share / math.sqrt(1 + state.updates_W[chosen] / STEADY_UPDATES)
+            state.updates_W[chosen] += share
             for k in range(len(x_X)):
-                weights[chosen, k] += step * error * x_X[k]
-        for k in range(states.shape[1]):
-            state = states[i, k]
-            if state != UNKNOWN:
-                counts_KS[k, state] = min(counts_KS[k, state] + 1, COUNT_LIMIT)
-                shares_KS[k, state] += (came - shares_KS[k, state]) / (counts_KS[k, state] + 1.5)
-    return tilted, boosts
+                state.weights_WX[chosen, k] += step * error * x_X[k]
+
+        # Hit rates of the known contexts.
+        for k in range(states_NK.shape[1]):
+            s = states_NK[i, k]
+            if s != UNKNOWN:
+                state.counts_KS[k, s] = min(state.counts_KS[k, s] + 1, MAX_RATE_COUNT)
+                state.hit_rates_KS[k, s] += (hit - state.hit_rates_KS[k, s]) / (state.counts_KS[k, s] + 1.5)
+    return tilted_nll_N, boosts_N
 
 
-@njit(nogil=True)
-def bend(
-    trees: Trees,
+@jit_entry
+def apply_to_path(
+    trees: ByteTrees,
     trees_N: np.ndarray,
-    targets: np.ndarray,
-    hints: np.ndarray,
-    heights: np.ndarray,
+    targets_N: np.ndarray,
+    hints_N: np.ndarray,
+    hint_log_odds_N: np.ndarray,
     paths_DN: np.ndarray,
 ) -> None:
-    """Add the hints to the decisions of paths without them, in place; `heights`: the tilted log-odds of each hint against all else.
+    """Add the hints to path logits that leave them out, in place.
 
-    A side that has the mass R of what is not the hint, and the hint, which has H, becomes R + H.
+    `hint_log_odds_N` are the tilted log-odds of each hint against all else. A side with the mass R
+    of what is not the hint becomes R + H, if the hint, of mass H, is on it.
     """
-    for i in range(len(targets)):
-        if hints[i] < 0:
+    for i in range(len(targets_N)):
+        if hints_N[i] < 0:
             continue
-        first, end = trees.first_TV[trees_N[i], targets[i]], trees.first_TV[trees_N[i], targets[i] + 1]
-        place, mass, hinted = trees.place_TV[trees_N[i], hints[i]], 1.0, math.exp(heights[i])
+        first = trees.path_start_TV[trees_N[i], targets_N[i]]
+        end = trees.path_start_TV[trees_N[i], targets_N[i] + 1]
+        hint_rank = trees.rank_TV[trees_N[i], hints_N[i]]
+        hint_mass = math.exp(hint_log_odds_N[i])
+
+        # Follow the path down to where the hint is on neither side.
+        mass = 1.0  # of all tokens below the decision but the hint
         for e in range(first, end):
-            if not trees.low_E[e] <= place < trees.high_E[e]:
+            if not trees.low_E[e] <= hint_rank < trees.high_E[e]:
                 break
             logit = np.float64(paths_DN[e - first, i])
-            right, left = mass / (1 + math.exp(-logit)), mass / (1 + math.exp(logit))
-            is_right = place >= trees.middle_E[e]
-            paths_DN[e - first, i] = math.log(right + hinted if is_right else right) - math.log(
-                left if is_right else left + hinted
-            )
-            mass = right if trees.right_E[e] else left
+            right = mass / (1 + math.exp(-logit))
+            left = mass / (1 + math.exp(logit))
+
+            # Add the hint's mass to its side, and go on with the path's side.
+            hint_is_right = hint_rank >= trees.middle_E[e]
+            log_right = math.log(right + hint_mass if hint_is_right else right)
+            log_left = math.log(left if hint_is_right else left + hint_mass)
+            paths_DN[e - first, i] = log_right - log_left
+            mass = right if trees.goes_right_E[e] else left
 
 
 class TiltScorer(Wrapper):
-    """A lawful scorer that wraps another; the stream's length, a public constant, sizes its tables. `codes_V`: of the ids (table.py)."""
+    """A lawful scorer that wraps another.
 
-    def __init__(self, scorer: AskedScorer, rate: float, codes_V: np.ndarray, n_targets: int) -> None:
+    The stream's length, a public constant, sizes its table; `text_hashes_V` are those of the ids
+    (table.py).
+    """
+
+    def __init__(
+        self, scorer: QueryableScorer, rate: float, text_hashes_V: np.ndarray, n_targets: int
+    ) -> None:
         super().__init__(scorer)
         self.rate = rate
-        self.hints = Shared(Hints(codes_V, n_targets), Hints.copy)
-        self.weights = np.zeros((len(LENGTHS) * KNOTS, INPUTS))
-        self.updates = np.zeros(len(self.weights))
-        self.shares_KS = np.full((len(LENGTHS), STATES), 0.5)
-        self.counts_KS = np.zeros((len(LENGTHS), STATES), np.int64)
+        self.table = CopyOnWrite(NgramTable(text_hashes_V, n_targets), NgramTable.copy)
+        self.state = new_tilt_state()
 
     def fork(self) -> Self:
-        """An independent copy; the tables are shared until one of the two goes on."""
+        """An independent copy; the table is shared until one of the two observes a token."""
         twin = super().fork()
-        twin.hints = self.hints.fork()
-        for name in LEARNT:
-            setattr(twin, name, getattr(self, name).copy())
+        twin.table = self.table.fork()
+        twin.state = copy.deepcopy(self.state)
         return twin
 
-    def _bend(self, logp_V: np.ndarray) -> np.ndarray:
-        hint, states_K = self.hints.value.next()
+    def _adjust_distribution(self, logp_V: np.ndarray) -> np.ndarray:
+        hint, states_K = self.table.value.peek()
         if hint < 0 or math.isnan(logp_V[hint]):
             return logp_V
-        boost, _, _ = _boost(
-            states_K, min(logp_V[hint], SURE), self.weights, self.shares_KS, np.empty(INPUTS)
-        )
+        boost = _boost(self.state, states_K, min(logp_V[hint], MAX_LOG_PROB), np.empty(INPUTS)).boost
         tilted_V = logp_V - math.log1p(math.exp(logp_V[hint]) * math.expm1(boost))
         tilted_V[hint] += boost
         return tilted_V
 
-    def _score(self, tokens: np.ndarray, asked: Asked | None) -> np.ndarray:
-        own = self.hints.own()
-        given = 1 if own.seen == 0 and len(tokens) else 0
-        hints, states = own.observe(tokens)
-        hints, states, targets = (
-            hints[given:].astype(np.int64),
-            states[given:],
-            tokens[given:].astype(np.int64),
+    def _score(self, tokens: np.ndarray, queries: Queries | None) -> np.ndarray:
+        # Hints of all tokens. The first token of a stream is given, not scored.
+        table = self.table.writable()
+        given = 1 if table.n_tokens == 0 and len(tokens) else 0
+        hints, states = table.update(tokens)
+        hints_N = hints[given:].astype(np.int64)
+        states_NK = states[given:]
+        targets_N = tokens[given:].astype(np.int64)
+
+        # The wrapped scorer's losses, probabilities of the hints and, for a scorer on top, paths.
+        byte_trees = None if queries is None else queries.byte_trees
+        trees_N = np.zeros_like(hints_N) if queries is None else queries.tree_ids_N
+        scores = self.scorer.score(tokens, Queries(hints_N, trees_N, byte_trees))
+
+        nll_N, hint_logp_N = scores[:2]
+        scores[0], boosts_N = score_and_adapt(
+            self.state, hints_N, states_NK, targets_N, nll_N, hint_logp_N, self.rate
         )
-        trees_N, forest = (np.zeros_like(hints), None) if asked is None else (asked.about_2N[1], asked.forest)
-        answers = self.scorer.score(tokens, Asked(np.stack((hints, trees_N)), forest))
-        learnt = (self.weights, self.shares_KS, self.counts_KS, self.updates)
-        answers[0], boosts = follow(hints, states, targets, answers[0], answers[1], *learnt, self.rate)
-        if forest is not None:
-            bend(forest.trees, trees_N, targets, hints, answers[2] + boosts, answers[3:])
-        return answers
+        if byte_trees is not None:
+            apply_to_path(byte_trees.trees, trees_N, targets_N, hints_N, scores[2] + boosts_N, scores[3:])
+        return scores

@@ -1,147 +1,196 @@
-"""Which token came next when the last few tokens were seen before: one hint for each position, from the stream behind it alone.
+"""N-gram table: guesses each token as the one that followed the last few tokens before.
 
-For contexts of several lengths a table remembers the token that followed, how often it did so since (hits) and how often it lately did not
-(misses), as #1514's token expert does for one length; the hint is the longest known context's. Tables are hashed and hold no proof but 16
-bits, so a collision makes a hint worse and can make no score unlawful: what a hint is worth is learnt (scorer.py). What is hashed is what
-ids say (`ByteTable.codes`), not their numbers: with other names for the ids the same contexts collide.
+The guess depends on the observed prefix alone. For contexts of several lengths the table stores the
+token that followed, how often it followed since (hits) and how often lately it did not (misses), as
+#1514's token expert does for one length. The guess, called the hint, is that of the longest known
+context. Each length has a hash table whose slots contain 16 bits of the context's hash as the only
+proof. A collision makes a hint worse and can make no score unlawful, because how far a hint is
+trusted is learned (scorer.py). The hashes are of the tokens' text (`ByteTable.text_hashes`), not of
+their ids: with ids permuted the same contexts collide.
 
-A slot is 64 bits: check 16, token 16, misses 8, hits 8. Shapes: N tokens, K lengths.
+Shapes: N tokens, K context lengths, V ids.
 """
 
-import numpy as np
-from numba import njit
+import copy
+from typing import Any, NamedTuple
 
-LENGTHS = np.array([2, 3, 4, 6, 9, 14])  # tokens of a context, K of them
-MOST_HITS, MOST_MISSES = 15, 3
-AGREES = 64  # added to the state of a context that names the hint, too
-STATES = 2 * AGREES
-UNKNOWN = 0  # a state: this context is new
+import numpy as np
+
+from stages.common.jit import jit_entry, jit_inline, jit_internal
+
+CONTEXT_LENGTHS = np.array([2, 3, 4, 6, 9, 14])  # tokens of a context, K of them
 RING = 16  # tokens that are kept; a power of two above the longest context
+MIN_BITS = 10  # of a table's number of slots
+MAX_BITS = 24
+MAX_HITS = 15
+MAX_MISSES = 3
+
+# State of a context: 4 hits + misses of its slot, plus AGREES_FLAG if it names the hint.
+UNKNOWN = 0  # the context is new
+AGREES_FLAG = 64
+SLOT_STATES = 2 * AGREES_FLAG
+
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd, 2^64 over the golden ratio (Knuth 6.4)
 CHECK_MASK = np.uint64(0xFFFF)
 
+# A slot is 64 bits: check 16, token 16, misses 8, hits 8. Shifts to its fields:
+CHECK_SHIFT = np.uint64(48)
+TOKEN_SHIFT = np.uint64(32)
+MISSES_SHIFT = np.uint64(8)
 
-@njit(nogil=True)
-def _slots(ring: np.ndarray, seen: int, bits: int, slots_K: np.ndarray, checks_K: np.ndarray) -> None:
-    """Where the contexts that end at the last token seen have their slots; a context that is not complete gets -1."""
+
+class NgramArrays(NamedTuple):
+    """The data of the compiled functions."""
+
+    tables: np.ndarray  # uint64 (K, slots): a hash table for each context length
+    ring: np.ndarray  # uint64 (RING,): text hashes of the last tokens
+    text_hashes_V: np.ndarray  # uint64
+    slot_shift: np.uint64  # from a hash to its slot, its highest bits
+
+
+class Slot(NamedTuple):
+    """The fields of a slot but its check."""
+
+    token: int
+    hits: int
+    misses: int
+
+
+@jit_inline
+def _unpack(packed: Any) -> Slot:
+    token = np.int64((packed >> TOKEN_SHIFT) & CHECK_MASK)
+    hits = np.int64(packed & np.uint64(MAX_HITS))
+    misses = np.int64((packed >> MISSES_SHIFT) & np.uint64(MAX_MISSES))
+    return Slot(token, hits, misses)
+
+
+@jit_inline
+def _pack(check: Any, slot: Slot) -> Any:
+    fields = np.uint64(slot.token) << TOKEN_SHIFT | np.uint64(slot.misses << 8 | slot.hits)
+    return check << CHECK_SHIFT | fields
+
+
+@jit_internal
+def _hash_contexts(arrays: NgramArrays, n_tokens: int, slots_K: np.ndarray, checks_K: np.ndarray) -> None:
+    """Fill the slots and checks of the contexts that end at the last of `n_tokens` tokens.
+
+    The slot of a context longer than the prefix is -1.
+    """
     key = np.uint64(0)
     length = 0
-    for k in range(len(LENGTHS)):
-        while length < LENGTHS[k] and length < seen:
-            key = (key ^ ring[(seen - 1 - length) & (RING - 1)]) * MULTIPLIER
+    for k in range(len(CONTEXT_LENGTHS)):
+        while length < CONTEXT_LENGTHS[k] and length < n_tokens:
+            key = (key ^ arrays.ring[(n_tokens - 1 - length) & (RING - 1)]) * MULTIPLIER
             key ^= key >> np.uint64(29)
             length += 1
         hashed = key * MULTIPLIER
-        slots_K[k] = np.int64(hashed >> np.uint64(64 - bits)) if length == LENGTHS[k] else -1
+        slots_K[k] = np.int64(hashed >> arrays.slot_shift) if length == CONTEXT_LENGTHS[k] else -1
         checks_K[k] = (hashed >> np.uint64(8)) & CHECK_MASK | np.uint64(1)  # never 0, which is an empty slot
 
 
-@njit(nogil=True)
-def _look(tables: np.ndarray, slots_K: np.ndarray, checks_K: np.ndarray, states_K: np.ndarray) -> int:
-    """The hint, or -1; fills the states."""
+@jit_internal
+def _look_up(tables: np.ndarray, slots_K: np.ndarray, checks_K: np.ndarray, states_K: np.ndarray) -> int:
+    """Return the hint, or -1, and fill the contexts' states."""
     hint = -1
-    for k in range(len(LENGTHS) - 1, -1, -1):
+    for k in range(len(CONTEXT_LENGTHS) - 1, -1, -1):  # the longest context first
         states_K[k] = UNKNOWN
         if slots_K[k] < 0:
             continue
-        slot = tables[k, slots_K[k]]
-        if slot >> np.uint64(48) != checks_K[k]:
+        packed = tables[k, slots_K[k]]
+        if packed >> CHECK_SHIFT != checks_K[k]:
             continue
-        token = np.int64((slot >> np.uint64(32)) & CHECK_MASK)
+        slot = _unpack(packed)
         if hint < 0:
-            hint = token
-        states_K[k] = (
-            np.int64(slot & np.uint64(15)) * 4
-            + np.int64((slot >> np.uint64(8)) & np.uint64(3))
-            + (AGREES if token == hint else 0)
-        )
+            hint = slot.token
+        states_K[k] = slot.hits * 4 + slot.misses + (AGREES_FLAG if slot.token == hint else 0)
     return hint
 
 
-@njit(nogil=True)
+@jit_internal
 def _learn(tables: np.ndarray, slots_K: np.ndarray, checks_K: np.ndarray, token: int) -> None:
-    """Tell each context what followed it."""
-    for k in range(len(LENGTHS)):
+    """Update each context's slot with the token that followed."""
+    for k in range(len(CONTEXT_LENGTHS)):
         if slots_K[k] < 0:
             continue
-        slot = tables[k, slots_K[k]]
-        hits, misses, kept = 1, 0, token
-        if slot >> np.uint64(48) == checks_K[k]:
-            hits, misses = np.int64(slot & np.uint64(15)), np.int64((slot >> np.uint64(8)) & np.uint64(3))
-            kept = np.int64((slot >> np.uint64(32)) & CHECK_MASK)
-            if kept == token:
-                hits = min(hits + 1, MOST_HITS)
-                misses = max(misses - 1, 0) if hits & 3 == 0 else misses
-            else:
-                hits, misses = hits >> 1, min(misses + 1, MOST_MISSES)
-                if hits == 0:
-                    hits, kept = 1, token
-        tables[k, slots_K[k]] = (
-            checks_K[k] << np.uint64(48) | np.uint64(kept) << np.uint64(32) | np.uint64(misses << 8 | hits)
-        )
+        packed = tables[k, slots_K[k]]
+        slot = _unpack(packed)
+        if packed >> CHECK_SHIFT != checks_K[k]:
+            slot = Slot(token, 1, 0)  # a new context, or one that loses its slot to this one
+        elif slot.token == token:
+            # Every fourth hit forgives a miss.
+            hits = min(slot.hits + 1, MAX_HITS)
+            misses = max(slot.misses - 1, 0) if hits & 3 == 0 else slot.misses
+            slot = Slot(token, hits, misses)
+        else:
+            # A miss halves the hits; without any left, the new token takes the slot.
+            hits = slot.hits >> 1
+            misses = min(slot.misses + 1, MAX_MISSES)
+            slot = Slot(slot.token, hits, misses) if hits > 0 else Slot(token, 1, misses)
+        tables[k, slots_K[k]] = _pack(checks_K[k], slot)
 
 
-@njit(nogil=True)
-def _follow(
-    tables: np.ndarray,
-    ring: np.ndarray,
-    seen: int,
-    bits: int,
-    codes_V: np.ndarray,
-    tokens: np.ndarray,
-    hints: np.ndarray,
-    states: np.ndarray,
+@jit_entry(makes_arrays=True)
+def _scan(
+    arrays: NgramArrays,
+    n_tokens: int,
+    tokens_N: np.ndarray,
+    hints_N: np.ndarray,
+    states_NK: np.ndarray,
     learn: bool,
-) -> int:
-    """For each token the hint that stood before it was seen; then it is. Without `learn` nothing is kept: one look ahead."""
-    slots_K, checks_K = np.empty(len(LENGTHS), np.int64), np.empty(len(LENGTHS), np.uint64)
-    for i in range(len(hints)):
-        _slots(ring, seen, bits, slots_K, checks_K)
-        hints[i] = _look(tables, slots_K, checks_K, states[i])
+) -> None:
+    """Fill the hint and the states before each token, and then observe it.
+
+    Without `learn` nothing is observed; used for one token, the next.
+    """
+    slots_K = np.empty(len(CONTEXT_LENGTHS), np.int64)
+    checks_K = np.empty(len(CONTEXT_LENGTHS), np.uint64)
+    for i in range(len(hints_N)):
+        _hash_contexts(arrays, n_tokens, slots_K, checks_K)
+        hints_N[i] = _look_up(arrays.tables, slots_K, checks_K, states_NK[i])
         if learn:
-            _learn(tables, slots_K, checks_K, np.int64(tokens[i]))
-            ring[seen & (RING - 1)] = codes_V[tokens[i]]
-            seen += 1
-    return seen
+            _learn(arrays.tables, slots_K, checks_K, np.int64(tokens_N[i]))
+            arrays.ring[n_tokens & (RING - 1)] = arrays.text_hashes_V[tokens_N[i]]
+            n_tokens += 1
 
 
-class Hints:
-    """The tables over an observed prefix of ids with these codes, (V,) uint64; sized for a stream of `n_targets`, a public constant."""
+class NgramTable:
+    """The hash tables of an observed prefix.
 
-    def __init__(self, codes_V: np.ndarray, n_targets: int) -> None:
-        self.codes_V = codes_V
-        self.bits = min(24, max(10, (2 * n_targets - 1).bit_length()))
-        self.tables = np.zeros((len(LENGTHS), 1 << self.bits), np.uint64)
-        self.ring = np.zeros(RING, np.uint64)
-        self.seen = 0
+    `text_hashes_V` (V,) uint64 are those of the ids' text; `n_targets`, the length of the stream
+    and a public constant, sizes the tables.
+    """
 
-    def copy(self) -> "Hints":
+    def __init__(self, text_hashes_V: np.ndarray, n_targets: int) -> None:
+        bits = min(MAX_BITS, max(MIN_BITS, (2 * n_targets - 1).bit_length()))
+        self.arrays = NgramArrays(
+            tables=np.zeros((len(CONTEXT_LENGTHS), 1 << bits), np.uint64),
+            ring=np.zeros(RING, np.uint64),
+            text_hashes_V=text_hashes_V,
+            slot_shift=np.uint64(64 - bits),
+        )
+        self.n_tokens = 0  # observed
+
+    def copy(self) -> "NgramTable":
         """An independent copy."""
-        twin = object.__new__(type(self))
-        twin.bits, twin.seen, twin.codes_V = self.bits, self.seen, self.codes_V
-        twin.tables, twin.ring = self.tables.copy(), self.ring.copy()
+        twin = copy.copy(self)
+        twin.arrays = self.arrays._replace(tables=self.arrays.tables.copy(), ring=self.arrays.ring.copy())
         return twin
 
-    def next(self) -> tuple[int, np.ndarray]:
-        """The hint for the token that follows the prefix, -1 for none, and the states of all contexts, (K,) uint8."""
-        hints, states = np.empty(1, np.int32), np.empty((1, len(LENGTHS)), np.uint8)
-        _follow(
-            self.tables,
-            self.ring,
-            self.seen,
-            self.bits,
-            self.codes_V,
-            np.empty(1, np.uint16),
-            hints,
-            states,
-            False,
-        )
-        return int(hints[0]), states[0]
+    def peek(self) -> tuple[int, np.ndarray]:
+        """The hint for the next token, -1 for none, and the states of all contexts, (K,) uint8."""
+        no_token_1 = np.empty(1, np.uint16)
+        hints_1 = np.empty(1, np.int32)
+        states_1K = np.empty((1, len(CONTEXT_LENGTHS)), np.uint8)
+        _scan(self.arrays, self.n_tokens, no_token_1, hints_1, states_1K, False)
+        return int(hints_1[0]), states_1K[0]
 
-    def observe(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Append tokens, (N,); what `next` would have said before each: hints (N,) int32, states (N, K) uint8."""
-        hints, states = np.empty(len(tokens), np.int32), np.empty((len(tokens), len(LENGTHS)), np.uint8)
-        self.seen = _follow(
-            self.tables, self.ring, self.seen, self.bits, self.codes_V, tokens, hints, states, True
-        )
-        return hints, states
+    def update(self, tokens_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Append tokens, and return what `peek` would have returned before each.
+
+        Hints (N,) int32 and states (N, K) uint8.
+        """
+        hints_N = np.empty(len(tokens_N), np.int32)
+        states_NK = np.empty((len(tokens_N), len(CONTEXT_LENGTHS)), np.uint8)
+        _scan(self.arrays, self.n_tokens, tokens_N, hints_N, states_NK, True)
+        self.n_tokens += len(tokens_N)
+        return hints_N, states_NK

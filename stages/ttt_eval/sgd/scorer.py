@@ -1,8 +1,9 @@
 """Score-first test-time training by SGD on whole chunks (#549, #1413, #1493).
 
-The stream is cut into chunks of targets. Chunk c is scored with weights that have seen chunks 0 ... c-1, and only then trained on, in
-stream order; the last chunk is not trained on, since nothing follows it. A chunk's training targets are exactly its scored targets. The
-loss is computed in float32 like everywhere.
+The stream is cut into chunks of targets. Chunk c is scored with weights that were trained on chunks
+0 ... c-1, and only then trained on, in stream order. The last chunk is not trained on, because
+nothing follows it. The training targets of a chunk are exactly its scored targets. The loss is
+computed in float32 like everywhere.
 """
 
 import copy
@@ -13,56 +14,63 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stages.common.copy_on_write import Shared
+from stages.common.copy_on_write import CopyOnWrite
 from stages.common.parallel import World
-from stages.common.progress import Report
-from stages.scoring.queries import Asked, rows_of
+from stages.common.progress import Logger
+from stages.scoring.queries import Queries, result_rows
 from stages.sliding_eval.params import SlidingEvalParams
 from stages.sliding_eval.scorer import SlidingScorer
-from stages.train.data import to_device
+from stages.train.data import windows_to_device
 from stages.train.model import Model, is_matrix, is_quantised
 from stages.ttt_eval.loss_weighting import weighted
 from stages.ttt_eval.params import TttEvalParams
 
 
 def chunk_lr(chunk: int, chunks: int, lr: float) -> float:
-    """Half a cosine from lr at the first chunk to 0 at the last."""
+    """Learning rate of a chunk: half a cosine from lr at the first to 0 at the last."""
     return lr * 0.5 * (1 + math.cos(math.pi * chunk / max(1, chunks - 1)))
 
 
 def sgd_(
     parameters: list[Tensor], gradients: list[Tensor], momenta: list[Tensor], lr: float, momentum: float
 ) -> None:
-    """buffer <- momentum * buffer + gradient; parameter <- parameter - lr * buffer; both in place."""
+    """One step of SGD, in place.
+
+    buffer <- momentum * buffer + gradient; parameter <- parameter - lr * buffer.
+    """
     torch._foreach_mul_(momenta, momentum)
     torch._foreach_add_(momenta, gradients)
     torch._foreach_add_(parameters, momenta, alpha=-lr)
 
 
-def choose_(model: Model, trained: str) -> list[Tensor]:
-    """The parameters to train: all, the blocks' matrices, or the vectors; the others take no gradients from now on."""
+def select_trained_(model: Model, trained: str) -> list[Tensor]:
+    """Turn off the gradients of all parameters but those to train, and return these.
+
+    `trained`: all, the blocks' matrices, or vectors, which are all that is stored unquantised.
+    """
     for name, parameter in model.named_parameters():
         chosen = {"all": True, "matrices": is_matrix(name), "vectors": not is_quantised(name)}[trained]
         parameter.requires_grad_(chosen)
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-class Weights(NamedTuple):
-    """What training changes."""
+class TrainedWeights(NamedTuple):
+    """Model and optimizer state: all that training changes."""
 
     model: Model
-    momenta: list[Tensor]
+    momenta: list[Tensor]  # of the trained parameters
 
-    def copy(self) -> "Weights":
-        """Independent ones."""
-        return Weights(copy.deepcopy(self.model), [momentum.clone() for momentum in self.momenta])
+    def copy(self) -> "TrainedWeights":
+        """An independent copy."""
+        return TrainedWeights(copy.deepcopy(self.model), [momentum.clone() for momentum in self.momenta])
 
 
 class TTTScorer:
     """A lawful scorer that wraps the sliding scorer and trains its model after each chunk.
 
-    `n_targets` is the length of the stream, a public constant that the learning-rate schedule needs. The model given is never changed:
-    the scorer trains a copy, and forks copy it again when one of them goes on to train.
+    `n_targets` is the length of the stream, a public constant that the learning-rate schedule
+    needs. The model given is never changed: the scorer trains a copy, and forks copy it again when
+    one of them continues to train.
     """
 
     def __init__(
@@ -72,20 +80,22 @@ class TTTScorer:
         params: TttEvalParams,
         world: World,
         n_targets: int,
-        report: Report | None = None,
+        logger: Logger | None = None,
     ) -> None:
         self.params = params
         self.world = world
         self.window = sliding.window
-        self.report = report or Report(is_main=False)
+        self.logger = logger or Logger(is_main=False)
+
+        own_model = copy.deepcopy(model)
+        momenta = [torch.zeros_like(parameter) for parameter in select_trained_(own_model, params.trained)]
+        self.weights = CopyOnWrite(TrainedWeights(own_model, momenta), TrainedWeights.copy)
+        self.scorer = SlidingScorer(own_model, sliding, world)
+
         self.chunks = math.ceil(n_targets / params.chunk)
-        own = copy.deepcopy(model)
-        momenta = [torch.zeros_like(parameter) for parameter in choose_(own, params.trained)]
-        self.weights = Shared(Weights(own, momenta), Weights.copy)
-        self.scorer = SlidingScorer(own, sliding, world)
         self.chunk = 0  # the one that is being scored
-        self.pending: list[np.ndarray] = []  # tokens of this chunk so far, from its first input on, in pieces
-        self.pending_tokens = 0
+        self.chunk_tokens: list[np.ndarray] = []  # its tokens so far, from its first input on, in pieces
+        self.n_chunk_tokens = 0
 
     @property
     def vocab_size(self) -> int:
@@ -99,11 +109,10 @@ class TTTScorer:
 
     def fork(self) -> "TTTScorer":
         """An independent copy; weights are shared until one of the two trains."""
-        twin = object.__new__(type(self))
-        twin.__dict__.update(self.__dict__)
+        twin = copy.copy(self)
         twin.weights = self.weights.fork()
         twin.scorer = self.scorer.fork()
-        twin.pending = list(self.pending)
+        twin.chunk_tokens = list(self.chunk_tokens)
         return twin
 
     def predict(self) -> np.ndarray:
@@ -119,57 +128,65 @@ class TTTScorer:
         """Score and observe tokens in order, chunk by chunk; nats, float32."""
         return self.score(tokens, None)[0]
 
-    def score(self, tokens: np.ndarray, asked: Asked | None) -> np.ndarray:
-        """`score_stream` as the first of (R, N) rows; the others answer what is asked."""
-        scores = [np.empty((rows_of(asked), 0), dtype=np.float32)]
-        done = 0
-        with self.report.progress("score and train", len(tokens)) as progress:
+    def score(self, tokens: np.ndarray, queries: Queries | None) -> np.ndarray:
+        """Score and observe tokens in order; returns losses and query results, (R, N) (queries.py)."""
+        scores = [np.empty((result_rows(queries), 0), dtype=np.float32)]
+        n_scored = 0
+        with self.logger.progress("score and train", len(tokens)) as progress:
             while len(tokens):
-                part = tokens[: self.params.chunk + 1 - self.pending_tokens]
-                scored = len(part) - (self.pending_tokens == 0)
-                scores.append(self.scorer.score(part, asked and asked.part(done, done + scored)))
+                # Up to the end of the chunk. The first token of a stream is given, not scored.
+                part = tokens[: self.params.chunk + 1 - self.n_chunk_tokens]
+                tokens = tokens[len(part) :]
+                n_targets = len(part) - (self.n_chunk_tokens == 0)
+                part_queries = queries and queries.part(n_scored, n_scored + n_targets)
+                scores.append(self.scorer.score(part, part_queries))
+                n_scored += n_targets
                 self._append(part.astype(np.int64))
-                tokens, done = tokens[len(part) :], done + scored
                 progress.advance(len(part), f"chunk {self.chunk}/{self.chunks}")
         return np.concatenate(scores, axis=1)
 
     def _append(self, tokens: np.ndarray) -> None:
-        self.pending.append(tokens)
-        self.pending_tokens += len(tokens)
-        assert self.pending_tokens <= self.params.chunk + 1, "a chunk was appended to beyond its end"
-        if self.pending_tokens < self.params.chunk + 1:
-            return
-        whole = np.concatenate(self.pending)
-        if self.chunk < self.chunks - 1:
-            self._train_on(whole)
-        self.chunk += 1
-        self.pending, self.pending_tokens = [whole[-1:]], 1
+        """Add scored tokens to the chunk. If it is full, train on it, and begin the next one."""
+        self.chunk_tokens.append(tokens)
+        self.n_chunk_tokens += len(tokens)
+        assert self.n_chunk_tokens <= self.params.chunk + 1, "a chunk was appended to beyond its end"
+        if self.n_chunk_tokens == self.params.chunk + 1:
+            whole = np.concatenate(self.chunk_tokens)
+            if self.chunk < self.chunks - 1:
+                self._train_on(whole)
+            self.chunk += 1
+            self.chunk_tokens = [whole[-1:]]
+            self.n_chunk_tokens = 1
 
     def _train_on(self, tokens: np.ndarray) -> None:
-        """Train on the scored chunk: tokens (chunk + 1,)."""
-        self.scorer.model, momenta = self.weights.own()
+        """Train on a scored chunk: tokens (chunk + 1,)."""
+        self.scorer.model, momenta = self.weights.writable()
         parameters = self._trained_parameters()
         lr = chunk_lr(self.chunk, self.chunks, self.params.lr)
-        rows = np.lib.stride_tricks.sliding_window_view(tokens, self.window + 1)[:: self.window]
-        per_step = min(len(rows), self.params.batch_tokens // self.window)
+
+        # Windows one after another, each with the first target of the next; a read-only view.
+        windows = np.lib.stride_tricks.sliding_window_view(tokens, self.window + 1)[:: self.window]
+        per_step = min(len(windows), self.params.batch_tokens // self.window)
         for _ in range(self.params.epochs):
-            for first in range(0, len(rows), per_step):
-                self._gradients(rows[first : first + per_step])
+            for first in range(0, len(windows), per_step):
+                self._compute_gradients(windows[first : first + per_step])
                 torch.nn.utils.clip_grad_norm_(parameters, self.params.clip_norm)
                 with torch.no_grad():
                     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
                     sgd_(parameters, gradients, momenta, lr, self.params.momentum)
                 self.scorer.model.zero_grad(set_to_none=True)
 
-    def _gradients(self, rows: np.ndarray) -> None:
-        """The mean loss's gradients over all ranks; each rank takes every size-th sequence."""
-        mine = rows[
-            self.world.rank :: self.world.size
-        ].copy()  # the rows are a read-only view of overlapping windows
-        inputs, targets = to_device(mine, self.world.device)
+    def _compute_gradients(self, windows: np.ndarray) -> None:
+        """Compute the gradients of the mean loss of windows (B, window + 1), summed over ranks.
+
+        Each rank takes every size-th window.
+        """
+        own_windows = windows[self.world.rank :: self.world.size].copy()
+        inputs_BT, targets_BT = windows_to_device(own_windows, self.world.device)
         with torch.enable_grad():
-            losses = weighted(self.scorer.model(inputs, targets, looped=True), self.params.confidence)
-            (losses.sum() / (len(rows) * self.window)).backward()
+            nll_BT = self.scorer.model(inputs_BT, targets_BT, looped=True)
+            losses_BT = weighted(nll_BT, self.params.weight_by_surprise)
+            (losses_BT.sum() / (len(windows) * self.window)).backward()
         for parameter in self._trained_parameters():
             assert parameter.grad is not None
             self.world.sum_(parameter.grad)

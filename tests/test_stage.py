@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from stages.common import command
 from stages.common.config import require_positive
+from stages.common.stage import Run, Stage, canonical_json, launch
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = sorted(path.parent.name for path in (ROOT / "stages").glob("*/__main__.py"))
@@ -33,17 +33,17 @@ class Params:
     pack: PackParams
 
 
-STAGE = command.Stage(
+STAGE = Stage(
     name="pack",
     summary="A toy.",
     params=Params,
     reads={"model": Path("artifacts/train/model.bin"), "val_shards": Path("artifacts/tokenize/val")},
     writes=("x.bin", "folder", "metrics.json"),
 )
-Main = Callable[[command.Run[Params]], None]
+Main = Callable[[Run[Params]], None]
 
 
-def write_all(run: command.Run[Params]) -> None:
+def write_all(run: Run[Params]) -> None:
     run.write_bytes("x.bin", bytes(run.params.pack.width))
     (run.output / "folder").mkdir()
     (run.output / "folder" / f"{run.params.seed}.txt").write_text("x")
@@ -61,7 +61,7 @@ def _tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def fails(main: Main, capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     """The one line of a run that exits with code 2."""
     with pytest.raises(SystemExit) as stop:
-        command.launch(STAGE, main, list(argv))
+        launch(STAGE, main, list(argv))
     assert stop.value.code == 2
     line = capsys.readouterr().err
     assert line.startswith("error: pack: ")
@@ -74,7 +74,7 @@ def listing(folder: Path) -> list[str]:
 
 
 def test_a_run_publishes_its_outputs_and_nothing_else() -> None:
-    command.launch(STAGE, write_all, [])
+    launch(STAGE, write_all, [])
     output = Path("artifacts/pack")
     assert listing(output) == ["folder", "folder/1.txt", "log.txt", "metrics.json", "timing.json", "x.bin"]
     assert (output / "metrics.json").read_text() == '{\n  "width": 8\n}\n'
@@ -86,23 +86,23 @@ def test_a_run_publishes_its_outputs_and_nothing_else() -> None:
 
 
 def test_a_second_run_replaces_the_first() -> None:
-    command.launch(STAGE, write_all, [])
-    command.launch(STAGE, write_all, ["--set", "seed=2", "--set", "pack.width=3"])
+    launch(STAGE, write_all, [])
+    launch(STAGE, write_all, ["--set", "seed=2", "--set", "pack.width=3"])
     output = Path("artifacts/pack")
     assert listing(output) == ["folder", "folder/2.txt", "log.txt", "metrics.json", "timing.json", "x.bin"]
     assert (output / "x.bin").read_bytes() == bytes(3)
 
 
 def test_outputs_are_new_files_so_that_links_into_the_cache_stay_whole() -> None:
-    command.launch(STAGE, write_all, [])
+    launch(STAGE, write_all, [])
     cached = Path("cached.bin")
     cached.hardlink_to(Path("artifacts/pack/x.bin"))
-    command.launch(STAGE, write_all, ["--set", "pack.width=3"])
+    launch(STAGE, write_all, ["--set", "pack.width=3"])
     assert cached.read_bytes() == bytes(8)
 
 
 def half(error: BaseException) -> Main:
-    def main(run: command.Run[Params]) -> None:
+    def main(run: Run[Params]) -> None:
         run.write_bytes("x.bin", b"half")
         raise error
 
@@ -112,7 +112,7 @@ def half(error: BaseException) -> Main:
 def test_a_user_error_leaves_the_last_outputs_and_nothing_half_written(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    command.launch(STAGE, write_all, [])
+    launch(STAGE, write_all, [])
     capsys.readouterr()
     assert fails(half(ValueError("two\n  lines")), capsys) == "error: pack: two lines\n"
     assert Path("artifacts/pack/x.bin").read_bytes() == bytes(8)
@@ -125,13 +125,13 @@ def test_a_missing_file_is_a_user_error(capsys: pytest.CaptureFixture[str]) -> N
 
 def test_a_fault_of_ours_keeps_its_traceback_and_leaves_nothing() -> None:
     with pytest.raises(ZeroDivisionError):
-        command.launch(STAGE, half(ZeroDivisionError()), [])
+        launch(STAGE, half(ZeroDivisionError()), [])
     assert listing(Path("artifacts/pack")) == []
 
 
 def test_a_stage_that_forgets_an_output_is_a_fault_of_ours() -> None:
     with pytest.raises(AssertionError, match=r"without writing \['x.bin', 'folder', 'metrics.json'\]"):
-        command.launch(STAGE, lambda run: None, [])
+        launch(STAGE, lambda run: None, [])
     assert listing(Path("artifacts/pack")) == []
 
 
@@ -139,7 +139,7 @@ def test_what_a_killed_run_left_is_cleared() -> None:
     stale = Path("artifacts/pack/.partial/folder")
     stale.mkdir(parents=True)
     (stale / "old.txt").write_text("stale")
-    command.launch(STAGE, write_all, [])
+    launch(STAGE, write_all, [])
     assert listing(Path("artifacts/pack/folder")) == ["1.txt"]
     assert not stale.exists()
 
@@ -147,7 +147,8 @@ def test_what_a_killed_run_left_is_cleared() -> None:
 def test_an_absent_input_says_which_stage_makes_it(capsys: pytest.CaptureFixture[str]) -> None:
     line = fails(lambda run: print(run.path("val_shards")), capsys)
     assert line == (
-        "error: pack: artifacts/tokenize/val does not exist: run `dvc repro tokenize` first, or name another with --val-shards\n"
+        "error: pack: artifacts/tokenize/val does not exist:"
+        " run `dvc repro tokenize` first, or name another with --val-shards\n"
     )
     assert "check the path" in fails(lambda run: print(run.path("model")), capsys, "--model", "elsewhere.bin")
 
@@ -178,43 +179,43 @@ def test_other_ranks_write_nothing(
 ) -> None:
     monkeypatch.setenv("RANK", "1")
 
-    def main(run: command.Run[Params]) -> None:
-        run.report.log("a line")
+    def main(run: Run[Params]) -> None:
+        run.logger.log("a line")
         run.write_bytes("x.bin", b"1")
         raise ValueError("seen on every rank, said once")
 
     with pytest.raises(SystemExit) as stop:
-        command.launch(STAGE, main, [])
+        launch(STAGE, main, [])
     assert stop.value.code == 2
     assert capsys.readouterr() == ("", "")
     assert not Path("artifacts").exists()
 
 
 def test_embedded_parameters_and_output_folder() -> None:
-    command.launch(STAGE, write_all, [], embedded={"seed": 3, "pack": {"width": 2}}, output=Path("here"))
+    launch(STAGE, write_all, [], embedded={"seed": 3, "pack": {"width": 2}}, output=Path("here"))
     assert (Path("here") / "x.bin").read_bytes() == bytes(2)
 
 
 def test_canonical_json_is_sorted_and_ends_with_a_newline() -> None:
-    assert command.canonical_json({"b": 1, "a": "\u00e9"}) == '{\n  "a": "\u00e9",\n  "b": 1\n}\n'
+    assert canonical_json({"b": 1, "a": "\u00e9"}) == '{\n  "a": "\u00e9",\n  "b": 1\n}\n'
 
 
 KILLED = """
 import os, sys, time
 from pathlib import Path
-from stages.common import command
+from stages.common.stage import Run, Stage, canonical_json, launch
 sys.path.insert(0, sys.argv[1])
-import test_command as t
+import test_stage as t
 def main(run):
     run.write_bytes("x.bin", b"half")
     print("ready", flush=True)
     time.sleep(60)
-command.launch(t.STAGE, main, [])
+launch(t.STAGE, main, [])
 """
 
 
 def test_a_killed_run_touches_no_output(tmp_path: Path) -> None:
-    command.launch(STAGE, write_all, [])
+    launch(STAGE, write_all, [])
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     arguments = [sys.executable, "-c", KILLED, str(ROOT / "tests")]
     with subprocess.Popen(
@@ -225,7 +226,7 @@ def test_a_killed_run_touches_no_output(tmp_path: Path) -> None:
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert Path("artifacts/pack/x.bin").read_bytes() == bytes(8)
-    command.launch(STAGE, write_all, [])
+    launch(STAGE, write_all, [])
     assert not Path("artifacts/pack/.partial").exists()
 
 
@@ -246,7 +247,7 @@ def test_an_interpreter_without_torch_ends_with_one_line() -> None:
 def run_stage(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[object, str, str]]:
-    """What `python -m stages.NAME ...` does in the repository: exit code, standard output, standard error."""
+    """Run `python -m stages.NAME ...` in the repository: exit code, standard output, standard error."""
 
     def run(name: str, *argv: str) -> tuple[object, str, str]:
         monkeypatch.chdir(ROOT)

@@ -1,21 +1,24 @@
-"""What FP8 products could give at the model's own shapes: bfloat16 against float8 with a scale for each tensor, casts included and not.
+"""Speed of FP8 products at the model's own shapes, compared with bfloat16, with and without casts.
 
-    python -m benchmarks.fp8 --results FILE [--tokens 98304]
+    python -m experiments.fp8 --results FILE [--tokens 98304]
 
-For each of a block's products, and the head's: seconds of the forward product, of the gradient of its input, and of that of its weight, as
-bfloat16 and as float8 (e4m3 values and weights, e5m2 gradients); and seconds of the casts that float8 needs, reading bfloat16 and writing
-float8 as it is and transposed (the gradient of a weight sums over tokens, and Hopper's FP8 products want the summed dimension contiguous
-in both factors). Casts are compiled, with scales known beforehand (delayed scaling), so they are bound by memory. Needs a GPU with FP8.
+For each product of a block, and for the head's: seconds of the forward product, of the gradient of its
+input and of the gradient of its weight, in bfloat16 and in float8 with a scale for each tensor (e4m3 for
+values and weights, e5m2 for gradients).
+
+Casts are timed apart. They read bfloat16 and write float8, as it is and transposed: the gradient of a
+weight sums over tokens, and Hopper's FP8 products need the summed dimension contiguous in both factors.
+They are compiled, with scales known before (delayed scaling), so that memory bounds them. Needs a GPU
+with FP8.
 """
 
-import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from benchmarks._command import command_line, write_results
 from stages.common import environment
 
 SHAPES = {
@@ -25,12 +28,12 @@ SHAPES = {
     "down": (2048, 512),
     "head": (512, 8192),
 }
-REPETITIONS = 20
+REPETITIONS = 20  # calls that are timed together
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """Of one call, the mean over repetitions on the device."""
+    """Mean seconds of a call on the device."""
     for _ in range(3):
         work()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -51,28 +54,29 @@ def product8(a_MK: Tensor, b_NK: Tensor, one: Tensor) -> Tensor:
 
 @torch.compile(dynamic=False)
 def cast(x_MK: Tensor, scale: Tensor, kind: torch.dtype) -> Tensor:
+    """Scale a bfloat16 tensor, (M, K), and round it to a float8 type."""
     return (x_MK * scale).to(kind)
 
 
 @torch.compile(dynamic=False)
 def cast_transposed(x_MK: Tensor, scale: Tensor, kind: torch.dtype) -> Tensor:
+    """The same, transposed to (K, M)."""
     return (x_MK.t().contiguous() * scale).to(kind)
 
 
 def measure(tokens: int, inputs: int, outputs: int) -> dict[str, float]:
-    """Seconds of one layer of `inputs` to `outputs` over `tokens` rows."""
-    torch.compiler.reset()  # it keeps only so many shapes of one function
-    x, w, g = (
-        torch.randn(shape, device="cuda", dtype=torch.bfloat16)
-        for shape in ((tokens, inputs), (outputs, inputs), (tokens, outputs))
-    )
+    """Seconds of one layer of `inputs` to `outputs` features over `tokens` rows."""
+    torch.compiler.reset()  # it bounds the number of shapes that it keeps of one function
+    x = torch.randn(tokens, inputs, device="cuda", dtype=torch.bfloat16)
+    w = torch.randn(outputs, inputs, device="cuda", dtype=torch.bfloat16)
+    g = torch.randn(tokens, outputs, device="cuda", dtype=torch.bfloat16)
+
+    # Factors of the float8 products: t is for transposed.
     one = torch.ones((), device="cuda")
-    x8, w8, g8 = cast(x, one, E4M3), cast(w, one, E4M3), cast(g, one, E5M2)
-    xt8, wt8, gt8 = (
-        cast_transposed(x, one, E4M3),
-        cast_transposed(w, one, E4M3),
-        cast_transposed(g, one, E5M2),
-    )
+    x8, xt8 = cast(x, one, E4M3), cast_transposed(x, one, E4M3)
+    w8, wt8 = cast(w, one, E4M3), cast_transposed(w, one, E4M3)
+    g8, gt8 = cast(g, one, E5M2), cast_transposed(g, one, E5M2)
+
     return {
         "forward, bfloat16": seconds(lambda: x @ w.t()),
         "input's gradient, bfloat16": seconds(lambda: g @ w),
@@ -88,19 +92,18 @@ def measure(tokens: int, inputs: int, outputs: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """One line for each product, and the JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Print one line for each product, and write the JSON file."""
+    parser = command_line(__doc__)
     parser.add_argument("--tokens", type=int, default=98304)
     parser.add_argument("--results", type=Path, required=True)
     arguments = parser.parse_args()
+
     rows = {}
     for name, (inputs, outputs) in SHAPES.items():
         rows[name] = measure(arguments.tokens, inputs, outputs)
         print(name, {key: f"{1e3 * value:.3f} ms" for key, value in rows[name].items()}, flush=True)
-    result = {"tokens": arguments.tokens, "products": rows} | environment.facts(torch.device("cuda"))
-    arguments.results.write_text(json.dumps(result, indent=2, sort_keys=True) + "\n")
+    result = {"tokens": arguments.tokens, "products": rows}
+    write_results(arguments.results, result | environment.run_environment(torch.device("cuda")))
 
 
 if __name__ == "__main__":

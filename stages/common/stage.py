@@ -1,8 +1,12 @@
 """The shell around every stage: arguments, parameters, log, atomic outputs, errors.
 
-A stage declares what it reads and writes (`Stage`) and a `main(run)` that does it. `launch` gives that main a `Run`, whose `output` is a
-staging folder inside the real one; only when main returns is each output renamed into place, so that a failed or killed stage leaves
-nothing half-written. A ValueError or a missing file becomes one line and exit code 2, the death of another rank one line and exit code 1.
+A stage declares what it reads and writes (`Stage`), and a `main(run)` that does the work. `launch`
+parses the command line, reads the parameters, and calls `main` with a `Run`, whose `output` is a
+staging folder inside the real output folder. Outputs are renamed into place only after `main` has
+returned, so a failed or killed stage leaves nothing half-written.
+
+A ValueError or a missing file is a user error: one line and exit code 2. The loss of another rank
+is one line and exit code 1. Any other exception is a defect and keeps its traceback.
 """
 
 import argparse
@@ -17,20 +21,21 @@ from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar
 
 from stages.common import clock, config, cpu_math, environment, parallel
-from stages.common.progress import Report
+from stages.common.progress import Logger
 
 P = TypeVar("P")
 PARAMETER_FILE = Path("params.yaml")
-MEASURED_OUTPUTS = ("log.txt", "timing.json")
-STAGING = ".partial"
+MEASURED_OUTPUTS = ("log.txt", "timing.json")  # written for every stage; they differ from run to run
+STAGING = ".partial"  # folder inside the output folder
 
 
 @dataclass(frozen=True)
 class Stage(Generic[P]):
-    """What a stage is called, takes, reads and writes.
+    """Declaration of a stage: its name, parameters, inputs and outputs.
 
-    `reads` maps the name of an option to its default path (`train` becomes `--train artifacts/tokenize/train`); `writes` names the
-    files and folders that appear in the output folder, log.txt and timing.json aside.
+    `reads` maps the name of an option to its default path (`train` becomes `--train
+    artifacts/tokenize/train`); `writes` names the files and folders in the output folder, apart
+    from MEASURED_OUTPUTS.
     """
 
     name: str
@@ -43,35 +48,30 @@ class Stage(Generic[P]):
 
 @dataclass
 class Run(Generic[P]):
-    """One run of a stage: its parameters, its inputs, its staging folder, its report, what it measured.
-
-    `is_main` is False on the ranks of a distributed run that must not write.
-    """
+    """One run of a stage: parameters, inputs, staging folder, log, and measurements for timing.json."""
 
     stage: Stage[P]
     params: P
     arguments: argparse.Namespace
     output: Path
-    report: Report
+    logger: Logger
     timing: dict[str, Any] = field(default_factory=dict)
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes the outputs."""
-        return self.report.is_main
+        """True on the process that writes the outputs: rank 0."""
+        return self.logger.is_main
 
     def path(self, name: str) -> Path:
         """The path of the input `name`; a ValueError that says how to make it when it does not exist."""
         path: Path = getattr(self.arguments, name)
-        if not path.exists():
-            maker = path.parts[1] if path.parts[0] == "artifacts" and len(path.parts) > 1 else None
-            hint = (
-                f"run `dvc repro {maker}` first, or name another with --{name.replace('_', '-')}"
-                if maker
-                else "check the path"
-            )
-            raise ValueError(f"{path} does not exist: {hint}")
-        return path
+        if path.exists():
+            return path
+        advice = "check the path"
+        if path.parts[0] == "artifacts" and len(path.parts) > 1:
+            option = name.replace("_", "-")
+            advice = f"run `dvc repro {path.parts[1]}` first, or name another with --{option}"
+        raise ValueError(f"{path} does not exist: {advice}")
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Write an output as canonical JSON."""
@@ -79,7 +79,7 @@ class Run(Generic[P]):
             (self.output / name).write_text(canonical_json(value), encoding="utf-8")
 
     def write_bytes(self, name: str, value: bytes) -> None:
-        """Write an output as it is."""
+        """Write an output unchanged."""
         if self.is_main:
             (self.output / name).write_bytes(value)
 
@@ -87,9 +87,28 @@ class Run(Generic[P]):
         """Write an output as UTF-8."""
         self.write_bytes(name, value.encode("utf-8"))
 
+    def keep_failed(self, name: str, value: str) -> Path:
+        """Write a text of a run that is about to fail into the output folder itself; returns its path.
+
+        It is not an output of the stage, and stays until a later run calls `discard_failed`.
+        """
+        path = self.output.parent / name
+        if self.is_main:
+            path.write_text(value, encoding="utf-8")
+        return path
+
+    def discard_failed(self, *names: str) -> None:
+        """Remove the texts that an earlier run kept with `keep_failed`."""
+        if self.is_main:
+            for name in names:
+                (self.output.parent / name).unlink(missing_ok=True)
+
 
 def canonical_json(value: Mapping[str, Any]) -> str:
-    """Sorted keys, two spaces, a newline at the end; numbers must be finite (DVC would print invalid JSON otherwise)."""
+    """JSON with sorted keys, an indent of two spaces, and a newline at the end.
+
+    A ValueError when a number is not finite: Python would write NaN, which is not JSON.
+    """
     _require_finite(value, "")
     return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
@@ -101,31 +120,41 @@ def launch(
     embedded: dict[str, Any] | None = None,
     output: Path | None = None,
 ) -> None:
-    """Run `main` as a command: parse, load, run, rename outputs into place. Exits 2, with one line, on a user's error.
+    """Run `main` as a command.
 
-    `embedded` is a raw parameter mapping to use instead of a file (the bundle carries one); `output` the default output folder.
+    `embedded` are raw parameters to use instead of a file (the bundle carries its own); `output` is
+    the default output folder. Exits with code 2 on a user error, with code 1 when another rank or
+    process was lost.
     """
-    arguments = _parser(stage, embedded is None, output or Path("artifacts") / stage.name).parse_args(argv)
+    default_output = output or Path("artifacts") / stage.name
+    arguments = _parser(stage, embedded is None, default_output).parse_args(argv)
     try:
         cpu_math.require_avx2()
-        raw = config.read(arguments.params) if embedded is None else embedded
+        raw = config.read_parameters(arguments.params) if embedded is None else embedded
         params = config.build(config.override(raw, arguments.set), stage.params)
         _run(stage, main, params, arguments)
     except (ValueError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
-        _end(stage, error, parallel.USER_ERROR)
+        _exit(stage, error, parallel.USER_ERROR)
     except (ConnectionError, ChildProcessError) as error:
-        _end(stage, error, 1)
+        _exit(stage, error, 1)
 
 
-def _end(stage: Stage[Any], error: Exception, code: int) -> NoReturn:
-    """Say why in one line: once what every rank may see, once on each machine that a rank is lost."""
+def _exit(stage: Stage[Any], error: Exception, code: int) -> NoReturn:
+    """Print the error as one line, report it to torchrun and to the other ranks, and exit.
+
+    Every rank meets the same user error, so rank 0 alone prints it. The loss of a rank is printed
+    once on each machine, by local rank 0.
+    """
     reason = " ".join(str(error).split())
-    own = code == parallel.USER_ERROR
-    if _is_main_process() if own else parallel.speaks_for_its_machine():
+    is_user_error = code == parallel.USER_ERROR
+    should_print = _is_main_process() if is_user_error else parallel.is_local_rank_zero()
+    if should_print:
         sys.stderr.write(f"error: {stage.name}: {reason}\n")
-    parallel.leave_word(reason)
-    if own:
-        parallel.excuse(reason)
+
+    parallel.write_torchelastic_error(reason)
+    if is_user_error:
+        # Ranks that wait in the rendezvous learn why this one will not come.
+        parallel.announce_failure(reason)
     raise SystemExit(code) from None
 
 
@@ -133,26 +162,27 @@ def _run(stage: Stage[P], main: Callable[[Run[P]], None], params: P, arguments: 
     final: Path = arguments.output
     staging = final / STAGING
     if not _is_main_process():
-        main(Run(stage, params, arguments, staging, Report(is_main=False)))
+        main(Run(stage, params, arguments, staging, Logger(is_main=False)))
         return
+
+    # On NFS a removed file, and so its folder, is there for as long as the process that runs
+    # torchrun has it open.
     shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(
-        parents=True, exist_ok=True
-    )  # NFS keeps a removed file, and its folder, while the process that runs torchrun has it open
+    staging.mkdir(parents=True, exist_ok=True)
     try:
         with (staging / "log.txt").open("w", encoding="utf-8") as log_file:
-            run = Run(stage, params, arguments, staging, Report(log_file=log_file))
+            run = Run(stage, params, arguments, staging, Logger(log_file=log_file))
             main(run)
-            run.report.log(f"{stage.name}: done")
-        run.write_json(
-            "timing.json", {"process_seconds": clock.process_seconds()} | environment.facts() | run.timing
-        )
+            run.logger.log(f"{stage.name}: done")
+        timing = {"process_seconds": clock.process_seconds()} | environment.run_environment() | run.timing
+        run.write_json("timing.json", timing)
         _publish(staging, final, stage.writes + MEASURED_OUTPUTS)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
 def _publish(staging: Path, final: Path, names: tuple[str, ...]) -> None:
+    """Rename the outputs from the staging folder into the output folder."""
     missing = [name for name in names if not (staging / name).exists()]
     assert not missing, f"the stage returned without writing {missing}"
     for name in names:
@@ -174,6 +204,8 @@ def _parser(stage: Stage[Any], with_params: bool, output: Path) -> argparse.Argu
         description=f"{stage.summary} Reads {reads}. Writes {writes}.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+
+    # Parameters
     if with_params:
         parser.add_argument(
             "--params", type=Path, default=PARAMETER_FILE, metavar="FILE", help="parameter file"
@@ -183,19 +215,21 @@ def _parser(stage: Stage[Any], with_params: bool, output: Path) -> argparse.Argu
         action="append",
         default=[],
         metavar="KEY.PATH=VALUE",
-        help="override one parameter; may be given again",
+        help="override one parameter; can be given several times",
     )
+
+    # Inputs and outputs
     for name, path in stage.reads.items():
-        parser.add_argument(
-            f"--{name.replace('_', '-')}", type=Path, default=path, metavar="PATH", help="input"
-        )
-    parser.add_argument("--output", type=Path, default=output, metavar="DIR", help="where the outputs go")
+        option = f"--{name.replace('_', '-')}"
+        parser.add_argument(option, type=Path, default=path, metavar="PATH", help="input")
+    parser.add_argument("--output", type=Path, default=output, metavar="DIR", help="folder of the outputs")
     if stage.add_options is not None:
         stage.add_options(parser)
     return parser
 
 
 def _require_finite(value: Any, key: str) -> None:
+    """Raise ValueError, with the dotted key, for a float in `value` that is not finite."""
     if isinstance(value, Mapping):
         for name, item in value.items():
             _require_finite(item, f"{key}.{name}" if key else str(name))

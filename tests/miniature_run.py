@@ -1,4 +1,8 @@
-"""The artifacts of a whole run in miniature, for what reads them: the stage submission and what stands above it."""
+"""A whole run in miniature: artifacts of all stages, and a DVC repository that holds such runs.
+
+They are for the stage submission and the tools that read runs. No stage is run: `make` writes artifacts
+with the project's own writers, and the stages of `pipeline` do nothing.
+"""
 
 import functools
 import json
@@ -13,12 +17,12 @@ import numpy as np
 import yaml
 
 from stages.audit import report
-from stages.audit.params import AuditParams
 from stages.audit.verdict import Verdict
 from stages.bundle.params import BundleParams, SubmissionParams
 from stages.calibrate.params import CalibrateParams
-from stages.common import command, ledger, shards
+from stages.common import ledger, shards
 from stages.common.bpb import bits_per_byte, byte_table, load_tokenizer, target_bytes
+from stages.common.stage import canonical_json, launch
 from stages.pack.params import PackParams
 from stages.pack.stats import layers_tsv, tensor_stats
 from stages.sliding_eval.params import SlidingEvalParams
@@ -38,28 +42,6 @@ TEXT = [
 ]
 CODE = b"print('hello')\n" * 20
 CLAIM = SubmissionParams("ttt_eval", "An Author", "author", "A name", "non-record-16mb", "What it is.")
-AUDIT = AuditParams(
-    perturbations=20,
-    segment_targets=64,
-    recomputed_share=0.1,
-    trained_share=1.0,
-    graph_documents=4,
-    handed_stretches=2,
-    canary_targets=32,
-    sampled_targets=16,
-    canary_bits=64.0,
-    distributions=16,
-    substitutions=16,
-    decoded_targets=0,
-    shingle_rate=0,
-    clean_room=False,
-    loss_tolerance=1e-3,
-    mean_tolerance=1e-4,
-    bfloat16_loss_tolerance=0.5,
-    bfloat16_mean_tolerance=1e-3,
-    sum_tolerance=1e-6,
-    evaluation_budget_seconds=600.0,
-)
 PARAMS = Params(
     seed=42,
     parallel=factories.PARALLEL,
@@ -73,7 +55,7 @@ PARAMS = Params(
     sliding_eval=SlidingEvalParams(16, 4, 4, 32),
     ttt_eval=replace(factories.TTT, epochs=1, lr=0.01),
     bundle=BundleParams(11),
-    audit=AUDIT,
+    audit=factories.AUDIT,
     submission=CLAIM,
 )
 TIMING = {
@@ -85,11 +67,13 @@ TIMING = {
 }
 
 
-def model(seed: int) -> bytes:
+def model_bytes(seed: int) -> bytes:
+    """A file that is about as long for every seed."""
     return b"\x89model" * 50 + bytes(seed % 7)
 
 
 def verdict(subject: str, outcome: Any = "pass") -> Verdict:
+    """A verdict of the audit on the ledger or the files `subject`."""
     return Verdict("B6", "coverage", subject, ("C4",), outcome, "seen | it", 1, 1, 0, (), "gaps", "the rest")
 
 
@@ -100,11 +84,13 @@ def tokenizer_bytes() -> bytes:
 
 
 def make(root: Path, seed: int = 42) -> None:
-    """Artifacts of all stages, made by the project's own writers, in `root`; the seed decides the ledgers and the model."""
+    """Write artifacts of all stages before submission; the seed decides the ledgers and the model."""
     folder = root / "artifacts"
     for stage in (*STAGE.reads.keys() - {"requirements"}, "tokenize/val"):
         (folder / stage).mkdir(parents=True, exist_ok=True)
         (folder / stage / "log.txt").write_text(f"what {stage} said\n")
+
+    # A tokenizer and a validation stream.
     (folder / "tokenize/tokenizer.model").write_bytes(tokenizer_bytes())
     processor = load_tokenizer(folder / "tokenize/tokenizer.model")
     tokens = np.concatenate([[processor.bos_id(), *processor.encode(text)] for text in TEXT]).astype(
@@ -112,6 +98,8 @@ def make(root: Path, seed: int = 42) -> None:
     )
     shards.write(folder / "tokenize/val/val_000000.bin", tokens)
     counted = target_bytes(tokens, byte_table(processor))
+
+    # Ledgers of both evaluations.
     generator = np.random.Generator(np.random.PCG64(seed))
     for stage, prefix, base in (("sliding_eval", "sliding", 2.0), ("ttt_eval", "ttt", 1.9)):
         nll = (base + generator.random(len(counted))).astype(np.float32)
@@ -119,21 +107,20 @@ def make(root: Path, seed: int = 42) -> None:
         ledger.write_chunks(folder / stage / "chunks.tsv", nll, counted, 32)
         bpb = bits_per_byte(nll, counted)
         write_json(folder / stage / "metrics.json", {f"{prefix}_bpb": bpb})
-        (folder / stage / "log.txt").write_text(
-            f"    1.0s {stage}: {bpb:.6f} bpb over {len(nll):,} targets, {counted.sum():,} bytes\n"
-        )
-    rows = [
-        tensor_stats.Row("embedding.weight", "embedding", (4, 4), "rows:8", 200, 16),
-        tensor_stats.Row("container", "container", (), "", 150, 0),
-    ]
-    (folder / "pack/layers.tsv").write_text(layers_tsv.tsv(rows))
-    (folder / "pack/model.bin").write_bytes(model(seed))
+        line = f"{bpb:.6f} bpb over {len(nll):,} targets, {counted.sum():,} bytes"
+        (folder / stage / "log.txt").write_text(f"    1.0s {stage}: {line}\n")
+
+    # The files that are counted, and what train and pack say of them.
+    _write_layers(folder / "pack/layers.tsv")
+    (folder / "pack/model.bin").write_bytes(model_bytes(seed))
     (folder / "bundle/train_gpt.py").write_bytes(CODE)
     steps = [f"{step}\t{8 / step:.6f}\t1.0\t{int(step > 4)}" for step in range(1, 13)]
     (folder / "train/loss.tsv").write_text("\n".join(["step\tloss\tlr_multiplier\tlooped", *steps]) + "\n")
-    write_json(folder / "tokenize/manifest.json", {"source": "pydocs"})
     (folder / "train/log.txt").write_text("    1.0s train: 12 steps in 10.0 s, 2,355 tokens/s\n")
-    write_json(folder / "pack/metrics.json", {"bytes_model": len(model(seed))})
+
+    # Metrics, the audit's report, times.
+    write_json(folder / "tokenize/manifest.json", {"source": "pydocs"})
+    write_json(folder / "pack/metrics.json", {"bytes_model": len(model_bytes(seed))})
     write_json(folder / "bundle/metrics.json", {"bytes_code": len(CODE)})
     write_json(folder / "train/metrics.json", {"train_steps": 12})
     for stage in ("calibrate", "audit"):
@@ -144,23 +131,33 @@ def make(root: Path, seed: int = 42) -> None:
     (root / "requirements.lock").write_text("torch==2.13.0\n")
 
 
+def _write_layers(path: Path) -> None:
+    rows = [
+        tensor_stats.TensorStats("embedding.weight", "embedding", (4, 4), "rows:8", 200, 16),
+        tensor_stats.TensorStats("container", "container", (), "", 150, 0),
+    ]
+    path.write_text(layers_tsv.to_tsv(rows))
+
+
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(command.canonical_json(value), encoding="utf-8")
+    """Write a JSON file as the stages do."""
+    path.write_text(canonical_json(value), encoding="utf-8")
 
 
 def write_report(folder: Path, verdicts: list[Verdict]) -> None:
+    """Write the audit's report to the artifacts in `folder`."""
     write_json(folder / "audit/report.json", report.as_json(verdicts, {}))
 
 
 def run(tree: Path, params: Params = PARAMS, output: str = "out") -> Path:
-    (tree / "params.yaml").write_text(
-        yaml.safe_dump(json.loads(json.dumps(asdict(params)))), encoding="utf-8"
-    )
-    command.launch(STAGE, main, ["--output", output])
+    """Run the stage submission in `tree`, which is the working folder; returns its output folder."""
+    as_yaml = yaml.safe_dump(json.loads(json.dumps(asdict(params))))
+    (tree / "params.yaml").write_text(as_yaml, encoding="utf-8")
+    launch(STAGE, main, ["--output", output])
     return tree / output
 
 
-# A pipeline whose stages do nothing: their outputs were made by `make` and are taken as they are.
+# Outputs of the pipeline whose stages do nothing.
 OUTS = {
     "tokenize": ["val", "tokenizer.model"],
     "train": ["loss.tsv"],
@@ -174,25 +171,24 @@ OUTS = {
 
 
 def pipeline() -> dict[str, Any]:
-    """dvc.yaml."""
+    """The content of dvc.yaml."""
     stages: dict[str, Any] = {}
     for stage, outs in OUTS.items():
-        deps = ["requirements.lock"] if stage in ("tokenize", "bundle") else ["source.py", *revisions.STREAM]
+        deps = ["requirements.lock"]
+        if stage not in ("tokenize", "bundle"):
+            deps = ["source.py", *revisions.STREAM_PATHS]
         stages[stage] = {"cmd": "true", "deps": deps, "outs": [f"artifacts/{stage}/{name}" for name in outs]}
     stages["train"]["params"] = ["seed"]
-    cached = [
-        f"artifacts/submission/{name}"
-        for name in ("train_gpt.py", "README.md", "train.log", "requirements.txt")
-    ]
-    handed: list[Any] = [*cached, {"artifacts/submission/submission.json": {"cache": False}}]
-    return {
-        "stages": stages
-        | {"submission": {"cmd": "true", "deps": ["artifacts/audit/report.json"], "outs": handed}}
-    }
+
+    names = ("train_gpt.py", "README.md", "train.log", "requirements.txt")
+    outs = [f"artifacts/submission/{name}" for name in names]
+    in_git = {"artifacts/submission/submission.json": {"cache": False}}
+    stages["submission"] = {"cmd": "true", "deps": ["artifacts/audit/report.json"], "outs": [*outs, in_git]}
+    return {"stages": stages}
 
 
 def call(folder: Path, *words: str) -> str:
-    """A command in `folder`; its failure is the test's."""
+    """Run a command in `folder`; returns its output. Its failure fails the test."""
     result = subprocess.run(words, cwd=folder, capture_output=True, text=True)
     assert result.returncode == 0, f"{words}\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}"
     return result.stdout
@@ -203,7 +199,7 @@ def dvc(folder: Path, *words: str) -> str:
 
 
 def start(folder: Path) -> None:
-    """A repository of Git and DVC with the pipeline and nothing run."""
+    """Make a Git and DVC repository with the pipeline, which has not run."""
     call(folder, "git", "init", "-q", "-b", "main")
     call(folder, "git", "config", "user.email", "test@example.org")
     call(folder, "git", "config", "user.name", "test")
@@ -217,13 +213,18 @@ def start(folder: Path) -> None:
 
 
 def experiment(folder: Path, name: str, params: Params) -> str:
-    """Run the stages' stand-ins in the working folder, which is `folder`, and make the result an experiment; returns its commit."""
+    """Make artifacts in `folder`, which is the working folder, and a DVC experiment of them.
+
+    Returns the experiment's commit.
+    """
+    # Artifacts are links into the cache, so they are removed before others are written.
     base = call(folder, "git", "rev-parse", "HEAD").strip()
     for path in (folder / "artifacts").rglob("*"):
         if path.is_file():
-            path.unlink()  # links into the cache
+            path.unlink()
     make(folder, params.seed)
     run(folder, params, "artifacts/submission")
+    # A commit that no branch holds, under the name that DVC gives experiments.
     dvc(folder, "commit", "-q", "--force")
     call(folder, "git", "add", "-A")
     call(folder, "git", "commit", "-q", "-m", name)
@@ -234,7 +235,7 @@ def experiment(folder: Path, name: str, params: Params) -> str:
 
 
 def fetch_from_cache(commit: str, path: str, to: Path) -> None:
-    """What `dvc get` does, without DVC, for outputs that are in the cache of the working folder."""
+    """Copy an output of a commit to `to` from the working folder's cache, as `dvc get` does from a remote."""
     stages = yaml.safe_load(call(Path(), "git", "show", f"{commit}:dvc.lock"))["stages"]
     outs = {out["path"]: out["md5"] for stage in stages.values() for out in stage["outs"]}
     if path in outs:

@@ -1,13 +1,14 @@
-"""How far losses move when a network computes as it usually does instead of exactly, and what the tilt and the byte mixture make of that.
+"""Rounding errors of a network, and their size after the tilt and the byte mixture.
 
-    python -m benchmarks.rounding --params FILE --model FILE --val FOLDER --tokenizer FILE --results FILE [--targets N] [--answers FOLDER]
+    python -m experiments.rounding --params FILE --model FILE --val FOLDER --tokenizer FILE \\
+        --results FILE [--targets N] [--answers FOLDER]
 
-On a GPU that is bfloat16 against float32. Test-time training as ttt_eval's section says goes on in both, so that their weights differ,
-too. The audit holds the ledger of one against the other (audit.bfloat16_loss_tolerance): what stands on top of the network must not make
-its rounding errors larger.
+The network computes as usual (on a GPU in bfloat16) and in float32. Test-time training as in the section
+ttt_eval goes on in both, so that their weights differ, too. The audit compares the two ledgers
+(audit.bfloat16_loss_tolerance): the tilt and the mixture must not make the network's rounding errors
+larger.
 """
 
-import argparse
 import dataclasses
 import json
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks._command import command_line, write_results
 from benchmarks._streams import beginning
 from benchmarks.trie_mixture import Case, Replay, answered, case_of
 from stages.common import config, environment
@@ -27,22 +29,23 @@ PERCENTILES = (50, 90, 99, 99.9, 99.99, 100)
 
 
 def ledgers(case: Case, answers: np.ndarray, params: Params) -> dict[str, np.ndarray]:
-    """The losses of the network, and of what stands on top of it."""
-    table, targets, tokens, ttt = case.stream.table, case.stream.targets, case.stream.tokens, params.ttt_eval
+    """Losses (N,) of the network, and of tilt and mixture on top of it; its answers are (R, N)."""
+    stream = case.stream
+    ttt = params.ttt_eval
 
     def tilted() -> TiltScorer:
-        return TiltScorer(Replay(case, answers), ttt.tilt_rate, table.codes, targets)
+        return TiltScorer(Replay(case, answers), ttt.tilt_rate, stream.table.text_hashes, stream.targets)
 
-    mixed = MixerScorer(tilted(), ttt.mixer_rate, table, targets, torch.device("cpu"))
+    mixed = MixerScorer(tilted(), ttt.mixer_rate, stream.table, stream.targets, torch.device("cpu"))
     return {
         "network": answers[0],
-        "tilt": tilted().score_stream(tokens),
-        "tilt and mixture": mixed.score_stream(tokens),
+        "tilt": tilted().score_stream(stream.tokens),
+        "tilt and mixture": mixed.score_stream(stream.tokens),
     }
 
 
 def apart(one: np.ndarray, other: np.ndarray) -> dict[str, Any]:
-    """nats of a target, both (N,)."""
+    """Figures of the difference between two ledgers, both nats (N,)."""
     difference = one.astype(np.float64) - other
     sizes = {str(share): float(np.percentile(np.abs(difference), share)) for share in PERCENTILES}
     return {
@@ -53,32 +56,28 @@ def apart(one: np.ndarray, other: np.ndarray) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Score in both ways, and write the JSON file."""
+    parser = command_line(__doc__)
     for option in ("params", "model", "val", "tokenizer", "results"):
         parser.add_argument(f"--{option}", type=Path, required=True)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--targets", type=int, default=300_000)
-    parser.add_argument(
-        "--answers", type=Path, metavar="FOLDER", help="read when they are there, else written"
-    )
+    parser.add_argument("--answers", type=Path, metavar="FOLDER", help="read if they exist, else written")
     arguments = parser.parse_args()
+
     params = config.load(arguments.params, Params, arguments.set)
     case = case_of(beginning(arguments.val, arguments.tokenizer, arguments.targets))
     exact = dataclasses.replace(params.parallel, dtype="float32", deterministic=True, compile=False)
     sides = {}
     for name, parallel in (("exact", exact), ("usual", params.parallel)):
         file = arguments.answers / f"{name}.npy" if arguments.answers else None
-        answers = answered(
-            "ttt_eval", arguments.model, dataclasses.replace(params, parallel=parallel), case, file
-        )
+        changed = dataclasses.replace(params, parallel=parallel)
+        answers = answered("ttt_eval", arguments.model, changed, case, file)
         sides[name] = ledgers(case, answers, params)
+
     found = {name: apart(sides["usual"][name], nll) for name, nll in sides["exact"].items()}
     about = {"targets": case.stream.targets, "changes": arguments.set}
-    arguments.results.write_text(
-        json.dumps(about | found | environment.facts(), indent=2, sort_keys=True) + "\n"
-    )
+    write_results(arguments.results, about | found | environment.run_environment())
     print(json.dumps(found, indent=1))
 
 

@@ -1,4 +1,7 @@
-"""Cheats against time (C1, C3, C4): each changes one thing of a lawful scorer, and says which condition it breaks and who did it."""
+"""Cheats that use time (C1, C3, C4).
+
+Each changes one thing of a lawful scorer; its docstring names the condition that it breaks.
+"""
 
 import itertools
 import math
@@ -7,23 +10,25 @@ import numpy as np
 
 from tests.zoo.lawful import BOS, SMOOTHING, VOCAB, Bigram, PerDocument, Tilted
 
+EMBEDDINGS = np.random.Generator(np.random.PCG64(1)).normal(0, 0.5, (VOCAB, VOCAB))
 
-def learnt_from(tokens: np.ndarray, last: int | None, weight: float = 1.0) -> np.ndarray:
-    """Counts of the pairs of a call, the one that leads into it included."""
+
+def count_pairs(tokens: np.ndarray, last: int | None, weight: float = 1.0) -> np.ndarray:
+    """Count the token pairs of a call (n,), (V, V); the pair with the token before the call is included."""
     counts = np.zeros((VOCAB, VOCAB))
     for a, b in itertools.pairwise([*([] if last is None else [last]), *tokens.tolist()]):
         counts[a, b] += weight
     return counts
 
 
-def documents_of(tokens: np.ndarray) -> list[tuple[int, int]]:
-    """The pieces of a call that belong to one document."""
+def document_spans(tokens: np.ndarray) -> list[tuple[int, int]]:
+    """Divide a call (n,) into half-open spans of one document each."""
     starts = [0, *(np.flatnonzero(tokens[1:] == BOS) + 1).tolist()]
     return list(zip(starts, [*starts[1:], len(tokens)], strict=True))
 
 
 class LookAhead(Bigram):
-    """C1: sharpens its distribution by the token after next."""
+    """C1: sharpens its distribution with the token after the next."""
 
     def loss(self, token: int, future: np.ndarray) -> float:
         assert self.last is not None
@@ -34,29 +39,29 @@ class LookAhead(Bigram):
 
 
 class PreQuantTraining(Bigram):
-    """C1, C3: trains on what it is to score for two epochs, quantises, and scores then (#1376, #1487, #1972)."""
+    """C1, C3: trains two epochs on the tokens to score, quantises, then scores (#1376, #1487, #1972)."""
 
     def score_stream(self, tokens: np.ndarray) -> np.ndarray:
-        self.counts = np.round(self.counts + 2 * learnt_from(tokens, self.last), 1)
+        self.counts = np.round(self.counts + 2 * count_pairs(tokens, self.last), 1)
         return super().score_stream(tokens)
 
 
 class SecondPass(Bigram):
-    """C4: goes over what it is given once to learn it and a second time to score it (#846, #868, #888)."""
+    """C4: passes over a call once to learn it and a second time to score it (#846, #868, #888)."""
 
     def score_stream(self, tokens: np.ndarray) -> np.ndarray:
         learner = self.fork()
         Bigram.score_stream(learner, tokens)
-        last, seen = self.last, self.seen
-        scored = Bigram.score_stream(self, tokens)
-        learnt = [*([last] if seen else []), *tokens.tolist()]
+        before = [self.last] if self.observed else []
+        first_pass = Bigram.score_stream(self, tokens)
+
         rows = learner.counts / learner.counts.sum(axis=1, keepdims=True)
-        again = [-math.log(rows[a, b]) for a, b in itertools.pairwise(learnt)]
-        return np.minimum(scored, np.array(again, dtype=np.float32))
+        second_pass = [-math.log(rows[a, b]) for a, b in itertools.pairwise([*before, *tokens.tolist()])]
+        return np.minimum(first_pass, np.array(second_pass, dtype=np.float32))
 
 
 class BestOfTwo(Bigram):
-    """C4: two runs over the stream, of which the better is reported (#573)."""
+    """C4: runs twice over the stream, and reports the better run (#573)."""
 
     def score_stream(self, tokens: np.ndarray) -> np.ndarray:
         other = self.fork()
@@ -66,7 +71,7 @@ class BestOfTwo(Bigram):
 
 
 class Slot(Bigram):
-    """C1, C2: a shift of the logits, fitted to each batch of eight targets and then used to score them (SLOT: #1176, #1229)."""
+    """C1, C2: fits a shift of the logits to each eight targets, then scores them (SLOT: #1176, #1229)."""
 
     def score_stream(self, tokens: np.ndarray) -> np.ndarray:
         losses = []
@@ -81,11 +86,11 @@ class Slot(Bigram):
         return np.array(losses, dtype=np.float32)
 
 
-EMBEDDINGS = np.random.Generator(np.random.PCG64(1)).normal(0, 0.5, (VOCAB, VOCAB))
-
-
 class SmearAcrossBos(PerDocument):
-    """C1 of documents packed side by side: the first token of one is mixed with the last of its neighbour (SmearGate: #1667, #1797)."""
+    """C1, for documents packed into one row (#1667, #1797).
+
+    Mixes the first token of a document with the last token of its neighbour.
+    """
 
     def __init__(self, n_targets: int) -> None:
         super().__init__(n_targets)
@@ -104,24 +109,32 @@ class SmearAcrossBos(PerDocument):
 
 
 class LongestFirst(Bigram):
-    """C1: goes through the documents of a call longest first and learns as it goes (#1536; phased training since #1610)."""
+    """C1: scores the documents of a call longest first, and learns on the way (#1536).
+
+    Phased training does the same since #1610.
+    """
 
     def score_stream(self, tokens: np.ndarray) -> np.ndarray:
-        given = self.last is None
+        first_is_given = self.last is None
         losses = np.zeros(len(tokens))
-        for start, stop in sorted(documents_of(tokens), key=lambda part: part[0] - part[1]):
+        for start, stop in sorted(document_spans(tokens), key=lambda span: span[0] - span[1]):
             if tokens[start] == BOS:
-                losses[start], self.last = math.log(VOCAB), None  # each document begins anew
+                # Each document starts again: BOS is scored uniformly.
+                losses[start] = math.log(VOCAB)
+                self.last = None
             for i in range(start, stop):
                 if self.last is not None:
                     losses[i] = self.loss(int(tokens[i]), tokens[i + 1 :])
                 self.observe(int(tokens[i]))
         self.last = int(tokens[-1])
-        return losses[1 if given else 0 :].astype(np.float32)
+        return losses[1 if first_is_given else 0 :].astype(np.float32)
 
 
 class Circular(LongestFirst):
-    """C1, C4: weights learn longest first, a cache in stream order; each document waits for the other (#2130, #2135)."""
+    """C1, C4: weights learn longest first, a cache learns in stream order (#2130, #2135).
+
+    Two documents may each need the other to be decoded first.
+    """
 
     def score_stream(self, tokens: np.ndarray) -> np.ndarray:
         cached = Bigram.score_stream(self.fork(), tokens)
@@ -130,7 +143,7 @@ class Circular(LongestFirst):
 
 
 class TiltFromTheFuture(Tilted):
-    """C1: the table that its hints come from is filled before scoring, from the whole call."""
+    """C1: fills the table of its hints from the whole call before it scores."""
 
     def score_stream(self, tokens: np.ndarray) -> np.ndarray:
         for a, b, c in zip(tokens[:-2].tolist(), tokens[1:-1].tolist(), tokens[2:].tolist(), strict=True):
@@ -139,13 +152,13 @@ class TiltFromTheFuture(Tilted):
 
 
 class UpdateFirst(Bigram):
-    """C3: counts the pair before it scores it."""
+    """C3: counts a pair before it scores it."""
 
     def loss(self, token: int, future: np.ndarray) -> float:
-        ahead = self.fork()
-        assert ahead.last is not None
-        ahead.counts[ahead.last, token] += 1
-        return max(0.0, -float(ahead.predict()[token]))
+        updated = self.fork()
+        assert updated.last is not None
+        updated.counts[updated.last, token] += 1
+        return max(0.0, -float(updated.predict()[token]))
 
 
 class DocumentLength(Bigram):
@@ -154,12 +167,12 @@ class DocumentLength(Bigram):
     def loss(self, token: int, future: np.ndarray) -> float:
         lawful = super().loss(token, future)
         if len(future) and not (future[:40] == BOS).any() and token != BOS:
-            return max(0.0, lawful - 0.01)  # no end is near, so nothing is spent on it
+            return max(0.0, lawful - 0.01)  # no end is near, so no probability is spent on it
         return lawful
 
 
 class DroppedTail(Bigram):
-    """C4: leaves out what does not fill a block of eight (#1493 to #1855)."""
+    """C4: leaves out the last targets, which do not fill a block of eight (#1493 to #1855)."""
 
     def score_stream(self, tokens: np.ndarray) -> np.ndarray:
         nll = super().score_stream(tokens)
@@ -167,39 +180,39 @@ class DroppedTail(Bigram):
 
 
 class Subset(Bigram):
-    """C4: scores every other target only, and says of the rest that they were certain (#1785, #1835, #1858)."""
+    """C4: scores every other target only, and claims that the others were certain (#1785, #1835, #1858)."""
 
     def loss(self, token: int, future: np.ndarray) -> float:
-        return super().loss(token, future) if self.seen % 2 else 0.0
+        return super().loss(token, future) if self.observed % 2 else 0.0
 
 
 class PeekAtStream(Bigram):
-    """C1: a lawful scorer in small pieces, but given the whole stream at once it learns from it beforehand."""
+    """C1: lawful in short calls, but learns from the stream beforehand if it is given the whole in one."""
 
     def score_stream(self, tokens: np.ndarray) -> np.ndarray:
         if len(tokens) > 1000:
-            self.counts += learnt_from(tokens, self.last, 0.5)
+            self.counts += count_pairs(tokens, self.last, 0.5)
         return super().score_stream(tokens)
 
 
 class SharedState(Bigram):
-    """C1: what one fork observes shows in the other."""
+    """C1: a fork shares its state with the original."""
 
     def fork(self) -> "Bigram":
         return self
 
 
 class LooksChange(Bigram):
-    """C3: remembers what it predicted, and so predicts something else when it is asked again."""
+    """C3: predict() changes the state, so that it predicts something else the next time."""
 
     def predict(self) -> np.ndarray:
-        p = super().predict()
+        logp = super().predict()
         self.counts = self.counts + 0.5
-        return p
+        return logp
 
 
 class Dice(Bigram):
-    """C4: starts from noise that is new in each run, which invites to run it until it is good."""
+    """C4: starts from noise that is new in each run, so that one can run it until the result is good."""
 
     runs = itertools.count()
 
