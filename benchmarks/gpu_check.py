@@ -109,12 +109,13 @@ def pipeline(check: Check, arguments: argparse.Namespace, two: bool) -> None:
     scored = ["--model", packed / "model.bin", "--val", data / "val", "--tokenizer", data / "tokenizer.model"]
     fused = check.run("sliding_eval", "sliding", *scored)
     unfused = check.run("sliding_eval", "sliding_plain", *scored, changes=PLAIN)
-    float32 = check.run("sliding_eval", "sliding_float32", *scored, changes=("parallel.dtype=float32",))
-    for name, output in (("fused kernels", fused), ("plain operations", unfused)):
-        difference = metrics_apart(float32, output, "sliding_bpb")
-        check.agree(f"sliding bpb, float32 against bfloat16, {name}", difference, 1e-3)
-    difference = metrics_apart(unfused, fused, "sliding_bpb")
-    check.agree("sliding bpb, fused kernels against plain operations", difference, 5e-4)
+    exact = check.run("sliding_eval", "sliding_float32", *scored, changes=("parallel.dtype=float32",))
+    # Both compute in bfloat16. The kernels round less often than the plain operations, which write
+    # every intermediate result to memory, so the two have bounds of their own.
+    difference = metrics_apart(fused, exact, "sliding_bpb")
+    check.agree("sliding bpb, fused kernels against plain operations in float32", difference, 5e-4)
+    difference = metrics_apart(unfused, exact, "sliding_bpb")
+    check.agree("sliding bpb, plain operations in bfloat16 against float32", difference, 2e-3)
 
     # Evaluation on two ranks.
     scored_before = ("--sliding", fused / "nll.npy")

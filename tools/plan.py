@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
 
-    # The measured evaluation, and the one to predict.
+    # The measured evaluation, and the targets of the one to predict.
     add("timing", nargs="+", type=Path, metavar="TIMING", help="timing.json of an evaluation")
     add(
         "--targets",
@@ -100,6 +100,8 @@ def _parser() -> argparse.ArgumentParser:
         help="targets to score (default: %(default)s)",
     )
     add("--val", type=Path, metavar="DIR", help="shards to score, instead of --targets")
+
+    # Devices of the evaluation to predict.
     add(
         "--processes",
         type=int,

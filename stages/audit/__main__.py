@@ -96,7 +96,7 @@ def main(run: Run[Params]) -> None:
             f"audit: {verdict.outcome}: {verdict.subject} {verdict.check} {verdict.name}: {verdict.evidence}"
         )
 
-    # Report.
+    # Report, with the size of the stream and the key that the positions can be derived from.
     declared: dict[str, Any] = {
         "targets": len(stream.tokens) - 1,
         "bytes": int(stream.target_bytes.sum()),
@@ -105,6 +105,8 @@ def main(run: Run[Params]) -> None:
     }
     as_json = report.as_json(verdicts, declared)
     as_markdown = report.as_markdown(verdicts, declared)
+
+    # After a failure the stage has no outputs; the report is kept under other names.
     if failed := failures(verdicts):
         json_name, markdown_name = FAILED_REPORTS
         run.keep_failed(json_name, canonical_json(as_json))
@@ -114,6 +116,7 @@ def main(run: Run[Params]) -> None:
                 f"error: audit: {failure_message(failed[0])}; {len(failed)} failed, see {kept}\n"
             )
         raise SystemExit(1)
+
     run.write_json("report.json", as_json)
     run.write_text("report.md", as_markdown)
     run.write_json("metrics.json", report.count_outcomes(verdicts))
@@ -123,8 +126,7 @@ def audit_files(
     params: Params, paths: Mapping[str, Path], stream: AuditedStream, tokenizer: SentencePieceProcessor
 ) -> list[Verdict]:
     """Run the checks that need no scorer: sizes, clocks, bytes of the text, data, seeds."""
-    # Budgets: bytes on disk, training and evaluation seconds.
-    sizes = {paths[name].name: paths[name].stat().st_size for name in ("model", "code")}
+    # Training time: calibration counts too. Unknown if either time was not recorded.
     training_seconds: float | None = 0.0
     for name in ("train_timing", "calibrate_timing"):
         seconds = budgets.measured_seconds(read_json_object(paths[name]), "training_seconds")
@@ -132,6 +134,9 @@ def audit_files(
             training_seconds = None
         else:
             training_seconds += seconds
+
+    # Budgets: bytes on disk, training and evaluation seconds.
+    sizes = {paths[name].name: paths[name].stat().st_size for name in ("model", "code")}
     verdicts = [
         budgets.check_sizes(sizes, params.pack.budget_bytes),
         budgets.check_clock("training", "files", training_seconds, params.train.seconds),
@@ -154,6 +159,8 @@ def audit_files(
         budgets.check_disjoint(val_hashes, documents, *document_counts),
         significance.check_seeds([{}], []),  # one run has one seed: "cannot tell"
     ]
+
+    # Passages that train and val share: this reads all of train, so it can be switched off.
     if params.audit.shingle_rate:
         overlap = contamination.find_overlap(
             paths["train"], paths["val"], tokenizer, params.audit.shingle_rate

@@ -56,11 +56,13 @@ class AuditParams:
             reject(
                 "order_documents", f"{self.order_documents} is too few: at least 2 can depend on each other"
             )
+
         if self.substitutions < 4:
             reject(
                 "substitutions",
                 f"{self.substitutions} is too few: the target, the likeliest id and two drawn ones need 4",
             )
+
         if self.segment_targets < 8:
             reject(
                 "segment_targets",

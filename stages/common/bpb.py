@@ -74,7 +74,7 @@ def byte_table(tokenizer: sentencepiece.SentencePieceProcessor) -> ByteTable:
 
     A ValueError unless it has byte fallback, a BOS and the lone space marker as a piece.
     """
-    # Requirements
+    # With byte fallback any text has tokens, one for each byte where no piece fits.
     vocab = tokenizer.vocab_size()
     byte_ids = [i for i in range(vocab) if tokenizer.is_byte(i)]
     if len(byte_ids) != 256:
@@ -82,6 +82,8 @@ def byte_table(tokenizer: sentencepiece.SentencePieceProcessor) -> ByteTable:
             f"the tokenizer has {len(byte_ids)} byte-fallback pieces, expected 256;"
             " train it with byte_fallback"
         )
+
+    # A lone space and the start of a document each need a token of their own.
     if tokenizer.is_unknown(tokenizer.piece_to_id(SPACE_MARKER)):
         raise ValueError(
             "the tokenizer has no piece for a lone space (U+2581), so leading spaces could not be counted"
@@ -99,6 +101,7 @@ def byte_table(tokenizer: sentencepiece.SentencePieceProcessor) -> ByteTable:
         elif tokenizer.is_byte(i):
             texts[i] = bytes([int(tokenizer.id_to_piece(i)[1:-1], 16)])
         else:
+            # The marker is kept apart from the text, because it counts only after text.
             piece = tokenizer.id_to_piece(i)
             leading_space[i] = piece.startswith(SPACE_MARKER)
             texts[i] = piece.removeprefix(SPACE_MARKER).encode("utf-8")

@@ -84,7 +84,7 @@ def fork_pool(processes: int, initializer: Callable[[], None]) -> ProcessPoolExe
 def die_with_parent() -> None:
     """Ask the kernel to end this process when its parent ends (Linux only).
 
-    A killed `dvc` must not leave a training run behind (treeverse/dvc#5818).
+    When `dvc` is killed, its training run must end as well (treeverse/dvc#5818).
     """
     if sys.platform != "linux":
         return

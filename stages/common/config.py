@@ -190,7 +190,7 @@ def _value(raw: Any, hint: Any, key: str) -> Any:
 
 
 def _tuple(raw: Any, hints: tuple[Any, ...], key: str) -> tuple[Any, ...]:
-    """Convert a list to a tuple of the types `hints`; (T, ...) stands for any number of T."""
+    """Convert a list to a tuple of the types `hints`; (T, ...) means any number of T."""
     any_length = hints[-1] is ...
     if not isinstance(raw, (list, tuple)) or not (any_length or len(raw) == len(hints)):
         length = "" if any_length else f" of {len(hints)} values"

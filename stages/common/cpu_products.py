@@ -279,6 +279,7 @@ def _compile(blas: ctypes.CDLL, openmp: ctypes.CDLL) -> int:
     before_alpha = [INT32(ROW_MAJOR), *(job[name] for name in ("transpose_a", "transpose_b", "m", "n", "k"))]
     factors = [job[name] for name in ("a", "lda", "b", "ldb")]
     result = [job[name] for name in ("c", "ldc")]
+
     with builder.if_else(builder.icmp_signed("!=", fields["is_double"], INT64(0))) as (then, otherwise):
         with then:
             call(blas.scipy_cblas_dgemm64_, ir.VoidType(), [*before_alpha, alpha, *factors, beta, *result])

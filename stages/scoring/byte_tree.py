@@ -98,7 +98,9 @@ def build_byte_trees(table: ByteTable) -> ByteTrees:
         text_starts.append(len(text) + np.cumsum([0, *map(len, texts)]))
         text += b"".join(texts)
 
+    # One array for each field of a decision, over the paths of both trees.
     columns = Decision(*np.concatenate(decisions).T)
+
     return ByteTrees(
         sorted_ids_TV=np.stack(sorted_ids),
         rank_TV=np.argsort(sorted_ids, axis=1),

@@ -125,6 +125,8 @@ def load_artifacts(folders: Mapping[str, Path], requirements: Path, claimed: str
     for stage in STAGES:
         timing[stage] = read_json_object(require_file(folders, stage, "timing.json"))
         logs[stage] = require_file(folders, stage, "log.txt").read_text(encoding="utf-8")
+
+    # Hashes name the files themselves, so that anyone can compare their own.
     return Artifacts(
         code=code,
         model=model,

@@ -47,9 +47,11 @@ def _figure_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         label = f"{name} bpb (claimed)" if name == summary["scorer"] else f"{name} bpb"
         rows.append((label, f"{score['bpb']:.8f}"))
 
-    # Their difference and scale, coverage, sizes.
+    # The interval tells if the difference that TTT makes is more than chance.
     interval = f"95 % interval {gain['low']:+.6f} to {gain['high']:+.6f}, paired by document"
     budget_bytes = summary["parameters"]["pack"]["budget_bytes"]
+
+    # Difference and scale of the scores, coverage, sizes.
     rows += [
         ("bpb with TTT minus bpb without", f"{gain['bpb']:+.6f} ({interval})"),
         ("for scale: bpb of brotli 11 on the same text", f"{summary['reference']['brotli_bpb']:.4f}"),
@@ -62,6 +64,8 @@ def _figure_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("bytes_total", f"{summary['bytes_total']:,} of {budget_bytes:,} allowed"),
         ("seeds", ", ".join(map(str, summary["seeds"]))),
     ]
+
+    # Hashes of the counted files and of their inputs.
     rows += [(f"sha256 of {name}", f"`{value}`") for name, value in summary["sha256"].items()]
     return rows
 

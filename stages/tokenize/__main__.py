@@ -31,12 +31,14 @@ def main(run: Run[Params]) -> None:
     """Make or load the tokenizer, write the shards of both sides, prove them disjoint."""
     params = run.params.tokenize
     if params.source == "shards":
+        # These are tokens already: the tokenizer must be the one that made them.
         model, about_model = _given_tokenizer(run)
         folder = run.path("shards")
         train_paths = files.find(folder, params.train_glob, "tokenize.train_glob")
         val_paths = files.find(folder, params.val_glob, "tokenize.val_glob")
         corpus = build.from_shards(train_paths, val_paths, model, params, run.output, run.logger)
     else:
+        # Training the tokenizer reads the documents once, encoding reads them again.
         source = _pydocs(run) if params.source == "pydocs" else _files(run)
         if params.tokenizer == TRAIN_TOKENIZER:
             model, about_model = _trained_tokenizer(run, source)
@@ -46,6 +48,7 @@ def main(run: Run[Params]) -> None:
         corpus = build.from_documents(source, model, params, run.output, run.logger)
         _log_rate(run, corpus, time.monotonic() - started)
 
+    # The hashes stay as evidence that the sides share no document.
     build.require_disjoint(corpus, run.output, model.table.bos)
     duplicates.write_hashes(run.output / "documents.u64", corpus.train_hashes, corpus.val_hashes)
 

@@ -104,12 +104,15 @@ def corpus(val_fraction: float, max_bytes: int, processes: int, logger: Logger) 
         if texts is None:
             unreadable.append(name)
             continue
+
+        # All docstrings of a module are on the side of its name.
         side = split.side_of(split.name_hash(name), val_fraction)
         for number, text in enumerate(texts):
             if len(text.encode("utf-8")) > max_bytes:
                 raise ValueError(
                     f"{name}, docstring {number}: a document above tokenize.max_document_bytes ({max_bytes})"
                 )
+
             # Drop exact duplicates, and texts whose content is on the other side already.
             if text in earlier_texts:
                 repeated += 1

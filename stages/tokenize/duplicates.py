@@ -126,6 +126,8 @@ def documents(paths: list[Path], bos: int) -> Iterator[DocumentRef]:
         for block_start in range(0, len(tokens), BLOCK_TOKENS):
             block = np.array(tokens[block_start : block_start + BLOCK_TOKENS])
             starts = np.flatnonzero(block == bos).tolist()
+
+            # The stream must begin with BOS; later blocks may continue the open document.
             if not parts and starts[:1] != [0]:
                 raise ValueError(
                     f"{shard}: the first token is {block[0]}, expected BOS ({bos}); "
@@ -141,5 +143,7 @@ def documents(paths: list[Path], bos: int) -> Iterator[DocumentRef]:
                 parts = [block[start:end]]
                 path = shard
                 position = block_start + start
+
+    # The end of the stream closes the last document.
     if parts:
         yield DocumentRef(path, position, np.concatenate(parts))

@@ -142,6 +142,8 @@ def read_file(path: Path, options: ReadOptions) -> Iterator[TextDocument]:
     position = 0
     with path.open("rb") as raw:
         documents = _read_jsonl(path, raw, options) if kind == ".jsonl" else _read_txt(path, raw, options)
+
+        # A decompressor notices damage only when it gets there, after earlier documents were yielded.
         try:
             for document in documents:
                 count += 1
@@ -152,6 +154,7 @@ def read_file(path: Path, options: ReadOptions) -> Iterator[TextDocument]:
             raise ValueError(
                 f"{path}, after document {count}: truncated or damaged compressed file: {error}"
             ) from error
+
     if count == 0:
         raise ValueError(f"{path} holds no documents")
 

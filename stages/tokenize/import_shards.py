@@ -86,7 +86,10 @@ def _summarise(
     tokens = shards.view(path)
     summary = ShardSummary(tokens=len(tokens))
     for start in range(0, len(tokens), duplicates.BLOCK_TOKENS):
+        # The bytes of a token depend on the one before it, so each block begins with that one.
         block = np.concatenate([[previous], tokens[start : start + duplicates.BLOCK_TOKENS]]).astype(np.int64)
+
+        # An id whose bytes would be miscounted is an error.
         wrong = np.flatnonzero(is_miscounted_V[block[1:]])
         if len(wrong):
             token = int(block[1 + wrong[0]])
@@ -95,6 +98,7 @@ def _summarise(
                 f"{path}: token id {token} ({piece}) at position {start + wrong[0]} {miscounted[token]}; "
                 "tokenize the text with `files`"
             )
+
         summary.documents += int(np.count_nonzero(block[1:] == table.bos))
         summary.bytes += int(bpb.target_bytes(block, table).sum())
         previous = int(block[-1])

@@ -10,7 +10,7 @@ import heapq
 import io
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import sentencepiece
 
@@ -69,30 +69,34 @@ def train(texts: list[str], vocab_size: int, threads: int) -> bytes:
             "there are no train documents to train the tokenizer on; "
             "lower tokenize.val_fraction or give more text"
         )
+
+    settings: dict[str, Any] = {
+        "model_type": "bpe",
+        "vocab_size": vocab_size,
+        # Lossless: every byte sequence has tokens, and nothing is normalised away.
+        "byte_fallback": True,
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "add_dummy_prefix": False,
+        # A digit is a piece of its own; only the first character of a piece may be a space.
+        "split_digits": True,
+        "split_by_whitespace": True,
+        "allow_whitespace_only_pieces": False,
+        # Ids, determinism and limits.
+        "pad_id": 0,
+        "bos_id": 1,
+        "eos_id": 2,
+        "unk_id": 3,
+        "num_threads": threads,
+        "max_sentence_length": MAX_SENTENCE_BYTES,
+        "minloglevel": LOG_ERRORS_ONLY,
+    }
+
+    # SentencePiece reports a vocabulary that the texts cannot fill as a RuntimeError.
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(texts),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            # Lossless: every byte sequence has tokens, and nothing is normalised away.
-            byte_fallback=True,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            add_dummy_prefix=False,
-            # A digit is a piece of its own; only the first character of a piece may be a space.
-            split_digits=True,
-            split_by_whitespace=True,
-            allow_whitespace_only_pieces=False,
-            # Ids, determinism and limits.
-            pad_id=0,
-            bos_id=1,
-            eos_id=2,
-            unk_id=3,
-            num_threads=threads,
-            max_sentence_length=MAX_SENTENCE_BYTES,
-            minloglevel=LOG_ERRORS_ONLY,
+            sentence_iterator=iter(texts), model_writer=model, **settings
         )
     except RuntimeError as error:
         raise ValueError(

@@ -78,18 +78,22 @@ def check_claim(
     else:
         verdicts.append(not_run(subject, "B6", REPORTED, {}))
 
-    # Counts, clocks and seeds.
+    # Counts of the targets and bytes that were scored.
     if "targets" in claim:
         verdicts.append(_check_count(subject, "targets", claim["targets"], targets))
     if "bytes" in claim:
         counted_bytes = int(stream.document_bytes.counted.sum())
         verdicts.append(_check_count(subject, "bytes", claim["bytes"], counted_bytes))
+
+    # Training and evaluation are each allowed the same time.
     budget = float(claim.get("budget_seconds", MAX_EVALUATION_SECONDS))
     for clock in ("training", "evaluation"):
         field = f"{clock}_seconds"
         if field in claim:
             seconds = budgets.measured_seconds(claim, field)
             verdicts.append(budgets.check_clock(clock, "files", seconds, budget))
+
+    # Scores by seed, against those of the baseline if it has any.
     if "seeds" in claim:
         verdicts.append(significance.check_seeds(claim["seeds"], claim.get("baseline_nats", [])))
     return CheckedClaim(verdicts, ledger)

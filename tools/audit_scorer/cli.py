@@ -147,6 +147,8 @@ def run_audit(arguments: argparse.Namespace) -> list[Verdict]:
     # The report names every check that could not be run.
     reasons = _reasons_not_run(shown, len(stream.tokens), failures(verdicts))
     verdicts = catalogue.with_missing(verdicts, [SUBJECT], reasons)
+
+    # Everything that a reader needs to judge the extent of this audit, and to repeat it.
     declared = {
         "scorer": arguments.scorer,
         "level": arguments.level,
@@ -342,7 +344,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
 
-    # The scorer and its data.
+    # The scorer.
     add(
         "--scorer",
         required=True,
@@ -350,6 +352,8 @@ def _parser() -> argparse.ArgumentParser:
         help="function that returns a new scorer; its arguments are the number of targets and,"
         " with --artifact, that folder",
     )
+
+    # The validation stream, and the tokenizer by which its bytes are counted.
     add(
         "--tokens",
         required=True,
@@ -359,7 +363,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--tokenizer", required=True, type=Path, metavar="FILE", help="SentencePiece model of the stream")
 
-    # Everything else that can be checked, if it is given.
+    # Everything else that can be checked, if it is given: sizes, claims, contamination.
     add("--artifact", type=Path, metavar="DIR", help="folder of the counted files")
     add("--claim", type=Path, metavar="FILE", help="JSON file of claimed results (docs/audit.md)")
     add(
@@ -368,6 +372,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="training shards, which must not contain passages of the stream",
     )
+
+    # A clean room runs the counted files and compares their score with the claimed one.
     add(
         "--run",
         metavar="WORDS",
@@ -380,7 +386,7 @@ def _parser() -> argparse.ArgumentParser:
         help="key of the score in their eval/metrics.json (default: %(default)s)",
     )
 
-    # How the audit runs.
+    # Effort: the number of positions that are probed and targets that are scored.
     add(
         "--level",
         choices=tuple(effort.EFFORTS),
@@ -393,6 +399,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="limit of the targets that the scorer scores or observes (default: that of the level)",
     )
+
+    # Structure of the scorer: targets next to these boundaries are probed too.
     add(
         "--window",
         type=int,
@@ -401,6 +409,8 @@ def _parser() -> argparse.ArgumentParser:
         help="targets that one window of the scorer adds (default: %(default)s)",
     )
     add("--chunk", type=int, metavar="N", help="targets between two updates of a scorer that trains")
+
+    # Repetition and output.
     add("--nonce", metavar="HEX", help="nonce printed by an earlier audit, to repeat it")
     add(
         "--output",

@@ -127,9 +127,12 @@ def read_folder(path: Path) -> RecordFolder:
             f"{path} has neither {SUMMARY} nor {README} nor {CODE}: name the folder of one record"
         )
 
+    # A missing file leaves its part empty or None; the checks report it.
     summary, summary_error = _read_summary(path / SUMMARY)
     code = (path / CODE).read_bytes() if CODE in files else None
     readme = (path / README).read_text(encoding="utf-8", errors="replace") if README in files else ""
+
+    # Code may be compressed, so checks of its text search `source`, which is unwrapped.
     return RecordFolder(
         path=path,
         summary=summary,

@@ -137,6 +137,8 @@ def _means(folder: RecordFolder) -> Iterator[Finding]:
         exact = statistics.fmean(scores)
         if not equals_rounded(mean, exact) and abs(mean - exact) > slack:
             yield Finding(SUMMARY, f"val_bpb {mean} is not the mean of its seeds, {exact:.8f}", "#2118")
+
+    # Rounding moves the deviation by at most slack * sqrt(n / (n - 1)), which is less than 2 * slack.
     if isinstance(deviation, (int, float)) and len(scores) > 1:
         exact = statistics.stdev(scores)
         if not equals_rounded(deviation, exact) and abs(deviation - exact) > 2 * slack:
@@ -183,6 +185,8 @@ def _counts(folder: RecordFolder, log: Log) -> Iterator[Finding]:
     for size, words in WRONG_BYTES.items():
         if abs(scored_bytes / size - 1) < BYTES_TOLERANCE:
             reason = words
+
+    # The number is either stated, or follows from the loss and the bits per byte.
     source = "its val_bytes" if log.bytes is not None else "its loss and bpb"
     excess = scored_bytes / VALIDATION_BYTES - 1
     message = (
@@ -210,9 +214,11 @@ def _tokens(log: Log) -> Iterator[Finding]:
         known = ", ".join(f"{format_value(count)} ({name})" for count, name in TOKENS.items())
         yield Finding(log.name, f"scored {format_value(log.tokens)} tokens; known are {known}", "#2109")
 
-    # Documents and training shards.
+    # Documents are counted by their BOS tokens.
     if log.documents == 0:
         yield Finding(log.name, "no documents: BOS was not written", "#1736, #1769, #1779")
+
+    # More training shards than exist may include validation data; fewer are an incomplete copy.
     if log.shards is not None and log.shards > max(TRAIN_SHARDS):
         yield Finding(
             log.name,

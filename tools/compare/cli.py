@@ -132,6 +132,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Print bits per byte of B minus those of A, with paired 95 % intervals,"
         " in total, by length of the document and by position in it.",
     )
+
+    # The two ledgers.
     ledger_help = (
         "ledger file, folder with nll.npy, or revision or experiment;"
         " a revision may be followed by a colon and the scorer: sliding_eval (default) or ttt_eval"
@@ -139,7 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("a", metavar="A", help=ledger_help)
     parser.add_argument("b", metavar="B", help="the same")
 
-    # The stream that both have scored.
+    # The stream that both have scored; it defines documents and targets.
     parser.add_argument(
         "--val",
         type=Path,
@@ -147,6 +149,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="folder of the shards that were scored (default: %(default)s)",
     )
+
+    # The tokenizer defines the bytes of each target, by which losses become bits per byte.
     parser.add_argument(
         "--tokenizer",
         type=Path,

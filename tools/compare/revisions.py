@@ -54,6 +54,8 @@ def resolve_commit(revision: str) -> str:
     commit = _find_commit(revision)
     if commit:
         return commit
+
+    # An experiment that was started from HEAD.
     head = _find_commit("HEAD")
     under_head = head and _find_commit(f"refs/exps/{head[:2]}/{head[2:]}/{revision}")
     if under_head:
@@ -66,6 +68,8 @@ def resolve_commit(revision: str) -> str:
         commit, ref = line.split(" ", 1)
         if ref.count("/") == EXPERIMENT_REF_PARTS - 1 and ref.endswith(f"/{revision}"):
             commits.add(commit)
+
+    # Exactly one commit must have the name.
     if not commits:
         raise ValueError(
             f"{revision} is neither a file or folder here, nor a revision or experiment of this repository;"

@@ -304,7 +304,7 @@ def _parser() -> argparse.ArgumentParser:
         help="tokenizer of the model (default: %(default)s)",
     )
 
-    # Speed, and parameters of the run.
+    # Speed.
     parser.add_argument(
         "--parallel",
         type=int,
@@ -314,6 +314,8 @@ def _parser() -> argparse.ArgumentParser:
         help="streams that are compressed in parallel: more are faster, and take more memory"
         " (default: %(default)s)",
     )
+
+    # Parameters of the run.
     parser.add_argument(
         "--params",
         type=Path,
@@ -321,6 +323,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="parameter file: device, window and stride (default: %(default)s)",
     )
+
+    # Changes to single parameters, instead of another file.
     parser.add_argument(
         "--set",
         action="append",

@@ -132,6 +132,8 @@ def require_audited_within_budget(run: PipelineRun) -> None:
         "training": Limit(training_seconds, parameters["train"]["seconds"], "seconds"),
         "evaluation": Limit(evaluation_seconds, max_evaluation_seconds, "seconds"),
     }
+
+    # A number that was not measured counts as a failure: it may be over its limit.
     for name, limit in limits.items():
         if limit.value is None:
             raise ValueError(

@@ -57,9 +57,12 @@ def merge_runs(runs: Sequence[PipelineRun]) -> dict[str, Any]:
     def by_seed(values: Sequence[Any]) -> dict[str, Any]:
         return {str(run.seed): value for run, value in zip(runs, values, strict=True)}
 
+    # Apart from the seed and the model, parameters and files of all runs are equal: the first run's.
     hashes = {name: value for name, value in first["sha256"].items() if name not in SEED_DEPENDENT_FILES}
     shared_parameters = {key: value for key, value in runs[0].parameters.items() if key != "seed"}
     commits = [{"run": run.commit, "base": run.base} for run in runs]
+
+    # Commits and measured values differ if the same runs are repeated, and are marked as such.
     return record | {
         "date": max(run.summary["measured"]["date"] for run in runs)[:10],
         "hardware": first["hardware"],

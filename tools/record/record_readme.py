@@ -85,8 +85,11 @@ def _claim(claim: Mapping[str, Any]) -> str:
         f"at p < {claim['level']}",
         "seeds needed",
     )
+
+    # Margin: the claimed nats in bits per byte, which the gain must exceed at the level of p.
     rows = []
     for test in claim["tests"]:
+        # Tests over documents have no seeds_needed, nor have those that MAX_SEEDS seeds would not pass.
         rows.append(
             (
                 f"{claim['nats']} nats per {test['unit']}",
@@ -98,6 +101,8 @@ def _claim(claim: Mapping[str, Any]) -> str:
                 str(test["seeds_needed"] or "-"),
             )
         )
+
+    # The verdict sums up the tests, so it comes before their table.
     return f"## Claim\n\n{intro} {claim['verdict']}\n\n" + markdown_table(header, rows)
 
 

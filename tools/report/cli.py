@@ -70,6 +70,8 @@ def render_page(runs: Sequence[RunData], drawn: dict[str, tuple[str, bytes]]) ->
             f'<img id="{html.escape(name.removesuffix(".png"))}" alt="{html.escape(caption)}"'
             f' src="data:image/png;base64,{data}">'
         )
+
+    # The page: fields of the runs, figures, audit.
     return "\n".join(
         [
             head,

@@ -129,6 +129,8 @@ def quantisation_errors(run: RunData) -> bytes:
             xlabel="layer",
             ylabel="squared error / squared norm",
         )
+
+        # Without points, a logarithmic scale and a legend have nothing to show.
         if points_by_kind:
             axes.set_yscale("log")
             axes.legend(frameon=False, ncols=3, fontsize=8)
@@ -142,6 +144,7 @@ def side_by_side(runs: Sequence[RunData], stream: ValidationStream) -> bytes:
     The 95 % intervals are those of a bootstrap over documents, paired for the differences.
     """
     documents = paired_bootstrap.document_of_target(stream.tokens, stream.table.bos)
+
     # A score is its difference from a ledger of zeros. A single run has no second panel.
     panels = [("Bits per byte", np.zeros_like(runs[0].claimed))]
     if len(runs) > 1:
@@ -155,6 +158,9 @@ def side_by_side(runs: Sequence[RunData], stream: ValidationStream) -> bytes:
                 difference = paired_bootstrap.paired_difference(
                     base, run.claimed, stream.counted_bytes, documents
                 )
+
+                # A bootstrap interval need not contain its estimate, but the arms of an error bar
+                # cannot be negative.
                 below = max(0.0, difference.bpb - difference.low)
                 above = max(0.0, difference.high - difference.bpb)
                 axes.errorbar([difference.bpb], [i], xerr=[[below], [above]], fmt="o", color=color, capsize=4)

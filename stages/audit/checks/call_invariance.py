@@ -93,6 +93,7 @@ def judge_pieces(
     subject: str, splits: list[CallSplit], results: list[SplitResult], tolerance: float
 ) -> Verdict:
     """B13: calls of other lengths give the same losses, within `tolerance` nats."""
+    # Spans with a target that differs too much; NaN counts as an infinite difference.
     differences = [
         np.nan_to_num(np.abs(result.whole.astype(np.float64) - result.pieces), nan=np.inf)
         for result in results
@@ -107,6 +108,7 @@ def judge_pieces(
     # The target with the largest difference.
     worst = int(np.argmax([difference.max() for difference in differences]))
     at = int(differences[worst].argmax())
+
     return Verdict(
         check="B13",
         name="whole or in pieces",
@@ -131,12 +133,14 @@ def judge_trace(
     """B5: neither predict() nor scoring instead of observing changes what the scorer learns."""
     after_predicting = max(result.after_predicting for result in results)
     after_scoring = max(result.after_scoring for result in results)
+
     # A NaN is a failure too.
     failed = [
         split.start
         for split, result in zip(splits, results, strict=True)
         if not max(result.after_predicting, result.after_scoring) <= tolerance
     ]
+
     return Verdict(
         check="B5",
         name="reading leaves no trace",

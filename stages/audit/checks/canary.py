@@ -198,14 +198,17 @@ def self_sampled_probe(key: bytes, start: int, count: int) -> SelfSampled:
 
 def judge(subject: str, check: str, name: str, results: list[CanaryResult], bits: float) -> Verdict:
     """B7, B8 or B9: the running sum of bits won never exceeds `bits`."""
+    # Highest point of each running sum; NaN counts as infinite, which is a failure.
     highest = [float(np.nan_to_num(result.bits, nan=np.inf).max()) for result in results]
     failed = [result.start for result, top in zip(results, highest, strict=True) if not top <= bits]
 
+    # For each source, the bits won at its end and at the highest point.
     tokens = sum(len(result.bits) for result in results)
     sums = ", ".join(
         f"{result.source} {result.bits[-1]:+.1f} (highest {top:+.1f})"
         for result, top in zip(results, highest, strict=True)
     )
+
     return Verdict(
         check=check,
         name=name,

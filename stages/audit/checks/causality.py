@@ -164,12 +164,14 @@ def judge_recomputation(
     targets = np.flatnonzero(compared)
     share = len(targets) / len(losses)
 
-    # Compare them with the ledger, one by one and in the mean: a small gain everywhere changes only the mean.
+    # Without a complete ledger there is nothing to compare.
     outcome: Outcome = "cannot tell"
     evidence = "there is no complete ledger to compare with recomputed losses"
     saw: Number = 0.0
     expected: Number = 0.0
     positions: tuple[int, ...] = ()
+
+    # Compare one by one and in the mean: a small gain everywhere changes only the mean.
     if ledger is not None:
         difference = ledger[targets].astype(np.float64) - recomputed[targets].astype(np.float64)
         largest = float(np.abs(difference).max())

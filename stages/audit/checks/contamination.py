@@ -149,7 +149,7 @@ def check_passages(overlap: Overlap, share: float = MAX_SHARED) -> Verdict:
     failed = np.flatnonzero(overlap.whole | (shares > share))
     worst_first = failed[np.argsort(-np.where(overlap.whole[failed], 2.0, shares[failed]), kind="stable")]
 
-    # Evidence.
+    # If shingles were sampled, the evidence says how likely a passage is missed.
     sampled = ""
     if overlap.rate > 1:
         missed = miss_probability(overlap.rate, 500)
@@ -157,6 +157,8 @@ def check_passages(overlap: Overlap, share: float = MAX_SHARED) -> Verdict:
             f" (one in {overlap.rate} looked at: "
             f"a passage of 500 bytes is missed with probability {missed:.1e})"
         )
+
+    # Evidence: whole copies, documents that share too much, and all that is shared.
     all_kept = max(1, int(overlap.kept.sum()))
     evidence = (
         f"{overlap.whole.sum()} of {len(overlap.whole)} val documents are, as text, one of "
@@ -167,6 +169,7 @@ def check_passages(overlap: Overlap, share: float = MAX_SHARED) -> Verdict:
         f"{overlap.shared.sum() / all_kept:.2%} of all shingles are shared{sampled}; "
         f"the largest share of a document is {shares.max(initial=0.0):.1%}"
     )
+
     return Verdict(
         check="B15",
         name="passages shared by train and val",

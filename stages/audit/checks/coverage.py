@@ -59,6 +59,7 @@ def check_ledger(subject: str, ledger: np.ndarray, targets: int) -> Verdict:
             "targets are missing or counted twice"
         )
     else:
+        # One loss for each target: only their values can be wrong now.
         bad = np.flatnonzero(~(np.isfinite(ledger) & (ledger >= 0)))
         if len(bad):
             outcome = "fail"
@@ -135,6 +136,7 @@ def check_chunks(
         first_bad = 0
     elif not fault and covered != len(target_bytes):
         fault = f"the chunks cover {covered} of {len(target_bytes)} targets"
+
     return Verdict(
         check="B6",
         name="chunk table",
@@ -171,11 +173,11 @@ def check_denominator(
 
     tokens: (N,) uint16; target_bytes: (N-1,) int64.
     """
+    # Compare document by document: in the sum over the stream two errors could cancel.
     starts = shards.document_starts(tokens, bos)
     per_document = np.add.reduceat(np.concatenate([[0], target_bytes]), starts)
     wrong = np.flatnonzero(per_document != document_bytes.counted)
 
-    # A document of bytes that are not UTF-8 cannot be counted by decoding.
     outcome: Outcome = "pass"
     evidence = (
         f"{len(starts)} documents decode to {document_bytes.counted.sum()} bytes, "
@@ -188,6 +190,7 @@ def check_denominator(
             f"{len(wrong)} of {len(starts)} documents differ, the first number {first}: "
             f"{per_document[first]} bytes counted, {document_bytes.counted[first]} decoded"
         )
+        # A document of bytes that are not UTF-8 cannot be counted by decoding.
         if document_bytes.replaced[wrong].all():
             outcome = "cannot tell"
             evidence += "; all of them hold bytes that are not UTF-8, which decoding replaces"
@@ -240,6 +243,7 @@ def check_table(
             f"{len(wrong)} of {len(texts)} awkward texts are counted wrongly, "
             f"the first {text!r}: {counted} bytes for {expected}"
         )
+
     return Verdict(
         check="B11",
         name="awkward texts",

@@ -123,6 +123,7 @@ def judge(subject: str, probe: OrderProbe, dependencies: list[Dependency], scope
         )
         evidence = f"{len(failed)} dependencies on later tokens, the first {_describe(failed[0])}; {order}"
     elif scope == "document" and dependencies:
+        # All of them are on earlier tokens, which is lawful, but not as declared.
         failed = dependencies
         evidence = (
             f"declared to score each document by itself, but {len(failed)} dependencies between documents, "

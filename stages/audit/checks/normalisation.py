@@ -74,7 +74,10 @@ class Substitution:
             piece[at] = substitute
             row[:] = probe_runner.checked_score(scorer.fork(), piece)[: at + 1]
 
+        # Each id must be charged what was committed for it, and must not change a loss before t.
         deviation = np.nan_to_num(np.abs(nll[:, at] + committed[ids]), nan=np.inf)
+        prefix_changed = bool(probe_runner.differs(nll[:, :at], nll[:1, :at]).any())
+
         return Commitment(
             position=self.position,
             log_sum=log_sum_exp(committed),
@@ -83,7 +86,7 @@ class Substitution:
             charged=charged,
             deviation=float(deviation.max()),
             worst_id=int(ids[deviation.argmax()]),
-            prefix_changed=bool(probe_runner.differs(nll[:, :at], nll[:1, :at]).any()),
+            prefix_changed=prefix_changed,
             total=_sum_of_scored(committed, ids, nll[:, at].astype(np.float64), sampled),
             ids=len(ids),
         )
@@ -152,6 +155,7 @@ def judge_independence(subject: str, findings: list[Commitment]) -> Verdict:
         if failed[0].prefix_changed:
             reason = "an earlier loss changed with the token put there"
         evidence = f"at {len(failed)} of {len(findings)} positions {reason}"
+
     return Verdict(
         check="B2",
         name="own-token independence",
@@ -198,6 +202,7 @@ def judge_substitution(
     subject: str, findings: list[Commitment], vocab_size: int, tolerance: float
 ) -> Verdict:
     """B3, second half: the fast path charges any id what was committed, so its sum is one too."""
+    # A NaN is a failure too.
     failed = [finding for finding in findings if not finding.deviation <= tolerance]
     worst = max(findings, key=lambda finding: finding.deviation)
     farthest = max(findings, key=lambda finding: abs(finding.total - 1))
@@ -209,6 +214,7 @@ def judge_substitution(
         blind = "causality in time (B1)"
     else:
         blind = f"advantages of a few tokens only: {ids} pairs of position and id were tried"
+
     return Verdict(
         check="B3",
         name="counterfactual sum",

@@ -104,6 +104,8 @@ def judge(subject: str, results: list[SumResult], tolerance: float, bits: float)
             f"sum {ratios.mean():.4f} on average (standard error {standard_error:.4f}); "
             f"a gambler against it was {won:+.1f} bits up at best, more than {bits:g} is a failure"
         )
+
+        # The mean is only an estimate of the sum, so the bound is on the bits won.
         saw = won
         expected = "<= bound"
         bound = bits

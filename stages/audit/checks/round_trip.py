@@ -130,6 +130,8 @@ def _decode_elsewhere(
             f"import sys; sys.path[:] = {paths!r}; "
             "from stages.audit.checks import decoder; decoder.decode_task()"
         )
+
+        # A process that was too slow is "cannot tell" and not a failure: it counts as not started.
         try:
             ended = subprocess.run(
                 [sys.executable, "-c", program],

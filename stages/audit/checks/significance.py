@@ -30,6 +30,7 @@ def check_seeds(runs: Sequence[Mapping[str, Any]], baseline: Sequence[float]) ->
     outcome: Outcome = "fail"
     p_value = 1.0
     if len(runs) < MIN_RECORD_SEEDS or not baseline:
+        # Too few figures for a test say nothing against the claim.
         outcome = "cannot tell"
         evidence = (
             f"{len(runs)} seeds and {len(baseline)} baseline figures were given, "
@@ -46,6 +47,8 @@ def check_seeds(runs: Sequence[Mapping[str, Any]], baseline: Sequence[float]) ->
         ours = seed_statistics([float(loss) for loss in losses if loss is not None])
         theirs = seed_statistics(baseline)
         p_value = welch(ours, theirs, MIN_RECORD_GAIN_NATS)
+
+        # Evidence: a rejected gain is stated with its size, which may be right but too uncertain.
         if p_value < RECORD_P_VALUE:
             outcome = "pass"
             evidence = (

@@ -158,6 +158,7 @@ def _check_result(run: CleanRoomRun, claim: ClaimedMetric) -> Verdict:
     if run.trace.returncode is None:
         evidence = "the run had not ended at its timeout"
     elif run.trace.returncode:
+        # The reason is usually at the end of its output.
         printed = " ".join(run.trace.output.split())[-QUOTED_OUTPUT_CHARACTERS:]
         evidence = (
             f"with {parts} bytes and the data alone, "

@@ -165,9 +165,12 @@ def run_sandboxed(
     (log / "sitecustomize.py").write_text(sitecustomize, encoding="utf-8")
     listener = HookListener(log / EVENT_PIPE)
 
-    # Run the command; kill it, and its children, at the timeout.
+    # The command with its wrappers, as far as the system allows them.
     variables = _environment(room, log) | dict(environment)
     sandboxed = _sandboxed_command(command, log, capabilities, read_only, masked)
+
+    # Start it in a process group of its own. Times of files have the epoch's clock; the duration is
+    # measured with one that is never set back.
     with (log / "output").open("wb") as output:
         started_at = time.time()
         started = time.monotonic()
@@ -179,6 +182,8 @@ def run_sandboxed(
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+
+        # Wait for it; at its end, at the timeout and after an error, what is left of the group is killed.
         returncode = None
         try:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -192,6 +197,7 @@ def run_sandboxed(
     for kind, name in _strace_events(log / "trace"):
         if not name.startswith(str(log)):
             events.add((kind, name))
+
     printed = (log / "output").read_text(encoding="utf-8", errors="replace")
     return Trace(
         returncode,

@@ -50,7 +50,7 @@ class ScorerChoice:
 
 
 @dataclass(frozen=True)
-class BundleParams:
+class EmbeddedParams:
     """Parameters in train_gpt.py, and the seed."""
 
     seed: int
@@ -95,14 +95,14 @@ TRAIN = Stage(
     name="train_gpt",
     summary="Train, calibrate and pack a model; the environment variable SEED is the seed."
     " To score it: `train_gpt.py eval --help`.",
-    params=BundleParams,
+    params=EmbeddedParams,
     reads={"train": Path("data/train")},
     writes=("model.bin", "metrics.json"),
 )
 EVAL = Stage(
     name="train_gpt",
     summary="Score the validation shards with model.bin.",
-    params=BundleParams,
+    params=EmbeddedParams,
     reads={"model": Path("model.bin"), "val": Path("data/val"), "tokenizer": Path("data/tokenizer.model")},
     writes=("nll.npy", "chunks.tsv", "metrics.json"),
     add_options=eval_options,
@@ -118,7 +118,7 @@ def main(parameters: dict[str, Any], decoder: DecodeProcess | None) -> None:
         launch(TRAIN, train_and_pack, sys.argv[1:], embedded=embedded, output=Path())
 
 
-def train_and_pack(run: Run[BundleParams]) -> None:
+def train_and_pack(run: Run[EmbeddedParams]) -> None:
     """Make model.bin from training shards."""
     params = run.params
     shard_folder = run.path("train")
@@ -136,7 +136,7 @@ def train_and_pack(run: Run[BundleParams]) -> None:
         world.barrier()
 
 
-def evaluate(decoder: DecodeProcess, run: Run[BundleParams]) -> None:
+def evaluate(decoder: DecodeProcess, run: Run[EmbeddedParams]) -> None:
     """Score the validation shards with model.bin, and write the ledger and its bits per byte."""
     params = run.params
     name: str = run.arguments.scorer or params.submission.scorer
@@ -176,7 +176,7 @@ def evaluate(decoder: DecodeProcess, run: Run[BundleParams]) -> None:
 
 
 def _train_and_calibrate(
-    params: BundleParams, shard_folder: Path, world: World, run: Run[BundleParams]
+    params: EmbeddedParams, shard_folder: Path, world: World, run: Run[EmbeddedParams]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the trained weights and the Hessians, both by name, measured by one clock."""
     interval = clock.Interval()
