@@ -49,7 +49,7 @@ test: environment  ## the tests, on two processes
 lint: environment  ## format, lint, types, spelling
 	$(ACTIVATE) && ruff format --check . && ruff check . && mypy && codespell
 
-format: environment  ## lay out the source and mend what ruff can
+format: environment  ## format the source and apply ruff's fixes
 	$(ACTIVATE) && ruff check --fix . && ruff format .
 
 bench: environment  ## the CPU benchmarks (benchmarks/README.md)

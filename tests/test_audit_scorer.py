@@ -37,6 +37,24 @@ def two_passes(n_targets: int, artifact: str = "") -> ScoresOnly:
     return ScoresOnly(VOCAB_SIZE, passes=2)
 
 
+class RaisesInPredict(InterpolatedBigram):
+    """A scorer with an error in it of the kind that the command raises for wrong options."""
+
+    def predict(self) -> np.ndarray:
+        raise ValueError("shapes differ")
+
+    def fork(self) -> "RaisesInPredict":
+        return RaisesInPredict(VOCAB_SIZE)
+
+
+def raises_in_predict(n_targets: int) -> RaisesInPredict:
+    return RaisesInPredict(VOCAB_SIZE)
+
+
+def raises_in_factory(n_targets: int) -> InterpolatedBigram:
+    raise FileNotFoundError("weights.bin")
+
+
 @pytest.fixture(scope="module")
 def val(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tokenizer of 320 ids and a shard."""
@@ -117,7 +135,9 @@ def test_scores_alone_are_enough_to_pass_and_to_fail(val: Path, tmp_path: Path) 
     assert {found[check] for check in ("B1", "B3", "B13", "B7", "B9")} == {"pass"}
     assert {found[check] for check in ("B2", "B4", "B5", "B8", "B12")} == {"cannot tell"}
     assert report["declared"]["targets shown"] == 4 * 40 - 1
-    code, report = audit(val, tmp_path / "two", "two_passes", "--window", "40")
+    # A fixed nonce: B13 misses this scorer at 3 % of the nonces.
+    nonce = "6e340b9cffb37a989ca544e6bb780a2c"
+    code, report = audit(val, tmp_path / "two", "two_passes", "--window", "40", "--nonce", nonce)
     found = outcomes(report)
     assert code == 1
     assert {found[check] for check in ("B1", "B1c", "B3", "B13")} == {"fail"}
@@ -245,3 +265,40 @@ def test_misuse_is_one_line_and_exit_code_2(
     assert (code, report, len(errors)) == (2, {}, 1)
     assert errors[0].startswith("error: audit_scorer: ")
     assert message in errors[0]
+
+
+@pytest.mark.parametrize(
+    ("factory", "raised"),
+    [
+        ("raises_in_predict", "ValueError: shapes differ"),
+        ("raises_in_factory", "FileNotFoundError: weights.bin"),
+    ],
+)
+def test_an_error_inside_the_scorer_is_reported_with_its_name(
+    val: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], factory: str, raised: str
+) -> None:
+    code, _ = audit(val, tmp_path / "audit", factory)
+    scorer = f"tests.test_audit_scorer:{factory}"
+    message = f"error: audit_scorer: {scorer} raised {raised}; it could not be audited\n"
+    assert (code, capsys.readouterr().err) == (2, message)
+
+
+def test_a_report_that_cannot_be_written_is_not_blamed_on_the_scorer(
+    val: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    code, _ = audit(val, tmp_path / "file" / "audit", "make")
+    error = capsys.readouterr().err
+    assert code == 2
+    assert error.startswith("error: audit_scorer: ")
+    assert "Not a directory" in error
+    assert "raised" not in error
+
+
+def test_a_claim_of_the_wrong_type_is_a_user_error(
+    val: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "claim.json").write_text('{"seeds": 3}')
+    code, _ = audit(val, tmp_path / "audit", "make", "--claim", str(tmp_path / "claim.json"))
+    assert code == 2
+    assert f"--claim {tmp_path / 'claim.json'}: " in capsys.readouterr().err

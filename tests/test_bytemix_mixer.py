@@ -52,7 +52,7 @@ def test_the_exponential():
 
 
 @pytest.mark.parametrize("came", [0, 1])
-def test_an_opinion_stays_a_chance_and_forgets(came: int):
+def test_an_adaptive_probability_stays_in_its_range_and_forgets(came: int):
     """From one end to the other, and no further: a number of 22 bits is never carried into the others."""
     chances = np.array([MAX_PROB * (1 - came) << COUNT_BITS | INITIAL_COUNT], np.uint32)
     for times in range(4000):
@@ -125,9 +125,9 @@ def test_gains_of_long_paths_are_those_of_their_decisions(tokenised):
     own, mixed = np.linspace(-5.9, 5.9, 40), np.linspace(18, -18, 40)
     work = decision_buffers(40)
     work.network_logits[:], work.mixed_logits[:] = own, mixed
-    gain = njit(lambda work: mixer._log_gain(work, 0, 40))(work)
+    gain = njit(lambda work: mixer._set_errors_and_sum_gain(work, 0, 40))(work)
     assert gain == pytest.approx((np.log1p(np.exp(-own)) - np.log1p(np.exp(-mixed))).sum(), rel=1e-9)
-    np.testing.assert_allclose(work.mixed_logits, 1 / (1 + np.exp(mixed)), rtol=1e-9)
+    np.testing.assert_allclose(work.errors, 1 / (1 + np.exp(mixed)), rtol=1e-9)
     assert counts.max() > 8
     assert np.isfinite(ByteMixer(trees, 4000).score_and_learn(targets, trees_N, paths_ND, nll_N, 0.02)).all()
 

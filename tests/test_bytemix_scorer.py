@@ -77,7 +77,7 @@ def test_weight_one_on_the_network_is_its_loss_bit_for_bit(tokenised):
     )
 
 
-def test_with_weight_one_its_law_is_the_network_s(tokenised):
+def test_with_weight_one_its_distribution_is_that_of_the_network(tokenised):
     """Telescoped: the product of a path's decisions, and the share among the ids that emit the same bytes."""
     of, tokens = tokenised
     scorer = mixed(of, len(tokens), rate=0.0)
@@ -224,7 +224,7 @@ def test_the_parameter_decides():
 
 
 @pytest.mark.parametrize("answer", [math.nan, math.inf, -math.inf, None], ids=str)
-def test_a_rehearsal_with_answers_that_mean_nothing_stays_in_its_arrays(answer: float | None):
+def test_a_warm_up_with_arbitrary_scores_writes_only_inside_its_arrays(answer: float | None):
     """Kernels are compiled meanwhile, and what their launches would have written is whatever was there
     (stages/train/kernels/precompile.py)."""
 

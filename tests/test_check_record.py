@@ -386,9 +386,16 @@ def test_a_folder_of_one_file_is_read(kept: tuple[str, ...], tmp_path: Path) -> 
     assert any("no figure can be checked" in line for line in found_in(path))
 
 
-@pytest.mark.parametrize("given", ["nowhere", "empty"])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("nowhere", "nowhere is not a folder"),
+        ("empty", "name the folder of one record"),
+        ("artifacts/submission", "has no train_gpt.py; run `dvc repro submission` or `dvc pull`"),
+    ],
+)
 def test_nothing_to_check_is_exit_code_2(
-    given: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    given: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(SystemExit) as ended:
@@ -396,6 +403,7 @@ def test_nothing_to_check_is_exit_code_2(
     assert ended.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: check_record: ")
+    assert message in line
 
 
 def test_findings_are_exit_code_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -143,3 +143,14 @@ def test_errors_of_the_plan_are_one_line(
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert message in lines[0]
+
+
+def test_a_missing_timing_names_the_stage_that_writes_it(
+    tmp_path: Path, repository: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path, message in ((tmp_path / "none.json", "none.json does not exist"), (tmp_path, "is a folder")):
+        with pytest.raises(SystemExit, match="2"):
+            plan.main([str(path), f"--params={repository / 'params.yaml'}"])
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line
+        assert line.endswith("; run `dvc repro ttt_eval` first, or name another")

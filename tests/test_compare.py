@@ -143,7 +143,11 @@ def test_the_command_takes_files_and_folders(
     ("a", "message"),
     [
         ("nothing.npy", "nothing.npy is neither a file or folder here, nor a revision or experiment"),
-        ("artifacts/tokenize", "artifacts/tokenize/nll.npy is not a ledger"),
+        (
+            "artifacts/tokenize",
+            "artifacts/tokenize has no nll.npy; name a folder of sliding_eval or ttt_eval",
+        ),
+        ("loss.tsv", "loss.tsv is not an .npy file"),
         ("short.npy", "belongs to another stream"),
         ("HEAD:other", "'other' is not a scorer; name one of sliding_eval, ttt_eval"),
     ],
@@ -153,6 +157,7 @@ def test_errors_are_one_line_and_exit_code_2(
 ) -> None:
     monkeypatch.chdir(scored)
     ledger.write(Path("short.npy"), np.ones(3, dtype=np.float32))
+    Path("loss.tsv").write_text("step\tloss\n")
     with pytest.raises(SystemExit) as ended:
         compare.main([a, "artifacts/ttt_eval"])
     assert ended.value.code == 2
@@ -163,14 +168,30 @@ def test_errors_are_one_line_and_exit_code_2(
     assert not Path(".scratch").exists()
 
 
-def test_a_missing_stream_is_one_line_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("names", "absent", "message"),
+    [
+        (("nosuch", "alsonot"), "tokenizer.model", "nosuch is neither a file or folder here"),
+        (("a.npy", "a.npy"), "tokenizer.model", "run `dvc repro tokenize`, or name another with --tokenizer"),
+        (("a.npy", "a.npy"), "val", "run `dvc repro tokenize`, or name another with --val"),
+    ],
+)
+def test_a_missing_stream_is_one_line_after_missing_runs(
+    names: tuple[str, str],
+    absent: str,
+    message: str,
+    scored: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(scored)
+    ledger.write(Path("a.npy"), np.ones(3, dtype=np.float32))
+    (scored / "artifacts/tokenize" / absent).rename(scored / "elsewhere")
     with pytest.raises(SystemExit) as ended:
-        compare.main(["a", "b"])
+        compare.main(list(names))
     assert ended.value.code == 2
-    assert len(capsys.readouterr().err.splitlines()) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
 
 
 @pytest.fixture
@@ -239,5 +260,5 @@ def test_what_the_cache_lacks_says_how_to_fetch_it(repository: Path, monkeypatch
     lock = yaml.safe_load(Path("dvc.lock").read_text())
     digest = lock["stages"]["ttt_eval"]["outs"][0]["md5"]
     (repository / ".dvc/cache/files/md5" / digest[:2] / digest[2:]).unlink()
-    with pytest.raises(ValueError, match="`dvc exp pull` or `dvc pull` fetches what others ran"):
+    with pytest.raises(ValueError, match="fetches what others ran, or `dvc repro` at that commit"):
         revisions.read_ledger("HEAD:ttt_eval", 10)

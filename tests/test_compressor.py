@@ -263,14 +263,28 @@ def test_damage_is_an_error_and_never_other_text(folder: Path, capsys: pytest.Ca
     for at in (len(blob) - 9, 13):
         (folder / "bad.cadz").write_bytes(blob[:at] + bytes([blob[at] ^ 64]) + blob[at + 1 :])
         assert "damaged" in refused(capsys, folder, "decompress", "model.bin", "bad.cadz", "x.txt")
+
+    # A length that the file cannot have, and cut files.
     lengths = codec.HEADER_LAYOUT.size + blob[codec.HEADER_LAYOUT.size - 1]
     (folder / "bad.cadz").write_bytes(blob[:lengths] + b"\xff\xff\xff\xff\x0f" + blob[lengths + 2 :])
     assert "side by side" in refused(capsys, folder, "decompress", "model.bin", "bad.cadz", "x.txt")
     for cut_at, word in ((3, "not a file"), (codec.HEADER_LAYOUT.size + 5, "ends within")):
         (folder / "bad.cadz").write_bytes(blob[:cut_at])
         assert word in refused(capsys, folder, "decompress", "model.bin", "bad.cadz", "x.txt")
+
+    # Files of other kinds.
     (folder / "bad.txt").write_bytes(b"caf\xe9")
     assert "not UTF-8" in refused(capsys, folder, "compress", "model.bin", "bad.txt", "x.cadz")
+    for model, source, message in (
+        ("none.bin", "short.cadz", "none.bin does not exist; run `dvc repro pack` first, or name another"),
+        ("short.txt", "short.cadz", "short.txt: not a model file"),
+        ("model.bin", "none.cadz", "none.cadz does not exist; name another"),
+        ("model.bin", "", "is a folder, expected a file; name another"),
+        ("model.bin", "short.txt", "short.txt: not a file of this compressor"),
+    ):
+        assert message in refused(capsys, folder, "decompress", model, source, "x.txt")
+
+    # An empty text is not an error.
     (folder / "empty.txt").write_bytes(b"")
     codec.main(arguments(folder, "compress", "model.bin", "empty.txt", "empty.cadz"))
     codec.main(arguments(folder, "decompress", "model.bin", "empty.cadz", "empty.again"))

@@ -532,6 +532,22 @@ def test_the_chart_leaves_out_what_a_path_over_other_stages_implies() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    "text", ["", "[]", "vars: []", "stages: null", "stages: {a: {foreach: [1], do: {}}}"]
+)
+def test_a_pipeline_without_plain_stages_is_refused(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "dvc.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="expected a section `stages`, each with a `cmd`"):
+        dag.read_stages(path)
+
+
+def test_stages_without_dependencies_are_drawn() -> None:
+    assert '  a["a"]\n' in dag.mermaid(
+        {"a": {"cmd": "x", "outs": None}, "b": {"cmd": "y", "deps": ["artifacts"]}}
+    )
+
+
 def test_a_document_without_the_markers_is_refused() -> None:
     with pytest.raises(ValueError, match="expected one <!-- dag -->"):
         dag.with_chart("no chart here", "chart\n")

@@ -94,7 +94,7 @@ def test_company_changes_no_bit(shape: tuple[int, int]) -> None:
     weights, hessians = zip(
         *(layer(*shape, seed=seed, dead=(3,) if seed == 1 else ()) for seed in range(5)), strict=True
     )
-    torch.set_num_threads(1)  # as exact_float32() lets it be
+    torch.set_num_threads(1)  # as single_threaded_exact_float32() lets it be
     together = quantised(list(weights), list(hessians))
     for i, (weight, hessian) in enumerate(zip(weights, hessians, strict=True)):
         assert all(

@@ -198,6 +198,21 @@ def test_factors_of_two_types_are_refused() -> None:
         torch.mm(torch.randn(3, 4), torch.randn(4, 5, dtype=torch.float64))
 
 
+def test_operands_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(RuntimeError, match="one dtype"):
+        torch.addmm(torch.zeros(5, dtype=torch.float64), torch.randn(3, 4), torch.randn(4, 5))
+    with pytest.raises(RuntimeError, match="expected factors of 2 dimensions, got 3"):
+        torch.mm(torch.randn(2, 3, 4), torch.randn(2, 4, 5))
+    with pytest.raises(RuntimeError, match="expected factors of 3 dimensions, got 2"):
+        torch.bmm(torch.randn(3, 4), torch.randn(4, 5))
+
+
+def test_conjugated_complex_products() -> None:
+    z = torch.randn(3, 4, dtype=torch.complex64)
+    expected = torch.from_numpy(z.numpy().conj().T @ z.numpy())
+    torch.testing.assert_close(z.mH @ z, expected)
+
+
 def test_vectors_and_integers() -> None:
     a, x = torch.randn(30, 40), torch.randn(40)
     torch.testing.assert_close((a @ x).double(), (a.double() * x.double()).sum(1), atol=1e-4, rtol=0)
@@ -211,9 +226,13 @@ def test_products_without_the_libraries_have_the_same_bits(monkeypatch: pytest.M
     pairs: list[tuple[Any, Any]] = [
         (torch.randn(100, 257), torch.randn(257, 77)),
         (torch.randn(5, 60, 64), torch.randn(5, 64, 200)),
+        (torch.randn(3, 4), torch.randn(4, 0)),
+        (torch.randn(0, 4), torch.randn(4, 2)),
+        (torch.randn(3, 0), torch.randn(0, 2)),
+        (torch.randn(0, 4, 5), torch.randn(0, 5, 3)),
     ]
     expected = [a @ b for a, b in pairs]
-    monkeypatch.setattr(cpu_products, "_library", lambda: None)
+    monkeypatch.setattr(cpu_products, "_product_functions", lambda: None)
     assert all(torch.equal(a @ b, product) for (a, b), product in zip(pairs, expected, strict=True))
 
 

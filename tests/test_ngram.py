@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from stages.audit import sampling
-from stages.audit.audit_scorer import AuditedStream, ClaimedEvaluation, audit_scorer
+from stages.audit.audit_scorer import AuditCase, AuditedStream, ClaimedEvaluation, audit_scorer
 from stages.audit.checks import coverage
 from stages.audit.verdict import failure_message, failures
 from stages.common import bpb, ledger, shards
@@ -306,16 +306,16 @@ def test_the_audit_passes_adaptive_scorers(
     table = tmp_path_factory.mktemp("chunks") / "chunks.tsv"
     ledger.write_chunks(table, nll, counted, 128)
 
-    verdicts = audit_scorer(
+    case = AuditCase(
         f"{kind}, tilt {rate}",
         lambda n_targets: build_scorer(model, SLIDING, params, make_world(), factories.table(), n_targets),
         AuditedStream(tokens, lawful.BOS, counted, documents),
-        ClaimedEvaluation(nll, table.read_text(), bpb.bits_per_byte(nll, counted), 1e-4, 1e-6),
         sampling.Boundaries(window=SLIDING.stride, chunk=128),
         hashlib.sha256(b"tilt").digest(),
         of_kind[kind],
-        Logger(is_main=False),
     )
+    claim = ClaimedEvaluation(nll, table.read_text(), bpb.bits_per_byte(nll, counted), 1e-4, 1e-6)
+    verdicts = audit_scorer(case, claim, Logger(is_main=False))
     failed = [failure_message(verdict) for verdict in failures(verdicts)]
     assert {verdict.outcome for verdict in verdicts} == {"pass"}, failed
 

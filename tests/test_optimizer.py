@@ -321,7 +321,7 @@ def sharded(world: World) -> None:
         for bank in several.groups
     ]
     assert any(padded)
-    assert all(bank.average.shape[0] * world.size == bank.weights.shape[0] for bank in several.groups)
+    assert all(bank.average_shard.shape[0] * world.size == bank.weights.shape[0] for bank in several.groups)
     for step in range(3):
         of_ranks = [random_gradients(alone, 100 * step + rank, 0.01) for rank in range(world.size)]
         one.accumulate(

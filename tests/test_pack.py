@@ -4,6 +4,8 @@ import dataclasses
 import itertools
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -435,15 +437,28 @@ def test_the_stage_and_inspect(
     blob = (out / "model.bin").read_bytes()
     assert blob == pack(state, hessians, MODEL, PACK, SILENT).blob
     assert json.loads((out / "metrics.json").read_text())["bytes_model"] == len(blob)
+
+    # The table.
     lines = (out / "layers.tsv").read_text().splitlines()
     assert lines[0].split("\t") == list(layers_tsv.COLUMNS)
     assert len(lines) == len(state) + 2
     assert all(line.count("\t") == len(layers_tsv.COLUMNS) - 1 for line in lines)
+
+    # The tool that prints the same from the file alone.
     capsys.readouterr()
     inspect_model.main([str(out / "model.bin")])
     printed = capsys.readouterr().out
     assert f"{len(blob)}" in printed
     assert all(name in printed for name in state)
+
+    # A reader that closes the pipe, as `head` does, is not an error.
+    command = [sys.executable, "-m", "tools.inspect_model", str(out / "model.bin")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
 
 
 def test_damaged_inputs_end_with_one_line_and_code_2(
@@ -459,7 +474,13 @@ def test_damaged_inputs_end_with_one_line_and_code_2(
     assert not (tmp_path / "out" / "model.bin").exists()
     with pytest.raises(SystemExit, match="2"):
         inspect_model.main([str(tmp_path / "model.safetensors")])
-    assert capsys.readouterr().err.startswith("error: inspect_model: not a model file")
+    assert "model.safetensors: not a model file" in capsys.readouterr().err
+    for path, message in ((tmp_path / "none.bin", "none.bin does not exist"), (tmp_path, "is a folder")):
+        with pytest.raises(SystemExit, match="2"):
+            inspect_model.main([str(path)])
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line
+        assert line.endswith("; run `dvc repro pack` first, or name another")
 
 
 def test_a_group_of_columns_gets_eight_bits_and_comes_back(

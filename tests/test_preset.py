@@ -92,6 +92,17 @@ def test_a_key_that_the_file_lacks_is_refused() -> None:
         preset.overlay(TOY, "model:\n  depth: 3\n")
 
 
+@pytest.mark.parametrize("old_is_in", ["params.yaml", "the preset"])
+def test_a_renamed_key_is_refused_with_its_new_name(old_is_in: str) -> None:
+    old = "ttt_eval:\n  confidence: true\n"
+    new = "ttt_eval:\n  weight_by_surprise: true\n"
+    message = (
+        rf"^ttt_eval\.confidence: {old_is_in} sets a key that is called ttt_eval\.weight_by_surprise now$"
+    )
+    with pytest.raises(ValueError, match=message):
+        preset.overlay(*((old, new) if old_is_in == "params.yaml" else (new, old)))
+
+
 def test_a_value_over_several_lines_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^model\.betas: .* list in brackets"):
         preset.overlay(TOY, "model:\n  betas:\n    - 0.8\n    - 0.9\n")

@@ -142,7 +142,8 @@ def test_the_readme_has_its_sections_and_only_lawful_figures(repository: Path, t
         (("seed-42",), "at least two seeds"),
         (
             ("seed-42", "seed-1000"),
-            "seed-1000 is neither a file or folder here, nor a revision or experiment",
+            "seed-1000 is neither a file or folder here, nor a revision or experiment of this repository;"
+            " run them with `make record`",
         ),
         (("seed-42", "HEAD"), "has no dvc.lock: it is not a run of the pipeline"),
         (("seed-42", "seed-314", "--against", "1493"), "bytes, this record on "),

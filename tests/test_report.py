@@ -139,6 +139,12 @@ def test_a_run_that_is_none_or_of_another_stream_is_one_line(
     assert "it scored another stream" in line
     assert not (tmp_path / "out").exists()
 
+    # The name of a run is checked before the stream is read.
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        report.main(["nosuch"])
+    assert "nosuch is neither a file or folder here" in capsys.readouterr().err
+
 
 def test_classes_cover_every_byte(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The bars of each picture, weighed by their bytes, are the whole score."""

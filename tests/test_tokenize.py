@@ -622,7 +622,11 @@ BAD_INPUT: dict[str, tuple[Prepare, str]] = {
     "empty train": (with_texts(val_fraction=0.999999999), "no train documents to train the tokenizer on"),
     "vocabulary too large": (
         with_texts(vocab_size=50_000),
-        "tokenize.vocab_size: SentencePiece cannot make 50000 pieces",
+        "too little text for 50000 pieces; set tokenize.vocab_size and model.vocab_size to at most [0-9]+",
+    ),
+    "vocabulary below the characters of the corpus": (
+        with_texts(vocab_size=262),
+        "262 pieces are too few for the different characters of the text; .* to at least [0-9]+",
     ),
     "val document in train": (
         val_in_train,
@@ -691,3 +695,9 @@ def test_bad_input_is_one_line_and_nothing_written(
     assert stderr.startswith("error: tokenize: ")
     assert re.search(message, stderr), stderr
     assert not workspace.output.exists() or list(workspace.output.iterdir()) == []
+
+
+def test_text_for_no_vocabulary_at_all_names_no_size() -> None:
+    """The largest size that SentencePiece offers is below the smallest allowed one."""
+    with pytest.raises(ValueError, match=r"too little text for 300 pieces; give more text$"):
+        tokenizer.train(["a"], 300, 1)

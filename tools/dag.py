@@ -33,13 +33,25 @@ def main() -> None:
     parser.add_argument("--print", action="store_true", help="print the chart instead")
     arguments = parser.parse_args()
     with user_errors("dag", yaml.YAMLError):
-        chart = mermaid(yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"])
+        chart = mermaid(read_stages(ROOT / "dvc.yaml"))
         if arguments.print:
             print(chart, end="")
             return
-        for name in DOCUMENTS:
-            path = ROOT / name
-            path.write_text(with_chart(path.read_text(encoding="utf-8"), chart), encoding="utf-8")
+
+        # Both documents have their markers, or neither is written.
+        paths = [ROOT / name for name in DOCUMENTS]
+        texts = [with_chart(path.read_text(encoding="utf-8"), chart) for path in paths]
+        for path, text in zip(paths, texts, strict=True):
+            path.write_text(text, encoding="utf-8")
+
+
+def read_stages(path: Path) -> dict[str, Any]:
+    """Read the stages of a dvc.yaml; a ValueError unless each has a command (templates have none)."""
+    pipeline = yaml.safe_load(path.read_text(encoding="utf-8"))
+    stages = pipeline.get("stages") if isinstance(pipeline, dict) else None
+    if not isinstance(stages, dict) or not all(isinstance(s, dict) and "cmd" in s for s in stages.values()):
+        raise ValueError(f"{path}: expected a section `stages`, each with a `cmd`; templates are not drawn")
+    return stages
 
 
 def with_chart(document: str, chart: str) -> str:
@@ -88,9 +100,9 @@ def _arrows(stages: dict[str, Any]) -> Arrows:
     """Collect the artifacts that are written by one stage and read by another."""
     arrows: Arrows = {}
     for reader, stage in stages.items():
-        for dependency in stage["deps"]:
+        for dependency in stage.get("deps") or []:
             path = PurePosixPath(dependency)
-            if path.parts[0] != "artifacts":
+            if path.parts[0] != "artifacts" or len(path.parts) < 3 or path.parts[1] not in stages:
                 continue
             files = arrows.setdefault((path.parts[1], reader), [])
             if path.name not in FIGURES:
@@ -110,7 +122,7 @@ def _is_implied(arrows: Arrows, writer: str, reader: str) -> bool:
 
 def _outputs(stage: dict[str, Any]) -> list[str]:
     """List the paths of a stage's outputs; an entry with options is a mapping of one key."""
-    entries = [entry for kind in ("outs", "metrics", "plots") for entry in stage.get(kind, [])]
+    entries = [entry for kind in ("outs", "metrics", "plots") for entry in stage.get(kind) or []]
     return [entry if isinstance(entry, str) else next(iter(entry)) for entry in entries]
 
 

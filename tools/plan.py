@@ -15,6 +15,7 @@ from stages.audit.params import AuditParams
 from stages.common import challenge, clock, config, shards
 from stages.common.cli_errors import user_errors
 from stages.common.json_object import read_json_object
+from tools import require_file
 
 REQUIRED_KEYS = ("startup_seconds", "warm_up_targets", "targets_per_second", "ranks")
 
@@ -35,7 +36,8 @@ class Prediction(NamedTuple):
 
 def read_timing(path: Path) -> dict[str, Any]:
     """Return the REQUIRED_KEYS of a timing.json; ValueError if it is not that of an evaluation."""
-    timing = read_json_object(path)
+    remedy = "run `dvc repro ttt_eval` first, or name another"
+    timing = read_json_object(require_file(path, remedy))
     missing = [key for key in REQUIRED_KEYS if not isinstance(timing.get(key), (int, float))]
     if missing:
         raise ValueError(

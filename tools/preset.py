@@ -91,6 +91,10 @@ def overlay(base: str, preset: str, base_name: str = "params.yaml", preset_name:
     """Return the text `base` with its values replaced by those of the text `preset`."""
     old = scalar_spans(base, base_name)
     new = scalar_spans(preset, preset_name)
+    for name, keys in ((base_name, old), (preset_name, new)):
+        for key in keys:
+            if key in config.RENAMED_KEYS:
+                raise ValueError(f"{key}: {name} sets a key that is called {config.RENAMED_KEYS[key]} now")
     for key in new:
         if key not in old:
             raise ValueError(f"{key}: {preset_name} sets a key that {base_name} does not have")

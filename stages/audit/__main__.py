@@ -1,9 +1,11 @@
 """audit: prove or refute, on this run, that the scores are lawful and the reported number is right.
 
+Positions, and ids that are put in a target's place, are sampled; a pass holds for these. A
+distribution whose sum is below one passes, because it only loses bits.
 `python -m tools.audit_scorer` audits any other scorer (docs/audit.md).
 
-A failed audit exits with 1 and prints one line. Its report is not an output of the stage, because a
-pipeline must not go on from it, but is kept in the output folder as failed-report.md and
+A failed audit exits with 1, prints one line and leaves no report.json, so that stage submission,
+which reads it, cannot run. Its report is kept in the output folder as failed-report.md and
 failed-report.json until the next audit starts.
 """
 
@@ -21,6 +23,7 @@ from sentencepiece import SentencePieceProcessor
 
 from stages.audit import catalogue, pipeline_scorers, report, scorer_recipe
 from stages.audit.audit_scorer import (
+    AuditCase,
     AuditedStream,
     ClaimedEvaluation,
     ScorerFactory,
@@ -74,7 +77,7 @@ def main(run: Run[Params]) -> None:
     """
     paths = {name: run.path(name) for name in STAGE.reads}
     relaunch_under_torchrun(run.params.parallel, "stages.audit", sys.argv[1:])
-    run.discard_failed(*FAILED_REPORTS)
+    run.remove_failure_reports(*FAILED_REPORTS)
 
     # Inputs. All positions follow from a hash of the artifact, the code and the validation shards.
     tokenizer = bpb.load_tokenizer(paths["tokenizer"])
@@ -109,8 +112,8 @@ def main(run: Run[Params]) -> None:
     # After a failure the stage has no outputs; the report is kept under other names.
     if failed := failures(verdicts):
         json_name, markdown_name = FAILED_REPORTS
-        run.keep_failed(json_name, canonical_json(as_json))
-        kept = run.keep_failed(markdown_name, as_markdown)
+        run.write_failure_report(json_name, canonical_json(as_json))
+        kept = run.write_failure_report(markdown_name, as_markdown)
         if run.is_main:
             sys.stderr.write(
                 f"error: audit: {failure_message(failed[0])}; {len(failed)} failed, see {kept}\n"
@@ -185,19 +188,18 @@ def audit_scorers(
     )
 
     # A ledger written with bfloat16 activations differs more from the audit's float32 losses.
-    loss_tolerance = params.audit.loss_tolerance
+    ledger_tolerance = params.audit.loss_tolerance
     mean_tolerance = params.audit.mean_tolerance
     if activation_dtype(params.parallel, world.device) != world.dtype:
-        loss_tolerance = params.audit.bfloat16_loss_tolerance
+        ledger_tolerance = params.audit.bfloat16_loss_tolerance
         mean_tolerance = params.audit.bfloat16_mean_tolerance
 
     verdicts: list[Verdict] = []
     for name, (factory, boundaries, variants) in scorers.items():
         option = EVALUATIONS[name]
-        claim = read_claim(paths[option], f"{option}_bpb", loss_tolerance, mean_tolerance)
-        verdicts += audit_scorer(
-            name, factory, stream, claim, boundaries, key, params.audit, run.logger, variants
-        )
+        claim = read_claim(paths[option], f"{option}_bpb", ledger_tolerance, mean_tolerance)
+        case = AuditCase(name, factory, stream, boundaries, key, params.audit, variants)
+        verdicts += audit_scorer(case, claim, run.logger)
         if params.audit.decoded_targets:
             verdicts.append(audit_decoder(name, factory, params, paths, stream, claim))
     return verdicts
@@ -233,7 +235,7 @@ def audit_decoder(
         1,
         params.audit.decoded_targets,
         claim.ledger if is_complete else None,
-        claim.loss_tolerance,
+        claim.ledger_tolerance,
     )
 
 
@@ -258,7 +260,9 @@ def audit_in_clean_room(params: Params, paths: Mapping[str, Path], world: World)
     return verdicts
 
 
-def read_claim(folder: Path, metric: str, loss_tolerance: float, mean_tolerance: float) -> ClaimedEvaluation:
+def read_claim(
+    folder: Path, metric: str, ledger_tolerance: float, mean_tolerance: float
+) -> ClaimedEvaluation:
     """Read the results that an evaluation wrote to its folder.
 
     A ledger of the wrong shape is left to the checks; a file that is not an array is a ValueError.
@@ -269,7 +273,7 @@ def read_claim(folder: Path, metric: str, loss_tolerance: float, mean_tolerance:
         raise ValueError(f"{folder / 'nll.npy'} is not a ledger: {error}") from error
     chunk_table = (folder / "chunks.tsv").read_text(encoding="utf-8")
     reported_bpb = read_json_object(folder / "metrics.json").get(metric)
-    return ClaimedEvaluation(nll, chunk_table, reported_bpb, loss_tolerance, mean_tolerance)
+    return ClaimedEvaluation(nll, chunk_table, reported_bpb, ledger_tolerance, mean_tolerance)
 
 
 if __name__ == "__main__":

@@ -53,9 +53,10 @@ class ClaimedEvaluation:
     ledger: np.ndarray  # as read from its file: a check tests that it is complete
     chunk_table: str | None  # text of chunks.tsv, if there is one
     reported_bpb: Any  # from metrics.json
-    # Nats by which the audit's own arithmetic may differ from the evaluation's, for one loss and for
-    # the mean loss.
-    loss_tolerance: float
+    # Nats by which the audit's own arithmetic may differ from the evaluation's: for one loss of the
+    # ledger, and for the mean loss. Two losses of the audit itself may differ by
+    # AuditParams.loss_tolerance.
+    ledger_tolerance: float
     mean_tolerance: float
 
 
@@ -79,7 +80,7 @@ class AuditCase:
     variants: metamorphic.Variants = metamorphic.NO_VARIANTS
 
     @property
-    def tokens(self) -> np.ndarray:
+    def shown_tokens(self) -> np.ndarray:
         """Tokens that the scorer is shown, (n,) uint16.
 
         Only the first part of the stream if each chunk costs a training.
@@ -99,27 +100,18 @@ def audited_stream(stream: ValidationStream, tokenizer: SentencePieceProcessor) 
     )
 
 
-def audit_scorer(
-    name: str,
-    factory: ScorerFactory,
-    stream: AuditedStream,
-    claim: ClaimedEvaluation,
-    boundaries: sampling.Boundaries,
-    key: bytes,
-    params: AuditParams,
-    logger: Logger,
-    variants: metamorphic.Variants = metamorphic.NO_VARIANTS,
-) -> list[Verdict]:
+def audit_scorer(case: AuditCase, claim: ClaimedEvaluation, logger: Logger) -> list[Verdict]:
     """Run every check on one scorer and its ledger."""
-    # The claimed files by themselves. An incomplete ledger is not compared with anything.
+    # Check the claimed files by themselves. An incomplete ledger is not compared with anything.
+    name = case.name
+    stream = case.stream
     complete = coverage.check_ledger(name, claim.ledger, len(stream.tokens) - 1)
     ledger = claim.ledger if complete.outcome == "pass" else None
     verdicts = [complete, coverage.check_reported(name, ledger, claim.reported_bpb, stream.document_bytes)]
     if claim.chunk_table is not None:
         verdicts.append(coverage.check_chunks(name, claim.chunk_table, ledger, stream.target_bytes))
 
-    # The scorer.
-    case = AuditCase(name, factory, stream, boundaries, key, params, variants)
+    # Run the scorer; one that breaks the protocol fails, and its other checks have no verdicts.
     try:
         verdicts += _run_checks(case, ledger, claim, logger)
     except probe_runner.ProtocolError as error:
@@ -136,17 +128,17 @@ def _run_checks(
     """
     targets = len(case.stream.tokens) - 1
     scorer = case.factory(targets)
-    segment = min(case.params.segment_targets, len(case.tokens) - 1)
+    segment = min(case.params.segment_targets, len(case.shown_tokens) - 1)
     groups = sampling.perturbation_groups(
-        case.key, case.tokens, case.stream.bos, case.boundaries, case.params.perturbations, segment
+        case.key, case.shown_tokens, case.stream.bos, case.boundaries, case.params.perturbations, segment
     )
-    checks = _build_checks(case, scorer, groups, segment, ledger, claim.loss_tolerance)
+    checks = _build_checks(case, scorer, groups, segment, ledger, claim.ledger_tolerance)
 
     # One pass over the stream for all of them, which also recomputes a share of the losses.
     probes = [probe for check in checks.values() for probe in check.probes]
-    spans = sampling.recomputed_spans(case.key, len(case.tokens), case.params.recomputed_share, segment)
-    with logger.progress(f"audit of {case.name}", len(case.tokens)) as progress:
-        results = probe_runner.run_probes(scorer, case.tokens, probes, spans, segment, progress.advance)
+    spans = sampling.recomputed_spans(case.key, len(case.shown_tokens), case.params.recomputed_share, segment)
+    with logger.progress(f"audit of {case.name}", len(case.shown_tokens)) as progress:
+        results = probe_runner.run_probes(scorer, case.shown_tokens, probes, spans, segment, progress.advance)
 
     # Give each check the findings of its own probes.
     remaining = iter(results.findings)
@@ -159,10 +151,9 @@ def _run_checks(
     # perturbed segments.
     recomputed = np.full(targets, np.nan, dtype=np.float32)
     recomputed[: len(results.losses)] = results.losses
+    tolerances = (claim.ledger_tolerance, claim.mean_tolerance)
     verdicts.append(
-        causality.judge_recomputation(
-            case.name, ledger, recomputed, groups, findings["B1"], claim.loss_tolerance, claim.mean_tolerance
-        )
+        causality.judge_recomputation(case.name, ledger, recomputed, groups, findings["B1"], *tolerances)
     )
     return verdicts + _rerun_checks(case, segment, scorer.vocab_size)
 
@@ -180,7 +171,7 @@ def _build_checks(
     predicts = bool(getattr(scorer, "predicts", True))
 
     # Causality. Its findings are needed again, for the recomputed losses.
-    perturbations = causality.probes(case.key, groups, case.tokens, vocab_size, case.stream.bos)
+    perturbations = causality.probes(case.key, groups, case.shown_tokens, vocab_size, case.stream.bos)
     checks = {
         "B1": Check(
             perturbations,
@@ -205,7 +196,7 @@ def _distribution_check(
 ) -> Check:
     """B2, B3 and B4: the distribution that predict() shows, and the losses that are charged."""
     params = case.params
-    length = len(case.tokens)
+    length = len(case.shown_tokens)
     positions = sampling.distribution_positions(case.key, length, params.distributions)
     return Check(
         normalisation.probes(case.key, positions, length, vocab_size, params.substitutions),
@@ -221,9 +212,11 @@ def _distribution_check(
 def _blackbox_check(case: AuditCase, vocab_size: int) -> Check:
     """B3 for a scorer without predict()."""
     params = case.params
-    positions = sampling.distribution_positions(case.key, len(case.tokens), params.distributions)
+    positions = sampling.distribution_positions(case.key, len(case.shown_tokens), params.distributions)
     return Check(
-        normalisation_blackbox.probes(case.key, positions, case.tokens, vocab_size, params.substitutions),
+        normalisation_blackbox.probes(
+            case.key, positions, case.shown_tokens, vocab_size, params.substitutions
+        ),
         lambda findings: [
             normalisation_blackbox.judge(case.name, findings, params.loss_tolerance, params.canary_bits)
         ],
@@ -231,19 +224,22 @@ def _blackbox_check(case: AuditCase, vocab_size: int) -> Check:
 
 
 def _document_order_check(case: AuditCase, scorer: Scorer) -> Check:
-    """B1c."""
-    start = sampling.late_positions(case.key, "graph", len(case.tokens), 1)[0]
+    """B1c: in one call of several documents, no loss depends on a later document."""
+    start = sampling.late_positions(case.key, "graph", len(case.shown_tokens), 1)[0]
     probe = document_order.probe(
-        case.key, start, case.tokens, scorer.vocab_size, case.stream.bos, case.params.order_documents
+        case.key, start, case.shown_tokens, scorer.vocab_size, case.stream.bos, case.params.order_documents
     )
     scope = getattr(scorer, "scope", "stream")
     return Check([probe], lambda findings: [document_order.judge(case.name, probe, findings[0], scope)])
 
 
 def _call_split_check(case: AuditCase, segment: int, predicts: bool) -> Check:
-    """B13, and B5 for a scorer with predict()."""
+    """B13: losses do not depend on how a span is divided into calls.
+
+    With predict() also B5: they do not depend on predictions that were made in between.
+    """
     tolerance = case.params.loss_tolerance
-    length = len(case.tokens)
+    length = len(case.shown_tokens)
     positions = sampling.late_positions(case.key, "pieces", length, case.params.call_splits)
     probes = call_invariance.probes(case.key, positions, length, segment, predicts)
 
@@ -257,12 +253,16 @@ def _call_split_check(case: AuditCase, segment: int, predicts: bool) -> Check:
 
 
 def _canary_checks(case: AuditCase, vocab_size: int, predicts: bool) -> dict[str, Check]:
-    """B7, B9 and, for a scorer with predict(), B8."""
+    """Spans of known distribution, which no lawful scorer beats by more than `params.canary_bits`.
+
+    B7: uniform ids; B9: other sources of known entropy; B8: drawn from the scorer's own predict(),
+    if it has one.
+    """
     params = case.params
     bits = params.canary_bits
-    starts = sampling.late_positions(case.key, "canary", len(case.tokens), 1 + len(canary.SOURCES))
+    starts = sampling.late_positions(case.key, "canary", len(case.shown_tokens), 1 + len(canary.SOURCES))
     uniform, *others = canary.probes(
-        case.key, starts, params.canary_targets, case.tokens, vocab_size, case.stream.token_bytes
+        case.key, starts, params.canary_targets, case.shown_tokens, vocab_size, case.stream.token_bytes
     )
     checks = {
         "B7": Check([uniform], lambda found: [canary.judge(case.name, "B7", "uniform canary", found, bits)]),
@@ -279,14 +279,19 @@ def _canary_checks(case: AuditCase, vocab_size: int, predicts: bool) -> dict[str
 
 
 def _rerun_checks(case: AuditCase, segment: int, vocab_size: int) -> list[Verdict]:
-    """B13 and B10: other scorers from the same factory, on the first segment of the stream."""
+    """B13: two scorers of one factory give the same losses; B10: so do variants that must not matter.
+
+    Both are run on the first segment of the stream.
+    """
     targets = len(case.stream.tokens) - 1
-    first_segment = case.tokens[: segment + 1]
+    first_segment = case.shown_tokens[: segment + 1]
     runs = []
     for _ in range(2):
         scorer = case.factory(targets)
         scorer.observe(int(first_segment[0]))
         runs.append(probe_runner.checked_score(scorer, first_segment[1:]))
+
+    # Compare them with each other, and the variants with the first.
     return [
         call_invariance.judge_rerun(case.name, runs[0], runs[1]),
         *metamorphic.check(

@@ -1,4 +1,8 @@
-"""The stage calibrate: averaged weights and training shards to Hessians and importances of rows."""
+"""The stage calibrate: averaged weights and training shards to Hessians and importances of rows.
+
+An importance is the mean squared gradient of the loss with respect to a row of weights (diagonal
+Fisher).
+"""
 
 import sys
 from pathlib import Path

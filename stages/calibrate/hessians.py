@@ -1,4 +1,4 @@
-"""Calibration statistics for quantisation: Hessians of the layer-wise error, and the importance of rows.
+"""Calibration statistics for quantisation: Hessians of the layer-wise error, and importances of rows.
 
 **Hessians.** Rounding the matrix W of a layer by dW adds tr(dW H dW^T) to the squared error of its
 output, where H is the mean of x x^T over the layer's inputs x on calibration tokens. H is all that
@@ -8,9 +8,10 @@ weight of its own for those after the first. The tied embedding is measured as t
 normalised residual stream (#1394). A value table is only looked up, one row for each token, so that
 all of its columns count equally: its Hessian is the identity.
 
-**Importance.** The importance of a row of weights is the mean over tokens of the squared gradient
-of the token's loss with respect to the row, summed over the row: the diagonal of the empirical
-Fisher matrix. One backward pass estimates it for a whole batch: with independent random signs on
+**Importance.** The importance of a row is the mean squared gradient of the loss with respect to a
+row of weights (diagonal Fisher). The squares are summed over the weights of the row; the mean is
+over tokens, each with its own loss, so that it is the Fisher matrix of the data's own targets, the
+empirical one. One backward pass estimates it for a whole batch: with independent random signs on
 the tokens' losses, the square of the summed gradient is in expectation the sum of the squares,
 since the products of two tokens' gradients cancel (Hutchinson 1990).
 
@@ -49,7 +50,11 @@ def hessian_name(matrix_name: str) -> str:
 
 
 def importance_name(matrix_name: str) -> str:
-    """The key of the importance of a matrix's rows."""
+    """The key of the importances of a matrix's rows (R,).
+
+    An importance is the mean squared gradient of the loss with respect to a row of weights
+    (diagonal Fisher).
+    """
     return f"{matrix_name}.importance"
 
 
@@ -69,8 +74,9 @@ def collect_hessians(
 ) -> dict[str, Tensor]:
     """Hessians (C, C) and importances (R,) by name, float32, on the CPU.
 
-    `state` holds the model's weights by name. `clock` runs from the first read of training data to
-    the last.
+    An importance is the mean squared gradient of the loss with respect to a row of weights
+    (diagonal Fisher). `state` holds the model's weights by name. `clock` runs from the first read
+    of training data to the last.
     """
     model = build_model(params.model, world)
     model.load_state_dict(state)
@@ -166,7 +172,9 @@ def accumulate_fisher_(
 ) -> None:
     """Add to `squares` (R,) the squared gradients of a batch, summed over tokens and over each row.
 
-    `seed` is the seed of the random signs of the tokens' losses.
+    Divided by the tokens they are the importances: the mean squared gradient of the loss with
+    respect to a row of weights (diagonal Fisher). `seed` is the seed of the random signs of the
+    tokens' losses.
     """
     losses_BT = model(inputs_BT, targets_BT, looped=True)
     generator = torch.Generator().manual_seed(seed)

@@ -1,4 +1,7 @@
-"""Bits per byte, and the one function that counts bytes.
+"""Bits per byte, and the counting of bytes.
+
+`target_bytes` is the only function that counts for a score; the audit counts independently, by
+decoding.
 
 Losses per token cannot be compared across tokenizers, so the challenge scores bits per byte of
 text. Counting has three complications, all in `byte_table` and `target_bytes` (#1493):

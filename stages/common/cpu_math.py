@@ -115,7 +115,8 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
     if a.dtype in HALF_TYPES:
         return multiply(a.float(), b.float()).to(a.dtype)
     if a.dtype not in BLAS_TYPES:
-        return torch.from_numpy(np.matmul(a.detach().numpy(), b.detach().numpy()))
+        product = np.matmul(a.detach().resolve_conj().numpy(), b.detach().resolve_conj().numpy())
+        return torch.from_numpy(np.asarray(product))
     out = a.new_empty((*a.shape[:-1], b.shape[-1]))
     multiply_into(out, a, b)
     return out
@@ -123,7 +124,7 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
 
 def add_product(addend: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     """beta * addend + alpha * a b; the addend is broadcast, and not read if beta is 0."""
-    _require_one_dtype(a, b)
+    _require_one_dtype(addend, a, b)
     if a.dtype not in BLAS_TYPES:
         product = multiply(a, b) * alpha
         return product + addend * beta if beta else product
@@ -133,10 +134,22 @@ def add_product(addend: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha:
     return out
 
 
-def _require_one_dtype(a: Tensor, b: Tensor) -> None:
-    """Raise RuntimeError, as torch's own kernels do, unless both factors have one dtype."""
-    if a.dtype != b.dtype:
-        raise RuntimeError(f"expected factors of one dtype, got {a.dtype} and {b.dtype}")
+def _require_one_dtype(*operands: Tensor) -> None:
+    """Raise RuntimeError, as torch's own kernels do, unless all operands have one dtype."""
+    dtypes = [operand.dtype for operand in operands]
+    if len(set(dtypes)) > 1:
+        raise RuntimeError(f"expected operands of one dtype, got {' and '.join(map(str, dtypes))}")
+
+
+def _of_dimensions(dimensions: int, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return a product that raises RuntimeError unless its last factor has `dimensions` dimensions."""
+
+    def checked(*operands: Tensor, **options: Any) -> Tensor:
+        if operands[-1].ndim != dimensions:
+            raise RuntimeError(f"expected factors of {dimensions} dimensions, got {operands[-1].ndim}")
+        return function(*operands, **options)
+
+    return checked
 
 
 def _function(compute: Callable[[np.ndarray], np.ndarray]) -> Callable[[Tensor], Tensor]:
@@ -163,10 +176,10 @@ def _kernels() -> dict[str, Callable[..., Tensor]]:
         return multiply(a[None], b[:, None])[0, 0]
 
     functional: dict[str, Callable[..., Tensor]] = {
-        "mm": multiply,
-        "bmm": multiply,
-        "addmm": add_product,
-        "baddbmm": add_product,
+        "mm": _of_dimensions(2, multiply),
+        "bmm": _of_dimensions(3, multiply),
+        "addmm": _of_dimensions(2, add_product),
+        "baddbmm": _of_dimensions(3, add_product),
         "addmv": addmv,
         "dot": dot,
         "sqrt": _function(np.sqrt),

@@ -55,7 +55,7 @@ CALL_FIELDS = [name for name, _ in Call._fields_]  # each takes eight bytes
 
 
 class Part(NamedTuple):
-    """Share of a job: rows (columns, if there are more of them) [first, last) of one matrix of the result."""
+    """Rows (columns, if there are more of them) [first, last) of one matrix of the result: one job's work."""
 
     matrix: int
     first: int
@@ -68,11 +68,11 @@ class Plan(NamedTuple):
     jobs: np.ndarray  # int64 (count, len(JOB_FIELDS))
     address: int  # of the jobs
     threads: int  # that run them
-    copy_a: bool  # an operand must be copied first if neither of its last two dimensions is contiguous
-    copy_b: bool
+    copy_a: bool  # True: a must be copied first, because neither of its last two dimensions is contiguous
+    copy_b: bool  # the same for b
 
 
-class Library(NamedTuple):
+class ProductFunctions(NamedTuple):
     """The two functions that a product needs: the address of the compiled one, and GOMP_parallel."""
 
     run_jobs: int
@@ -87,7 +87,7 @@ def multiply_into(out: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0, beta: f
     """
     assert a.dtype == b.dtype == out.dtype
     assert out.is_contiguous()
-    library = _library()
+    functions = _product_functions()
     threads = torch.get_num_threads()
     plan = _plan(a.shape, a.stride(), b.shape, b.stride(), out.shape, out.element_size(), threads)
     if plan.copy_a or plan.copy_b:
@@ -97,13 +97,13 @@ def multiply_into(out: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0, beta: f
 
     if a.shape[-1] == 0:
         out.mul_(beta) if beta else out.zero_()
-    elif library is None:
+    elif functions is None:
         _multiply_by_numpy(out, a, b, alpha, beta, threads)
     elif plan.threads > 0:
         is_double = out.element_size() == 8
         tensors = (a.data_ptr(), b.data_ptr(), out.data_ptr())
         call = Call(plan.address, len(plan.jobs), is_double, *tensors, alpha, beta)
-        library.parallel(library.run_jobs, ctypes.byref(call), plan.threads, 0)
+        functions.parallel(functions.run_jobs, ctypes.byref(call), plan.threads, 0)
 
 
 @functools.lru_cache(maxsize=512)
@@ -137,7 +137,7 @@ def _plan(
 
     rows, columns = shape_out[-2:]
     depth = shape_a[-1]
-    by_rows = rows >= columns
+    by_rows = _divides_rows(shape_out)
     if math.prod(shape_out) * depth < ONE_JOB_BELOW:
         threads = 1
 
@@ -163,14 +163,21 @@ def _parts(shape_out: tuple[int, ...], threads: int) -> list[Part]:
     """Divide a result: whole matrices of a large batch, else parts of the longer side of each matrix."""
     batch = shape_out[0] if len(shape_out) == 3 else 1
     rows, columns = shape_out[-2:]
+    length = rows if _divides_rows(shape_out) else columns
     parts = 1 if batch >= threads else threads
-    edges = [max(rows, columns) * part // parts for part in range(parts + 1)]
+    edges = [length * part // parts for part in range(parts + 1)]
     return [
         Part(matrix, edges[part], edges[part + 1])
         for matrix in range(batch)
         for part in range(parts)
-        if edges[part] < edges[part + 1]  # fewer rows than threads
+        if edges[part] < edges[part + 1]  # not an empty part, as with fewer rows than threads
     ]
+
+
+def _divides_rows(shape_out: Sequence[int]) -> bool:
+    """True if the parts of a matrix (M, N) are rows of it, False if they are columns."""
+    rows, columns = shape_out[-2:]
+    return rows >= columns
 
 
 def _blas_layout(shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, int | None]:
@@ -189,8 +196,10 @@ def _multiply_by_numpy(out: Tensor, a: Tensor, b: Tensor, alpha: float, beta: fl
 
     With the same BLAS the bits are the same too, unless beta is not 0: there the sum is rounded once more.
     """
-    a_BMK, b_BKN, out_BMN = (x.detach().numpy().reshape(-1, *x.shape[-2:]) for x in (a, b, out))
-    by_rows = out.shape[-2] >= out.shape[-1]
+    a_BMK, b_BKN, out_BMN = (
+        x.detach().numpy() if x.ndim == 3 else x.detach().numpy()[None] for x in (a, b, out)
+    )
+    by_rows = _divides_rows(out.shape)
     for matrix, first, last in _parts(out.shape, threads):
         rows, columns = (slice(first, last), slice(None)) if by_rows else (slice(None), slice(first, last))
         with np.errstate(all="ignore"):
@@ -201,7 +210,7 @@ def _multiply_by_numpy(out: Tensor, a: Tensor, b: Tensor, alpha: float, beta: fl
 
 
 @functools.cache
-def _library() -> Library | None:
+def _product_functions() -> ProductFunctions | None:
     """The compiled function and GOMP_parallel; None if numpy or torch do not bring what it needs."""
     blas = _load(
         Path(np.__file__).parent.with_name("numpy.libs"), "libscipy_openblas64_*.so", "scipy_cblas_sgemm64_"
@@ -212,7 +221,7 @@ def _library() -> Library | None:
     parallel = openmp.GOMP_parallel
     parallel.restype = None
     parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
-    return Library(_compile(blas, openmp), parallel)
+    return ProductFunctions(_compile(blas, openmp), parallel)
 
 
 def _load(folder: Path, pattern: str, symbol: str) -> ctypes.CDLL | None:
@@ -238,21 +247,19 @@ def _compile(blas: ctypes.CDLL, openmp: ctypes.CDLL) -> int:
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), (INT64.as_pointer(),)), "run_jobs")
     builder = ir.IRBuilder(function.append_basic_block("entry"))
 
-    def load(pointer: ir.Value, index: int) -> ir.Value:
+    def read_field(pointer: ir.Value, index: int) -> ir.Value:
         return builder.load(builder.gep(pointer, (INT64(index),)))
 
-    def call(routine: Any, result: ir.Type, arguments: Sequence[ir.Value]) -> ir.Value:
+    def call_routine(routine: Any, result: ir.Type, arguments: Sequence[ir.Value]) -> ir.Value:
         address = INT64(ctypes.cast(routine, ctypes.c_void_p).value)
         routine_type = ir.FunctionType(result, [argument.type for argument in arguments])
         return builder.call(builder.inttoptr(address, routine_type.as_pointer()), arguments)
 
     # Read the call, and choose this thread's jobs.
-    fields = dict(
-        zip(CALL_FIELDS, (load(function.args[0], index) for index in range(len(CALL_FIELDS))), strict=True)
-    )
+    fields = {name: read_field(function.args[0], index) for index, name in enumerate(CALL_FIELDS)}
     alpha, beta = (builder.bitcast(fields[name], DOUBLE) for name in ("alpha", "beta"))
-    first_job = builder.zext(call(openmp.omp_get_thread_num, INT32, ()), INT64)
-    step = builder.zext(call(openmp.omp_get_num_threads, INT32, ()), INT64)
+    first_job = builder.zext(call_routine(openmp.omp_get_thread_num, INT32, ()), INT64)
+    step = builder.zext(call_routine(openmp.omp_get_num_threads, INT32, ()), INT64)
 
     entry = builder.block
     check, body, end = (function.append_basic_block(name) for name in ("check", "body", "end"))
@@ -260,15 +267,15 @@ def _compile(blas: ctypes.CDLL, openmp: ctypes.CDLL) -> int:
 
     # The head of the loop.
     builder.position_at_end(check)
-    number = builder.phi(INT64)
-    number.add_incoming(first_job, entry)
-    builder.cbranch(builder.icmp_signed("<", number, fields["count"]), body, end)
+    job_index = builder.phi(INT64)
+    job_index.add_incoming(first_job, entry)
+    builder.cbranch(builder.icmp_signed("<", job_index, fields["count"]), body, end)
 
     # One job: its fields, with addresses instead of offsets.
     builder.position_at_end(body)
-    job_bytes = builder.mul(number, INT64(8 * len(JOB_FIELDS)))
+    job_bytes = builder.mul(job_index, INT64(8 * len(JOB_FIELDS)))
     job_pointer = builder.inttoptr(builder.add(fields["jobs"], job_bytes), INT64.as_pointer())
-    job = dict(zip(JOB_FIELDS, (load(job_pointer, index) for index in range(len(JOB_FIELDS))), strict=True))
+    job = {name: read_field(job_pointer, index) for index, name in enumerate(JOB_FIELDS)}
 
     for name in ("transpose_a", "transpose_b"):
         job[name] = builder.trunc(job[name], INT32)
@@ -282,17 +289,19 @@ def _compile(blas: ctypes.CDLL, openmp: ctypes.CDLL) -> int:
 
     with builder.if_else(builder.icmp_signed("!=", fields["is_double"], INT64(0))) as (then, otherwise):
         with then:
-            call(blas.scipy_cblas_dgemm64_, ir.VoidType(), [*before_alpha, alpha, *factors, beta, *result])
+            call_routine(
+                blas.scipy_cblas_dgemm64_, ir.VoidType(), [*before_alpha, alpha, *factors, beta, *result]
+            )
         with otherwise:
             alpha_32, beta_32 = (builder.fptrunc(value, ir.FloatType()) for value in (alpha, beta))
-            call(
+            call_routine(
                 blas.scipy_cblas_sgemm64_,
                 ir.VoidType(),
                 [*before_alpha, alpha_32, *factors, beta_32, *result],
             )
 
     # The next job of this thread.
-    number.add_incoming(builder.add(number, step), builder.block)
+    job_index.add_incoming(builder.add(job_index, step), builder.block)
     builder.branch(check)
 
     builder.position_at_end(end)

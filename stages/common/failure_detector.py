@@ -6,19 +6,39 @@ ranks of the dead one's own machine.
 
 Nothing is sent while all ranks work. A rank that fails sends one line. When a process is killed the
 kernel closes its connections, and a machine that is gone does not answer keep-alive probes; both
-read as an empty line. Rank 0 forwards what it reads:
+read as an empty line. Rank 0 forwards what it reads (other ranks send it back to rank 0, which no
+longer reads):
 
     rank 2 -- "2 failed: x.bin is not a shard" --> rank 0 -- the same line --> ranks 1, 3, 4, ...
 
 States of a rank, kept in three events:
 
     running            no event is set; the thread waits for lines
-    failure received   a peer failed: its line is forwarded, then `grace` seconds pass
+    failure received   a peer failed: its line is forwarded, then `report_delay` seconds pass
     failure reported   `report` was called; the main thread has UNWIND_SECONDS to leave the context
     leaving            the context is left, normally or by an error; the thread ends
 
 If the main thread does not leave in time, the thread ends the process: the main thread may be
 waiting for the GPU, and the GPU for the dead rank.
+
+Events after rank 2 was killed at 0 s. If its machine was switched off instead, the events of the
+other machines begin at 20 s, when 10 s of silence and two probes of 5 s have passed. The delays and
+messages are those of parallel.py; a rank that torchrun has stopped before its time does nothing:
+
+    0 s       all          the kernel closes rank 2's connection; rank 0 reads that and forwards it
+    ~0.1 s    2's machine  torchrun sees the end and stops the other ranks there. The process that
+                           ran it prints "error: STAGE: rank 2 (process ...) was killed by SIGKILL"
+                           and exits with code 1
+    0 s       others       local rank 0 prints "error: rank 2 is gone without a message; ...", and
+                           leaves that line in torchrun's error file
+    1 s       others       their other ranks leave the line in the error file and print nothing
+    4 s, 5 s  2's machine  local rank 0 and the other ranks there do the same; torchrun has usually
+                           stopped them by then
+    +5 s      all          a rank whose main thread has not left the context 5 s after its report
+                           ends with os._exit(1)
+
+A user who types `torchrun` gets no "error:" line on rank 2's machine, unless the events of 4 s
+happen: torchrun prints its own report there, which names the signal.
 """
 
 import contextlib
@@ -32,14 +52,14 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Protocol, Self
 
-OK = "well"  # line that a rank sends when it ends without an error
+NO_OWN_ERROR = "done"  # last line of a rank that has no error of its own
 ADDRESS_KEY = "failure_detector"  # key of rank 0's port and token in the store
 # Keep-alive probes of a silent connection: a machine is given up after 10 + 2 x 5 s without an
 # answer. A process that is stopped still answers, since its kernel does.
 PROBE_AFTER_SECONDS, PROBE_EVERY_SECONDS, PROBES = 10, 5, 2
 # A death breaks collectives and this connection in any order. An error of a collective waits this
 # long for the news of a death that explains it.
-FAILURE_GRACE_SECONDS = 2.0
+EXPLANATION_WAIT_SECONDS = 2.0
 UNWIND_SECONDS = 5.0  # given to the main thread to clean up, after which the process is ended
 
 
@@ -56,21 +76,21 @@ class KeyValueStore(Protocol):
 class FailureDetector:
     """Context manager around the ranks' common work, with a thread that waits for failures.
 
-    When another rank fails, this process ends too, with exit code 1. `grace` is called with the
-    failed rank and returns how many seconds to wait before `report` is called with the reason. If
-    the main thread then fails because of it, the context is left by SystemExit.
+    When another rank fails, this process ends too, with exit code 1. `report_delay` is called with
+    the failed rank and returns how many seconds to wait before `report` is called with the reason.
+    If the main thread then fails because of it, the context is left by SystemExit.
     """
 
     def __init__(
         self,
         rank: int,
         connections: dict[int, socket.socket],
-        grace: Callable[[int], float],
+        report_delay: Callable[[int], float],
         report: Callable[[str], None],
     ) -> None:
         self.rank = rank
         self.connections = connections
-        self.grace = grace
+        self.report_delay = report_delay
         self.report = report
         self._failure_received = threading.Event()
         self._failure_reported = threading.Event()
@@ -87,11 +107,16 @@ class FailureDetector:
         # Errors of collectives, of NCCL and of the GPU are RuntimeErrors, and may follow from a
         # peer's death; any other error is this rank's own.
         may_follow = error is None or isinstance(error, RuntimeError)
-        if may_follow and self._failure_received.wait(0 if error is None else FAILURE_GRACE_SECONDS):
+
+        # If a peer's failure explains this end, leave as its consequence. A rank that has finished
+        # looks without waiting; one with an error waits for the news.
+        wait_seconds = 0 if error is None else EXPLANATION_WAIT_SECONDS
+        if may_follow and self._failure_received.wait(wait_seconds):
             self._failure_reported.wait()
-            self.leave(OK)
+            self.leave(NO_OWN_ERROR)
             raise SystemExit(1) from error
-        self.leave(OK if error is None else f"{self.rank} failed: {_one_line(error)}")
+
+        self.leave(NO_OWN_ERROR if error is None else f"{self.rank} failed: {_one_line(error)}")
 
     def leave(self, line: str) -> None:
         """Send the peers `line`, how this rank ends, and close the connections."""
@@ -120,7 +145,7 @@ class FailureDetector:
                     line = _read_line(self.connections[key.data])
                     if self._leaving.is_set():
                         return
-                    if line == OK:
+                    if line == NO_OWN_ERROR:
                         selector.unregister(key.fileobj)
                         continue
                     lost = f"{key.data} is gone without a message; the output on its machine may say why"
@@ -128,11 +153,11 @@ class FailureDetector:
                     return
 
     def _on_peer_failure(self, line: str) -> None:
-        """Forward the line, report it after the grace period, and end a process that hangs."""
+        """Forward the line, report it after the delay, and end a process that hangs."""
         self._failure_received.set()
         self._send(line)
         failed_rank = int(line.split()[0])
-        if self._leaving.wait(self.grace(failed_rank)):
+        if self._leaving.wait(self.report_delay(failed_rank)):
             return
         self.report(f"rank {line}")
         self._failure_reported.set()

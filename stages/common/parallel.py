@@ -50,7 +50,7 @@ HOST_TIMEOUT = timedelta(minutes=30)
 # How long a rank reports nothing about the end of a rank on its own machine. torchrun sees that end
 # too, stops the other ranks, and names the cause; a rank that exited first would be taken for it.
 # torchrun looks ten times a second, but a killed process that held a GPU takes longer to go.
-LOCAL_FAILURE_GRACE_SECONDS = 4.0
+LOCAL_REPORT_DELAY_SECONDS = 4.0
 USER_ERROR = 2  # exit code of a stage that stops because of something the user can mend
 # torch 2.13 renamed both, and warns when it is called by the names that 2.11 has.
 _reduce_scatter = (
@@ -81,7 +81,11 @@ class Work(Protocol):
     """A running collective, as in torch.distributed; its tensors must not be touched before `wait`."""
 
     def wait(self) -> object:
-        """Make the work that is put on the device next wait for the result."""
+        """Wait for the result.
+
+        With gloo the host waits; with NCCL only the work that is queued on the device after this
+        call.
+        """
 
 
 class CompletedWork:
@@ -196,10 +200,11 @@ def distributed(params: ParallelParams, compiles: bool = False) -> Iterator[Worl
     size = int(os.environ.get("WORLD_SIZE", "1"))
     device = _device(params, int(os.environ.get("LOCAL_RANK", "0")))
     dtype = activation_dtype(params, device)
-    compiles = compiles and params.compile and device.type == "cuda"
-    set_determinism(params, device, compiles)
+    uses_compiler = compiles and params.compile and device.type == "cuda"
+    set_determinism(params, device, uses_compiler)
     with _process_groups(rank, size, device) as host_group:
-        yield World(rank, size, device, dtype, compiles, host_group, kernels=uses_kernels(params, device))
+        kernels = uses_kernels(params, device)
+        yield World(rank, size, device, dtype, uses_compiler, host_group, kernels=kernels)
 
 
 def set_determinism(params: ParallelParams, device: torch.device, compiles: bool) -> None:
@@ -263,7 +268,7 @@ def _process_groups(rank: int, size: int, device: torch.device) -> Iterator[dist
     except dist.DistNetworkError as error:
         raise ConnectionError(_unreachable(error)) from None
 
-    with FailureDetector(rank, connections, _grace_seconds, _report_failure):
+    with FailureDetector(rank, connections, _report_delay, _report_failure):
         gpu = device if device.type == "cuda" else None
         dist.init_process_group(
             "nccl" if gpu else "gloo",
@@ -301,8 +306,11 @@ def _rendezvous(rank: int, size: int) -> Store:
     for other, key in enumerate(keys):
         reason = store.get(key).decode()
         if reason:
-            time.sleep(_grace_seconds(other))
+            time.sleep(_report_delay(other))
             raise ConnectionError(f"rank {other} failed: {reason}")
+
+    # The process groups are set up through this store, where ranks wait for each other as in a
+    # collective; init_process_group leaves the timeout of a store that it is given as it is.
     store.set_timeout(DEVICE_TIMEOUT)
     return store
 
@@ -332,15 +340,15 @@ def _torchrun_hosts_the_store() -> bool:
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
-def _grace_seconds(other: int) -> float:
-    """Seconds to wait before this rank exits because rank `other` has failed.
+def _report_delay(other: int) -> float:
+    """Seconds to wait before this rank reports that rank `other` has failed, and exits.
 
     Time for torchrun to report it first if it ran on this machine, and for local rank 0 to print
     the message before the other ranks exit.
     """
     first_of_machine = int(os.environ["RANK"]) - int(os.environ.get("LOCAL_RANK", "0"))
     is_local = 0 <= other - first_of_machine < int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    seconds = LOCAL_FAILURE_GRACE_SECONDS if is_local else 0.0
+    seconds = LOCAL_REPORT_DELAY_SECONDS if is_local else 0.0
     if not is_local_rank_zero():
         seconds += 1.0
     return seconds

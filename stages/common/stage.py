@@ -2,8 +2,9 @@
 
 A stage declares what it reads and writes (`Stage`), and a `main(run)` that does the work. `launch`
 parses the command line, reads the parameters, and calls `main` with a `Run`, whose `output` is a
-staging folder inside the real output folder. Outputs are renamed into place only after `main` has
-returned, so a failed or killed stage leaves nothing half-written.
+staging folder inside the real output folder. Each output is renamed into place when all are
+complete, so none is half-written; a process killed during the renames can leave old and new ones
+together.
 
 A ValueError or a missing file is a user error: one line and exit code 2. The loss of another rank
 is one line and exit code 1. Any other exception is a defect and keeps its traceback.
@@ -79,7 +80,7 @@ class Run(Generic[P]):
             (self.output / name).write_text(canonical_json(value), encoding="utf-8")
 
     def write_bytes(self, name: str, value: bytes) -> None:
-        """Write an output unchanged."""
+        """Write an output from its bytes; only rank 0 writes."""
         if self.is_main:
             (self.output / name).write_bytes(value)
 
@@ -87,18 +88,18 @@ class Run(Generic[P]):
         """Write an output as UTF-8."""
         self.write_bytes(name, value.encode("utf-8"))
 
-    def keep_failed(self, name: str, value: str) -> Path:
-        """Write a text of a run that is about to fail into the output folder itself; returns its path.
+    def write_failure_report(self, name: str, value: str) -> Path:
+        """Write a report of a run that is about to fail into the output folder itself; returns its path.
 
-        It is not an output of the stage, and stays until a later run calls `discard_failed`.
+        It is not an output of the stage, and stays until a later run calls `remove_failure_reports`.
         """
         path = self.output.parent / name
         if self.is_main:
             path.write_text(value, encoding="utf-8")
         return path
 
-    def discard_failed(self, *names: str) -> None:
-        """Remove the texts that an earlier run kept with `keep_failed`."""
+    def remove_failure_reports(self, *names: str) -> None:
+        """Remove the reports that an earlier run wrote with `write_failure_report`."""
         if self.is_main:
             for name in names:
                 (self.output.parent / name).unlink(missing_ok=True)
@@ -142,8 +143,9 @@ def launch(
 def _exit(stage: Stage[Any], error: Exception, code: int) -> NoReturn:
     """Print the error as one line, report it to torchrun and to the other ranks, and exit.
 
-    Every rank meets the same user error, so rank 0 alone prints it. The loss of a rank is printed
-    once on each machine, by local rank 0.
+    A user error usually occurs on every rank, and rank 0 prints it. If rank 0 does not have it, the
+    process that ran torchrun does. The loss of a rank is printed once on each machine, by local
+    rank 0.
     """
     reason = " ".join(str(error).split())
     is_user_error = code == parallel.USER_ERROR
@@ -159,14 +161,19 @@ def _exit(stage: Stage[Any], error: Exception, code: int) -> NoReturn:
 
 
 def _run(stage: Stage[P], main: Callable[[Run[P]], None], params: P, arguments: argparse.Namespace) -> None:
+    """Call `main` with a staging folder; on rank 0, write the log and timing.json and publish the outputs.
+
+    The staging folder is removed at the end, after an error too. Other ranks get no log, and write
+    no outputs.
+    """
     final: Path = arguments.output
     staging = final / STAGING
     if not _is_main_process():
         main(Run(stage, params, arguments, staging, Logger(is_main=False)))
         return
 
-    # On NFS a removed file, and so its folder, is there for as long as the process that runs
-    # torchrun has it open.
+    # The process that runs torchrun keeps its log.txt open in this folder. On NFS an open file
+    # cannot be removed, so the folder may remain; mkdir accepts that.
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True, exist_ok=True)
     try:
@@ -182,7 +189,10 @@ def _run(stage: Stage[P], main: Callable[[Run[P]], None], params: P, arguments: 
 
 
 def _publish(staging: Path, final: Path, names: tuple[str, ...]) -> None:
-    """Rename the outputs from the staging folder into the output folder."""
+    """Rename each output from the staging folder into the output folder, when all are there.
+
+    A process killed between two renames leaves old and new outputs together.
+    """
     missing = [name for name in names if not (staging / name).exists()]
     assert not missing, f"the stage returned without writing {missing}"
     for name in names:
@@ -205,7 +215,6 @@ def _parser(stage: Stage[Any], with_params: bool, output: Path) -> argparse.Argu
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
 
-    # Parameters
     if with_params:
         parser.add_argument(
             "--params", type=Path, default=PARAMETER_FILE, metavar="FILE", help="parameter file"
@@ -218,7 +227,6 @@ def _parser(stage: Stage[Any], with_params: bool, output: Path) -> argparse.Argu
         help="override one parameter; can be given several times",
     )
 
-    # Inputs and outputs
     for name, path in stage.reads.items():
         option = f"--{name.replace('_', '-')}"
         parser.add_argument(option, type=Path, default=path, metavar="PATH", help="input")

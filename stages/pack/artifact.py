@@ -5,9 +5,9 @@
             report:  statistics of every tensor of the best file
     unpack  parse and decode the file
 
-The bytes depend on the weights, the Hessians, the parameters and the kind of processor, never on
-the number of threads (common/concurrency.py). The budget decides one number only, the quantiser's
-coarseness (quantise/fit_budget.py).
+The bytes depend on the weights, the Hessians and the parameters, never on the number of threads
+(common/concurrency.py). With `sdclip` also on whether it runs on a CPU or a GPU, and on the kind of
+GPU. The budget decides one number only, the quantiser's coarseness (quantise/fit_budget.py).
 """
 
 import contextlib
@@ -39,7 +39,7 @@ from stages.train.params import ModelParams
 
 FLOAT16_FORM = Form("float16", 16)
 StreamEncoder = Callable[..., tuple[EncodedStream, ...]]  # with the arguments of container.encode_streams
-Uncoded = np.ndarray | QuantisedMatrix  # a tensor before it becomes bytes; an array is float16
+PackedTensor = np.ndarray | QuantisedMatrix  # a tensor before it becomes bytes; an array is float16
 
 
 class Packed(NamedTuple):
@@ -69,31 +69,36 @@ class PackJob:
     model_params: ModelParams
     pack_params: PackParams
     state: Mapping[str, Tensor]
-    hessians: Mapping[str, Tensor]
+    calibration: Mapping[str, Tensor]  # Hessians and importances
     matrices: Mapping[str, Tensor]  # the tensors of `state` that are quantised
     rest: Mapping[str, np.ndarray]  # all others, float16
     quantiser: Quantiser
-    encode: Callable[[str, Uncoded], EncodedTensor]
+    encode: Callable[[str, PackedTensor], EncodedTensor]
     logger: Logger
 
 
 def pack(
     state: Mapping[str, Tensor],
-    hessians: Mapping[str, Tensor],
+    calibration: Mapping[str, Tensor],
     model_params: ModelParams,
     pack_params: PackParams,
     logger: Logger,
     encode_streams: StreamEncoder | None = None,
 ) -> Packed:
-    """Quantise and encode a model within the byte budget, on the device of its tensors.
+    """Quantise and encode a model within the byte budget.
 
-    `state` holds the weights by name and `hessians` what calibration measured
-    (calibrate/hessians.py). `encode_streams` encodes in another process (file/encode_process.py);
-    by default this process does.
+    The quantiser `rate` works on the CPU, `sdclip` on the device of the tensors. `state` holds the
+    weights by name, `calibration` the Hessians and importances (calibrate/hessians.py).
+    `encode_streams` encodes in another process (file/encode_process.py); by default this process
+    does.
 
-    Raises ValueError, which names the tensor, for a tensor that does not fit the model's
-    parameters, is not finite, or has no Hessian or none that is positive definite; and ValueError,
-    which gives both sizes, when no coarseness brings the file under the budget.
+    Raises ValueError, which names the tensor, when
+
+        a tensor does not fit the model's parameters;
+        a value is not finite;
+        a Hessian is missing or not positive definite, or an importance is missing or zero.
+
+    Raises ValueError, which gives both sizes, when no coarseness brings the file under the budget.
     """
     check_shapes({name: tuple(tensor.shape) for name, tensor in state.items()}, model_params)
 
@@ -105,7 +110,7 @@ def pack(
     if quantiser_type.on_cpu:
         run_in_background(trellis_quantiser.compile_ahead)
         state = {name: tensor.cpu() for name, tensor in state.items()}
-        hessians = {name: tensor.cpu() for name, tensor in hessians.items()}
+        calibration = {name: tensor.cpu() for name, tensor in calibration.items()}
 
     # Split the tensors: matrices are quantised, the rest is rounded to float16.
     names = sorted(state)
@@ -118,9 +123,11 @@ def pack(
         quality=pack_params.brotli_quality,
     )
 
-    with exact_float32():
-        quantiser = quantiser_type(matrices, hessians, pack_params, logger)
-        job = PackJob(model_params, pack_params, state, hessians, matrices, rest, quantiser, encode, logger)
+    with single_threaded_exact_float32():
+        quantiser = quantiser_type(matrices, calibration, pack_params, logger)
+        job = PackJob(
+            model_params, pack_params, state, calibration, matrices, rest, quantiser, encode, logger
+        )
 
         # Search for the coarseness that fills the budget, beginning with the bits that the rest
         # leaves to the matrices.
@@ -134,7 +141,6 @@ def pack(
             quantiser.coarseness_range(bits_left),
         )
 
-        # Report.
         stats = _measure(job, best)
     return Packed(best.blob, [*stats, tensor_stats.container_stats(stats, len(best.blob))], coarseness)
 
@@ -172,8 +178,9 @@ def load_model(path: Path, world: World) -> Model:
 
 
 @contextlib.contextmanager
-def exact_float32() -> Iterator[None]:
+def single_threaded_exact_float32() -> Iterator[None]:
     """Context manager: single-threaded torch operations, and CUDA products of float32 without TF32."""
+    # thread_map runs tensors side by side; sums on one thread have one order.
     threads = torch.get_num_threads()
     tf32 = torch.backends.cuda.matmul.allow_tf32
     torch.set_num_threads(1)
@@ -193,11 +200,11 @@ def _attempt(job: PackJob, coarseness: float) -> Candidate:
     quantised, encoded = _quantise(job, coarseness, encodes=job.quantiser.on_cpu and not rank)
     if rank:
         quantised |= lqer.add_corrections(
-            quantised, job.matrices, job.hessians, job.quantiser.gptq_factors, job.pack_params
+            quantised, job.matrices, job.calibration, job.quantiser.gptq_factors, job.pack_params
         )
 
-    uncoded: dict[str, Uncoded] = {**job.rest, **quantised}
-    encoded |= _encode_all({name: uncoded[name] for name in uncoded if name not in encoded}, job.encode)
+    unencoded: dict[str, PackedTensor] = {**job.rest, **quantised}
+    encoded |= _encode_all({name: unencoded[name] for name in unencoded if name not in encoded}, job.encode)
 
     in_order = tuple(encoded[name] for name in sorted(encoded))
     blob = container.serialise(Contents(dataclasses.asdict(job.model_params), in_order))
@@ -241,29 +248,29 @@ def _quantise(
 
 
 def _encode_all(
-    uncoded: Mapping[str, Uncoded], encode: Callable[[str, Uncoded], EncodedTensor]
+    unencoded: Mapping[str, PackedTensor], encode: Callable[[str, PackedTensor], EncodedTensor]
 ) -> dict[str, EncodedTensor]:
     """Encode tensors, one at a time on each core."""
 
     def size(name: str) -> int:
-        tensor = uncoded[name]
+        tensor = unencoded[name]
         return tensor.size if isinstance(tensor, np.ndarray) else tensor.pre_quantised_RC.size
 
-    names = list(uncoded)
-    encoded = thread_map(lambda name: encode(name, uncoded[name]), names, size, usable_cores())
+    names = list(unencoded)
+    encoded = thread_map(lambda name: encode(name, unencoded[name]), names, size, usable_cores())
     return dict(zip(names, encoded, strict=True))
 
 
 def _encode_tensor(
-    name: str, tensor: Uncoded, *, encode_streams: StreamEncoder, family: str, quality: int
+    name: str, tensor: PackedTensor, *, encode_streams: StreamEncoder, family: str, quality: int
 ) -> EncodedTensor:
     """Encode one tensor with the codecs of a family; `quality` is brotli's."""
-    coded: tensors.Coded
+    stored: tensors.StoredValues
     if isinstance(tensor, np.ndarray):
-        form, shape, coded = FLOAT16_FORM, tensor.shape, tensor
+        form, shape, stored = FLOAT16_FORM, tensor.shape, tensor
     else:
-        form, shape, coded = tensor.form, tensor.pre_quantised_RC.shape, tensor.coded
-    streams = encode_streams(form, shape, tensors.raw_streams(coded), family, quality)
+        form, shape, stored = tensor.form, tensor.pre_quantised_RC.shape, tensor.stored
+    streams = encode_streams(form, shape, tensors.raw_streams(stored), family, quality)
     return EncodedTensor(name, shape, form, streams)
 
 
@@ -277,9 +284,9 @@ def _measure(job: PackJob, best: Candidate) -> list[TensorStats]:
             return tensor_stats.with_errors(stats, weight, weight.half().float())
 
         matrix = best.quantised[tensor.name]
-        dequantised = torch.from_numpy(tensors.dequantised(matrix.coded)).to(weight.device)
-        hessian = hessian_of(tensor.name, weight, job.hessians).to(weight.device)
-        importance = job.hessians.get(importance_name(tensor.name))
+        dequantised = torch.from_numpy(tensors.dequantised(matrix.stored)).to(weight.device)
+        hessian = hessian_of(tensor.name, weight, job.calibration).to(weight.device)
+        importance = job.calibration.get(importance_name(tensor.name))
         stats = tensor_stats.with_errors(stats, weight, dequantised, hessian, importance)
         return tensor_stats.with_bounds(
             stats, matrix.pre_quantised_RC, matrix.quantised_RC, matrix.column_factor_C

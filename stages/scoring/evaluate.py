@@ -76,14 +76,12 @@ def score(scorer: Scorer, stream: ValidationStream, throughput: EvalThroughput |
     `throughput` measures the targets after the warm-up. A ValueError unless every target got
     exactly one finite loss.
     """
-    warm_up = stream.targets
-    if throughput:
-        warm_up = min(throughput.warm_up_targets, stream.targets)
-    nll = scorer.score_stream(stream.tokens[: warm_up + 1])
+    first = stream.targets if throughput is None else min(throughput.warm_up_targets, stream.targets)
+    nll = scorer.score_stream(stream.tokens[: first + 1])
 
-    if throughput and warm_up < stream.targets:
+    if throughput is not None and first < stream.targets:
         throughput.steady.start()
-        nll = np.concatenate([nll, scorer.score_stream(stream.tokens[warm_up + 1 :])])
+        nll = np.concatenate([nll, scorer.score_stream(stream.tokens[first + 1 :])])
         throughput.steady.mark()
 
     if nll.shape != (stream.targets,):

@@ -51,7 +51,11 @@ class TokenizeParams:
         if self.source == "files" and not self.text_key:
             reject("text_key", "empty; name the key of a JSON line that holds the document")
         if self.source == "shards" and not self.val_glob:
-            reject("val_glob", "empty, but ready shards are not split: name those of the validation set")
+            reject(
+                "val_glob",
+                "empty, but ready shards are not split: name those of the validation set,"
+                ' such as "fineweb_val_*.bin"',
+            )
 
         # The tokenizer.
         if self.source == "shards" and self.tokenizer == TRAIN_TOKENIZER:

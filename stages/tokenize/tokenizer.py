@@ -8,6 +8,7 @@ three bytes. A run of spaces is therefore encoded as that number of lone-space t
 
 import heapq
 import io
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ import sentencepiece
 from stages.common import bpb
 from stages.common.bpb import ByteTable
 from stages.tokenize import split
+from stages.tokenize.params import SMALLEST_VOCAB
 from stages.tokenize.split import TextDocument
 
 LOG_ERRORS_ONLY = 2  # SentencePiece's log level; it raises errors as well
@@ -99,11 +101,24 @@ def train(texts: list[str], vocab_size: int, threads: int) -> bytes:
             sentence_iterator=iter(texts), model_writer=model, **settings
         )
     except RuntimeError as error:
-        raise ValueError(
-            f"tokenize.vocab_size: SentencePiece cannot make {vocab_size} pieces of the train documents: "
-            f"{error}"
-        ) from error
+        raise ValueError(_vocabulary_error(vocab_size, str(error))) from error
     return model.getvalue()
+
+
+def _vocabulary_error(vocab_size: int, message: str) -> str:
+    """Return the reason and remedy for SentencePiece's message that it cannot make `vocab_size` pieces."""
+    sizes = "set tokenize.vocab_size and model.vocab_size to"
+    needed = re.search(r"smaller than required_chars\. \d+ vs (\d+)", message)
+    if needed:
+        return (
+            f"tokenize.vocab_size: {vocab_size} pieces are too few for the different characters of the text; "
+            f"{sizes} at least {needed[1]}"
+        )
+    most = re.search(r"set it to a value <= (\d+)", message)
+    remedy = "give more text"
+    if most and int(most[1]) > SMALLEST_VOCAB:
+        remedy = f"{sizes} at most {most[1]}, or {remedy}"
+    return f"tokenize.vocab_size: too little text for {vocab_size} pieces; {remedy}"
 
 
 def load(path: Path, vocab_size: int) -> Tokenizer:

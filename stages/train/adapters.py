@@ -1,8 +1,9 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685) of the model's products, independent for each row of a batch.
 
 An adapter adds scale * B A x to a product's output (#1530). An adapter whose B is zero adds exactly
-zero, so a model with fresh adapters is the plain model. All adapters of a block read its normalised
-input; the one of the output projection does too, and is therefore parallel to attention.
+zero, so a model with fresh adapters is the plain model. The adapters of attention all read its
+normalised input; the one of the output projection does too, and is therefore parallel to attention.
+In the same way the adapter of the MLP is parallel to the whole MLP.
 
 Shapes: B batch, T tokens, I inputs, O outputs, R rank.
 """

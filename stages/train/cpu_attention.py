@@ -78,7 +78,10 @@ class _Attention(torch.autograd.Function):
         grad_k_ATC = torch.zeros_like(k, memory_format=torch.contiguous_format).flatten(0, 1)
         grad_v_ATC = torch.zeros_like(v, memory_format=torch.contiguous_format).flatten(0, 1)
 
-        for block in context.kept_blocks or _blocks(q, k, v, visible):
+        # They are freed like saved tensors; a second backward pass computes them again.
+        blocks = context.kept_blocks or _blocks(q, k, v, visible)
+        context.kept_blocks = []
+        for block in blocks:
             queries = slice(block.first, block.last)
             keys = slice(0, block.key_AMC.shape[1])
             grad_out_AXC = _join_groups(grad_out_BHTC[:, :, queries], kv_heads)

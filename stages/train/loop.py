@@ -5,7 +5,8 @@ Unusual here:
 * everything is compiled and, on a GPU, captured in CUDA graphs before the clock starts and before
   any data is read; compiling inside the clock is an error;
 * the host runs at most MAX_STEPS_IN_FLIGHT steps ahead of the device, so that a budget of seconds
-  is measured truly without the host ever waiting for a loss;
+  is measured truly; until the last step it waits for a loss only in the first LOGGED_FIRST_STEPS
+  steps and where a checkpoint is written;
 * the result is the moving average of the weights, not the weights of the last step.
 
 `train` is the whole run. `TrainingLoop` is the state that lives across steps.
@@ -37,7 +38,7 @@ from stages.train.schedule import StepSchedule, budget_tracker, step_schedule
 # Steps that the host may run ahead of the device: enough to hide the launches of kernels, few
 # enough that the elapsed seconds are true.
 MAX_STEPS_IN_FLIGHT = 2
-LOGGED_FIRST_STEPS = 5
+LOGGED_FIRST_STEPS = 5  # steps whose loss is logged at once: it shows early whether a run is sound
 WARM_UP_STEPS = 2  # of each kind; the second one meets what the first has left, such as gradients
 
 
@@ -68,17 +69,18 @@ def train(
     """
     model = build_model(params.model, world)
     initialise_(model, params.seed)
-    shape = _batch_shape(params, world)
+    batch_shape = _batch_shape(params, world)
     logger.log(
         f"train: {sum(p.numel() for p in model.parameters()):,} parameters,"
         f" {params.train.batch_tokens:,} tokens a step = {world.size} ranks"
-        f" x {shape.windows_per_rank // shape.windows_per_pass} passes x {shape.windows_per_pass} windows"
+        f" x {batch_shape.windows_per_rank // batch_shape.windows_per_pass} passes"
+        f" x {batch_shape.windows_per_pass} windows"
         f" x {params.model.context} tokens, on {world.device.type}"
     )
 
     # Compile and warm up before the clock starts.
     checkpoints = open_checkpoints(params, shard_folder, scratch, world)
-    loop = TrainingLoop(params, model, world, checkpoints, shape.windows_per_pass)
+    loop = TrainingLoop(params, model, world, checkpoints, batch_shape.windows_per_pass)
     if world.device.type == "cuda":
         loop.warm_up()  # on a CPU there is nothing to compile
 
@@ -90,12 +92,12 @@ def train(
 
     def first_window(step: int) -> int:
         """Number of this rank's first window in the global batch of a step."""
-        return (step * world.size + world.rank) * shape.windows_per_rank
+        return (step * world.size + world.rank) * batch_shape.windows_per_rank
 
     with (
         logger.progress("train: % of the budget", 100) as progress,
         PrefetchedBatches(
-            windows, first_window, shape.windows_per_rank, loop.steps_done, world.device
+            windows, first_window, batch_shape.windows_per_rank, loop.steps_done, world.device
         ) as batches,
         _forbid_recompilation(world),
     ):
@@ -217,8 +219,9 @@ class TrainingLoop:
         # Two tensors, not one twice: a graph that was compiled for inputs that share memory does
         # not serve inputs that do not.
         generator = torch.Generator().manual_seed(0)
-        shape = (2, self.windows_per_pass, self.params.model.context)
-        tokens = torch.randint(self.params.model.vocab_size, shape, generator=generator).to(self.world.device)
+        token_shape = (2, self.windows_per_pass, self.params.model.context)
+        tokens = torch.randint(self.params.model.vocab_size, token_shape, generator=generator)
+        tokens = tokens.to(self.world.device)
         inputs_BT = tokens[0].clone()
         targets_BT = tokens[1].clone()
 
@@ -256,7 +259,7 @@ class TrainingLoop:
         return [float(loss) for loss in losses.cpu()]
 
     def log_first_steps(self, logger: Logger) -> None:
-        """Log the losses of the first steps as they come: they show at once whether a run is sound."""
+        """Log this rank's loss of the first steps; waits for the device."""
         if self.steps_done <= LOGGED_FIRST_STEPS:
             logger.log(f"train: step {self.steps_done} loss {float(self.local_losses[-1]):.4f}")
 
@@ -264,8 +267,8 @@ class TrainingLoop:
         """The newest loss that the device has certainly computed, for the progress line."""
         if len(self.host_losses) <= MAX_STEPS_IN_FLIGHT:
             return ""
-        looped = " looped" if self.schedule[-1].looped else ""
-        return f"step {self.steps_done} loss {float(self.host_losses[0]):.4f}{looped}"
+        suffix = " looped" if self.schedule[-1].looped else ""
+        return f"step {self.steps_done} loss {float(self.host_losses[0]):.4f}{suffix}"
 
     def timing(self, clock: Interval) -> dict[str, Any]:
         """Speed, memory and compilation, for timing.json."""

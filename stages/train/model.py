@@ -19,8 +19,9 @@ Unusual here (#1493 and what it builds on):
   #1851); and value embeddings, tables that add a row chosen by the token to its attention value,
   without a matrix product (modded-nanogpt).
 
-Adapters (adapters.py) plug into every product of a block and into the head's; without them no
-operation is added. The operations with a fused form come from `ops` (reference.py).
+Adapters (adapters.py) plug into q, k and v, parallel to attention and to the MLP, and into the
+head; without them no operation is added. The operations with a fused form come from `ops`
+(reference.py).
 
 Weights are float32 and are cast to the dtype of the activations where they are used; losses are
 computed in float32.
@@ -151,7 +152,7 @@ class CastedLinear(nn.Module):
 class Attention(nn.Module):
     """Causal grouped-query attention with normalised q and k, a gain on q, partial RoPE, and XSA."""
 
-    def __init__(self, params: ModelParams, value_table: int | None, ops: Ops) -> None:
+    def __init__(self, params: ModelParams, table_index: int | None, ops: Ops) -> None:
         super().__init__()
         self.params = params
         self.ops = ops
@@ -161,8 +162,8 @@ class Attention(nn.Module):
         self.output = CastedLinear(params.heads * params.head_dim, params.width)
         self.gain = nn.Parameter(torch.full((params.heads,), params.query_gain))
         self.gate = nn.Parameter(torch.zeros(params.heads, params.gate_width)) if params.gate_width else None
-        self.value_table = value_table
-        self.table_share = nn.Parameter(torch.ones(params.kv_heads)) if value_table is not None else None
+        self.value_table_index = table_index
+        self.table_share = nn.Parameter(torch.ones(params.kv_heads)) if table_index is not None else None
 
     def forward(
         self, x_BTD: Tensor, context: BlockContext, adapters: VisitAdapters = NO_VISIT_ADAPTERS
@@ -176,8 +177,8 @@ class Attention(nn.Module):
         q_BTHC, k_BTKC, v_BTKC = self.ops.qk_norm_rope(
             joint_BTE, self.gain, context.cos_TR, context.sin_TR, starts_BT, self.params.kv_heads
         )
-        if self.value_table is not None and self.table_share is not None:
-            rows_BTKC = context.value_rows[self.value_table].view(v_BTKC.shape)
+        if self.value_table_index is not None and self.table_share is not None:
+            rows_BTKC = context.value_rows[self.value_table_index].view(v_BTKC.shape)
             v_BTKC = torch.addcmul(v_BTKC, rows_BTKC, self.table_share.to(v_BTKC.dtype)[:, None])
 
         y_BTHC = self.ops.attend(q_BTHC, k_BTKC, v_BTKC, context.documents)
@@ -185,6 +186,8 @@ class Attention(nn.Module):
             gate_inputs = x_BTD[..., : self.gate.shape[1]]
             gate_BTH = 2 * torch.sigmoid(F.linear(gate_inputs, self.gate.to(x_BTD.dtype)))
             y_BTHC = y_BTHC * gate_BTH.unsqueeze(-1)
+
+        # This adapter reads the layer's input: it is parallel to attention (adapters.py).
         return apply_adapter(self.output(y_BTHC.flatten(2)), x_BTD, adapters.output)
 
     def _add_adapters(self, joint_BTE: Tensor, x_BTD: Tensor, adapters: VisitAdapters) -> Tensor:
@@ -238,14 +241,18 @@ class Block(nn.Module):
         adapters: VisitAdapters = NO_VISIT_ADAPTERS,
     ) -> ResidualStream:
         """The next residual stream; like the incoming one it is not summed yet."""
-        u, h = self.ops.weighted_sum_norm(
+        # The stream with x0 mixed in, as a sum and normalised.
+        x_BTD, normed_BTD = self.ops.weighted_sum_norm(
             [*scale_terms(stream, self.mix[0]), Term(x0_BTD, self.mix[1])], self.input_scale
         )
-        attended = Term(self.attention(h, context, adapters), self.attention_scale)
-        if self.parallel:
-            return [Term(u), attended, Term(apply_adapter(self.mlp(h), h, adapters.mlp), self.mlp_scale)]
-        y, h = self.ops.weighted_sum_norm([Term(u), attended], self.input_scale)
-        return [Term(y), Term(apply_adapter(self.mlp(h), h, adapters.mlp), self.mlp_scale)]
+        terms = [Term(x_BTD), Term(self.attention(normed_BTD, context, adapters), self.attention_scale)]
+
+        # The MLP of a parallel block reads the same input as attention, otherwise the sum with it.
+        if not self.parallel:
+            x_BTD, normed_BTD = self.ops.weighted_sum_norm(terms, self.input_scale)
+            terms = [Term(x_BTD)]
+        mlp_BTD = apply_adapter(self.mlp(normed_BTD), normed_BTD, adapters.mlp)
+        return [*terms, Term(mlp_BTD, self.mlp_scale)]
 
 
 class Embedding(nn.Module):

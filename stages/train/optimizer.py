@@ -4,7 +4,8 @@ Parameters of one shape and one update rule live in one flat buffer, and the mod
 views of it. A step is then a few large kernels whatever the number of layers (#1523's parameter
 banks, here for every group and not for matrices alone). One step:
 
-    gradients    reduce-scatter: each rank gets the mean gradient of its shard
+    gradients    reduce-scatter: each rank gets its shard of the mean over ranks of the sums over
+                 passes
     update       each rank updates its shard of the weights, momenta and moving average
     weights      all-gather: every rank has all new weights
 
@@ -44,7 +45,10 @@ def muon_step_(
     dtype: torch.dtype,
     ema_decay: float,
 ) -> None:
-    """Muon with decoupled weight decay at the current rate, then the moving average."""
+    """Muon with decoupled weight decay, then the moving average.
+
+    The decay is multiplied by the current learning rate.
+    """
     gradient = gradient_nRC * scalars["grad_scale"]
     update, momentum = muon_update(gradient, momentum_nRC, scalars["momentum"], coefficients, dtype)
     momentum_nRC.copy_(momentum)
@@ -76,8 +80,8 @@ def adamw_step_(
 
     # The bias-corrected step with decoupled weight decay.
     rate = lr * scalars["lr_multiplier"]
-    denominator = (second_moment_n / scalars["adam_bias2"]).sqrt() + eps
-    update = rate * (first_moment_n / scalars["adam_bias1"]) / denominator
+    denominator = (second_moment_n / scalars["bias_correction2"]).sqrt() + eps
+    update = rate * (first_moment_n / scalars["bias_correction1"]) / denominator
     weights_n.mul_(1 - rate * weight_decay).sub_(update)
     average_n.lerp_(weights_n, 1 - ema_decay)
 
@@ -110,7 +114,8 @@ class FlatParameters:
         self.shard_slice = slice(world.rank * shard_units, (world.rank + 1) * shard_units)
         self._move_parameters_into_buffer_()
 
-        # Gradients: all of this rank's before the reduce-scatter, the mean of one shard after it.
+        # Gradients: `grad_buffer` holds this rank's sums over passes. After the reduce-scatter
+        # `grad_shard` holds one shard of the mean over ranks of the sums over passes.
         self.grad_buffer = torch.zeros_like(self.weights)
         self.grad_views = self._parameter_views(self.grad_buffer)
         self.grad_shard = self.grad_buffer
@@ -118,7 +123,7 @@ class FlatParameters:
             self.grad_shard = torch.zeros(shard_units, *unit, device=device)
 
         self.states = [torch.zeros(shard_units, *unit, device=device) for _ in range(state_count)]
-        self.average = self.weights[self.shard_slice].clone()
+        self.average_shard = self.weights[self.shard_slice].clone()
 
     def accumulate(self, gradients: dict[str, Tensor | None], add: bool) -> None:
         """Copy gradients by name into the buffer, or add them to it.
@@ -145,12 +150,12 @@ class FlatParameters:
 
     def state(self) -> list[Tensor]:
         """All tensors that a resumed run needs of this rank: weights, moving average, optimizer states."""
-        return [self.weights, self.average, *self.states]
+        return [self.weights, self.average_shard, *self.states]
 
-    def averages(self, world: World) -> Iterator[tuple[str, Tensor]]:
+    def gather_averages(self, world: World) -> Iterator[tuple[str, Tensor]]:
         """Yield the averaged weights by name, float32, on the CPU."""
         whole = torch.empty_like(self.weights)
-        world.all_gather(whole, self.average).wait()
+        world.all_gather(whole, self.average_shard).wait()
         for name, view in zip(self.names, self._parameter_views(whole.cpu()), strict=True):
             yield name, view.clone()
 
@@ -206,14 +211,17 @@ class ShardedOptimizer:
         gathered = []
         for group in self.groups:
             weights = group.weights[group.shard_slice]
-            group.update_fn(weights, group.grad_shard, *group.states, group.average, scalars)
+            group.update_fn(weights, group.grad_shard, *group.states, group.average_shard, scalars)
             gathered.append(self.world.all_gather(group.weights, weights))
         for work in gathered:
             work.wait()
 
     def averaged_weights(self) -> dict[str, Tensor]:
         """The averaged weights by name, float32, on the CPU, in the order of the groups."""
-        return {name: tensor for group in self.groups for name, tensor in group.averages(self.world)}
+        averaged: dict[str, Tensor] = {}
+        for group in self.groups:
+            averaged.update(group.gather_averages(self.world))
+        return averaged
 
     def state(self) -> list[list[Tensor]]:
         """All tensors that a resumed run needs of this rank, by group: the tensors themselves, not copies."""
@@ -239,9 +247,13 @@ class ShardedOptimizer:
         )
         if self.world.device.type == "cuda":
             host = host.pin_memory()
-        multiplier, momentum, bias1, bias2 = host.to(self.world.device, non_blocking=True).unbind()
 
-        # The buffers hold sums over the passes: the norm and the update are those of the mean.
+        # One copy for all of them.
+        on_device = host.to(self.world.device, non_blocking=True)
+        multiplier, momentum, bias_correction1, bias_correction2 = on_device.unbind()
+
+        # The shards hold the mean over ranks of the sums over passes: the divisions by `passes`
+        # make the norm and the update those of the mean gradient.
         norms = [torch.linalg.vector_norm(group.grad_shard) for group in self.groups]
         square = torch.stack(norms).square().sum()
         norm = self.world.sum_(square).sqrt() / self.passes
@@ -250,13 +262,13 @@ class ShardedOptimizer:
             "grad_scale": grad_scale,
             "lr_multiplier": multiplier,
             "momentum": momentum,
-            "adam_bias1": bias1,
-            "adam_bias2": bias2,
+            "bias_correction1": bias_correction1,
+            "bias_correction2": bias_correction2,
         }
 
     def _muon_groups(self, model: Model) -> list[FlatParameters]:
         """A group for each shape of block matrices."""
-        update_fn = self._update_fn(
+        update_fn = self._bind_step(
             muon_step_,
             lr=self.params.matrix_lr,
             weight_decay=self.params.matrix_weight_decay,
@@ -295,10 +307,10 @@ class ShardedOptimizer:
             (tables, self.params.embedding_lr, self.params.embedding_weight_decay),
             (vectors, self.params.scalar_lr, self.params.scalar_weight_decay),
         ):
-            update_fn = self._update_fn(adamw_step_, lr=lr, weight_decay=weight_decay, **constants)
+            update_fn = self._bind_step(adamw_step_, lr=lr, weight_decay=weight_decay, **constants)
             groups.append(FlatParameters(named, torch.Size(), update_fn, state_count=2, world=self.world))
         return groups
 
-    def _update_fn(self, step: Callable[..., None], **constants: Any) -> Callable[..., None]:
+    def _bind_step(self, step: Callable[..., None], **constants: Any) -> Callable[..., None]:
         """A step function with its constants bound, compiled where the world compiles."""
         return maybe_compile(partial(step, **constants, ema_decay=self.params.ema_decay), self.world)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from stages.audit import sampling
-from stages.audit.audit_scorer import AuditedStream, ClaimedEvaluation, ScorerFactory, audit_scorer
+from stages.audit.audit_scorer import AuditCase, AuditedStream, ClaimedEvaluation, ScorerFactory, audit_scorer
 from stages.audit.checks import coverage
 from stages.audit.checks.metamorphic import NO_VARIANTS, Variants
 from stages.audit.params import AuditParams
@@ -59,9 +59,8 @@ def audit(
 
     stream = AuditedStream(tokens, lawful.BOS, target_bytes, count_decoded_bytes(tokens), lawful.PIECES)
     name = getattr(factory, "__name__", "scorer")
-    return audit_scorer(
-        name, factory, stream, claim, BOUNDARIES, key, params, Logger(is_main=False), variants
-    )
+    case = AuditCase(name, factory, stream, BOUNDARIES, key, params, variants)
+    return audit_scorer(case, claim, Logger(is_main=False))
 
 
 def failed_checks(verdicts: list[Verdict]) -> set[str]:

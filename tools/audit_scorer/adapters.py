@@ -4,9 +4,13 @@ Two kinds are accepted. A stepwise scorer has `predict`, `observe` and `fork`, a
 `score_stream`; without it, losses are read from predictions. A replay scorer has `score_stream`
 alone: a fork of it is a new scorer from the factory that scores the same tokens again, which is why
 its prefixes are kept short.
+
+An error that the external code raises becomes a ScorerError, so that it is not taken for an error of
+the audit's own files or options.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -14,6 +18,34 @@ import numpy as np
 from stages.audit.probe_runner import ProtocolError
 
 STEPWISE_METHODS = ("predict", "observe", "fork")
+# Errors that somebody else's code may raise.
+SCORER_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
+class ScorerError(Exception):
+    """The audited scorer or its factory raised an error; it could not be audited.
+
+    That is not a failed check.
+    """
+
+
+@contextlib.contextmanager
+def scorer_errors() -> Iterator[None]:
+    """Context manager around a call of the external code: raise a ScorerError that names its error."""
+    try:
+        yield
+    except SCORER_ERRORS as error:
+        raise ScorerError(f"raised {type(error).__name__}: {error}") from error
 
 
 class StepwiseScorer:
@@ -29,21 +61,26 @@ class StepwiseScorer:
 
     def predict(self) -> np.ndarray:
         """Return natural log-probabilities of the next token, (V,) float64."""
-        return np.asarray(self.inner.predict(), dtype=np.float64)
+        with scorer_errors():
+            return np.asarray(self.inner.predict(), dtype=np.float64)
 
     def observe(self, token: int) -> None:
         """Append a token."""
-        self.inner.observe(token)
+        with scorer_errors():
+            self.inner.observe(token)
         self.has_observed = True
 
     def fork(self) -> "StepwiseScorer":
         """Return an independent copy."""
-        return StepwiseScorer(self.inner.fork(), self.vocab_size, self.has_observed)
+        with scorer_errors():
+            inner = self.inner.fork()
+        return StepwiseScorer(inner, self.vocab_size, self.has_observed)
 
     def score_stream(self, tokens: np.ndarray) -> np.ndarray:
         """Append tokens (n,) and return their losses in nats, float32; (n-1,) at the start of the stream."""
         if hasattr(self.inner, "score_stream"):
-            scored = np.asarray(self.inner.score_stream(tokens), dtype=np.float32)
+            with scorer_errors():
+                scored = np.asarray(self.inner.score_stream(tokens), dtype=np.float32)
             self.has_observed = self.has_observed or bool(len(tokens))
             return scored
 
@@ -67,7 +104,8 @@ class ReplayScorer:
         self.vocab_size = vocab_size
         if observed is None:
             self.observed = np.empty(0, dtype=np.uint16)
-            self.scope = getattr(factory(), "scope", "stream")
+            with scorer_errors():
+                self.scope = getattr(factory(), "scope", "stream")
         else:
             self.observed = observed
             self.scope = "stream"  # never read of a fork
@@ -87,7 +125,8 @@ class ReplayScorer:
     def score_stream(self, tokens: np.ndarray) -> np.ndarray:
         """Append tokens (n,) and return their losses in nats, float32; (n-1,) at the start of the stream."""
         self.observed = np.concatenate([self.observed, tokens.astype(np.uint16)])
-        losses = np.asarray(self.factory().score_stream(self.observed), dtype=np.float32)
+        with scorer_errors():
+            losses = np.asarray(self.factory().score_stream(self.observed), dtype=np.float32)
         targets = len(self.observed) - 1
         if losses.shape != (targets,):
             raise ProtocolError(
@@ -99,7 +138,8 @@ class ReplayScorer:
 
 def adapt_scorer(factory: Callable[[], Any], vocab_size: int) -> StepwiseScorer | ReplayScorer:
     """Return an adapter for the scorers of a factory; ValueError if they are of neither kind."""
-    inner = factory()
+    with scorer_errors():
+        inner = factory()
     declared = getattr(inner, "vocab_size", vocab_size)
     if declared != vocab_size:
         raise ValueError(

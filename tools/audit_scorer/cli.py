@@ -20,7 +20,13 @@ import sentencepiece
 
 from stages.audit import catalogue
 from stages.audit import report as audit_report
-from stages.audit.audit_scorer import AuditedStream, ClaimedEvaluation, audit_scorer, audited_stream
+from stages.audit.audit_scorer import (
+    AuditCase,
+    AuditedStream,
+    ClaimedEvaluation,
+    audit_scorer,
+    audited_stream,
+)
 from stages.audit.checks import budgets, contamination, coverage, round_trip
 from stages.audit.checks.metamorphic import Variants
 from stages.audit.params import AuditParams
@@ -37,18 +43,6 @@ from tools.audit_scorer import adapters, claims, effort
 
 NONCE_BYTES = 16
 SUBJECT = "scorer"  # its name in verdicts
-# Errors that somebody else's code may raise. Then it could not be audited, which is not a failed
-# check.
-SCORER_ERRORS = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    ImportError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    TypeError,
-)
 
 
 @dataclass(frozen=True)
@@ -68,7 +62,11 @@ class ExternalFactory:
         )
 
     def make_for(self, n_targets: int) -> adapters.StepwiseScorer | adapters.ReplayScorer:
-        """Return the same; the audit passes the length of the part of the stream that it shows."""
+        """Same as `make`.
+
+        `n_targets`, the length of the part shown, is ignored, because the scorer is made for the
+        whole stream.
+        """
         return self.make()
 
     def variants(self) -> Variants:
@@ -91,13 +89,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = _parser().parse_args(argv)
     try:
         verdicts = run_audit(arguments)
-    except (ValueError, FileNotFoundError, PermissionError, IsADirectoryError) as error:
+    except adapters.ScorerError as error:
+        exit_with_error("audit_scorer", f"{arguments.scorer} {error}; it could not be audited")
+    except (ValueError, OSError) as error:
         exit_with_error("audit_scorer", error)
-    except SCORER_ERRORS as error:
-        exit_with_error(
-            "audit_scorer",
-            f"{arguments.scorer} raised {type(error).__name__}: {error}; it could not be audited",
-        )
     for verdict in failures(verdicts):
         print(failure_message(verdict))
     raise SystemExit(1 if failures(verdicts) else 0)
@@ -122,7 +117,10 @@ def run_audit(arguments: argparse.Namespace) -> list[Verdict]:
     is_part = shown < len(stream.tokens)
 
     # Checks of the claim and of files.
-    verdicts, ledger = claims.check_claim(SUBJECT, claim, stream, tokenizer)
+    try:
+        verdicts, ledger = claims.check_claim(SUBJECT, claim, stream, tokenizer)
+    except (AttributeError, TypeError) as error:  # a field of another type than docs/audit.md says
+        raise ValueError(f"--claim {arguments.claim}: {error}") from error
     verdicts += _check_sizes(arguments.artifact)
     verdicts += _check_clean_room(arguments, claim)
     if arguments.train is not None:
@@ -138,9 +136,17 @@ def run_audit(arguments: argparse.Namespace) -> list[Verdict]:
     if scorer.predicts and not failures(verdicts):
         count = min(effort.EFFORTS[arguments.level].decoded_targets, shown - 1)
         recipe = Recipe(factory.spec, factory.arguments)
+        # The span is the beginning of the stream.
         verdicts.append(
             round_trip.check_round_trip(
-                SUBJECT, factory.make_for, recipe, stream.tokens, 1, count, ledger, params.loss_tolerance
+                SUBJECT,
+                factory.make_for,
+                recipe,
+                stream.tokens,
+                start=1,
+                count=count,
+                ledger=ledger,
+                tolerance=params.loss_tolerance,
             )
         )
 
@@ -172,12 +178,25 @@ def _run_probes(
     is_part: bool,
 ) -> list[Verdict]:
     """Run the checks that probe the scorer; `ledger` has the losses of the part that is shown."""
-    claim = ClaimedEvaluation(ledger, None, None, params.loss_tolerance, params.mean_tolerance)
-    boundaries = Boundaries(window=arguments.window, chunk=arguments.chunk)
-    logger = Logger(is_main=not arguments.quiet)
-    verdicts = audit_scorer(
-        SUBJECT, factory.make_for, part, claim, boundaries, key, params, logger, factory.variants()
+    claim = ClaimedEvaluation(
+        ledger=ledger,
+        chunk_table=None,
+        reported_bpb=None,
+        ledger_tolerance=params.loss_tolerance,
+        mean_tolerance=params.mean_tolerance,
     )
+
+    # Draw positions, and run every check that the scorer's interface allows.
+    case = AuditCase(
+        name=SUBJECT,
+        factory=factory.make_for,
+        stream=part,
+        boundaries=Boundaries(window=arguments.window, chunk=arguments.chunk),
+        key=key,
+        params=params,
+        variants=factory.variants(),
+    )
+    verdicts = audit_scorer(case, claim, Logger(is_main=not arguments.quiet))
 
     # The reported score was checked with the claim, and a part of the stream does not prove
     # coverage.
@@ -245,6 +264,8 @@ def _load_factory(spec: str, artifact: Path | None, vocab_size: int, n_targets: 
         function = getattr(importlib.import_module(module_name), name, None)
     except ImportError as error:
         raise ValueError(f"--scorer {spec}: {module_name} cannot be imported from here: {error}") from error
+    except adapters.SCORER_ERRORS as error:
+        raise adapters.ScorerError(f"raised {type(error).__name__}: {error}") from error
     if not callable(function):
         raise ValueError(f"--scorer {spec}: {module_name} has no function {name}")
     if artifact is not None and not artifact.is_dir():
@@ -265,7 +286,7 @@ def _check_clean_room(arguments: argparse.Namespace, claim: dict[str, Any]) -> l
     """B14: run the counted files in a clean room with stream and tokenizer alone, if --run says how."""
     if arguments.run is None:
         return []
-    if arguments.artifact is None or "bpb" not in claim:
+    if arguments.artifact is None or not isinstance(claim.get("bpb"), (int, float)):
         raise ValueError(
             "--run needs the counted files (--artifact) and the number that they claim (`bpb` in --claim)"
         )

@@ -22,6 +22,7 @@ from tools.check_record.logs import Log, parse_integer, parse_log
 SUMMARY = "submission.json"
 README = "README.md"
 CODE = "train_gpt.py"
+OUR_SUBMISSION = ("artifacts", "submission")  # last parts of the path of the stage's output
 MAX_SOURCE_BYTES = 10_000_000  # unpacked source beyond this is cut: protection from a decompression bomb
 # Names that records use for the results of a seed, by the name used here.
 FIELD_ALIASES = {
@@ -114,6 +115,9 @@ class RecordFolder:
 
 def read_folder(path: Path) -> RecordFolder:
     """Read a folder; ValueError only if it does not exist or has nothing to check."""
+    # Git has the small files of our own submission, and DVC has the code.
+    if path.resolve().parts[-2:] == OUR_SUBMISSION and not (path / CODE).is_file():
+        raise ValueError(f"{path} has no {CODE}; run `dvc repro submission` or `dvc pull`")
     if not path.is_dir():
         raise ValueError(f"{path} is not a folder")
 

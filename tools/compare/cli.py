@@ -18,6 +18,7 @@ from stages.common.bpb import bits_per_byte
 from stages.common.cli_errors import user_errors
 from stages.common.figure_style import BLUE, GREY, ORANGE, house_style, new_figure, to_png
 from stages.scoring.stream import open_validation_stream
+from tools import require_file, require_folder
 from tools.compare import revisions
 from tools.compare.breakdown import Bucket, Comparison, as_json, compare_ledgers
 
@@ -106,6 +107,12 @@ def main(argv: list[str] | None = None) -> None:
 
 def compare_and_print(arguments: argparse.Namespace) -> None:
     """Read both ledgers, compare them, write the files and print the tables."""
+    # The names first: the stream takes longer to read.
+    for name in (arguments.a, arguments.b):
+        revisions.require_ledger_name(name)
+    require_file(arguments.tokenizer, "run `dvc repro tokenize`, or name another with --tokenizer")
+    require_folder(arguments.val, "run `dvc repro tokenize`, or name another with --val")
+
     stream = open_validation_stream(arguments.val, arguments.tokenizer)
     a = revisions.read_ledger(arguments.a, stream.targets)
     b = revisions.read_ledger(arguments.b, stream.targets)

@@ -16,6 +16,7 @@ import yaml
 from stages.common import ledger
 
 LEDGER_FILE = "nll.npy"
+NPY_MAGIC = b"\x93NUMPY"
 SCORERS = ("sliding_eval", "ttt_eval")  # the first is the default
 LOCK_FILE = "dvc.lock"
 STREAM_PATHS = ("artifacts/tokenize/val", "artifacts/tokenize/tokenizer.model")  # define targets and bytes
@@ -30,26 +31,52 @@ def read_ledger(name: str, targets: int) -> np.ndarray:
     """
     path = Path(name)
     if path.exists():
-        return ledger.read(path / LEDGER_FILE if path.is_dir() else path, targets)
+        return ledger.read(_ledger_file(path), targets)
 
+    revision, scorer = _split_name(name)
+    commit = resolve_commit(revision)
+    require_same_stream(name, commit)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / LEDGER_FILE
+        fetch_output(commit, f"artifacts/{scorer}/{LEDGER_FILE}", file)
+        return ledger.read(file, targets)
+
+
+def require_ledger_name(name: str) -> None:
+    """Raise ValueError unless `name` is a ledger as in `read_ledger`; its content is not read."""
+    path = Path(name)
+    if path.exists():
+        _ledger_file(path)
+    else:
+        resolve_commit(_split_name(name)[0])
+
+
+def _ledger_file(path: Path) -> Path:
+    """Return the ledger of a path, which is the file or its folder; ValueError if it is not an .npy file."""
+    file = path / LEDGER_FILE if path.is_dir() else path
+    if not file.is_file():
+        raise ValueError(f"{path} has no {LEDGER_FILE}; name a folder of {' or '.join(SCORERS)}")
+    with file.open("rb") as opened:
+        if opened.read(len(NPY_MAGIC)) != NPY_MAGIC:
+            raise ValueError(f"{file} is not an .npy file; name a ledger, such as {LEDGER_FILE}")
+    return file
+
+
+def _split_name(name: str) -> tuple[str, str]:
+    """Split REVISION or REVISION:SCORER into revision and scorer."""
     revision, separator, scorer = name.partition(":")
     if separator and scorer not in SCORERS:
         raise ValueError(
             f"{name}: {scorer!r} is not a scorer; name one of {', '.join(SCORERS)} after the colon"
         )
-    commit = resolve_commit(revision)
-    require_same_stream(name, commit)
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / LEDGER_FILE
-        fetch_output(commit, f"artifacts/{scorer or SCORERS[0]}/{LEDGER_FILE}", file)
-        return ledger.read(file, targets)
+    return revision, scorer or SCORERS[0]
 
 
-def resolve_commit(revision: str) -> str:
+def resolve_commit(revision: str, remedy: str = "`dvc exp pull` fetches the experiments of others") -> str:
     """Return the commit of a Git revision, or of the DVC experiment of that name.
 
     Of several experiments with the name, the one started from HEAD counts; without one it must be
-    unique.
+    unique. The message about an unknown name ends with the remedy.
     """
     commit = _find_commit(revision)
     if commit:
@@ -73,7 +100,7 @@ def resolve_commit(revision: str) -> str:
     if not commits:
         raise ValueError(
             f"{revision} is neither a file or folder here, nor a revision or experiment of this repository;"
-            " `dvc exp pull` fetches the experiments of others"
+            f" {remedy}"
         )
     if len(commits) > 1:
         raise ValueError(
@@ -123,7 +150,7 @@ def fetch_output(commit: str, path: str, to: Path) -> None:
         reason = errors[0].removeprefix("ERROR: ") if errors else f"exit code {result.returncode}"
         raise ValueError(
             f"dvc has no {path} of {commit[:10]} ({reason});"
-            " `dvc exp pull` or `dvc pull` fetches what others ran"
+            " `dvc exp pull` or `dvc pull` fetches what others ran, or `dvc repro` at that commit makes it"
         )
 
 

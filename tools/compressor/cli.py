@@ -30,6 +30,7 @@ from stages.common.parallel import ParallelParams, World, distributed
 from stages.common.progress import Logger
 from stages.pack.artifact import unpack
 from stages.sliding_eval.params import Params
+from tools import errors_name, require_file
 from tools.compressor.batched_kv import BatchedScorer
 
 MAGIC = b"CADZ"
@@ -111,7 +112,8 @@ class TextCompressor:
     def __init__(self, model_file: Path, tokenizer_file: Path, world: World, logger: Logger) -> None:
         self.tokenizer = LosslessTokenizer(bpb.load_tokenizer(tokenizer_file))
         model = model_file.read_bytes()
-        self.params, self.state = unpack(model)
+        with errors_name(model_file):
+            self.params, self.state = unpack(model)
         ids = len(self.tokenizer.token_bytes)
         if self.params.vocab_size != ids:
             raise ValueError(
@@ -253,6 +255,9 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command; a user error is one line and exit code 2."""
     arguments = _parser().parse_args(argv)
     with user_errors("compressor"):
+        require_file(arguments.model, "run `dvc repro pack` first, or name another")
+        require_file(arguments.tokenizer, "run `dvc repro tokenize` first, or name another with --tokenizer")
+        require_file(arguments.input, "name another")
         params = config.load(arguments.params, Params, arguments.set)
         with distributed(reproducible(params.parallel)) as world:
             compressor = TextCompressor(arguments.model, arguments.tokenizer, world, Logger())
@@ -278,9 +283,10 @@ def _compress_file(compressor: TextCompressor, arguments: argparse.Namespace, pa
 
 
 def _decompress_file(compressor: TextCompressor, arguments: argparse.Namespace) -> bytes:
-    text = "".join(compressor.decompress(arguments.input.read_bytes())).encode("utf-8")
-    compressed_size = arguments.input.stat().st_size
-    compressor.logger.log(f"compressor: {compressed_size:,} bytes to {len(text):,} of text")
+    compressed = arguments.input.read_bytes()
+    with errors_name(arguments.input):
+        text = "".join(compressor.decompress(compressed)).encode("utf-8")
+    compressor.logger.log(f"compressor: {len(compressed):,} bytes to {len(text):,} of text")
     return text
 
 
@@ -288,7 +294,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m tools.compressor",
         description="Compress UTF-8 text with a packed model, or decompress it."
-        " Decompression needs the same model, tokenizer and kind of machine.",
+        " Decompression needs the same model, tokenizer, device and versions of the packages,"
+        " and on a GPU the same hardware; window and stride are read from the compressed file.",
     )
 
     # Files.

@@ -85,7 +85,8 @@ def read_run(name: str, folder: Path) -> PipelineRun:
 
     Raises ValueError if it has no submission, or one that does not match its dvc.lock.
     """
-    commit = revisions.resolve_commit(name)
+    remedy = "run them with `make record`, or fetch those of others with `dvc exp pull`"
+    commit = revisions.resolve_commit(name, remedy)
     lock = _read_yaml(name, commit, revisions.LOCK_FILE)
     parameters = _read_yaml(name, commit, PARAMETERS)
     stages = lock.get("stages", {})

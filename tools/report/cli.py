@@ -13,6 +13,7 @@ from pathlib import Path
 
 from stages.common.cli_errors import user_errors
 from stages.scoring.stream import ValidationStream, open_validation_stream
+from tools import require_file, require_folder
 from tools.compare import revisions
 from tools.report import figures
 from tools.report.run_data import RunData, read_run_data
@@ -116,7 +117,14 @@ def html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def write_report(names: Sequence[str], output: Path) -> Path:
     """Read the runs, draw the figures, write them and the page into `output`; return the path of the page."""
+    # The names first: the stream takes longer to read.
+    for name in names:
+        if not Path(name).is_dir():
+            revisions.resolve_commit(name)
     val, tokenizer = map(Path, revisions.STREAM_PATHS)
+    require_file(tokenizer, "run `dvc repro tokenize` here first")
+    require_folder(val, "run `dvc repro tokenize` here first")
+
     stream = open_validation_stream(val, tokenizer)
     runs = [read_run_data(name, stream) for name in names]
     drawn = draw_figures(runs, stream)

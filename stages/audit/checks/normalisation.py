@@ -22,9 +22,8 @@ from stages.common.scorer import Scorer
 # Consecutive targets whose distributions are read at each position: a scorer that skips every other
 # target cannot fall between them.
 RUN_TARGETS = 4
-MAX_TOKENS_BEFORE = (
-    8  # tokens before the substituted one in the same call of the fast path; half as many after it
-)
+# Tokens before the substituted one in the same call of the fast path; half as many after it.
+MAX_TOKENS_BEFORE = 8
 
 
 class Commitment(NamedTuple):
@@ -50,9 +49,8 @@ class Substitution:
     position: int
     stop: int
     uniform: np.ndarray  # (K,) int64: ids drawn uniformly
-    quantiles: (
-        np.ndarray
-    )  # (K,) float64 in [0, 1): positions in the cumulative sum of p, for ids drawn from p
+    # (K,) float64 in [0, 1): positions in the cumulative sum of p, for ids drawn from p
+    quantiles: np.ndarray
 
     def run(self, scorer: Scorer, tokens: np.ndarray) -> Commitment:
         """Read the distribution, then substitute; tokens: (N,) uint16."""

@@ -8,18 +8,19 @@ magnitude to expect and, on a trellis, on the parity of the level.
 
 Magnitude. Row and column exponents (pack/quantise/trellis_quantiser.py) are known to encoder and
 decoder, and trained weights have about one scale, so most of a level's scale is known in advance.
-The rest is learnt, in three factors:
+The rest is learnt. The estimate has four factors, of which only the row factor is fixed:
 
-    estimate = column mean * row factor         of normalised magnitudes; 2^(-exponent / 8)
+    estimate = column mean                      of normalised magnitudes
+             * row factor                       2^(-exponent / 8)
              * observed / expected              sums over the row so far, shrunk (`_shrinkage`)
              * (1 + gain * local deviation)     of the last magnitudes in the row from their estimates
 
 The column mean is corrected in the same way by the last rows' magnitudes in that column.
 
 Rows or columns of one attention head have scales of their own, which the local deviations follow;
-how far to trust them is learnt by least squares (`_regression_gain`). An estimate is between two
-contexts, of which there are four an octave. A context starts from a normal distribution
-(initial_probabilities.py).
+how far to trust them is learnt by least squares (`_regression_gain`). There are four contexts an
+octave. The probabilities of the two nearest ones are blended. A context starts from a normal
+distribution (initial_probabilities.py).
 
 Prediction. Rows of an embedding share a direction (rare tokens have hardly anything else), which
 predicts their levels (row_predictor.py). It is used only where it has made the levels of earlier
@@ -32,7 +33,7 @@ Encoding and decoding are one function: both visit the same decisions in the sam
 cannot disagree.
 
 Fixed point: _qN names N fractional bits. Sums: q8; relative deviations: q10; predictions: q12;
-means and ratios: q16.
+means and ratios: q16; spreads and sums of products: q20.
 
 Shapes: R rows, C columns, S trellis states, K contexts, U decisions of a magnitude
 (initial_probabilities.py), B bytes.
@@ -83,7 +84,7 @@ INITIAL_COUNT = 16  # decisions that a context's initial probabilities count for
 
 FRAC_BITS = 16  # fractional bits of factors, means and ratios
 SUM_BITS = 8  # fractional bits of sums of magnitudes
-SPREAD_BITS = 20
+SPREAD_BITS = 20  # fractional bits of the spread of ratios from row to row
 DEVIATION_BITS = 10  # fractional bits of a relative deviation
 SUM_SHIFT = FRAC_BITS - SUM_BITS  # from q16 to q8
 
@@ -94,7 +95,8 @@ HALF_PI_Q14 = 25736  # pi / 2: a normal variance over the square of the mean abs
 MAX_PRIOR_COUNT = 4096  # pseudo-observations given to the mean of earlier rows
 RATIO_PRIOR_COUNT = 8  # pseudo-observations of the old ratio when a row updates it
 
-# Rates at which rows update running means, in q16. They start as 1/n and do not fall below these.
+# Rates at which rows update running means, in q16. They fall with the number of rows
+# (`_update_matrix`), but not below these.
 MIN_RATIO_RATE_Q16 = 4681  # 1/14
 MIN_SPREAD_RATE_Q16 = 2048  # 1/32
 MIN_MEAN_RATE_Q16 = 256  # 1/256
@@ -136,7 +138,7 @@ class MatrixState:
 class RowState:
     """Record: state of the model for the row that is being coded."""
 
-    sign: int  # 1: large magnitudes make larger ones likely; -1: the reverse (`_shrinkage`)
+    shrinkage_sign: int  # 1: large magnitudes make larger ones likely; -1: the reverse (`_shrinkage`)
     observed_q8: int  # sum of magnitudes, pseudo-observations included
     expected_q8: int  # sum of the magnitudes expected from the columns' means
     recent_observed_q16: int  # the same two over the last columns, by exponential decay
@@ -346,7 +348,7 @@ def _begin_row(row_factor_q16: int, model: MagnitudeModel, direction: Direction)
     columns = max(len(model.mean_q16_C), 1)
 
     # Prior: `prior_count` pseudo-observations of the mean expected from earlier rows.
-    row.sign, prior_count = _shrinkage(columns, matrix.spread_q20)
+    row.shrinkage_sign, prior_count = _shrinkage(columns, matrix.spread_q20)
     mean_q16 = (matrix.expected_total_q16 // columns * row_factor_q16) >> FRAC_BITS
     mean_q16 = min(max(mean_q16, 1), MAX_MEAN_Q16)
     row.expected_q8 = max((prior_count * mean_q16) >> SUM_SHIFT, 1 << SUM_BITS)
@@ -421,8 +423,8 @@ def _update_row(
     row.recent_expected_q16 += by_row_q16 - (row.recent_expected_q16 >> WINDOW_BITS)
     magnitude_q8 = magnitude << SUM_BITS
     expected_q8 = by_column_q16 >> SUM_SHIFT
-    row.observed_q8 = min(max(row.observed_q8 + row.sign * magnitude_q8, 1), MAX_SUM_Q8)
-    row.expected_q8 = max(row.expected_q8 + row.sign * expected_q8, 1 << SUM_BITS)
+    row.observed_q8 = min(max(row.observed_q8 + row.shrinkage_sign * magnitude_q8, 1), MAX_SUM_Q8)
+    row.expected_q8 = max(row.expected_q8 + row.shrinkage_sign * expected_q8, 1 << SUM_BITS)
     row.total_magnitude_q8 += magnitude_q8
     row.total_expected_q8 += expected_q8
 
@@ -446,8 +448,8 @@ def _shrinkage(columns: int, spread_q20: int) -> tuple[int, int]:
     deviations): a row that has had large magnitudes will then have small ones, and observations are
     subtracted from the prior instead of added.
     """
-    mean_q12 = spread_q20 >> (SPREAD_BITS - 12)
-    tau_q24 = ((mean_q12 * mean_q12 * HALF_PI_Q14) >> 14) - (SAMPLING_Q16 << 8) // columns
+    spread_q12 = spread_q20 >> (SPREAD_BITS - 12)
+    tau_q24 = ((spread_q12 * spread_q12 * HALF_PI_Q14) >> 14) - (SAMPLING_Q16 << 8) // columns
     prior_count = min((SAMPLING_Q16 << 8) // max(abs(tau_q24), 1), MAX_PRIOR_COUNT)
     least_if_negative = (17 * columns) >> 4  # so that the prior is not used up before the row ends
     if tau_q24 >= 0 or least_if_negative > MAX_PRIOR_COUNT:
@@ -471,16 +473,17 @@ def _regression_gain(cov_q20: int, var_q20: int) -> int:
 def _code_sign(magnitude: int, difference: int, remainder_q12: int, estimate_q16: int, coding: Coding) -> int:
     """Encode or decode the sign of a difference; returns the difference.
 
-    It is likely the sign of what rounding left of the prediction, the more so the larger both are.
-    That evidence chooses the context; without any the sign costs one bit.
+    The sign of `remainder_q12` predicts it. The evidence grows with the remainder and with the
+    magnitude. It chooses the context; without any the sign costs one bit.
     """
     if magnitude == 0:
         return 0
-    evidence = ((abs(remainder_q12) * magnitude) << 22) // (estimate_q16 * estimate_q16)
+    # Remainder * magnitude / estimate^2: 12 + 22 - 32 fractional bits are q2.
+    evidence_q2 = ((abs(remainder_q12) * magnitude) << 22) // (estimate_q16 * estimate_q16)
     is_upward = remainder_q12 > 0
     agrees = 1 if (difference > 0) == is_upward else 0
-    if evidence:
-        decision = min(evidence, UNARY - 1)
+    if evidence_q2:
+        decision = min(evidence_q2, UNARY - 1)
         agrees = code_adaptive_bit(
             agrees, np.int64(SIGN_CONTEXT), ZERO, decision, coding.counters, coding.coder
         )
@@ -506,7 +509,6 @@ def _code_magnitude(magnitude: int, estimate_q16: int, odd: int, coding: Coding)
     halved = magnitude >> parity_bits
     high_part = halved >> raw_bits
 
-    # Unary.
     value = ZERO
     while value < UNARY and code_adaptive_bit(
         1 if value < high_part else 0, context, blend_q4, value, counters, coder
@@ -563,14 +565,15 @@ def _update_matrix(row: int, row_factor_q16: int, model: MagnitudeModel) -> None
 
     # The ratio, and how much it varies from row to row.
     old_ratio_q16 = matrix.ratio_q16
-    observed_q8 = sums.total_magnitude_q8 + (old_ratio_q16 >> (SUM_SHIFT - 3))
+    observed_q8 = sums.total_magnitude_q8 + ((RATIO_PRIOR_COUNT * old_ratio_q16) >> SUM_SHIFT)
     expected_q8 = sums.total_expected_q8 + (RATIO_PRIOR_COUNT << SUM_BITS)
     ratio_q16 = min(max(1, (observed_q8 << FRAC_BITS) // expected_q8), MAX_RATIO_Q16)
-    ratio_rate_q16 = max(131072 // (2 * row + 3), MIN_RATIO_RATE_Q16)
+    running_rate_q16 = (2 << FRAC_BITS) // (2 * row + 3)  # 1 / (row + 1.5)
+    ratio_rate_q16 = max(running_rate_q16, MIN_RATIO_RATE_Q16)
     matrix.ratio_q16 = max(1, old_ratio_q16 + (((ratio_q16 - old_ratio_q16) * ratio_rate_q16) >> 16))
     if row:
         change_q20 = min((abs(ratio_q16 - old_ratio_q16) << SPREAD_BITS) // old_ratio_q16, 4 << SPREAD_BITS)
-        spread_rate_q16 = max(131072 // (2 * row + 3), MIN_SPREAD_RATE_Q16)
+        spread_rate_q16 = max(running_rate_q16, MIN_SPREAD_RATE_Q16)
         matrix.spread_q20 += ((change_q20 - matrix.spread_q20) * spread_rate_q16) >> 16
 
     # Regressions on the last columns and on the last rows.

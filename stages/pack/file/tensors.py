@@ -1,6 +1,6 @@
-"""Converts a tensor between its three forms.
+"""Converts a tensor between its three representations.
 
-    coded     RowQuantised, TrellisLevels, Corrected, or a float16 array
+    stored    RowQuantised, TrellisLevels, Corrected, or a float16 array
     raw       the bytes of each stream before the codec, in the order of container.layouts
     weights   float32, as the model uses them
 
@@ -47,7 +47,8 @@ class Corrected(NamedTuple):
     correction: Correction
 
 
-Coded = RowQuantised | TrellisLevels | Corrected | np.ndarray  # an array is a float16 tensor of any shape
+# Values before the codec; an array is a float16 tensor of any shape.
+StoredValues = RowQuantised | TrellisLevels | Corrected | np.ndarray
 
 
 def largest_value(bits: int) -> int:
@@ -55,17 +56,17 @@ def largest_value(bits: int) -> int:
     return (1 << (bits - 1)) - 1
 
 
-def dequantised(coded: Coded) -> np.ndarray:
+def dequantised(stored: StoredValues) -> np.ndarray:
     """Compute the float32 weights that a reader of the file gets, in the tensor's shape."""
-    if isinstance(coded, Corrected):
-        base_RC = dequantised(coded.base)
-        return base_RC + low_rank.correction_matrix(coded.correction, len(base_RC))
-    if isinstance(coded, TrellisLevels):
-        return trellis_quantiser.dequantise(coded)
-    if isinstance(coded, RowQuantised):
-        finer_C = np.ldexp(np.float32(1), coded.extra_bits_C.astype(np.int32))
-        return coded.values_RC.astype(np.float32) * (coded.steps_R.astype(np.float32)[:, None] / finer_C)
-    return coded.astype(np.float32)
+    if isinstance(stored, Corrected):
+        base_RC = dequantised(stored.base)
+        return base_RC + low_rank.correction_matrix(stored.correction, len(base_RC))
+    if isinstance(stored, TrellisLevels):
+        return trellis_quantiser.dequantise(stored)
+    if isinstance(stored, RowQuantised):
+        finer_C = np.ldexp(np.float32(1), stored.extra_bits_C.astype(np.int32))
+        return stored.values_RC.astype(np.float32) * (stored.steps_R.astype(np.float32)[:, None] / finer_C)
+    return stored.astype(np.float32)
 
 
 def decode(tensor: EncodedTensor) -> np.ndarray:
@@ -73,24 +74,24 @@ def decode(tensor: EncodedTensor) -> np.ndarray:
     return _weights(tensor.form, tensor.shape, decode_streams(tensor), tensor.name)
 
 
-def raw_streams(coded: Coded) -> tuple[bytes, ...]:
+def raw_streams(stored: StoredValues) -> tuple[bytes, ...]:
     """Serialise a tensor to the raw bytes of each stream, in the order of container.layouts."""
-    if isinstance(coded, Corrected):
-        levels_KN, steps_K = coded.correction
-        return *raw_streams(coded.base), _to_bytes(levels_KN, INT8), _to_bytes(steps_K, FLOAT32)
+    if isinstance(stored, Corrected):
+        levels_KN, steps_K = stored.correction
+        return *raw_streams(stored.base), _to_bytes(levels_KN, INT8), _to_bytes(steps_K, FLOAT32)
 
-    if isinstance(coded, TrellisLevels):
-        levels = _to_bytes(coded.levels_RC, INT16)
-        step = np.array(coded.step, FLOAT32).tobytes()
-        return levels, step, coded.row_exponents_R.tobytes(), coded.column_exponents_C.tobytes()
+    if isinstance(stored, TrellisLevels):
+        levels = _to_bytes(stored.levels_RC, INT16)
+        step = np.array(stored.step, FLOAT32).tobytes()
+        return levels, step, stored.row_exponents_R.tobytes(), stored.column_exponents_C.tobytes()
 
-    if isinstance(coded, RowQuantised):
-        streams = _to_bytes(coded.values_RC, INT8), _to_bytes(coded.steps_R, FLOAT16)
-        if not coded.extra_bits_C.any():
+    if isinstance(stored, RowQuantised):
+        streams = _to_bytes(stored.values_RC, INT8), _to_bytes(stored.steps_R, FLOAT16)
+        if not stored.extra_bits_C.any():
             return streams
-        return *streams, _to_bytes(coded.extra_bits_C[::GROUP_COLUMNS] > 0, INT8)
+        return *streams, _to_bytes(stored.extra_bits_C[::GROUP_COLUMNS] > 0, INT8)
 
-    return (_to_bytes(coded, FLOAT16),)
+    return (_to_bytes(stored, FLOAT16),)
 
 
 def _weights(form: Form, shape: tuple[int, ...], streams: tuple[bytes, ...], name: str) -> np.ndarray:

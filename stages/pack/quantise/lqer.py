@@ -49,33 +49,33 @@ class RankedCorrection(NamedTuple):
 def add_corrections(
     results: Mapping[str, QuantisedMatrix],
     matrices: Mapping[str, Tensor],
-    hessians: Mapping[str, Tensor],
+    calibration: Mapping[str, Tensor],
     gptq_factors: Mapping[str, GPTQFactors],
     params: PackParams,
 ) -> dict[str, QuantisedMatrix]:
     """Correct the `lqer_tensors` matrices that gain most for their bytes; returns these only.
 
-    `matrices` are the original weights (R, C) by name, `hessians` those that calibration collected.
+    `matrices` are the original weights (R, C) by name, `calibration` the Hessians and importances.
     """
 
     def correct(name: str) -> RankedCorrection:
         weight_RC = matrices[name].float()
         result = results[name]
-        assert not isinstance(result.coded, Corrected), "quantisers do not add corrections themselves"
+        assert not isinstance(result.stored, Corrected), "quantisers do not add corrections themselves"
 
-        importance = importance_of(name, weight_RC, hessians, params.row_weight)
+        importance = importance_of(name, weight_RC, calibration, params.row_weight)
         importance_R = torch.from_numpy(importance).to(weight_RC.device)
-        error_RC = weight_RC - torch.from_numpy(tensors.dequantised(result.coded)).to(weight_RC.device)
+        error_RC = weight_RC - torch.from_numpy(tensors.dequantised(result.stored)).to(weight_RC.device)
         correction = fit_correction(error_RC, gptq_factors[name], importance_R, params.lqer_rank)
         correction_RC = torch.from_numpy(correction_matrix(correction, len(weight_RC))).to(weight_RC.device)
 
-        hessian_CC = hessian_of(name, weight_RC, hessians).to(weight_RC.device)
+        hessian_CC = hessian_of(name, weight_RC, calibration).to(weight_RC.device)
         before_R = gptq.squared_output_errors(error_RC, hessian_CC)
         after_R = gptq.squared_output_errors(error_RC - correction_RC, hessian_CC)
         gain = float((importance_R * (before_R - after_R)).sum()) / sum(weight_RC.shape)
 
         corrected = result._replace(
-            coded=Corrected(result.coded, correction), form=result.form._replace(rank=params.lqer_rank)
+            stored=Corrected(result.stored, correction), form=result.form._replace(rank=params.lqer_rank)
         )
         return RankedCorrection(gain, name, corrected)
 

@@ -1,4 +1,7 @@
-"""Two methods to quantise a model's matrices: equal cost of every error, or #1493's clip widths.
+"""Two methods to quantise a model's matrices.
+
+    rate      every error is equally expensive (RateDistortionQuantiser)
+    sdclip    the clip widths of #1493 (SDClipQuantiser)
 
 A quantiser is built from weights, Hessians and importances. One number, its coarseness, then
 decides how coarse all matrices are, and so how many bytes they take (fit_budget.py). A quantiser
@@ -30,9 +33,8 @@ from stages.pack.quantise.trellis_quantiser import ColumnFeedback, ScaledMatrix,
 # hardly saw, such as those of rare tokens, may matter more than was measured.
 IMPORTANCE_RANGE = 64.0
 
-# The rate model of `predicted_bits`, by stride of the trellis (1: uniform grid). It should be so
-# good at record size that the first attempt is within a hundredth of the budget, and the second
-# attempt is the last.
+# The rate model of `predicted_bits`, by stride of the trellis (1: uniform grid). Fitted at record
+# size: the first attempt misses the budget by at most 1 %.
 DISTORTION = {1: 0.088, 2: 0.067}  # mean squared error over the squared distance of a state's levels
 OVERHEAD_BITS = {1: 0.33, 2: 0.145}  # bits a value above the rate-distortion bound, with exponents
 MIN_BITS = 0.02  # bits a value at any coarseness
@@ -40,7 +42,7 @@ LOG2_COARSENESS_LIMIT = 60.0
 
 # Mean bits a value at the finest coarseness. A small model may leave some of the budget unused.
 MAX_BITS = 12.0
-MAX_STEPS = 8192.0  # from zero to a column's largest weight; beyond, its step is made coarser
+MAX_PREDICTED_LEVEL = 8192.0  # largest of a column, before feedback; beyond, its step is made coarser
 DEVIATIONS_PER_OCTAVE = 8  # resolution of the histogram of deviations
 
 MAX_CLIP_FACTOR = 8.0  # on the clip widths of SDClip; beyond, hardly anything but zeros is left
@@ -51,7 +53,7 @@ TINY = 1e-30  # floor of arguments of a logarithm
 class QuantisedMatrix(NamedTuple):
     """A quantised matrix, and the arrays by which rate and distortion are measured."""
 
-    coded: RowQuantised | TrellisLevels | Corrected
+    stored: RowQuantised | TrellisLevels | Corrected
     form: Form
     pre_quantised_RC: np.ndarray  # float32: weights after feedback, in the quantiser's units
     quantised_RC: np.ndarray  # float32: the values they were rounded to, in the same units
@@ -66,14 +68,21 @@ class Quantiser(Protocol):
     batches: Sequence[Sequence[str]]  # names of the matrices that `quantise` takes together
 
     def __init__(
-        self, state: Mapping[str, Tensor], hessians: Mapping[str, Tensor], params: PackParams, logger: Logger
+        self,
+        state: Mapping[str, Tensor],
+        calibration: Mapping[str, Tensor],
+        params: PackParams,
+        logger: Logger,
     ) -> None: ...
 
     def quantise(self, names: Sequence[str], coarseness: float) -> list[QuantisedMatrix]:
         """Quantise the matrices of one batch."""
 
     def coarseness_range(self, bits: float) -> CoarsenessRange:
-        """Range of the coarseness; its first value is predicted to make `bits` bits of all matrices."""
+        """Range of the coarseness.
+
+        `first` is where all matrices together are predicted to take `bits` bits.
+        """
 
 
 class SDClipQuantiser:
@@ -86,14 +95,20 @@ class SDClipQuantiser:
     on_cpu: ClassVar = False
 
     def __init__(
-        self, state: Mapping[str, Tensor], hessians: Mapping[str, Tensor], params: PackParams, logger: Logger
+        self,
+        state: Mapping[str, Tensor],
+        calibration: Mapping[str, Tensor],
+        params: PackParams,
+        logger: Logger,
     ) -> None:
         self.state = state
         self.params = params
         by_matrix = {
-            name: hessian_of(name, tensor, hessians).to(tensor.device) for name, tensor in state.items()
+            name: hessian_of(name, tensor, calibration).to(tensor.device) for name, tensor in state.items()
         }
-        self.gptq_factors: Mapping[str, GPTQFactors] = _factorise(by_matrix, params.damping, True, logger)
+        self.gptq_factors: Mapping[str, GPTQFactors] = _factorise(
+            by_matrix, params.damping, logger, act_order=True
+        )
         self.batches: Sequence[Sequence[str]] = _batches(
             list(state), lambda name: (tensor_kinds.kind_of(name), state[name].shape), state
         )
@@ -121,11 +136,11 @@ class SDClipQuantiser:
         results = []
         for parts in zip(integers_BRC, steps_BR, extra_bits_BC, pre_quantised_BRC, strict=True):
             integers_RC, steps_R, extra_bits_C, pre_quantised_RC = (part.cpu().numpy() for part in parts)
-            coded = RowQuantised(integers_RC, steps_R, extra_bits_C)
+            stored = RowQuantised(integers_RC, steps_R, extra_bits_C)
             form = Form("groups" if extra_bits_C.any() else "rows", grid.bits)
             column_factor_C = np.ones(len(extra_bits_C), np.float32)
             results.append(
-                QuantisedMatrix(coded, form, pre_quantised_RC, dequantised(coded), column_factor_C)
+                QuantisedMatrix(stored, form, pre_quantised_RC, dequantised(stored), column_factor_C)
             )
         return results
 
@@ -187,11 +202,17 @@ class RateDistortionQuantiser:
     on_cpu: ClassVar = True
 
     def __init__(
-        self, state: Mapping[str, Tensor], hessians: Mapping[str, Tensor], params: PackParams, logger: Logger
+        self,
+        state: Mapping[str, Tensor],
+        calibration: Mapping[str, Tensor],
+        params: PackParams,
+        logger: Logger,
     ) -> None:
         self.params = params
-        by_matrix = {name: hessian_of(name, tensor, hessians) for name, tensor in state.items()}
-        self.gptq_factors: Mapping[str, GPTQFactors] = _factorise(by_matrix, params.damping, False, logger)
+        by_matrix = {name: hessian_of(name, tensor, calibration) for name, tensor in state.items()}
+        self.gptq_factors: Mapping[str, GPTQFactors] = _factorise(
+            by_matrix, params.damping, logger, act_order=False
+        )
         self.batches: Sequence[Sequence[str]] = [[name] for name in state]
 
         # Feedback in units of steps, once for all matrices with the same input.
@@ -205,7 +226,7 @@ class RateDistortionQuantiser:
         feedback_by_input = dict(zip(by_input, feedback, strict=True))
 
         def prepare(name: str) -> PreparedMatrix:
-            importance_R = importance_of(name, state[name], hessians, params.row_weight)
+            importance_R = importance_of(name, state[name], calibration, params.row_weight)
             columns = feedback_by_input[hessian_name(name)]
             return _prepare(name, state[name], importance_R, self.gptq_factors[name], columns)
 
@@ -229,7 +250,7 @@ class RateDistortionQuantiser:
 
         # Coarser steps for columns whose levels would not fit 16 bits; no column needs a step that
         # fine.
-        too_fine_C = np.maximum(1.0, matrix.max_scaled_C / (step * MAX_STEPS))
+        too_fine_C = np.maximum(1.0, matrix.max_scaled_C / (step * MAX_PREDICTED_LEVEL))
         eighths_C = np.ceil(trellis_quantiser.EXPONENTS_PER_OCTAVE * np.log2(too_fine_C))
         if eighths_C.any():
             scaled = trellis_quantiser.coarsened(scaled, eighths_C)
@@ -237,7 +258,7 @@ class RateDistortionQuantiser:
         states = self.params.states
         found = trellis_quantiser.quantise_matrix(scaled, step, states, self.params.rate_weight)
         return QuantisedMatrix(
-            coded=found.matrix,
+            stored=found.matrix,
             form=Form("lattice", states),
             pre_quantised_RC=found.pre_quantised_RC,
             quantised_RC=found.matrix.levels_RC.astype(np.float32),
@@ -322,40 +343,41 @@ def _deviation_histogram(matrices: Sequence[PreparedMatrix]) -> DeviationHistogr
     )
 
 
-def hessian_of(name: str, weight: Tensor, hessians: Mapping[str, Tensor]) -> Tensor:
+def hessian_of(name: str, weight: Tensor, calibration: Mapping[str, Tensor]) -> Tensor:
     """Look up the Hessian (C, C) of a matrix (R, C); a ValueError names it when there is none of its size."""
     source = hessian_name(name)
     columns = weight.shape[1]
-    if source not in hessians:
+    if source not in calibration:
         raise ValueError(
-            f"{name}: its Hessian {source} is not among the {len(hessians)} given; run `dvc repro calibrate`"
+            f"{name}: its Hessian {source} is not among the {len(calibration)} given;"
+            " run `dvc repro calibrate`"
         )
-    if hessians[source].shape != (columns, columns):
-        shape = tuple(hessians[source].shape)
+    if calibration[source].shape != (columns, columns):
+        shape = tuple(calibration[source].shape)
         raise ValueError(
             f"{name}: its Hessian has shape {shape}, expected ({columns}, {columns});"
             " run `dvc repro calibrate`"
         )
-    return hessians[source]
+    return calibration[source]
 
 
 def importance_of(
-    name: str, weight_RC: Tensor, hessians: Mapping[str, Tensor], row_weight: float
+    name: str, weight_RC: Tensor, calibration: Mapping[str, Tensor], row_weight: float
 ) -> np.ndarray:
-    """Importance g of each row to the power `row_weight`, (R,) float64.
+    """Row weights of the quantiser's loss, (R,) float64.
 
-    g is the squared gradient of the loss in the row's weights, divided by the trace of the inputs'
-    Hessian.
+    mean(g) * clip(g / mean(g), 1/64, 64)^row_weight. g is the mean squared gradient with respect to
+    the row of weights, divided by trace(H): approximately that with respect to the row's output.
     """
     source = importance_name(name)
-    hessian_CC = hessian_of(name, weight_RC, hessians)
-    if source not in hessians or hessians[source].shape != weight_RC.shape[:1]:
+    hessian_CC = hessian_of(name, weight_RC, calibration)
+    if source not in calibration or calibration[source].shape != weight_RC.shape[:1]:
         raise ValueError(
             f"{name}: the importance of its rows, {source}, is not in the calibration's output;"
             " run `dvc repro calibrate`"
         )
     trace = max(float(hessian_CC.diagonal().double().sum()), trellis_quantiser.TINY)
-    squares_R = hessians[source].double().cpu().numpy() / trace
+    squares_R = calibration[source].double().cpu().numpy() / trace
     mean = float(squares_R.mean())
     if not (np.isfinite(mean) and mean > 0):
         raise ValueError(
@@ -365,7 +387,7 @@ def importance_of(
 
 
 def _factorise(
-    hessians: Mapping[str, Tensor], damping: float, act_order: bool, logger: Logger
+    hessians: Mapping[str, Tensor], damping: float, logger: Logger, *, act_order: bool
 ) -> dict[str, GPTQFactors]:
     """GPTQ's factors by name of the matrix. Matrices with the same input share them."""
     by_input = {hessian_name(name): hessian for name, hessian in sorted(hessians.items())}
@@ -374,7 +396,7 @@ def _factorise(
 
         def factorise_batch(sources: Sequence[str]) -> list[GPTQFactors]:
             stacked = torch.stack([by_input[source] for source in sources])
-            factors = gptq.factorise(stacked, damping, sources, act_order)
+            factors = gptq.factorise(stacked, damping, sources, act_order=act_order)
             progress.advance(len(sources), sources[0])
             return factors
 

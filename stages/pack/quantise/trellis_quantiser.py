@@ -32,7 +32,7 @@ import numpy as np
 
 from stages.common.concurrency import thread_map
 from stages.pack.entropy.level_coder import MAX_LEVEL
-from stages.pack.quantise.viterbi import ROWS_AT_ONCE, allocate, search, search_task
+from stages.pack.quantise.viterbi import ROWS_AT_ONCE, allocate, search_, search_task
 from stages.pack.trellis import build_trellis
 
 EXPONENTS_PER_OCTAVE = 8  # factors of rows and columns are powers of 2^(1/8)
@@ -204,10 +204,12 @@ def quantise_matrix(matrix: ScaledMatrix, step: float, states: int, rate_weight:
     )
 
     def search_rows(rows: slice) -> None:
-        search(y_RC[rows], cost_R[rows], row_class_R[rows], task, allocate(states), levels_RC[rows])
+        search_(y_RC[rows], cost_R[rows], row_class_R[rows], task, allocate(states), levels_RC[rows])
 
     pieces = _row_pieces(*y_RC.shape)
     thread_map(search_rows, pieces, lambda rows: rows.stop - rows.start, len(pieces))
+
+    # y_RC now holds the values after feedback.
     _require_room(y_RC, MAX_LEVEL - 2 * trellis.stride)
 
     stored_step = float(np.float32(step))

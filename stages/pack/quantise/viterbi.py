@@ -37,10 +37,10 @@ class SearchTask(NamedTuple):
 
     feedback_CC: np.ndarray  # float32: V, upper triangular with a unit diagonal
     cost_C: np.ndarray  # float32: of a squared error of 1, without the row's factor
-    column_class_C: np.ndarray  # int64: plus the row's class, a row of `prices_KL`
-    prices_KL: (
-        np.ndarray
-    )  # float32: lambda times the bits of a magnitude, by class of deviation; L = 1: no prices
+    # int64: the column's part of the class: row class + column class is the row of `prices_KL`.
+    column_class_C: np.ndarray
+    # float32: lambda times the bits of a magnitude, by class of deviation; L = 1: no prices.
+    prices_KL: np.ndarray
     incoming_S2: np.ndarray  # int64: pack/trellis.py
     odd_S: np.ndarray  # float32: 1 where a state's levels are odd
     stride: int
@@ -93,7 +93,7 @@ def allocate(states: int) -> Buffers:
 
 
 @jit_entry
-def search(
+def search_(
     y_RC: np.ndarray,
     cost_R: np.ndarray,
     row_class_R: np.ndarray,
@@ -223,12 +223,15 @@ def _forward(
         # values ahead.
         feedback_B = task.feedback_CC[column, column + 1 : last]
         for state in range(len(costs_S)):
-            step = task.incoming_S2[state, 0]
-            other = task.incoming_S2[state, 1]
-            if buffers.branch_costs_2S[other & 1, other >> 1] < buffers.branch_costs_2S[step & 1, step >> 1]:
-                step = other
-            parent = step >> 1
-            branch = step & 1
+            transition = task.incoming_S2[state, 0]
+            other_transition = task.incoming_S2[state, 1]
+            cost = buffers.branch_costs_2S[transition & 1, transition >> 1]
+            other_cost = buffers.branch_costs_2S[other_transition & 1, other_transition >> 1]
+            if other_cost < cost:
+                transition = other_transition
+
+            parent = transition >> 1
+            branch = transition & 1
             next_costs_S[state] = buffers.branch_costs_2S[branch, parent]
             buffers.parents_BS[position, state] = parent
             buffers.levels_BS[position, state] = np.int64(buffers.branch_levels_2S[branch, parent])

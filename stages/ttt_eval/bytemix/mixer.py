@@ -10,7 +10,8 @@ Decisions of which the network is certain are left to it, and nothing is learned
 
 Everything learns only after the token is scored, so the probability of a token is that of a
 distribution over all tokens. `ByteMixer.distribution` computes the whole of it with the same
-functions.
+functions; `distribution` is compared with what is charged by check B3
+(stages/audit/checks/normalisation.py).
 
 Shapes: N targets, D decisions of the longest path, V vocabulary, K contexts, H bit histories,
 I inputs, S sets of weights.
@@ -47,7 +48,10 @@ from stages.ttt_eval.bytemix.text_history import (
 MATCH_INPUT = N_CONTEXTS
 NETWORK_INPUT = N_CONTEXTS + 1
 BIAS_INPUT = N_CONTEXTS + 2
-UPDATES = N_CONTEXTS + 3  # always 0 in a row of inputs; in a row of weights, how often it was updated
+# Always 0 in a row of inputs; in a row of weights, how often it was updated. simd.add_scaled counts
+# in the last column.
+UPDATES = WIDTH - 1
+assert UPDATES == BIAS_INPUT + 1
 BIAS = np.float32(0.25)
 
 # From this |logit| on a decision is left to the network. Half of all are, and nothing is lost by it.
@@ -102,7 +106,7 @@ HISTORY_PROBS = np.dtype([("by_context_KH", np.uint32, (N_CONTEXTS, N_HISTORIES)
 DECISION = np.dtype(
     [
         ("step", np.uint32),  # its index in the token's path
-        ("slots", np.uint32),  # its SLOT_SET in the buffers
+        ("slot_set_index", np.uint32),  # its SLOT_SET in the buffers
         ("node", np.uint32),  # byte of its bit histories in a slot
         ("is_bit", np.uint32),  # 0 for the end of a token
         ("goes_right", np.uint32),  # the side that the token's path takes
@@ -115,7 +119,7 @@ DECISION = np.dtype(
 
 
 class MixerState(NamedTuple):
-    """All that learns."""
+    """State that is updated after each token."""
 
     text: TextHistory
     tables: np.ndarray  # uint8: slots of bit histories (context_tables.new_tables)
@@ -137,7 +141,8 @@ class DecisionBuffers(NamedTuple):
 
     decisions: np.ndarray  # DECISION
     network_logits: np.ndarray  # float64: the network's logit of the side that the path takes
-    mixed_logits: np.ndarray  # float64: the mixed one; after _log_gain the other side's probability
+    mixed_logits: np.ndarray  # float64: the mixed logit of that side
+    errors: np.ndarray  # float64: the mixture's probability of the other side, the error to learn from
     inputs_DI: np.ndarray  # float32
     slot_sets: np.ndarray  # SLOT_SET; the decisions of a nibble share one
     keys_K: np.ndarray  # uint64: hashes of the contexts
@@ -166,6 +171,7 @@ def decision_buffers(decisions: int) -> DecisionBuffers:
         decisions=np.zeros(decisions, DECISION),
         network_logits=np.zeros(decisions),
         mixed_logits=np.zeros(decisions),
+        errors=np.zeros(decisions),
         inputs_DI=np.zeros((decisions, WIDTH), np.float32),
         slot_sets=np.zeros(decisions, SLOT_SET),
         keys_K=np.zeros(N_CONTEXTS, np.uint64),
@@ -192,6 +198,7 @@ def _initial_match_probs() -> np.ndarray:
 
     That of NO_MATCH is 1/2 and never changes.
     """
+    # The four events in their order: the next bit is 0, it is 1, the token ends, it does not end.
     wrong = 1 / (np.arange(MAX_MATCH + 1) / 4 + 3)
     ends = np.full(MAX_MATCH + 1, 0.2)
     probs = _adaptive(np.concatenate(([0.5], wrong, 1 - wrong, ends, 1 - ends)))
@@ -259,13 +266,13 @@ def _gather_decisions(
     target: Target,
     step: int,
     begin: int,
-    first_slots: int,
+    first_slot_set_index: int,
 ) -> int:
     """Gather a token's decisions from index `step` of its path on: hashes, slots, fixed features.
 
     The slots are prefetched and not read yet, nor is anything else that learns. Decisions are
-    written to the buffers from `begin` on, slot sets from `first_slots` on. Returns the end of the
-    decisions.
+    written to the buffers from `begin` on, slot sets from `first_slot_set_index` on. Returns the
+    end of the decisions.
     """
     text_state = state.text.state[0]
     first = paths.path_start_TV[target.tree, target.token]
@@ -277,7 +284,7 @@ def _gather_decisions(
     matches = text_state.match_length > 0  # these bytes agree with the match
     hashed_depth = -1  # depth of the hashes in keys_K
     nibble = contexts.NO_NIBBLE  # of the current slots
-    slots = first_slots - 1
+    slot_set_index = first_slot_set_index - 1
     end = begin
     for d in range(step, path_length):
         # Skip certain decisions, and NaN: while kernels are compiled ahead, logits are arbitrary.
@@ -301,8 +308,9 @@ def _gather_decisions(
             nibble = contexts.NO_NIBBLE
         if nibble != contexts.NIBBLE_OF_PREFIX[bit_prefix]:
             nibble = contexts.NIBBLE_OF_PREFIX[bit_prefix]
-            slots += 1
-            contexts.prefetch_slots(state.tables, buffers.keys_K, nibble, buffers.slot_sets[slots])
+            slot_set_index += 1
+            slot_set = buffers.slot_sets[slot_set_index]
+            contexts.prefetch_slots(state.tables, buffers.keys_K, nibble, slot_set)
 
         match = NO_MATCH
         if matches:
@@ -312,7 +320,7 @@ def _gather_decisions(
         is_bit = np.int64(bit_prefix != END)
         decision = buffers.decisions[end]
         decision.step = d
-        decision.slots = slots
+        decision.slot_set_index = slot_set_index
         decision.node = contexts.node_in_slot(bit_prefix, depth)
         decision.is_bit = is_bit
         decision.goes_right = path_step.goes_right
@@ -344,25 +352,26 @@ def _mixing_weight(logit: Any) -> Any:
 def _mix(state: MixerState, buffers: DecisionBuffers, begin: int, end: int) -> None:
     """Compute the mixed logits of the decisions [begin, end), of the side that the path takes."""
     # Look up the inputs of all decisions first, so that the loads from memory overlap.
-    current_slots = -1
+    current_slot_set_index = -1
     known = 0
     for i in range(begin, end):
         decision = buffers.decisions[i]
-        slots = buffers.slot_sets[decision.slots]
-        if np.int64(decision.slots) != current_slots:
-            current_slots = np.int64(decision.slots)
-            known = contexts.find_slots(state.tables, slots)
+        slot_set = buffers.slot_sets[decision.slot_set_index]
+        if np.int64(decision.slot_set_index) != current_slot_set_index:
+            current_slot_set_index = np.int64(decision.slot_set_index)
+            known = contexts.find_slots(state.tables, slot_set)
 
         probs_KH = state.history_probs[decision.is_bit].by_context_KH
         for k in range(N_CONTEXTS):
-            history = state.tables[slots.found[k] + decision.node]
+            history = state.tables[slot_set.found[k] + decision.node]
             decision.histories[k] = history
             prob = probs_KH[k, history]
             buffers.inputs_DI[i, k] = STRETCH[prob >> STRETCH_SHIFT]
         buffers.inputs_DI[i, MATCH_INPUT] = STRETCH[state.match_probs[decision.match] >> STRETCH_SHIFT]
+        # Complete the set of weights begun in _gather_decisions.
         decision.context_set += np.uint32(KNOWN_CLASS[known])
 
-    # Mix.
+    # With the inputs known, take the dot products.
     for i in range(begin, end):
         decision = buffers.decisions[i]
         logit = dot(
@@ -374,7 +383,7 @@ def _mix(state: MixerState, buffers: DecisionBuffers, begin: int, end: int) -> N
             i,
         )
 
-        # In float64, of the side taken, and shared with the network.
+        # Take the logit of the path's side, in float64, and blend it with the network's.
         logit = np.float64(min(max(logit, -MAX_LOGIT), MAX_LOGIT))
         network_logit = buffers.network_logits[i]
         weight = _mixing_weight(network_logit)
@@ -400,11 +409,11 @@ def _exp(x: Any) -> Any:
 
 
 @jit_inline(fastmath=True)
-def _log_gain(buffers: DecisionBuffers, begin: int, end: int) -> float:
-    """Nats that mixing the decisions [begin, end) takes from a token's loss.
+def _set_errors_and_sum_gain(buffers: DecisionBuffers, begin: int, end: int) -> float:
+    """Set the errors of the decisions [begin, end), and return the nats that mixing them gains.
 
-    The mixed logits are replaced with the probabilities of the sides not taken: the errors to learn
-    from.
+    The gain is the network's loss in these decisions less the mixture's. An error is the mixture's
+    probability of the side that the path does not take.
     """
     nats = 0.0
     for first in range(begin, end, BLOCK):
@@ -413,7 +422,7 @@ def _log_gain(buffers: DecisionBuffers, begin: int, end: int) -> float:
             odds_against = _exp(-buffers.mixed_logits[i])
             prob = 1 / (1 + odds_against)
             ratio *= (1 + _exp(-buffers.network_logits[i])) * prob
-            buffers.mixed_logits[i] = odds_against * prob
+            buffers.errors[i] = odds_against * prob
         nats += math.log(ratio)
     return nats
 
@@ -436,18 +445,18 @@ def _steadiness(weights_SI: np.ndarray, s: int) -> Any:
 
 @jit_inline(fastmath=True)
 def _learn(state: MixerState, buffers: DecisionBuffers, begin: int, end: int, rate: Any) -> None:
-    """Update histories, probabilities and weights from the decisions [begin, end), after _log_gain."""
-    current_slots = -1
+    """Update histories, probabilities and weights from the decisions [begin, end) and their errors."""
+    current_slot_set_index = -1
     for i in range(begin, end):
         decision = buffers.decisions[i]
-        slots = buffers.slot_sets[decision.slots]
-        if np.int64(decision.slots) != current_slots:
-            current_slots = np.int64(decision.slots)
-            contexts.claim_slots(state.tables, slots)
+        slot_set = buffers.slot_sets[decision.slot_set_index]
+        if np.int64(decision.slot_set_index) != current_slot_set_index:
+            current_slot_set_index = np.int64(decision.slot_set_index)
+            contexts.claim_slots(state.tables, slot_set)
 
         # Weights: gradient descent on the loss.
         bit = np.int64(decision.goes_right)
-        error = rate * np.float32(buffers.mixed_logits[i] * _mixing_weight(buffers.network_logits[i]))
+        error = rate * np.float32(buffers.errors[i] * _mixing_weight(buffers.network_logits[i]))
         error = error if bit else -error
         context_set = np.int64(decision.context_set)
         match_set = np.int64(decision.match_set)
@@ -461,7 +470,7 @@ def _learn(state: MixerState, buffers: DecisionBuffers, begin: int, end: int, ra
         for k in range(N_CONTEXTS):
             history = decision.histories[k]
             probs_KH[k, history] = _updated_prob(probs_KH[k, history], bit)
-            state.tables[slots.start[k] + decision.node] = contexts.NEXT_HISTORY[bit, history]
+            state.tables[slot_set.start[k] + decision.node] = contexts.NEXT_HISTORY[bit, history]
         state.match_probs[decision.match] = _updated_prob(state.match_probs[decision.match], bit)
 
 
@@ -486,7 +495,7 @@ def _score_and_learn(
         if i > 0:
             # Score target i - 1. Its slots are in the cache by now.
             _mix(state, buffers, begin, end)
-            mixed_nll_N[i - 1] = targets.nll_N[i - 1] - _log_gain(buffers, begin, end)
+            mixed_nll_N[i - 1] = targets.nll_N[i - 1] - _set_errors_and_sum_gain(buffers, begin, end)
             append_token(state.text, paths, targets.trees_N[i - 1], targets.tokens_N[i - 1])
 
         # Hash the contexts of target i and prefetch its slots, into the other half.
@@ -549,11 +558,11 @@ def _distribution(
         begin = np.int64(0)
         while begin < end and np.int64(buffers.decisions[begin].step) < shared:
             begin += 1
-        first_slots = np.int64(0)
+        first_slot_set_index = np.int64(0)
         if begin > 0:
-            first_slots = np.int64(buffers.decisions[begin - 1].slots) + 1
+            first_slot_set_index = np.int64(buffers.decisions[begin - 1].slot_set_index) + 1
         target = Target(token, tree, logits_D)
-        end = _gather_decisions(state, paths, buffers, target, shared, begin, first_slots)
+        end = _gather_decisions(state, paths, buffers, target, shared, begin, first_slot_set_index)
         _mix(state, buffers, begin, end)
 
         # The token's share among the ids of the same bytes, times the probabilities of its decisions.
