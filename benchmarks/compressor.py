@@ -75,7 +75,7 @@ def by_model(texts: list[str], params: Params, arguments: argparse.Namespace) ->
         codec = TextCompressor(arguments.model, arguments.tokenizer, world, Logger())
         tokens = sum(len(codec.tokenizer.encode(text)) for text in texts)
         started = time.monotonic()
-        packed.write_bytes(codec.compress(texts, window, stride, arguments.lanes))
+        packed.write_bytes(codec.compress(texts, window, stride, arguments.parallel))
         compressed = time.monotonic()
 
         # Decompress in another.
@@ -88,7 +88,7 @@ def by_model(texts: list[str], params: Params, arguments: argparse.Namespace) ->
             "bytes": packed.stat().st_size,
             "tokens": tokens,
             "streams": len(texts),
-            "streams_at_once": arguments.lanes,
+            "streams_at_once": arguments.parallel,
             "window": window,
             "stride": stride,
             "restored_by_another_process": True,
@@ -105,7 +105,9 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--preset", default="smoke")
-    parser.add_argument("--lanes", type=int, default=128, help="documents in a batch (default: %(default)s)")
+    parser.add_argument(
+        "--parallel", type=int, default=128, help="documents in a batch (default: %(default)s)"
+    )
     parser.add_argument("--results", type=Path, required=True)
     arguments = parser.parse_args()
 

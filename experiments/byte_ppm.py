@@ -29,7 +29,7 @@ from torch import Tensor
 
 from benchmarks._command import command_line, write_results
 from experiments import _ppm
-from stages.common import config, environment, ledger
+from stages.common import challenge, config, environment, ledger
 from stages.common.bpb import bits_per_byte
 from stages.common.parallel import distributed
 from stages.common.scorer import Scorer
@@ -44,7 +44,7 @@ CONFIDENT = 0.9  # confidence of the PPM from which it counts as sure
 LAMBDA_CONFIDENT = 0.05  # weight of the network where the PPM is sure
 LAMBDA_ELSE = 0.9  # and where it is not
 GATE_NATS = 0.277  # loss of the network below which it is taken alone
-PREFIX_SHARE = 8_000_000 / 40_540_160  # of the official targets, scored by #1858
+PREFIX_SHARE = 8_000_000 / challenge.VALIDATION_TARGETS  # of the official targets, scored by #1858
 STATUS = (
     "experimental and unlawful: not normalised (C2), the gate sees the target (C1); never part of val_bpb"
 )

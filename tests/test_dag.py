@@ -18,7 +18,7 @@ import yaml
 from benchmarks import real_text
 from stages.bundle.closure import import_closure, module_name
 from stages.bundle.importer_template import ENTRY
-from stages.common import config
+from stages.common import challenge, config
 from stages.common.stage import MEASURED_OUTPUTS, Stage
 from tools import dag
 from tools.__main__ import descriptions
@@ -474,6 +474,20 @@ def test_every_tool_is_a_command_with_a_line_in_the_list() -> None:
         assert line, name
         assert f'prog="python -m tools.{name}"' in command_file.read_text(encoding="utf-8")
         assert 'if __name__ == "__main__":\n    main()' in main_file.read_text(encoding="utf-8")
+
+
+def test_the_challenges_constants_are_written_in_one_module() -> None:
+    large = {value for value in vars(challenge).values() if isinstance(value, int) and value > 1_000_000}
+    assert len(large) == 3
+    elsewhere = [
+        f"{path}: {node.value}"
+        for folder in ("stages", "tools", "benchmarks", "experiments")
+        for path in (ROOT / folder).rglob("*.py")
+        if path.name != "challenge.py"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and node.value in large
+    ]
+    assert elsewhere == []
 
 
 def test_make_help_lists_every_target() -> None:

@@ -1,10 +1,19 @@
 """Stand-alone commands, `python -m tools.NAME`. They may import from `stages`; no stage imports from here."""
 
+import argparse
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import stages  # noqa: F401  (pins the instruction set, which must come before numpy is imported)
+
+
+def add_path_option(parser: argparse.ArgumentParser, option: str, default: str, what: str) -> None:
+    """Add an option that names a file or folder, with its default in the help text."""
+    metavar = "FILE" if Path(default).suffix else "DIR"
+    parser.add_argument(
+        option, type=Path, default=Path(default), metavar=metavar, help=f"{what} (default: %(default)s)"
+    )
 
 
 def require_file(path: Path, remedy: str) -> Path:

@@ -25,6 +25,7 @@ from stages.submission.params import Params as SubmissionParams
 from stages.tokenize.params import Params as TokenizeParams
 from stages.train.params import Params as TrainParams
 from stages.ttt_eval.params import Params as TttEvalParams
+from tools import add_path_option
 
 PRESET_FOLDER = Path("presets")
 # In the order of the pipeline, so that the error shown is the one that a run would meet first.
@@ -182,13 +183,7 @@ def _parser() -> argparse.ArgumentParser:
     choice.add_argument(
         "--check", action="store_true", help="only validate the parameter file and every preset"
     )
-    parser.add_argument(
-        "--params",
-        type=Path,
-        default=Path("params.yaml"),
-        metavar="FILE",
-        help="the parameter file (default: %(default)s)",
-    )
+    add_path_option(parser, "--params", "params.yaml", "the parameter file")
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help="file for the result (default: the parameter file)"
     )

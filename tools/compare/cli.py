@@ -18,7 +18,7 @@ from stages.common.bpb import bits_per_byte
 from stages.common.cli_errors import user_errors
 from stages.common.figure_style import BLUE, GREY, ORANGE, house_style, new_figure, to_png
 from stages.scoring.stream import open_validation_stream
-from tools import require_file, require_folder
+from tools import add_path_option, require_file, require_folder
 from tools.compare import revisions
 from tools.compare.breakdown import Bucket, Comparison, as_json, compare_ledgers
 
@@ -149,31 +149,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("b", metavar="B", help="the same")
 
     # The stream that both have scored; it defines documents and targets.
-    parser.add_argument(
-        "--val",
-        type=Path,
-        default=Path("artifacts/tokenize/val"),
-        metavar="DIR",
-        help="folder of the shards that were scored (default: %(default)s)",
-    )
+    add_path_option(parser, "--val", "artifacts/tokenize/val", "folder of the shards that were scored")
 
     # The tokenizer defines the bytes of each target, by which losses become bits per byte.
-    parser.add_argument(
-        "--tokenizer",
-        type=Path,
-        default=Path("artifacts/tokenize/tokenizer.model"),
-        metavar="FILE",
-        help="tokenizer of the shards (default: %(default)s)",
-    )
+    add_path_option(parser, "--tokenizer", "artifacts/tokenize/tokenizer.model", "tokenizer of the shards")
 
     # Outputs.
-    parser.add_argument(
-        "--plot",
-        type=Path,
-        default=Path(".scratch/comparison.png"),
-        metavar="FILE",
-        help="PNG to write (default: %(default)s)",
-    )
+    add_path_option(parser, "--plot", ".scratch/comparison.png", "PNG to write")
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="JSON file for all figures at full precision"
     )

@@ -30,7 +30,7 @@ from stages.common.parallel import ParallelParams, World, distributed
 from stages.common.progress import Logger
 from stages.pack.artifact import unpack
 from stages.sliding_eval.params import Params
-from tools import errors_name, require_file
+from tools import add_path_option, errors_name, require_file
 from tools.compressor.batched_kv import BatchedScorer
 
 MAGIC = b"CADZ"
@@ -303,13 +303,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("model", type=Path, metavar="MODEL", help="model.bin")
     parser.add_argument("input", type=Path, metavar="IN", help="file to read")
     parser.add_argument("output", type=Path, metavar="OUT", help="file to write")
-    parser.add_argument(
-        "--tokenizer",
-        type=Path,
-        default=Path("artifacts/tokenize/tokenizer.model"),
-        metavar="FILE",
-        help="tokenizer of the model (default: %(default)s)",
-    )
+    add_path_option(parser, "--tokenizer", "artifacts/tokenize/tokenizer.model", "tokenizer of the model")
 
     # Speed.
     parser.add_argument(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from stages.common.cli_errors import user_errors
 from stages.scoring.stream import ValidationStream, open_validation_stream
-from tools import require_file, require_folder
+from tools import add_path_option, require_file, require_folder
 from tools.compare import revisions
 from tools.report import figures
 from tools.report.run_data import RunData, read_run_data
@@ -149,13 +149,7 @@ def main(argv: list[str] | None = None) -> None:
         metavar="RUN",
         help="folder that contains artifacts/, or revision or experiment (default: the working tree)",
     )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path(".scratch/report"),
-        metavar="DIR",
-        help="folder for the page and its PNG files (default: %(default)s)",
-    )
+    add_path_option(parser, "--output", ".scratch/report", "folder for the page and its PNG files")
     arguments = parser.parse_args(argv)
     with user_errors("report"):
         print(write_report(arguments.runs, arguments.output))
