@@ -26,8 +26,8 @@ import torch
 
 from benchmarks._command import command_line, write_results
 from stages.bundle import closure, importer_template
-from stages.bundle.__main__ import embedded_parameters
 from stages.bundle.params import Params
+from stages.bundle.stage import embedded_parameters
 from stages.common import config, environment
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -16,9 +16,9 @@ from stages.common.stage import launch
 from stages.pack import artifact
 from stages.pack.params import PackParams
 from stages.pack.quantise import tensor_kinds
-from stages.sliding_eval import __main__ as sliding_stage
+from stages.sliding_eval import stage as sliding_stage
 from stages.tokenize import duplicates, tokenizer
-from stages.ttt_eval import __main__ as ttt_stage
+from stages.ttt_eval import stage as ttt_stage
 from tests import factories, pack_inputs
 from tests.zoo.harness import PARAMS
 

@@ -26,8 +26,8 @@ from stages.common.stage import canonical_json, launch
 from stages.pack.params import PackParams
 from stages.pack.stats import layers_tsv, tensor_stats
 from stages.sliding_eval.params import SlidingEvalParams
-from stages.submission.__main__ import STAGE, main
 from stages.submission.params import Params
+from stages.submission.stage import STAGE, main
 from stages.tokenize import tokenizer
 from stages.tokenize.params import TokenizeParams
 from tests import factories

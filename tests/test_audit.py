@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stages.audit import __main__ as stage
-from stages.audit import probe_runner, sampling
+from stages.audit import probe_runner, sampling, stage
 from stages.audit import report as render
 from stages.audit.checks import budgets, coverage
 from stages.audit.verdict import Verdict, failure_message, failures

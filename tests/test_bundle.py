@@ -30,12 +30,12 @@ from stages.bundle import (
     strip,
     strip_ast,
 )
-from stages.bundle.__main__ import STAGE, embedded_parameters, main
 from stages.bundle.closure import import_closure, module_name
 from stages.bundle.importer_template import ENTRY
 from stages.bundle.params import Params
 from stages.bundle.program import cli as verbs
 from stages.bundle.program import entry
+from stages.bundle.stage import STAGE, embedded_parameters, main
 from stages.common import config
 from stages.common.stage import launch
 

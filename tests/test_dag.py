@@ -68,7 +68,7 @@ def tree_of(source: str) -> ast.Module:
 
 
 def declared(stage: str) -> Stage[Any]:
-    found = importlib.import_module(f"stages.{stage}.__main__").STAGE
+    found = importlib.import_module(f"stages.{stage}.stage").STAGE
     assert isinstance(found, Stage)
     return found
 

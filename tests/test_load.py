@@ -25,7 +25,7 @@ from stages.pack.file import container, shared_memory, tensors
 from stages.pack.file.decode_process import MAX_WEIGHT_BYTES, DecodeProcess
 from stages.pack.file.load import PendingModel
 from stages.scoring.evaluate import load_scorer, warm_up_kernels
-from stages.sliding_eval import __main__ as stage
+from stages.sliding_eval import stage
 from stages.sliding_eval.scorer import SlidingScorer
 from stages.ttt_eval.build import build_scorer
 from stages.ttt_eval.lora import scorer as lora

@@ -19,8 +19,7 @@ from torch import Tensor
 from stages.calibrate.hessians import importance_name
 from stages.common import config
 from stages.common.stage import canonical_json, launch
-from stages.pack import __main__ as stage
-from stages.pack import artifact
+from stages.pack import artifact, stage
 from stages.pack.artifact import pack, unpack
 from stages.pack.entropy import codecs
 from stages.pack.entropy.codecs import StreamLayout

@@ -20,10 +20,10 @@ from stages.common.clock import Interval
 from stages.common.parallel import World
 from stages.common.progress import Logger
 from stages.common.stage import MEASURED_OUTPUTS
-from stages.train.__main__ import STAGE
 from stages.train.checkpoint import RESUME_MARKER, Checkpoints
 from stages.train.data import TrainingWindows
 from stages.train.loop import train
+from stages.train.stage import STAGE
 from tests import ranks
 from tests.factories import TINY, assert_trained_alike, make_world, params, write_shards
 

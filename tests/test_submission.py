@@ -18,7 +18,7 @@ from PIL import Image
 
 from stages.common import ledger
 from stages.submission import plots
-from stages.submission.__main__ import STAGE
+from stages.submission.stage import STAGE
 from tests import miniature_run
 from tests.miniature_run import CLAIM, CODE, PARAMS, TEXT, TIMING, run, verdict, write_json, write_report
 

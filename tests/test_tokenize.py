@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from stages.common import bpb, shards
 from stages.common.stage import launch
 from stages.tokenize import docstrings, split, tokenizer
-from stages.tokenize.__main__ import STAGE, main
 from stages.tokenize.encode import encode
 from stages.tokenize.split import TextDocument
+from stages.tokenize.stage import STAGE, main
 
 OUTPUTS = {"train", "val", "tokenizer.model", "documents.u64", "manifest.json", "log.txt", "timing.json"}
 DEFAULTS: dict[str, Any] = {

@@ -21,13 +21,13 @@ from stages.common import config
 from stages.common.clock import Interval
 from stages.common.progress import Logger
 from stages.common.stage import launch
-from stages.train.__main__ import STAGE, main
 from stages.train.checkpoint import Checkpoints, open_checkpoints
 from stages.train.data import PrefetchedBatches, TrainingWindows, micro_batch_size
 from stages.train.loop import TrainingLoop, _batch_shape, train
 from stages.train.model import Model, initialise_
 from stages.train.params import Params
 from stages.train.schedule import budget_tracker, read_replay, step_schedule
+from stages.train.stage import STAGE, main
 from tests.factories import TINY, TRAIN, assert_trained_alike, make_world, params, write_shards
 
 ROOT = Path(__file__).parents[1]
