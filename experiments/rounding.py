@@ -15,32 +15,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from benchmarks._command import command_line, write_results
 from benchmarks._streams import beginning
-from benchmarks.trie_mixture import Case, Replay, answered, case_of
+from benchmarks.trie_mixture import Case, case_of, mixed, network_scores, tilted
 from stages.common import config, environment
-from stages.ttt_eval.bytemix.scorer import MixerScorer
-from stages.ttt_eval.ngram.scorer import TiltScorer
+from stages.scoring.queries import TargetScores
 from stages.ttt_eval.params import Params
 
 PERCENTILES = (50, 90, 99, 99.9, 99.99, 100)
 
 
-def ledgers(case: Case, answers: np.ndarray, params: Params) -> dict[str, np.ndarray]:
-    """Losses (N,) of the network, and of tilt and mixture on top of it; its answers are (R, N)."""
-    stream = case.stream
-    ttt = params.ttt_eval
-
-    def tilted() -> TiltScorer:
-        return TiltScorer(Replay(case, answers), ttt.tilt_rate, stream.table.text_hashes, stream.targets)
-
-    mixed = MixerScorer(tilted(), ttt.mixer_rate, stream.table, stream.targets, torch.device("cpu"))
+def ledgers(case: Case, scores: TargetScores[np.ndarray], params: Params) -> dict[str, np.ndarray]:
+    """Losses (N,) of the network, and of tilt and mixture on top of it."""
+    with_tilt = tilted(case, scores, params.ttt_eval.tilt_rate)
     return {
-        "network": answers[0],
-        "tilt": tilted().score_stream(stream.tokens),
-        "tilt and mixture": mixed.score_stream(stream.tokens),
+        "network": scores.nll_N,
+        "tilt": with_tilt.nll_N,
+        "tilt and mixture": mixed(case, with_tilt, params.ttt_eval.mixer_rate),
     }
 
 
@@ -62,7 +54,7 @@ def main() -> None:
         parser.add_argument(f"--{option}", type=Path, required=True)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--targets", type=int, default=300_000)
-    parser.add_argument("--answers", type=Path, metavar="FOLDER", help="read if they exist, else written")
+    parser.add_argument("--scores", type=Path, metavar="FOLDER", help="read if they exist, else written")
     arguments = parser.parse_args()
 
     params = config.load(arguments.params, Params, arguments.set)
@@ -70,10 +62,10 @@ def main() -> None:
     exact = dataclasses.replace(params.parallel, dtype="float32", deterministic=True, compile=False)
     sides = {}
     for name, parallel in (("exact", exact), ("usual", params.parallel)):
-        file = arguments.answers / f"{name}.npy" if arguments.answers else None
+        file = arguments.scores / f"{name}.npz" if arguments.scores else None
         changed = dataclasses.replace(params, parallel=parallel)
-        answers = answered("ttt_eval", arguments.model, changed, case, file)
-        sides[name] = ledgers(case, answers, params)
+        scores = network_scores("ttt_eval", arguments.model, changed, case, file)
+        sides[name] = ledgers(case, scores, params)
 
     found = {name: apart(sides["usual"][name], nll) for name, nll in sides["exact"].items()}
     about = {"targets": case.stream.targets, "changes": arguments.set}

@@ -41,7 +41,7 @@ from stages.train.model import Model
 from stages.train.params import Params
 from stages.ttt_eval.build import build_scorer
 from tests import pack_inputs
-from tests.factories import PARALLEL, TINY, TRAIN, TTT, make_world, table, write_shards
+from tests.factories import PARALLEL, TINY, TRAIN, TTT, make_world, scorer_inputs, write_shards
 
 COMMITTED = Path(__file__).with_name("identity.json")
 THREADS = 2  # of the committed hashes; part of a result's identity
@@ -221,11 +221,12 @@ def pipeline(everything: bool, threads: int) -> Iterator[tuple[str, str]]:
         hessians = collect_hessians(trained.state, calibrate, folder, world, SILENT, Interval())
         yield "Hessians", digest_of_state(hessians)
 
-    packed = pack(trained.state, hessians, MODEL, PACK, SILENT)
+    packed = pack(trained.state, hessians, MODEL, PACK, pack_inputs.ENCODER, SILENT)
     yield "model.bin, sdclip, brotli", digest(packed.blob)
     if everything:
         at_rate = replace(PACK, quantiser="rate", codec="adaptive", rate_weight=0.1)
-        yield "model.bin, rate, adaptive", digest(pack(trained.state, hessians, MODEL, at_rate, SILENT).blob)
+        packed_at_rate = pack(trained.state, hessians, MODEL, at_rate, pack_inputs.ENCODER, SILENT)
+        yield "model.bin, rate, adaptive", digest(packed_at_rate.blob)
 
     tokens = np.random.Generator(np.random.PCG64(3)).integers(4, MODEL.vocab_size, 400).astype(np.uint16)
     tokens[::90] = 1
@@ -246,7 +247,7 @@ def _scorers(state: dict[str, Tensor], targets: int, everything: bool) -> Iterat
         ways["adapters"] = replace(sgd, kind="lora")
         ways["SGD, tilt and mixture"] = replace(sgd, tilt_rate=0.05, mixer_rate=0.001)
     for words, params in ways.items():
-        yield words, build_scorer(model(), SLIDING, params, make_world(), table(MODEL.vocab_size), targets)
+        yield words, build_scorer("ttt_eval", SLIDING, params, scorer_inputs(model(), targets))
 
 
 def hashes(everything: bool, threads: int) -> dict[str, str]:

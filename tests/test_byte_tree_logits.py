@@ -9,10 +9,11 @@ import torch
 from stages.common import bpb
 from stages.scoring import byte_tree
 from stages.scoring.byte_tree_logits import NO_HINT, DeviceByteTrees
-from stages.scoring.queries import Queries
+from stages.scoring.queries import Queries, concatenate
 from stages.sliding_eval.scorer import SlidingScorer
+from stages.ttt_eval.ensemble import EnsembleScorer
 from stages.ttt_eval.lora.scorer import LoRAScorer
-from stages.ttt_eval.ngram import scorer as tilt
+from stages.ttt_eval.ngram import tilt
 from stages.ttt_eval.sgd.scorer import TTTScorer
 from tests.byte_inputs import TEXTS, random_log_probs
 from tests.factories import SLIDING, TINY, TTT, make_world, random_model, table
@@ -75,23 +76,26 @@ def test_a_path_has_the_decisions_of_sets_of_ids_and_the_hint_is_put_back(tokeni
     none = np.full(len(targets), NO_HINT)
     hints = np.choose(np.arange(len(targets)) % 4, [none, targets, twins, any_id])
 
-    # The first row has the hints' logits.
+    # The hints' logits.
     byte_trees = DeviceByteTrees(byte_tree.build_byte_trees(of), torch.device("cpu"))
     ids = (torch.from_numpy(row) for row in (targets, hints, modes))
-    read = byte_trees.path_logits(torch.from_numpy(log_probs), *ids).numpy()
-    assert read.shape == (byte_trees.output_rows, len(targets))
+    hint_logits, paths_DN = (
+        logits.numpy() for logits in byte_trees.path_logits(torch.from_numpy(log_probs), *ids)
+    )
+    assert paths_DN.shape == (byte_trees.longest_path, len(targets))
     rows = np.arange(len(targets))
     at_hint = np.where(hints == NO_HINT, np.log(0.5), log_probs[rows, hints])
-    np.testing.assert_allclose(read[0], at_hint - np.log(-np.expm1(at_hint)), atol=1e-5)
+    np.testing.assert_allclose(hint_logits, at_hint - np.log(-np.expm1(at_hint)), atol=1e-5)
 
-    # The others have the paths, in which the hints are put back with another logit.
+    # The paths, in which the hints are put back with another logit.
     boosts = np.where(hints == NO_HINT, 0.0, generator.normal(0, 3, len(targets)))
-    tilt.apply_to_path(byte_trees.trees, modes, targets, hints, read[0] + boosts, read[1:])
+    paths_DN = np.ascontiguousarray(paths_DN)
+    tilt._tilt_path_(byte_trees.trees, modes, targets, hints, hint_logits + boosts, paths_DN)
     log_probs[rows, hints] += boosts
     for i, target in enumerate(targets.tolist()):
         expected = slow_path(log_probs[i], texts, target)
-        np.testing.assert_allclose(read[1 : 1 + len(expected), i], expected, atol=1e-5)
-        assert not read[1 + len(expected) :, i].any()
+        np.testing.assert_allclose(paths_DN[: len(expected), i], expected, atol=1e-5)
+        assert not paths_DN[len(expected) :, i].any()
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -104,15 +108,19 @@ def test_an_id_of_no_probability_has_a_mass(tokenised, mode):
         read = byte_trees.path_logits(
             torch.from_numpy(law), *(torch.tensor([i]) for i in (target, NO_HINT, mode))
         )
-        assert torch.isfinite(read).all()
+        assert torch.isfinite(read.path_logits_DN).all()
 
 
-@pytest.mark.parametrize("kind", ["sliding", "sgd", "lora", "tilted"])
-def test_every_scorer_answers_what_its_predictions_say(kind):
+def a_stream() -> np.ndarray:
     tokens = np.random.Generator(np.random.PCG64(2)).integers(4, TINY.vocab_size, 120).astype(np.uint16)
     tokens[::29] = 1
-    of = table()
-    hints = (np.arange(119) * 7 % TINY.vocab_size) if kind != "tilted" else np.full(119, NO_HINT)
+    return tokens
+
+
+@pytest.mark.parametrize("kind", ["sliding", "sgd", "lora"])
+def test_every_network_answers_what_its_predictions_say(kind):
+    tokens, of = a_stream(), table()
+    hints = np.arange(119) * 7 % TINY.vocab_size
     trees_N = byte_tree.tree_index_after(of.boundary, tokens[:-1])
 
     def make():
@@ -121,18 +129,19 @@ def test_every_scorer_answers_what_its_predictions_say(kind):
             return SlidingScorer(model, SLIDING, make_world())
         if kind == "lora":
             return LoRAScorer(model, SLIDING, replace(TTT, lora=replace(TTT.lora, lr=0.001)), make_world())
-        scorer = TTTScorer(model, SLIDING, TTT, make_world(), 119)
-        return tilt.TiltScorer(scorer, 0.05, of.text_hashes, 119) if kind == "tilted" else scorer
+        return TTTScorer(model, SLIDING, TTT, make_world(), 119)
 
     byte_trees = DeviceByteTrees(byte_tree.build_byte_trees(of), torch.device("cpu"))
     pieces = make()
     parts = []
-
     for first, end in ((0, 1), (1, 50), (50, 120)):
-        queries = Queries(hints, trees_N, byte_trees).part(max(0, first - 1), end - 1)
+        targets = slice(max(0, first - 1), end - 1)
+        queries = Queries(hints[targets], trees_N[targets], byte_trees)
         parts.append(pieces.score(tokens[first:end], queries))
-    answers = np.concatenate(parts, axis=1)
-    np.testing.assert_allclose(answers[0], make().score_stream(tokens), atol=2e-5)
+    scores = concatenate(parts)
+    assert scores.hint_logp_N is not None
+    assert scores.path_logits_DN is not None
+    np.testing.assert_allclose(scores.nll_N, make().score_stream(tokens), atol=2e-5)
 
     one_by_one = make()
     texts = {mode: of.appended_bytes(bool(mode)) for mode in MODES}
@@ -141,10 +150,42 @@ def test_every_scorer_answers_what_its_predictions_say(kind):
         if target % 3:
             continue
         law = one_by_one.predict()
-        if kind != "tilted":
-            assert abs(law[hints[target]] - answers[1, target]) < 1e-4
-            law[hints[target]] = -np.inf
-
+        assert abs(law[hints[target]] - scores.hint_logp_N[target]) < 1e-4
+        law[hints[target]] = -np.inf
         with np.errstate(divide="ignore"):
             expected = slow_path(law, texts[trees_N[target]], int(tokens[target + 1]))
-        np.testing.assert_allclose(answers[3 : 3 + len(expected), target], expected, atol=1e-3)
+        np.testing.assert_allclose(scores.path_logits_DN[: len(expected), target], expected, atol=1e-3)
+
+
+def test_paths_under_the_tilt_are_those_of_its_predictions():
+    tokens, of = np.tile(a_stream(), 2), table()
+    targets = tokens[1:].astype(np.int64)
+    trees_N = byte_tree.tree_index_after(of.boundary, tokens[:-1])
+    byte_trees = DeviceByteTrees(byte_tree.build_byte_trees(of), torch.device("cpu"))
+
+    # The mechanism alone, on the scores of a network.
+    alone = tilt.NgramTilt(of.text_hashes, len(targets), 0.05)
+    hints = alone.observe(tokens).last(len(targets))
+    assert (hints.ids_N != NO_HINT).mean() > 0.4
+    network = SlidingScorer(random_model(6), SLIDING, make_world())
+    scores = network.score(tokens, Queries(hints.ids_N, trees_N, byte_trees))
+    alone.score_and_learn_(scores, hints, targets, trees_N, byte_trees.trees)
+    assert scores.path_logits_DN is not None
+
+    # The same as a scorer, one prediction after the other.
+    other = SlidingScorer(random_model(6), SLIDING, make_world())
+    ensemble = EnsembleScorer(
+        other,
+        of.boundary,
+        torch.device("cpu"),
+        tilt.NgramTilt(of.text_hashes, len(targets), 0.05),
+    )
+    texts = {mode: of.appended_bytes(bool(mode)) for mode in MODES}
+    for target in range(len(targets)):
+        ensemble.observe(int(tokens[target]))
+        if target % 3:
+            continue
+        law = ensemble.predict()
+        assert abs(law[targets[target]] + scores.nll_N[target]) < 1e-4
+        expected = slow_path(law, texts[trees_N[target]], int(targets[target]))
+        np.testing.assert_allclose(scores.path_logits_DN[: len(expected), target], expected, atol=1e-3)

@@ -97,23 +97,21 @@ def test_a_text_longer_than_what_is_kept_of_it(tokenised):
     of, tokens = tokenised
     trees, _, _, paths_ND, nll_N = random_case(of, len(tokens) - 1)
     targets, trees_N = tokens[1:].astype(np.int64), byte_tree.tree_index_after(of.boundary, tokens[:-1])
-    short, long = ByteMixer(trees, 1000), ByteMixer(trees, 1 << 20)
+    short, long = ByteMixer(trees, 1000, 0.02), ByteMixer(trees, 1 << 20, 0.02)
     assert len(short.state.text.ring) == 1024
     ends = np.cumsum(
         [len(of.appended_bytes(bool(behind))[token]) for behind, token in zip(trees_N, targets, strict=True)]
     )
     assert ends[-1] > 3 * 1024
-    by_short, by_long = (
-        one.score_and_learn(targets, trees_N, paths_ND, nll_N, 0.02) for one in (short, long)
-    )
+    by_short, by_long = (one.score_and_learn(targets, trees_N, paths_ND, nll_N) for one in (short, long))
     assert np.isfinite(by_short).all()
     full = int(np.searchsorted(ends, 1024 - MAX_MATCH))
     assert by_short[full:].sum() != by_long[full:].sum()
-    tables_alike = ByteMixer(trees, 1000)
+    tables_alike = ByteMixer(trees, 1000, 0.02)
     text = tables_alike.state.text._replace(match_table=np.zeros(1 << 18, np.uint32))
     tables_alike.state = tables_alike.state._replace(text=text)
     np.testing.assert_array_equal(
-        tables_alike.score_and_learn(targets, trees_N, paths_ND, nll_N, 0.02)[:full], by_long[:full]
+        tables_alike.score_and_learn(targets, trees_N, paths_ND, nll_N)[:full], by_long[:full]
     )
 
 
@@ -129,21 +127,21 @@ def test_gains_of_long_paths_are_those_of_their_decisions(tokenised):
     assert gain == pytest.approx((np.log1p(np.exp(-own)) - np.log1p(np.exp(-mixed))).sum(), rel=1e-9)
     np.testing.assert_allclose(work.errors, 1 / (1 + np.exp(mixed)), rtol=1e-9)
     assert counts.max() > 8
-    assert np.isfinite(ByteMixer(trees, 4000).score_and_learn(targets, trees_N, paths_ND, nll_N, 0.02)).all()
+    assert np.isfinite(ByteMixer(trees, 4000, 0.02).score_and_learn(targets, trees_N, paths_ND, nll_N)).all()
 
 
 def test_no_loss_jumps_where_the_network_becomes_sure(tokenised):
     """A decision is left to it little by little: what was learnt against it has no weight at the end."""
     of, _ = tokenised
     trees, targets, trees_N, paths_ND, nll_N = random_case(of, 600)
-    learnt, losses = ByteMixer(trees, 4000), []
-    learnt.score_and_learn(targets, trees_N, paths_ND, nll_N, 0.5)
+    learnt, losses = ByteMixer(trees, 4000, 0.5), []
+    learnt.score_and_learn(targets, trees_N, paths_ND, nll_N)
     for logit in (4.0, 5.0, 5.5, 5.999, 6.001):
         paths_ND = np.full((1, trees.longest_path), logit, np.float32)
         losses.append(
             [
                 learnt.copy().score_and_learn(
-                    targets[i : i + 1], trees_N[i : i + 1], paths_ND, nll_N[:1], 0.5
+                    targets[i : i + 1], trees_N[i : i + 1], paths_ND, nll_N[:1]
                 )[0]
                 for i in range(200)
             ]
@@ -161,5 +159,5 @@ def test_what_is_no_number_is_left_alone(tokenised):
     spoiled = np.full_like(paths_ND, np.nan)
     spoiled[::2] = np.inf
     np.testing.assert_array_equal(
-        ByteMixer(trees, 4000).score_and_learn(targets, trees_N, spoiled, nll_N, 0.02), nll_N
+        ByteMixer(trees, 4000, 0.02).score_and_learn(targets, trees_N, spoiled, nll_N), nll_N
     )

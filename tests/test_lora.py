@@ -15,7 +15,7 @@ import torch
 from stages.common.parallel import World
 from stages.scoring.queries import Queries
 from stages.sliding_eval.params import SlidingEvalParams
-from stages.train.model import Model
+from stages.train.model import Extensions, Model
 from stages.train.params import ModelParams
 from stages.ttt_eval.lora.documents import group_documents, split_documents
 from stages.ttt_eval.lora.scorer import LoRAScorer
@@ -86,11 +86,11 @@ def test_fresh_adapters_change_no_bit(model_params, looped):
     adapters = layout.adapters(fresh_adapters(layout.fresh(torch.device("cpu")), 3).weights_BP)
     tokens = torch.from_numpy(stream()[:45].astype(np.int64)).view(3, 15)
     with torch.no_grad():
-        plain, adapted = model.features(tokens, looped), model.features(tokens, looped, adapters.visits)
-        assert torch.equal(plain, adapted)
+        extensions = Extensions(adapters)
+        assert torch.equal(model.features(tokens, looped), model.features(tokens, looped, extensions))
         assert torch.equal(
-            model.head(plain, model.embedding.weight),
-            model.head(adapted, model.embedding.weight, adapters.head),
+            model.raw_logits(tokens, looped, slice(None)),
+            model.raw_logits(tokens, looped, slice(None), extensions),
         )
 
 
@@ -121,15 +121,15 @@ def test_adapters_equal_changed_weights_row_by_row():
     weights = random_adapters(layout, 2)
     adapters = layout.adapters(weights)
     with torch.no_grad():
-        x = model.features(tokens, True, adapters.visits)
-        adapted = model.head(x, model.embedding.weight, adapters.head)
+        adapted = model.raw_logits(tokens, True, slice(None), Extensions(adapters))
         for row in range(2):
             changed = copy.deepcopy(model)
             for index, block in enumerate(changed.blocks):
                 for name, matrix in merged(model, weights[row], layout, index).items():
                     getattr(block.attention, name).weight += matrix
             x = changed.features(tokens[row : row + 1], True)
-            z = changed.head(x, model.embedding.weight + merged(model, weights[row], layout, -1)["head"])
+            head = model.embedding.weight + merged(model, weights[row], layout, -1)["head"]
+            z = torch.nn.functional.linear(x, head)
             torch.testing.assert_close(adapted[row : row + 1], z, atol=2e-4, rtol=1e-4)
 
 
@@ -153,7 +153,7 @@ def test_a_row_s_adapters_do_not_reach_its_neighbours():
     layout = AdapterLayout(TINY, LORA, VISITS)
     tokens = torch.from_numpy(stream()[:30].astype(np.int64)).view(2, 15)
     weights = random_adapters(layout, 2).requires_grad_()
-    x = model.features(tokens, True, layout.adapters(weights).visits)
+    x = model.features(tokens, True, Extensions(layout.adapters(weights)))
     (gradient,) = torch.autograd.grad(x[0].square().sum(), weights)
     assert gradient[0].abs().max() > 0
     assert torch.equal(gradient[1], torch.zeros_like(gradient[1]))
@@ -229,8 +229,9 @@ def slow_lora(tokens: np.ndarray, model_params: ModelParams, weight_by_surprise:
             losses = []
             for target in range(first, min(end, stop)):
                 adapters = layout.adapters(weights)
-                x = model.features(ids[None, start : target + 1], True, adapters.visits)[:, -1:]
-                logits = 30 * torch.tanh(model.head(x, model.embedding.weight, adapters.head)[0, 0] / 30)
+                context = ids[None, start : target + 1]
+                z = model.raw_logits(context, True, slice(-1, None), Extensions(adapters))[0, 0]
+                logits = 30 * torch.tanh(z / 30)
                 losses.append(torch.nn.functional.cross_entropy(logits, ids[target + 1]))
                 nll[target] = losses[-1].item()
 
@@ -358,12 +359,14 @@ def test_ranks_share_the_documents_out_without_changing_a_score(monkeypatch):
 def test_hints_get_their_log_probabilities():
     tokens = stream()
     hints = np.arange(len(tokens) - 1) % TINY.vocab_size
-    losses, hinted = scorer().score(tokens, Queries(hints, np.zeros_like(hints)))
-    np.testing.assert_allclose(losses, scorer().score_stream(tokens), atol=1e-5)
+    scores = scorer().score(tokens, Queries(hints, np.zeros_like(hints), None))
+    assert scores.hint_logp_N is not None
+    assert scores.path_logits_DN is None
+    np.testing.assert_allclose(scores.nll_N, scorer().score_stream(tokens), atol=1e-5)
     one_by_one = scorer()
     for target in range(50):
         one_by_one.observe(int(tokens[target]))
-        assert abs(one_by_one.predict()[hints[target]] - hinted[target]) < 2e-4
+        assert abs(one_by_one.predict()[hints[target]] - scores.hint_logp_N[target]) < 2e-4
 
 
 @pytest.mark.parametrize(

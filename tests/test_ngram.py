@@ -1,4 +1,4 @@
-"""The tilt is a distribution, learns after it scores, and at first is the wrapped scorer."""
+"""The tilt is a distribution, learns after it scores, and at first is the network."""
 
 import copy
 import dataclasses
@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 import pytest
+import torch
 
 from stages.audit import sampling
 from stages.audit.audit_scorer import AuditCase, AuditedStream, ClaimedEvaluation, audit_scorer
@@ -15,11 +16,12 @@ from stages.audit.checks import coverage
 from stages.audit.verdict import failure_message, failures
 from stages.common import bpb, ledger, shards
 from stages.common.progress import Logger
-from stages.scoring.queries import Queries
+from stages.common.scorer import Scorer
+from stages.scoring.queries import NetworkScorer, Queries, TargetScores
 from stages.sliding_eval.scorer import SlidingScorer
 from stages.ttt_eval.build import build_scorer
+from stages.ttt_eval.ensemble import EnsembleScorer
 from stages.ttt_eval.lora.scorer import LoRAScorer
-from stages.ttt_eval.ngram.scorer import INPUTS, TiltScorer, _boost, new_tilt_state
 from stages.ttt_eval.ngram.table import (
     AGREES_FLAG,
     CONTEXT_LENGTHS,
@@ -29,6 +31,7 @@ from stages.ttt_eval.ngram.table import (
     UNKNOWN,
     NgramTable,
 )
+from stages.ttt_eval.ngram.tilt import INPUTS, NgramTilt, _boost, new_tilt_state
 from stages.ttt_eval.sgd.scorer import TTTScorer
 from tests import factories
 from tests.factories import SLIDING, TINY, TTT, make_world, random_model
@@ -47,7 +50,7 @@ class HintedBigram(lawful.Bigram):
     def fork(self) -> "HintedBigram":
         return copy.deepcopy(self)
 
-    def score(self, tokens: np.ndarray, queries: Queries | None) -> np.ndarray:
+    def score(self, tokens: np.ndarray, queries: Queries[np.ndarray] | None) -> TargetScores[np.ndarray]:
         hints = np.zeros(len(tokens), np.int64) if queries is None else queries.hint_ids_N
         rows: list[tuple[float, float]] = []
         for token in tokens.tolist():
@@ -55,7 +58,7 @@ class HintedBigram(lawful.Bigram):
                 law = self.predict()
                 rows.append((-law[token], law[hints[len(rows)]]))
             self.observe(token)
-        return np.array(rows, dtype=np.float32).reshape(-1, 2).T
+        return TargetScores(*np.array(rows, dtype=np.float32).reshape(-1, 2).T.copy())
 
 
 def stream(count: int, vocab: int = lawful.VOCAB, seed: int = 0) -> np.ndarray:
@@ -72,8 +75,10 @@ def stream(count: int, vocab: int = lawful.VOCAB, seed: int = 0) -> np.ndarray:
     return np.concatenate(parts)[:count].astype(np.uint16)
 
 
-def tilted(targets: int, rate: float = RATE) -> TiltScorer:
-    return TiltScorer(HintedBigram(targets), rate, CODES, targets)
+def tilted(targets: int, rate: float = RATE, network: NetworkScorer | None = None) -> EnsembleScorer:
+    no_boundaries = np.zeros(len(CODES), bool)
+    tilt = NgramTilt(CODES, targets, rate)
+    return EnsembleScorer(network or HintedBigram(targets), no_boundaries, torch.device("cpu"), tilt)
 
 
 # NgramTable
@@ -164,7 +169,7 @@ def test_weights_at_zero_are_the_wrapped_scorer_bit_for_bit() -> None:
     trained = TTTScorer(random_model(6), SLIDING, TTT, make_world(), len(short) - 1)
     wrapped = TTTScorer(random_model(6), SLIDING, TTT, make_world(), len(short) - 1)
     np.testing.assert_array_equal(
-        TiltScorer(wrapped, 0.0, CODES, len(short) - 1).score_stream(short), trained.score_stream(short)
+        tilted(len(short) - 1, 0.0, wrapped).score_stream(short), trained.score_stream(short)
     )
 
 
@@ -210,7 +215,7 @@ def test_distributions_sum_to_one_late_in_a_long_stream_and_are_what_is_scored()
         at = place
         law = scorer.predict()
         assert abs(np.exp(law).sum() - 1) < 1e-9
-        moved += np.abs(law - scorer.scorer.predict()).max() > 1e-3
+        moved += np.abs(law - scorer.network.predict()).max() > 1e-3
         # The counterfactual sum: what `score_stream` would have charged for each id in this place (float32).
         charged = [
             scorer.fork().score_stream(np.array([token], dtype=np.uint16))[0] for token in range(lawful.VOCAB)
@@ -222,13 +227,11 @@ def test_distributions_sum_to_one_late_in_a_long_stream_and_are_what_is_scored()
 
 def test_pieces_predictions_and_the_whole_stream_agree() -> None:
     tokens = stream(400, TINY.vocab_size)
-    whole = TiltScorer(SlidingScorer(random_model(6), SLIDING, make_world()), RATE, CODES, 399).score_stream(
-        tokens
-    )
-    pieces = TiltScorer(SlidingScorer(random_model(6), SLIDING, make_world()), RATE, CODES, 399)
+    whole = tilted(399, network=SlidingScorer(random_model(6), SLIDING, make_world())).score_stream(tokens)
+    pieces = tilted(399, network=SlidingScorer(random_model(6), SLIDING, make_world()))
     parts = np.concatenate([pieces.score_stream(part) for part in np.split(tokens, [1, 20, 33, 34, 200])])
     np.testing.assert_allclose(parts, whole, atol=1e-5)
-    one_by_one = TiltScorer(SlidingScorer(random_model(6), SLIDING, make_world()), RATE, CODES, 399)
+    one_by_one = tilted(399, network=SlidingScorer(random_model(6), SLIDING, make_world()))
     one_by_one.observe(int(tokens[0]))
     for target in range(200):
         if target % 3 == 0:  # between them tokens wait, and are scored together
@@ -269,16 +272,21 @@ def test_tables_are_copied_for_a_fork_that_lives_and_for_no_other() -> None:
     tokens = stream(900)
     scorer = tilted(899)
     scorer.score_stream(tokens[:300])
-    tables, twin = scorer.table.value.arrays.tables, scorer.fork()
+
+    def tables_of(of: EnsembleScorer) -> np.ndarray:
+        assert of.tilt is not None
+        return of.tilt.value.table.arrays.tables
+
+    tables, twin = tables_of(scorer), scorer.fork()
     scorer.score_stream(tokens[300:400])
-    assert scorer.table.value.arrays.tables is not tables
-    assert twin.table.value.arrays.tables is tables
+    assert tables_of(scorer) is not tables
+    assert tables_of(twin) is tables
     twin.score_stream(tokens[300:400])  # nobody else has them any more
-    assert twin.table.value.arrays.tables is tables
+    assert tables_of(twin) is tables
     scorer.fork()
-    own = scorer.table.value.arrays.tables
+    own = tables_of(scorer)
     np.testing.assert_array_equal(scorer.score_stream(tokens[400:]), twin.score_stream(tokens[400:]))
-    assert scorer.table.value.arrays.tables is own
+    assert tables_of(scorer) is own
 
 
 @pytest.mark.parametrize(("kind", "rate"), [("sgd", RATE), ("lora", RATE)])
@@ -300,15 +308,17 @@ def test_the_audit_passes_adaptive_scorers(
     }
 
     model = random_model(6)
-    nll = build_scorer(model, SLIDING, params, make_world(), factories.table(), len(tokens) - 1).score_stream(
-        tokens
-    )
+
+    def make(n_targets: int) -> Scorer:
+        return build_scorer("ttt_eval", SLIDING, params, factories.scorer_inputs(model, n_targets))
+
+    nll = make(len(tokens) - 1).score_stream(tokens)
     table = tmp_path_factory.mktemp("chunks") / "chunks.tsv"
     ledger.write_chunks(table, nll, counted, 128)
 
     case = AuditCase(
         f"{kind}, tilt {rate}",
-        lambda n_targets: build_scorer(model, SLIDING, params, make_world(), factories.table(), n_targets),
+        make,
         AuditedStream(tokens, lawful.BOS, counted, documents),
         sampling.Boundaries(window=SLIDING.stride, chunk=128),
         hashlib.sha256(b"tilt").digest(),
@@ -320,19 +330,18 @@ def test_the_audit_passes_adaptive_scorers(
     assert {verdict.outcome for verdict in verdicts} == {"pass"}, failed
 
 
-def test_the_parameter_decides() -> None:
-    model = random_model(6)
-    kinds: tuple[tuple[float, Literal["sgd", "lora"], type], ...] = (
-        (0.0, "sgd", TTTScorer),
-        (0.0, "lora", LoRAScorer),
-        (RATE, "sgd", TiltScorer),
-        (RATE, "lora", TiltScorer),
-    )
-    for rate, kind, expected in kinds:
-        params = dataclasses.replace(TTT, tilt_rate=rate, kind=kind)
-        assert (
-            type(build_scorer(model, SLIDING, params, factories.make_world(), factories.table(), 100))
-            is expected
-        )
+def test_a_negative_rate_is_an_error() -> None:
     with pytest.raises(ValueError, match="tilt_rate: -1 is negative"):
         dataclasses.replace(TTT, tilt_rate=-1)
+
+
+def test_the_kind_decides() -> None:
+    inputs = factories.scorer_inputs(random_model(6), 100)
+    kinds: tuple[tuple[Literal["sgd", "lora"], type], ...] = (("sgd", TTTScorer), ("lora", LoRAScorer))
+    for kind, expected in kinds:
+        params = dataclasses.replace(TTT, kind=kind)
+        assert type(build_scorer("ttt_eval", SLIDING, params, inputs)) is expected
+        tilted_scorer = build_scorer("ttt_eval", SLIDING, dataclasses.replace(params, tilt_rate=RATE), inputs)
+        assert isinstance(tilted_scorer, EnsembleScorer)
+        assert type(tilted_scorer.network) is expected
+    assert type(build_scorer("sliding_eval", SLIDING, TTT, inputs)) is SlidingScorer

@@ -1,4 +1,6 @@
 import json
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -7,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stages.common import ledger, paired_bootstrap, shards
+from stages.common.bpb import bits_per_byte
 from stages.common.progress import Logger
-from stages.scoring.evaluate import score, write_results
+from stages.scoring.evaluate import Evaluation, score, write_results
 from stages.scoring.stream import ValidationStream, open_stream_for_model
 from stages.sliding_eval.params import SlidingEvalParams
 from stages.sliding_eval.scorer import SlidingScorer
@@ -145,10 +148,10 @@ def test_results_are_written_and_agree(tmp_path):
     tokens = tokens_of(100)
     stream = ValidationStream(tokens, np.full(99, 2, dtype=np.int64), two_byte_table())
     nll = score(scorer(), stream)
-    written = {}
-    bpb = write_results(
-        tmp_path, "sliding", nll, stream, 32, lambda name, value: written.update({name: value})
-    )
+    bpb = bits_per_byte(nll, stream.counted_bytes)
+    written: dict[str, Any] = {}
+    run: Any = SimpleNamespace(output=tmp_path, write_json=written.__setitem__)
+    write_results(run, "sliding", Evaluation(nll, bpb, stream), 32)
     assert written["metrics.json"]["sliding_bpb"] == bpb
     assert written["metrics.json"]["sliding_targets"] == 99
     assert bpb == pytest.approx(float(nll.sum(dtype=np.float64)) / np.log(2) / 198, rel=1e-12)

@@ -2,13 +2,15 @@
 
 Computed for many targets at once, on the device of the logits. A hint (stages/ttt_eval/ngram) is
 left out of the distribution: the tilt changes its probability, and the rest would be a difference
-of nearly equal numbers. The hint's own logit against all other tokens comes as a separate row.
+of nearly equal numbers. The hint's own logit against all other tokens is computed separately.
 
 Sums are of integers, of which UNIT = 2^61 make probability 1. They are exact, and so the same in
 every order. A cumulative sum of floats would lose rare ids entirely.
 
 Shapes: N targets, V vocabulary, T trees, E decisions of all paths, D decisions of the longest path.
 """
+
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +19,13 @@ from torch import Tensor
 from stages.scoring.byte_tree import UNIT, ByteTrees
 
 NO_HINT = -1  # in the place of a token id
+
+
+class PathLogits(NamedTuple):
+    """Logits of the decisions about N targets, float32."""
+
+    hint_logit_N: Tensor  # of the hint against all other tokens; 0 where there is no hint
+    path_logits_DN: Tensor  # of the right sides on the target's path; 0 after its end
 
 
 class DeviceByteTrees:
@@ -33,17 +42,13 @@ class DeviceByteTrees:
         self.path_length_TV = torch.from_numpy(path_length_TV).to(device)
         self.edges_3E = torch.from_numpy(edges_3E).to(device)
 
-    @property
-    def output_rows(self) -> int:
-        """Number of rows of `path_logits`, 1 + D."""
-        return 1 + self.longest_path
+    def path_logits(
+        self, logits_NV: Tensor, targets_N: Tensor, hints_N: Tensor, trees_N: Tensor
+    ) -> PathLogits:
+        """Compute the hints' logits and the logits of the paths' decisions.
 
-    def path_logits(self, logits_NV: Tensor, targets_N: Tensor, hints_N: Tensor, trees_N: Tensor) -> Tensor:
-        """Compute the hint's logit and the logits of the path's decisions, (1 + D, N) float32.
-
-        `hints_N` are token ids or NO_HINT, `trees_N` indices of trees. A logit is that of the right
-        side. It is 0 after the end of a path and where there is no hint, and infinite where one
-        side holds nothing but the hint.
+        `hints_N` are token ids or NO_HINT, `trees_N` indices of trees. The logit of a decision of
+        which one side holds nothing but the hint is infinite.
         """
         # Integer probabilities, at least one unit for each id; the hint's are taken out.
         units_NV = torch.softmax(logits_NV.double(), dim=1).mul_(UNIT).round_().long().clamp_(min=1)
@@ -67,4 +72,4 @@ class DeviceByteTrees:
         )
         left_ND, right_ND = before_3ND.diff(dim=0).double().log()
         path_ND = torch.where(is_there_ND, right_ND - left_ND, 0.0)
-        return torch.cat((hint_logit_N[None], path_ND.T)).float()
+        return PathLogits(hint_logit_N.float(), path_ND.T.float())

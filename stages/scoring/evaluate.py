@@ -1,21 +1,23 @@
 """Run a scorer over the validation stream and write the results that all later numbers come from."""
 
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from stages.common import ledger
-from stages.common.bpb import bits_per_byte
+from stages.common.bpb import ByteTable, bits_per_byte
 from stages.common.clock import EvalThroughput
-from stages.common.parallel import World
+from stages.common.environment import hardware
+from stages.common.parallel import World, distributed
 from stages.common.progress import Logger
 from stages.common.scorer import Scorer
+from stages.common.stage import Run
+from stages.pack.file.decode_process import DecodeProcess
 from stages.pack.file.load import PendingModel
-from stages.scoring.queries import Queries
-from stages.scoring.stream import ValidationStream
+from stages.scoring.stream import ValidationStream, open_stream_for_model
 from stages.train.model import Model, build_model
+from stages.train.ops import attention_backend
 
 
 class TimedScorer(Scorer, Protocol):
@@ -31,38 +33,69 @@ class TimedScorer(Scorer, Protocol):
         ...
 
 
-class QueryableScorer(TimedScorer, Protocol):
-    """A scorer that computes extra outputs in the same pass, for a scorer built on top of it."""
+class ScorerInputs(NamedTuple):
+    """Everything but parameters that a scorer is built from."""
 
-    def score(self, tokens: np.ndarray, queries: Queries | None) -> np.ndarray:
-        """Score and observe tokens; returns (R, N) float32, the losses in row 0.
-
-        The other rows are described in queries.py.
-        """
-        ...
-
-    def fork(self) -> "QueryableScorer":
-        """An independent copy."""
-        ...
+    model: Model
+    world: World
+    table: ByteTable  # of the stream's ids
+    n_targets: int  # length of the stream, a public constant
+    logger: Logger = Logger(is_main=False)
 
 
-S = TypeVar("S", bound=TimedScorer)
+class Evaluation(NamedTuple):
+    """Result of an evaluation."""
+
+    nll: np.ndarray  # the ledger, (targets,) float32 nats
+    bpb: float
+    stream: ValidationStream
+
+    @property
+    def counted_bytes(self) -> int:
+        """Bytes of text of all targets."""
+        return int(self.stream.counted_bytes.sum())
 
 
-def load_scorer(pending: PendingModel, world: World, make: Callable[[Model, Logger], S], logger: Logger) -> S:
-    """Build a scorer with `make` from a model whose weights another process is decoding.
+def run_evaluation(
+    run: Run[Any], name: str, build: Callable[[ScorerInputs], TimedScorer], decoder: DecodeProcess | None
+) -> Evaluation:
+    """Score the validation stream with the packed model; writes nll.npy, chunks.tsv and metrics.json.
 
-    While they are decoded, the fused kernels are compiled: a scorer over the empty model, which is
-    thrown away, needs them all.
+    `name` is sliding_eval or ttt_eval. The run reads `model`, `val` and `tokenizer`, and has the
+    parameter sections parallel, sliding_eval and `name`. `build` makes the scorer. `decoder` is a
+    process that waits for a model file; by default it is started here.
     """
-    model = build_model(pending.params, world)
-    if world.kernels:
-        from stages.train.kernels.precompile import precompile_kernels
+    params = run.params
+    pending = PendingModel(run.path("model"), decoder)
+    with distributed(params.parallel) as world:
+        stream = open_stream_for_model(
+            run.path("val"), run.path("tokenizer"), pending.params.vocab_size, params.sliding_eval.window
+        )
+        model = build_model(pending.params, world)
+        inputs = ScorerInputs(model, world, stream.table, stream.targets)
 
-        with precompile_kernels(world.device.index):
-            warm_up_kernels(make(model, Logger(is_main=False)))
-    model.load_state_dict(pending.wait())
-    return make(model, logger)
+        # While the weights are decoded, compile the fused kernels. A scorer over the empty model,
+        # which is thrown away, needs them all.
+        if world.kernels:
+            from stages.train.kernels.precompile import precompile_kernels
+
+            with precompile_kernels(world.device.index):
+                warm_up_kernels(build(inputs))
+
+        # Load the weights and score.
+        model.load_state_dict(pending.wait())
+        scorer = build(inputs._replace(logger=run.logger))
+        throughput = EvalThroughput(scorer.warm_up_targets)
+        nll = score(scorer, stream, throughput)
+
+        # Results and measurements.
+        evaluation = Evaluation(nll, bits_per_byte(nll, stream.counted_bytes), stream)
+        if world.is_main:
+            write_results(run, name.removesuffix("_eval"), evaluation, getattr(params, name).chunk)
+        run.timing |= throughput.timing(stream.targets, evaluation.counted_bytes, world.size)
+        run.timing["hardware"] = hardware(world.device)
+        run.timing["attention_backend"] = attention_backend(world)
+    return evaluation
 
 
 def warm_up_kernels(scorer: TimedScorer) -> None:
@@ -93,26 +126,19 @@ def score(scorer: Scorer, stream: ValidationStream, throughput: EvalThroughput |
     return nll
 
 
-def write_results(
-    output: Path,
-    prefix: str,
-    nll: np.ndarray,
-    stream: ValidationStream,
-    chunk: int,
-    write_json: Callable[[str, Any], None],
-) -> float:
-    """Write nll.npy, chunks.tsv and metrics.json, whose keys begin with `prefix`; returns bits per byte.
+def write_results(run: Run[Any], prefix: str, evaluation: Evaluation, chunk: int) -> None:
+    """Write nll.npy, chunks.tsv and metrics.json, whose keys begin with `prefix`.
 
-    `nll` is a ledger (N-1,) of the stream, `chunk` the number of targets in a row of chunks.tsv.
+    `chunk` is the number of targets in a row of chunks.tsv.
     """
-    ledger.write(output / "nll.npy", nll)
-    ledger.write_chunks(output / "chunks.tsv", nll, stream.counted_bytes, chunk)
-    bpb = bits_per_byte(nll, stream.counted_bytes)
+    nll = evaluation.nll
+    stream = evaluation.stream
+    ledger.write(run.output / "nll.npy", nll)
+    ledger.write_chunks(run.output / "chunks.tsv", nll, stream.counted_bytes, chunk)
     metrics = {
-        f"{prefix}_bpb": bpb,
+        f"{prefix}_bpb": evaluation.bpb,
         f"{prefix}_nats_per_token": float(nll.mean(dtype=np.float64)),
         f"{prefix}_targets": stream.targets,
-        f"{prefix}_bytes": int(stream.counted_bytes.sum()),
+        f"{prefix}_bytes": evaluation.counted_bytes,
     }
-    write_json("metrics.json", metrics)
-    return bpb
+    run.write_json("metrics.json", metrics)

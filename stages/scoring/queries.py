@@ -1,92 +1,131 @@
-"""Extra outputs per target that a scorer built on top of another one requests.
+"""What a network's scorer computes for each target: its loss, and on request more from the same logits.
 
-They are a hint's probability and byte-path logits, computed in the same pass and from the same
-logits as the loss. The result is a matrix with one column for each target:
+An n-gram tilt needs the probability of a hinted token, a byte mixture the logits of the decisions on
+the target's path through the byte tree. `Queries` asks for them and `TargetScores` holds them. A
+query depends on nothing but tokens before its target.
 
-    row 0            loss, nats
-    row 1            log-probability of the hinted token
-    row 2            logit of the hinted token against all others, from exact sums
-    rows 3 and on    logits of the decisions on the target's path through the byte tree,
-                     in the distribution without the hint
-
-Row 1 is there when there are queries, rows 2 and on when they have byte trees. A query depends only
-on tokens before its target.
-
-Shapes: N targets, V vocabulary, R rows of the result.
+Shapes: N targets, D decisions of the longest path, V vocabulary.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from stages.common.scorer import Scorer
 from stages.scoring.byte_tree_logits import DeviceByteTrees
 from stages.train.model import Model
 from stages.train.reference import softcapped
 
-
-class DeviceQueries(NamedTuple):
-    """The queries of one forward pass, on the device of its logits."""
-
-    hint_ids: Tensor  # int64
-    tree_ids: Tensor  # int64, of the same shape
-    byte_trees: DeviceByteTrees | None
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> "DeviceQueries":
-        """Apply `function`, which selects or reshapes, to both tensors of ids."""
-        return self._replace(hint_ids=function(self.hint_ids), tree_ids=function(self.tree_ids))
+A = TypeVar("A")  # np.ndarray on the host, Tensor on the device of a forward pass
+B = TypeVar("B")
 
 
-class Queries(NamedTuple):
+class Queries(NamedTuple, Generic[A]):
     """Requests for each of N targets."""
 
-    hint_ids_N: np.ndarray  # int64: the token whose probability is wanted, or NO_HINT
-    tree_ids_N: np.ndarray  # int64: the number of the target's byte tree (byte_tree.tree_index_after)
-    byte_trees: DeviceByteTrees | None = None  # None: no path logits are wanted
+    hint_ids_N: A  # int64: the token whose probability is wanted, or NO_HINT
+    tree_ids_N: A  # int64: the target's byte tree (byte_tree.tree_index_after)
+    byte_trees: DeviceByteTrees | None  # None: no path logits are wanted
 
-    def part(self, first: int, end: int) -> "Queries":
-        """The queries of targets first ... end - 1."""
-        return self._replace(hint_ids_N=self.hint_ids_N[first:end], tree_ids_N=self.tree_ids_N[first:end])
-
-    def to_device(self, arrange: Callable[[np.ndarray], Tensor]) -> DeviceQueries:
-        """Move the queries to the device of a pass.
-
-        `arrange` takes ids (N,) and returns a tensor in the order in which the pass computes its
-        targets.
-        """
-        return DeviceQueries(arrange(self.hint_ids_N), arrange(self.tree_ids_N), self.byte_trees)
+    def map(self, function: Callable[[A], B]) -> "Queries[B]":
+        """Apply `function`, which selects, rearranges or moves, to both arrays of ids."""
+        return Queries(function(self.hint_ids_N), function(self.tree_ids_N), self.byte_trees)
 
 
-def result_rows(queries: Queries | None) -> int:
-    """R, the number of rows of the result."""
-    if queries is None:
-        return 1
-    if queries.byte_trees is None:
-        return 2
-    return 2 + queries.byte_trees.output_rows
+class TargetScores(NamedTuple, Generic[A]):
+    """Scores of N targets, float32; the last axis of every array is that of the targets."""
+
+    nll_N: A  # loss, nats
+    hint_logp_N: A | None = None  # log-probability of the hinted token; with queries
+    # With byte trees: the hinted token's logit against all others, from exact sums, and the logits
+    # of the decisions on the target's path in the distribution without the hint.
+    hint_logit_N: A | None = None
+    path_logits_DN: A | None = None
+
+    def map(self, function: Callable[[A], B]) -> "TargetScores[B]":
+        """Apply `function` to every array that is there."""
+
+        def optional(values: A | None) -> B | None:
+            return None if values is None else function(values)
+
+        return TargetScores(
+            nll_N=function(self.nll_N),
+            hint_logp_N=optional(self.hint_logp_N),
+            hint_logit_N=optional(self.hint_logit_N),
+            path_logits_DN=optional(self.path_logits_DN),
+        )
+
+    def write_(self, first: int, scores: "TargetScores[A]") -> None:
+        """Write the scores of consecutive targets, from target `first` on."""
+        values: Any
+        new_values: Any
+        for values, new_values in zip(self, scores, strict=True):
+            if values is not None:
+                values[..., first : first + new_values.shape[-1]] = new_values
+
+
+class NetworkScorer(Scorer, Protocol):
+    """A scorer that computes the answers to queries in the same forward pass as the losses."""
+
+    @property
+    def warm_up_targets(self) -> int:
+        """As in evaluate.TimedScorer."""
+        ...
+
+    def score(self, tokens: np.ndarray, queries: Queries[np.ndarray] | None) -> TargetScores[np.ndarray]:
+        """Score and observe tokens (N,) in order, as `score_stream` does; one query for each target."""
+        ...
+
+    def fork(self) -> "NetworkScorer":
+        """An independent copy."""
+        ...
+
+
+def zero_scores(
+    targets: int, queries: Queries[np.ndarray] | None, zeros: Callable[[tuple[int, ...]], A]
+) -> TargetScores[A]:
+    """Scores of zero with an array for everything that is queried; `zeros` makes one of a shape."""
+    scores = TargetScores(zeros((targets,)))
+    if queries is not None:
+        scores = scores._replace(hint_logp_N=zeros((targets,)))
+    if queries is not None and queries.byte_trees is not None:
+        path_logits_DN = zeros((queries.byte_trees.longest_path, targets))
+        scores = scores._replace(hint_logit_N=zeros((targets,)), path_logits_DN=path_logits_DN)
+    return scores
+
+
+def concatenate(parts: Sequence[TargetScores[np.ndarray]]) -> TargetScores[np.ndarray]:
+    """Join the scores of consecutive targets, at least one part, all with the same arrays."""
+    ends = np.cumsum([0, *(len(part.nll_N) for part in parts)])
+    whole = parts[0].map(lambda values: np.empty((*values.shape[:-1], ends[-1]), values.dtype))
+    for first, part in zip(ends[:-1].tolist(), parts, strict=True):
+        whole.write_(first, part)
+    return whole
 
 
 def score_targets(
-    model: Model, z_NV: Tensor, targets_N: Tensor, device_queries: DeviceQueries | None
-) -> Tensor:
-    """Compute the result, (R, N) float32, from logits before the softcap.
+    model: Model, z_NV: Tensor, targets_N: Tensor, queries: Queries[Tensor] | None
+) -> TargetScores[Tensor]:
+    """Compute the scores from logits before the softcap.
 
-    Only the first row, the loss, has a useful gradient.
+    Only the loss has a useful gradient.
     """
     softcap = model.params.logit_softcap
     nll_N = model.ops.cross_entropy(z_NV, targets_N, softcap)
-    if device_queries is None:
-        return nll_N[None]
+    if queries is None:
+        return TargetScores(nll_N)
 
     # log p(hint) = log p(target) + (logit of the hint - logit of the target)
-    hints_N, trees_N, byte_trees = device_queries
+    hints_N = queries.hint_ids_N
     logit_at_target_N = softcapped(z_NV.gather(1, targets_N[:, None])[:, 0], softcap)
     logit_at_hint_N = softcapped(z_NV.gather(1, hints_N.clamp(min=0)[:, None])[:, 0], softcap)
-    hinted_2N = torch.stack((nll_N, logit_at_hint_N - logit_at_target_N - nll_N))
-    if byte_trees is None:
-        return hinted_2N
+    hint_logp_N = logit_at_hint_N - logit_at_target_N - nll_N
+    if queries.byte_trees is None:
+        return TargetScores(nll_N, hint_logp_N)
 
-    path_logits = byte_trees.path_logits(softcapped(z_NV.detach(), softcap), targets_N, hints_N, trees_N)
-    return torch.cat((hinted_2N, path_logits))
+    path = queries.byte_trees.path_logits(
+        softcapped(z_NV.detach(), softcap), targets_N, hints_N, queries.tree_ids_N
+    )
+    return TargetScores(nll_N, hint_logp_N, path.hint_logit_N, path.path_logits_DN)

@@ -6,8 +6,7 @@ see them. Nothing is compiled as a whole: a forward pass is long enough to hide 
 the fused kernels leave little to fuse, and compilation took several times as long as scoring
 679,260 targets (docs/decisions.md).
 
-Shapes: N targets or tokens, V vocabulary, R result rows (stages/scoring/queries.py), B windows of a
-batch, W tokens of a window.
+Shapes: N targets or tokens, V vocabulary, B windows of a batch, W tokens of a window.
 """
 
 import copy
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from stages.common.parallel import World
 from stages.common.progress import Logger
-from stages.scoring.queries import Queries, result_rows, score_targets
+from stages.scoring.queries import Queries, TargetScores, score_targets, zero_scores
 from stages.sliding_eval.params import SlidingEvalParams
 from stages.sliding_eval.windows import Window, plan_windows, window_start
 from stages.train.model import Model
@@ -74,28 +73,27 @@ class SlidingScorer:
 
     def score_stream(self, tokens: np.ndarray) -> np.ndarray:
         """Score and observe tokens (N,) in order; nats, float32. See the protocol for the first call."""
-        return self.score(tokens, None)[0]
-
-    def score(self, tokens: np.ndarray, queries: Queries | None) -> np.ndarray:
-        """Score and observe tokens (N,); returns (R, N) float32, the losses in row 0."""
-        first = max(0, self.observed - 1)
-        given = 1 if self.observed == 0 and len(tokens) else 0
-        self._append(tokens.astype(np.int64))
-        scores_RN = self._score_targets(first, first + len(tokens) - given, queries)
-        self._trim()
-        return scores_RN
+        return self.score(tokens, None).nll_N
 
     @torch.no_grad()
-    def _score_targets(self, first: int, end: int, queries: Queries | None) -> np.ndarray:
-        """Score targets first ... end - 1, whose tokens are observed and kept; returns (R, N) float32."""
+    def score(self, tokens: np.ndarray, queries: Queries[np.ndarray] | None) -> TargetScores[np.ndarray]:
+        """Score and observe tokens (N,) in order, with one query for each target."""
+        # Targets first ... end - 1; target i is token i + 1.
+        first = max(0, self.observed - 1)
+        self._append(tokens.astype(np.int64))
+        end = max(first, self.observed - 1)
+
+        # Each rank scores every size-th batch, and leaves zeros where others score.
+        device = self.world.device
+        scores = zero_scores(end - first, queries, lambda shape: torch.zeros(shape, device=device))
         windows = plan_windows(first, end, self.params.window, self.params.stride)
-        scores_RN = torch.zeros(result_rows(queries), end - first, device=self.world.device)
-        batches = self._batches(windows)
         with self.logger.progress("score", len(windows)) as progress:
-            for batch in batches[self.world.rank :: self.world.size]:
-                self._score_batch(batch, first, scores_RN, queries)
+            for batch in self._batches(windows)[self.world.rank :: self.world.size]:
+                scores.write_(batch[0].first - first, self._score_batch(batch, first, queries))
                 progress.advance(len(batch) * self.world.size)
-        return self.world.sum_(scores_RN).cpu().numpy()
+
+        self._trim()
+        return scores.map(lambda values: self.world.sum_(values).cpu().numpy())
 
     def _batches(self, windows: list[Window]) -> list[list[Window]]:
         """Group the windows that score only their last stride.
@@ -108,9 +106,12 @@ class SlidingScorer:
         return alone + [rest[i : i + size] for i in range(0, len(rest), size)]
 
     def _score_batch(
-        self, batch: list[Window], first: int, scores_RN: Tensor, queries: Queries | None
-    ) -> None:
-        """Run the model on a batch and write its targets' scores; column 0 is target `first`."""
+        self, batch: list[Window], first: int, queries: Queries[np.ndarray] | None
+    ) -> TargetScores[Tensor]:
+        """Run the model on a batch; returns the scores of its targets in stream order.
+
+        `queries` begin with that of target `first`.
+        """
         # Target i is token i + 1.
         inputs_BW = self._gather(batch, self.kept_N, self._kept_from)
         targets_BW = self._gather(batch, self.kept_N, self._kept_from - 1)
@@ -118,20 +119,24 @@ class SlidingScorer:
         # Logits are computed from the first position that any window of the batch scores.
         scored_from = min(self.params.window - self.params.stride, batch[0].first - batch[0].start)
         z_NV = self.model.raw_logits(inputs_BW, True, slice(scored_from, None)).flatten(0, 1)
-        device_queries = None
+        targets_N = targets_BW[:, scored_from:].flatten()
+        batch_queries = None
         if queries is not None:
-            device_queries = queries.to_device(
+            batch_queries = queries.map(
                 lambda ids_N: self._gather(batch, ids_N, first)[:, scored_from:].flatten()
             )
-        batch_scores = score_targets(self.model, z_NV, targets_BW[:, scored_from:].flatten(), device_queries)
+        scores = score_targets(self.model, z_NV, targets_N, batch_queries)
 
         # Each window contributes only the targets that it is the first to reach.
-        scores_RBS = batch_scores.unflatten(1, (len(batch), -1))
-        for row, window in enumerate(batch):
-            begin = window.first - window.start - scored_from
-            count = window.end - window.first
-            column = window.first - first
-            scores_RN[:, column : column + count] = scores_RBS[:, row, begin : begin + count]
+        def first_reached(values: Tensor) -> Tensor:
+            by_window = values.unflatten(-1, (len(batch), -1))
+            pieces = []
+            for row, window in enumerate(batch):
+                begin = window.first - window.start - scored_from
+                pieces.append(by_window[..., row, begin : begin + window.end - window.first])
+            return torch.cat(pieces, dim=-1)
+
+        return scores.map(first_reached)
 
     @property
     def _kept_from(self) -> int:

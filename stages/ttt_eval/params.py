@@ -7,6 +7,9 @@ from stages.common.config import reject, require_fraction, require_positive
 from stages.common.parallel import ParallelParams
 from stages.sliding_eval.params import SlidingEvalParams
 
+# The parameter `scorer`: the stage whose ledger gives val_bpb.
+ScorerName = Literal["sliding_eval", "ttt_eval"]
+
 
 @dataclass(frozen=True)
 class LoraParams:

@@ -1,18 +1,14 @@
 """ttt_eval: score the validation stream with the packed model and test-time training."""
 
 import sys
+from functools import partial
 from pathlib import Path
 
-from stages.common import clock, environment, ledger, paired_bootstrap
-from stages.common.parallel import distributed, relaunch_under_torchrun
-from stages.common.progress import Logger
+from stages.common import ledger, paired_bootstrap
 from stages.common.stage import Run, Stage
+from stages.common.torchrun import relaunch_under_torchrun
 from stages.pack.file.decode_process import DecodeProcess
-from stages.pack.file.load import PendingModel
-from stages.scoring.evaluate import TimedScorer, load_scorer, score, write_results
-from stages.scoring.stream import open_stream_for_model
-from stages.train.model import Model
-from stages.train.ops import attention_backend
+from stages.scoring.evaluate import run_evaluation
 from stages.ttt_eval.build import build_scorer
 from stages.ttt_eval.params import Params
 
@@ -33,33 +29,19 @@ STAGE = Stage(
 def main(run: Run[Params], decoder: DecodeProcess | None = None) -> None:
     """Load the model, score the stream and train on it, write the ledger, compare it with sliding_eval's."""
     params = run.params
-    files = {name: run.path(name) for name in STAGE.reads}
+    run.require_inputs()
     relaunch_under_torchrun(params.parallel, "stages.ttt_eval", sys.argv[1:])
 
-    pending = PendingModel(files["model"], decoder)
-    with distributed(params.parallel) as world:
-        stream = open_stream_for_model(
-            files["val"], files["tokenizer"], pending.params.vocab_size, params.sliding_eval.window
-        )
+    build = partial(build_scorer, "ttt_eval", params.sliding_eval, params.ttt_eval)
+    evaluation = run_evaluation(run, "ttt_eval", build, decoder)
+    if not run.is_main:
+        return
 
-        def make(model: Model, logger: Logger) -> TimedScorer:
-            return build_scorer(
-                model, params.sliding_eval, params.ttt_eval, world, stream.table, stream.targets, logger
-            )
-
-        scorer = load_scorer(pending, world, make, run.logger)
-        throughput = clock.EvalThroughput(scorer.warm_up_targets)
-        nll = score(scorer, stream, throughput)
-
-        run.timing |= throughput.timing(stream.targets, int(stream.counted_bytes.sum()), world.size)
-        run.timing["hardware"] = environment.hardware(world.device)
-        run.timing["attention_backend"] = attention_backend(world)
-        if world.is_main:
-            bpb = write_results(run.output, "ttt", nll, stream, params.ttt_eval.chunk, run.write_json)
-            documents = paired_bootstrap.document_of_target(stream.tokens, stream.table.bos)
-            sliding_nll = ledger.read(files["sliding"], stream.targets)
-            gain = paired_bootstrap.paired_difference(sliding_nll, nll, stream.counted_bytes, documents)
-            run.logger.log(
-                f"ttt_eval: {bpb:.6f} bpb over {stream.targets:,} targets; against sliding {gain.bpb:+.6f}"
-                f" (95 % interval {gain.low:+.6f} to {gain.high:+.6f}, paired over documents)"
-            )
+    stream = evaluation.stream
+    sliding_nll = ledger.read(run.path("sliding"), stream.targets)
+    documents = paired_bootstrap.document_of_target(stream.tokens, stream.table.bos)
+    gain = paired_bootstrap.paired_difference(sliding_nll, evaluation.nll, stream.counted_bytes, documents)
+    run.logger.log(
+        f"ttt_eval: {evaluation.bpb:.6f} bpb over {stream.targets:,} targets; against sliding {gain.bpb:+.6f}"
+        f" (95 % interval {gain.low:+.6f} to {gain.high:+.6f}, paired over documents)"
+    )

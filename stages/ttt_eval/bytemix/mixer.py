@@ -1,6 +1,16 @@
 """A model of bytes, mixed with a network's decisions (PAQ's logistic mixing, Mahoney 2005).
 
-A decision (scoring/byte_tree.py) is a bit of the next byte, or whether the token ends. For each,
+It is #1916 without what was wrong with it. The network gives its logit of each decision on a token's
+path through the byte tree (scoring/byte_tree.py). The byte model is mixed in, and the gain of all
+decisions is taken from the loss:
+
+    loss = -log p(v) + sum over the path of (log n - log m)
+
+where n and m are the network's and the mixed probability of the side taken. Until something is
+learned, m is n, and the loss is the network's to the last bit. m depends on nothing but the prefix
+and the token's own bytes so far.
+
+A decision is a bit of the next byte, or whether the token ends. For each,
 every context (context_tables.py) gives a bit history, and the match model (text_history.py) an
 event and a length. An adaptive probability for each bit history, and for each event and length,
 turns them into logits. A dot product with learned weights joins these with the network's logit. Two
@@ -24,7 +34,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from stages.common.jit import jit_entry, jit_inline
-from stages.scoring.byte_tree import END, ByteTrees
+from stages.scoring.byte_tree import END, ByteTrees, cumulative_mass
 from stages.ttt_eval.bytemix import context_tables as contexts
 from stages.ttt_eval.bytemix.context_tables import N_CONTEXTS, N_HISTORIES, SLOT_SET
 from stages.ttt_eval.bytemix.simd import WIDTH, add_scaled, dot
@@ -207,12 +217,20 @@ def _initial_match_probs() -> np.ndarray:
 
 
 class ByteMixer:
-    """The byte model of one stream; `text_bytes`, about the stream's size, sizes its tables."""
+    """The byte model of one stream; `text_bytes`, about the stream's size, sizes its tables.
+
+    `rate` is the learning rate of the weights.
+    """
 
     def __init__(
-        self, trees: ByteTrees, text_bytes: int, slots_per_context: int = contexts.SLOTS_PER_CONTEXT
+        self,
+        trees: ByteTrees,
+        text_bytes: int,
+        rate: float,
+        slots_per_context: int = contexts.SLOTS_PER_CONTEXT,
     ) -> None:
         self.trees = trees
+        self.rate = rate
         self.paths = token_paths(trees)
         context_weights_SI = np.zeros((2 * N_CERTAINTIES * N_KNOWN_CLASSES, WIDTH), np.float32)
         context_weights_SI[:, NETWORK_INPUT] = 1.0
@@ -232,30 +250,30 @@ class ByteMixer:
         return twin
 
     def score_and_learn(
-        self, tokens_N: np.ndarray, trees_N: np.ndarray, logits_ND: np.ndarray, nll_N: np.ndarray, rate: float
+        self, tokens_N: np.ndarray, trees_N: np.ndarray, logits_ND: np.ndarray, nll_N: np.ndarray
     ) -> np.ndarray:
         """Each target's loss with the mixture, (N,) float32 nats; learns from it after it is scored.
 
-        The targets are described as in `Targets`; `rate` is the weights' learning rate.
+        The arrays are those of `Targets`.
         """
         mixed_nll_N = np.empty(len(nll_N), np.float32)
         buffers = decision_buffers(2 * logits_ND.shape[1])
         targets = Targets(tokens_N, trees_N, logits_ND, nll_N)
-        _score_and_learn(self.state, self.paths, buffers, targets, np.float32(rate), mixed_nll_N)
+        _score_and_learn(self.state, self.paths, buffers, targets, np.float32(self.rate), mixed_nll_N)
         return mixed_nll_N
 
-    def distribution(self, tree: int, mass_V1: np.ndarray) -> np.ndarray:
-        """Log-probabilities of the next token, (V,) float64; nothing is learned.
+    def distribution(self, logp_V: np.ndarray, tree: int) -> np.ndarray:
+        """Mix into log-probabilities of the next token, (V,) float64; nothing is learned.
 
-        `mass_V1`: the network's cumulative mass in the order of the tree
-        (byte_tree.cumulative_mass).
+        `tree` is the index of the byte tree that the next token is in.
         """
-        logp_V = np.empty(len(mass_V1) - 1)
+        mass_V1 = cumulative_mass(logp_V, self.trees.sorted_ids_TV[tree])
+        mixed_logp_V = np.empty_like(logp_V)
         longest_path = self.trees.longest_path
         logits_D = np.empty(longest_path, np.float32)
         buffers = decision_buffers(longest_path)
-        _distribution(self.state, self.paths, buffers, self.trees, tree, mass_V1, logits_D, logp_V)
-        return logp_V
+        _distribution(self.state, self.paths, buffers, self.trees, tree, mass_V1, logits_D, mixed_logp_V)
+        return mixed_logp_V
 
 
 @jit_inline

@@ -21,12 +21,13 @@ another order. A call with too few documents to fill a batch scores them one by 
 little. Then every shape follows from the chunk's number, and a score is a function of its past to
 the last bit.
 
-Shapes: N targets of a call, R rows of its result, B documents, L tokens of the longest document,
-T tokens of context, S targets of a chunk, P weights of a document's adapters, V vocabulary.
+Shapes: N targets of a call, B documents, L tokens of the longest document, T tokens of context,
+S targets of a chunk, P weights of a document's adapters, V vocabulary.
 """
 
 import copy
 from collections.abc import Sequence
+from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -35,9 +36,9 @@ from torch import Tensor
 
 from stages.common.parallel import World
 from stages.common.progress import Logger, Progress
-from stages.scoring.queries import DeviceQueries, Queries, result_rows, score_targets
+from stages.scoring.queries import Queries, TargetScores, score_targets, zero_scores
 from stages.sliding_eval.params import SlidingEvalParams
-from stages.train.model import Model, is_matrix
+from stages.train.model import Extensions, Model, is_matrix
 from stages.train.reference import softcapped
 from stages.ttt_eval.lora.documents import StreamDocument, group_documents, pad_rows, split_documents
 from stages.ttt_eval.lora.weights import AdapterBatch, AdapterLayout, adamw_, fresh_adapters
@@ -57,8 +58,8 @@ def frozen(model: Model) -> Model:
 class ScoringCall(NamedTuple):
     """One call of `LoRAScorer.score`: its queries, and where its result is collected."""
 
-    scores: np.ndarray  # (R, N) float32; on each rank the scores of its own documents, zeros elsewhere
-    queries: Queries | None
+    scores: TargetScores[np.ndarray]  # on each rank those of its own documents, zeros elsewhere
+    queries: Queries[np.ndarray] | None
     progress: Progress
 
 
@@ -135,53 +136,51 @@ class LoRAScorer:
 
     def score_stream(self, tokens: np.ndarray) -> np.ndarray:
         """Score and observe tokens in order; nats, float32."""
-        return self.score(tokens, None)[0]
+        return self.score(tokens, None).nll_N
 
-    def score(self, tokens: np.ndarray, queries: Queries | None) -> np.ndarray:
-        """Score and observe tokens in order; returns losses and query results, (R, N) (queries.py)."""
+    def score(self, tokens: np.ndarray, queries: Queries[np.ndarray] | None) -> TargetScores[np.ndarray]:
+        """Score and observe tokens (N,) in order, with one query for each target."""
         tokens = tokens.astype(np.int64)
         if not len(self.open_tokens):  # the first token of a stream is given
             self.open_tokens = tokens[:1]
             tokens = tokens[1:]
-        scores = np.zeros((result_rows(queries), len(tokens)), dtype=np.float32)
+        scores = zero_scores(len(tokens), queries, _zeros)
         if not len(tokens):
             return scores
 
         documents = split_documents(self.open_tokens, tokens, self.model.params.bos_id)
-        with self.logger.progress("score and train", len(tokens)) as progress:
-            self.open_adapters = self._score_documents(documents, ScoringCall(scores, queries, progress))
-        self.open_tokens = documents[-1].tokens
-        return self.world.sum_(torch.from_numpy(scores).to(self.world.device)).cpu().numpy()
-
-    def _score_documents(self, documents: list[StreamDocument], call: ScoringCall) -> AdapterBatch:
-        """Score this rank's share of the documents.
-
-        Returns the adapters of the last document, which stays open, on every rank.
-        """
-        # The document that an earlier call began: every rank continues it, and one keeps its
-        # scores.
-        open_adapters = None
-        if documents[0].first_target:
-            open_adapters = self._score_group(documents[:1], self.open_adapters.copy(0), call)
-            if not self.world.is_main:
-                call.scores[:] = 0
-
-        # New documents are shared out over the ranks.
         new = [document for document in documents if not document.first_target]
-        group_size = self.lora.documents if len(new) >= self.lora.documents else 1
-        for group in group_documents(new, self.world.rank, self.world.size, group_size):
-            adapters = fresh_adapters(self.fresh_P, len(group))
-            open_adapters = self._score_group(group, adapters, call) or open_adapters
+        with self.logger.progress("score and train", len(tokens)) as progress:
+            call = ScoringCall(scores, queries, progress)
 
-        # The last document is a new one if there is any: then one rank has its adapters, and the
-        # others add zeros.
+            # The document that an earlier call began: every rank continues it, and one keeps its
+            # scores.
+            open_adapters = None
+            if documents[0].first_target:
+                open_adapters = self._score_group(documents[:1], self.open_adapters.copy(0), call)
+                if not self.world.is_main:
+                    scores.write_(0, zero_scores(len(tokens), queries, _zeros))
+
+            # New documents are shared out over the ranks.
+            group_size = self.lora.documents if len(new) >= self.lora.documents else 1
+            for group in group_documents(new, self.world.rank, self.world.size, group_size):
+                adapters = fresh_adapters(self.fresh_P, len(group))
+                open_adapters = self._score_group(group, adapters, call) or open_adapters
+
+        # The last document stays open. If it is a new one, one rank has its adapters.
+        self.open_tokens = documents[-1].tokens
         if new and self.world.size > 1:
-            if open_adapters is None:
-                zeros_1P = torch.zeros_like(self.fresh_P)[None]
-                open_adapters = AdapterBatch(zeros_1P, zeros_1P.clone())
-            open_adapters = AdapterBatch(*(self.world.sum_(tensor) for tensor in open_adapters))
+            open_adapters = self._on_every_rank(open_adapters)
         assert open_adapters is not None, "no rank scored the last document, which is open"
-        return open_adapters
+        self.open_adapters = open_adapters
+        return scores.map(lambda values: self.world.sum_(self._on_device(values)).cpu().numpy())
+
+    def _on_every_rank(self, adapters: AdapterBatch | None) -> AdapterBatch:
+        """Share adapters that one rank has with the others, which have None and add zeros."""
+        if adapters is None:
+            zeros_1P = torch.zeros_like(self.fresh_P)[None]
+            adapters = AdapterBatch(zeros_1P, zeros_1P.clone())
+        return AdapterBatch(*(self.world.sum_(tensor) for tensor in adapters))
 
     def _score_group(
         self, group: list[StreamDocument], adapters: AdapterBatch, call: ScoringCall
@@ -198,20 +197,21 @@ class LoRAScorer:
             rows = [_ids_of_document(document, ids_N) for document in group]
             return self._on_device(pad_rows(rows, n_chunks * size))
 
-        queries = call.queries.to_device(by_document) if call.queries is not None else None
+        queries = None if call.queries is None else call.queries.map(by_document)
 
         # Documents end at different chunks; those that go on are the first rows.
         scored = []
         for chunk in range(group[0].first_target // size, n_chunks):
             rows = sum(document.n_chunks(size) > chunk for document in group)
             trained = sum(document.n_trained_chunks(size) > chunk for document in group)
-            scores_RBS = self._score_chunk_and_train(adapters.first(rows), tokens_BL, queries, chunk, trained)
-            scored.append((chunk, scores_RBS))
+            scores = self._score_chunk_and_train(adapters.first(rows), tokens_BL, queries, chunk, trained)
+            scored.append((chunk, scores))
             call.progress.advance(rows * size * self.world.size)
 
         # Copied from the device at the end, so that it never waits for the host.
-        for chunk, scores_RBS in scored:
-            _write_scores(call.scores, group, chunk, scores_RBS.cpu().numpy())
+        for chunk, scores in scored:
+            on_host = scores.map(lambda values: values.cpu().numpy())
+            self._write_scores(call.scores, group, chunk, on_host)
         for row, document in enumerate(group):
             if document.is_open:
                 return adapters.copy(row)
@@ -221,13 +221,13 @@ class LoRAScorer:
         self,
         adapters: AdapterBatch,
         tokens_BL: Tensor,
-        queries: DeviceQueries | None,
+        queries: Queries[Tensor] | None,
         chunk: int,
         trained: int,
-    ) -> Tensor:
+    ) -> TargetScores[Tensor]:
         """Score a chunk of every document, then train the first `trained` documents on it, in place.
 
-        Returns the scores, (R, B, S).
+        `queries` have ids (B, L - 1). Returns the scores of B * S targets, document by document.
         """
         start, end = self._context(chunk)
         rows = len(adapters.weights_BP)
@@ -239,20 +239,36 @@ class LoRAScorer:
             z_BSV = self._raw_logits(tokens_BL[:rows, start:end], positions, weights_BP)
             targets_BS = tokens_BL[:rows, end - size + 1 : end + 1]
             chunk_queries = queries and queries.map(lambda ids_BL: ids_BL[:rows, end - size : end].flatten())
-            scores_RN = score_targets(self.model, z_BSV.flatten(0, 1), targets_BS.flatten(), chunk_queries)
-            scores_RBS = scores_RN.unflatten(1, (rows, size))
+            scores = score_targets(self.model, z_BSV.flatten(0, 1), targets_BS.flatten(), chunk_queries)
 
             # Train: each document's loss has a gradient in its own weights only.
             if trained:
-                losses_BS = weighted(scores_RBS[0, :trained], self.params.weight_by_surprise)
+                nll_BS = scores.nll_N.unflatten(0, (rows, size))
+                losses_BS = weighted(nll_BS[:trained], self.params.weight_by_surprise)
                 (gradients_BP,) = torch.autograd.grad(losses_BS.mean(dim=1).sum(), weights_BP)
                 adamw_(adapters.first(trained), gradients_BP[:trained], chunk + 1, self.lora)
-        return scores_RBS.detach()
+        return scores.map(Tensor.detach)
 
     def _raw_logits(self, inputs_BT: Tensor, positions: slice, weights_BP: Tensor) -> Tensor:
         """Logits before the softcap at the positions, (B, S, V)."""
         adapters = self.layout.adapters(weights_BP.to(self.model.dtype))
-        return self.model.raw_logits(inputs_BT, True, positions, adapters)
+        return self.model.raw_logits(inputs_BT, True, positions, Extensions(adapters))
+
+    def _write_scores(
+        self,
+        call_scores: TargetScores[np.ndarray],
+        group: Sequence[StreamDocument],
+        chunk: int,
+        scores: TargetScores[np.ndarray],
+    ) -> None:
+        """Write a chunk's scores, those of the first documents of a group, to their places in the call's."""
+        size = self.lora.chunk
+        for row in range(len(scores.nll_N) // size):
+            document = group[row]
+            first = max(document.first_target, chunk * size)
+            end = min(document.n_targets, (chunk + 1) * size)
+            in_chunk = slice((row - chunk) * size + first, (row - chunk) * size + end)
+            call_scores.write_(document.offset + first, scores.map(itemgetter((..., in_chunk))))
 
     def _context(self, chunk: int) -> tuple[int, int]:
         """Start and end of a chunk's context; they do not depend on where the document ends."""
@@ -271,13 +287,5 @@ def _ids_of_document(document: StreamDocument, ids_N: np.ndarray) -> np.ndarray:
     return ids_M
 
 
-def _write_scores(
-    scores_RN: np.ndarray, group: Sequence[StreamDocument], chunk: int, scores_RBS: np.ndarray
-) -> None:
-    """Copy a chunk's scores to their places in the call's result."""
-    size = scores_RBS.shape[-1]
-    for row, document in enumerate(group[: scores_RBS.shape[1]]):
-        first = max(document.first_target, chunk * size)
-        end = min(document.n_targets, (chunk + 1) * size)
-        scores_RS = scores_RBS[:, row, first - chunk * size : end - chunk * size]
-        scores_RN[:, document.offset + first : document.offset + end] = scores_RS
+def _zeros(shape: tuple[int, ...]) -> np.ndarray:
+    return np.zeros(shape, np.float32)

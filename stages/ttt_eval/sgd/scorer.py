@@ -8,6 +8,7 @@ computed in float32 like everywhere.
 
 import copy
 import math
+from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch import Tensor
 from stages.common.copy_on_write import CopyOnWrite
 from stages.common.parallel import World
 from stages.common.progress import Logger
-from stages.scoring.queries import Queries, result_rows
+from stages.scoring.queries import Queries, TargetScores, concatenate, zero_scores
 from stages.sliding_eval.params import SlidingEvalParams
 from stages.sliding_eval.scorer import SlidingScorer
 from stages.train.data import windows_to_device
@@ -122,31 +123,32 @@ class TTTScorer:
     def observe(self, token: int) -> None:
         """Append a token to the prefix; the last one of a chunk starts its training."""
         self.scorer.observe(token)
-        self._append(np.array([token], dtype=np.int64))
+        self._append_and_train(np.array([token], dtype=np.int64))
 
     def score_stream(self, tokens: np.ndarray) -> np.ndarray:
         """Score and observe tokens in order, chunk by chunk; nats, float32."""
-        return self.score(tokens, None)[0]
+        return self.score(tokens, None).nll_N
 
-    def score(self, tokens: np.ndarray, queries: Queries | None) -> np.ndarray:
-        """Score and observe tokens in order; returns losses and query results, (R, N) (queries.py)."""
-        scores = [np.empty((result_rows(queries), 0), dtype=np.float32)]
+    def score(self, tokens: np.ndarray, queries: Queries[np.ndarray] | None) -> TargetScores[np.ndarray]:
+        """Score and observe tokens (N,) in order, chunk by chunk, with one query for each target."""
+        parts = [zero_scores(0, queries, lambda shape: np.zeros(shape, np.float32))]
         n_scored = 0
         with self.logger.progress("score and train", len(tokens)) as progress:
             while len(tokens):
                 # Up to the end of the chunk. The first token of a stream is given, not scored.
                 part = tokens[: self.params.chunk + 1 - self.n_chunk_tokens]
                 tokens = tokens[len(part) :]
-                n_targets = len(part) - (self.n_chunk_tokens == 0)
-                part_queries = queries and queries.part(n_scored, n_scored + n_targets)
-                scores.append(self.scorer.score(part, part_queries))
-                n_scored += n_targets
-                self._append(part.astype(np.int64))
-                progress.advance(len(part), f"chunk {self.chunk}/{self.chunks}")
-        return np.concatenate(scores, axis=1)
+                targets = slice(n_scored, n_scored + len(part) - (self.n_chunk_tokens == 0))
+                part_queries = queries and queries.map(itemgetter(targets))
+                parts.append(self.scorer.score(part, part_queries))
+                n_scored = targets.stop
 
-    def _append(self, tokens: np.ndarray) -> None:
-        """Add scored tokens to the chunk. If it is full, train on it, and begin the next one."""
+                self._append_and_train(part.astype(np.int64))
+                progress.advance(len(part), f"chunk {self.chunk}/{self.chunks}")
+        return concatenate(parts)
+
+    def _append_and_train(self, tokens: np.ndarray) -> None:
+        """Add scored tokens to the chunk; train on it and begin the next one if it is full."""
         self.chunk_tokens.append(tokens)
         self.n_chunk_tokens += len(tokens)
         assert self.n_chunk_tokens <= self.params.chunk + 1, "a chunk was appended to beyond its end"

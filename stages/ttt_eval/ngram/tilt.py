@@ -1,7 +1,7 @@
-"""A learned tilt towards one token, on top of any scorer: #1145 and #1514 without their gates.
+"""A learned tilt of a network's distribution towards one token: #1145 and #1514 without their gates.
 
-A hint h (table.py) makes one binary event of the next token: is it h? The wrapped scorer gives this
-the probability p(h). The tilt gives it
+A hint h (table.py) makes one binary event of the next token: is it h? The network gives this the
+probability p(h). The tilt gives it
 
     p'(h) = sigmoid(logit p(h) + b),    and every other token p(v) (1 - p'(h)) / (1 - p(h)),
 
@@ -16,11 +16,11 @@ of logit p(h), losses jumped by a nat at the ends of a range, where two ways to 
 p(h) differ in their last bits.)
 
 Hit rates and weights learn from the token after it is scored. All weights start at 0, which is the
-wrapped scorer exactly. h and x depend on the observed prefix alone.
+network exactly. h and x depend on the observed prefix alone.
 
-A scorer on top can ask for the decisions on a token's path through the byte tree
-(scoring/byte_tree.py). It gets them under the tilt: the hint's mass, times exp(b), is added to the
-side that the hint is on.
+The logits of the decisions on a token's path through the byte tree (scoring/byte_tree.py), if the
+scores have them, are tilted as well: the hint's mass, times exp(b), is added to the side that the
+hint is on.
 
 Shapes: N targets, K context lengths, S states of a context, W sets of weights, X inputs, D
 decisions of the longest path.
@@ -28,17 +28,15 @@ decisions of the longest path.
 
 import copy
 import math
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import numpy as np
 
-from stages.common.copy_on_write import CopyOnWrite
 from stages.common.jit import jit_entry
 from stages.scoring.byte_tree import ByteTrees
-from stages.scoring.evaluate import QueryableScorer
-from stages.scoring.queries import Queries
+from stages.scoring.byte_tree_logits import NO_HINT
+from stages.scoring.queries import TargetScores
 from stages.ttt_eval.ngram.table import CONTEXT_LENGTHS, SLOT_STATES, UNKNOWN, NgramTable
-from stages.ttt_eval.wrapper import Wrapper
 
 INPUTS = 2 + len(CONTEXT_LENGTHS)  # X
 KNOTS = 8  # values of logit p(h) that have a set of weights, around 0
@@ -107,7 +105,7 @@ def _boost(state: TiltState, states_K: np.ndarray, hint_logp: float, x_X: np.nda
 
 
 @jit_entry(makes_arrays=True)
-def score_and_adapt(
+def _score_and_learn(
     state: TiltState,
     hints_N: np.ndarray,
     states_NK: np.ndarray,
@@ -120,8 +118,8 @@ def score_and_adapt(
 
     Hit rates and weights learn from each target after it is scored.
 
-    `hints_N` and `states_NK` are the table's, `nll_N` and `hint_logp_N` the wrapped scorer's losses
-    and log-probabilities of the hints, `rate` the weights' learning rate.
+    `hints_N` and `states_NK` are the table's, `nll_N` and `hint_logp_N` the network's losses and
+    log-probabilities of the hints, `rate` the weights' learning rate.
     """
     tilted_nll_N = np.empty(len(nll_N), np.float32)
     boosts_N = np.zeros(len(nll_N))
@@ -157,7 +155,7 @@ def score_and_adapt(
 
 
 @jit_entry
-def apply_to_path(
+def _tilt_path_(
     trees: ByteTrees,
     trees_N: np.ndarray,
     targets_N: np.ndarray,
@@ -195,55 +193,76 @@ def apply_to_path(
             mass = right if trees.goes_right_E[e] else left
 
 
-class TiltScorer(Wrapper):
-    """A lawful scorer that wraps another.
+class Hints(NamedTuple):
+    """What the table says before each of N targets."""
 
-    The stream's length, a public constant, sizes its table; `text_hashes_V` are those of the ids
-    (table.py).
+    ids_N: np.ndarray  # int64: the hint, or NO_HINT
+    states_NK: np.ndarray  # uint8: states of the contexts
+
+    def last(self, count: int) -> "Hints":
+        """Those before the last `count` targets."""
+        first = len(self.ids_N) - count
+        return Hints(self.ids_N[first:], self.states_NK[first:])
+
+
+def no_hints(targets: int) -> Hints:
+    """Hints where there is no table."""
+    return Hints(np.full(targets, NO_HINT), np.full((targets, len(CONTEXT_LENGTHS)), UNKNOWN, np.uint8))
+
+
+class NgramTilt:
+    """The n-gram table of an observed prefix, and the tilt that has learned from it.
+
+    `text_hashes_V` are those of the ids (table.py); the stream's length `n_targets`, a public
+    constant, sizes the table; `rate` is the learning rate of the weights.
     """
 
-    def __init__(
-        self, scorer: QueryableScorer, rate: float, text_hashes_V: np.ndarray, n_targets: int
-    ) -> None:
-        super().__init__(scorer)
+    def __init__(self, text_hashes_V: np.ndarray, n_targets: int, rate: float) -> None:
         self.rate = rate
-        self.table = CopyOnWrite(NgramTable(text_hashes_V, n_targets), NgramTable.copy)
+        self.table = NgramTable(text_hashes_V, n_targets)
         self.state = new_tilt_state()
 
-    def fork(self) -> Self:
-        """An independent copy; the table is shared until one of the two observes a token."""
-        twin = super().fork()
-        twin.table = self.table.fork()
+    def copy(self) -> "NgramTilt":
+        """An independent copy."""
+        twin = copy.copy(self)
+        twin.table = self.table.copy()
         twin.state = copy.deepcopy(self.state)
         return twin
 
-    def _adjust_distribution(self, logp_V: np.ndarray) -> np.ndarray:
-        hint, states_K = self.table.value.peek()
+    def observe(self, tokens: np.ndarray) -> Hints:
+        """Append tokens (N,) to the table; returns the hints before each."""
+        hints, states = self.table.update(tokens)
+        return Hints(hints.astype(np.int64), states)
+
+    def score_and_learn_(
+        self,
+        scores: TargetScores[np.ndarray],
+        hints: Hints,
+        targets_N: np.ndarray,
+        trees_N: np.ndarray,
+        trees: ByteTrees | None,
+    ) -> TargetScores[np.ndarray]:
+        """Tilt the scores of consecutive targets, and learn from each target after it.
+
+        The scores, which were queried with the hints, are changed in place. `trees` are needed if
+        they have path logits.
+        """
+        assert scores.hint_logp_N is not None, "the scores were queried without hints"
+        scores.nll_N[:], boosts_N = _score_and_learn(
+            self.state, hints.ids_N, hints.states_NK, targets_N, scores.nll_N, scores.hint_logp_N, self.rate
+        )
+        if scores.path_logits_DN is not None:
+            assert trees is not None, "path logits are those of byte trees"
+            hint_log_odds_N = scores.hint_logit_N + boosts_N
+            _tilt_path_(trees, trees_N, targets_N, hints.ids_N, hint_log_odds_N, scores.path_logits_DN)
+        return scores
+
+    def distribution(self, logp_V: np.ndarray) -> np.ndarray:
+        """Tilt log-probabilities of the next token, (V,) float64; nothing is learned."""
+        hint, states_K = self.table.peek()
         if hint < 0 or math.isnan(logp_V[hint]):
             return logp_V
         boost = _boost(self.state, states_K, min(logp_V[hint], MAX_LOG_PROB), np.empty(INPUTS)).boost
         tilted_V = logp_V - math.log1p(math.exp(logp_V[hint]) * math.expm1(boost))
         tilted_V[hint] += boost
         return tilted_V
-
-    def _score(self, tokens: np.ndarray, queries: Queries | None) -> np.ndarray:
-        # Hints of all tokens. The first token of a stream is given, not scored.
-        table = self.table.writable()
-        given = 1 if table.n_tokens == 0 and len(tokens) else 0
-        hints, states = table.update(tokens)
-        hints_N = hints[given:].astype(np.int64)
-        states_NK = states[given:]
-        targets_N = tokens[given:].astype(np.int64)
-
-        # The wrapped scorer's losses, probabilities of the hints and, for a scorer on top, paths.
-        byte_trees = None if queries is None else queries.byte_trees
-        trees_N = np.zeros_like(hints_N) if queries is None else queries.tree_ids_N
-        scores = self.scorer.score(tokens, Queries(hints_N, trees_N, byte_trees))
-
-        nll_N, hint_logp_N = scores[:2]
-        scores[0], boosts_N = score_and_adapt(
-            self.state, hints_N, states_NK, targets_N, nll_N, hint_logp_N, self.rate
-        )
-        if byte_trees is not None:
-            apply_to_path(byte_trees.trees, trees_N, targets_N, hints_N, scores[2] + boosts_N, scores[3:])
-        return scores

@@ -1,9 +1,10 @@
-"""The byte mixture is a distribution, learns after it scores, and at first is the wrapped scorer."""
+"""The byte mixture on a network is a distribution, learns after it scores, and at first is the network."""
 
 import copy
 import dataclasses
 import math
 import os
+import traceback
 from typing import Any
 
 import numpy as np
@@ -11,17 +12,20 @@ import pytest
 import torch
 
 from stages.common import bpb
-from stages.scoring import byte_tree
+from stages.scoring import byte_tree, evaluate
 from stages.scoring.byte_tree_logits import NO_HINT, DeviceByteTrees
 from stages.scoring.evaluate import warm_up_kernels
-from stages.scoring.queries import Queries, result_rows
+from stages.scoring.queries import Queries, TargetScores, concatenate, zero_scores
+from stages.scoring.stream import ValidationStream
 from stages.sliding_eval.scorer import SlidingScorer
 from stages.ttt_eval.build import build_scorer
 from stages.ttt_eval.bytemix.mixer import ByteMixer
-from stages.ttt_eval.bytemix.scorer import MixerScorer
-from stages.ttt_eval.ngram.scorer import TiltScorer
+from stages.ttt_eval.ensemble import EnsembleScorer
+from stages.ttt_eval.ngram import tilt
+from stages.ttt_eval.ngram.tilt import NgramTilt
+from stages.ttt_eval.sgd.scorer import TTTScorer
 from tests.byte_inputs import random_log_probs
-from tests.factories import SLIDING, TINY, TTT, make_world, random_model, table
+from tests.factories import SLIDING, TINY, TTT, make_world, random_model, scorer_inputs, table
 from tests.slow_mixture import SlowByteMixer
 
 RATE = 0.02
@@ -46,28 +50,37 @@ class Drawn:
         self.seen += 1
 
     def score_stream(self, tokens: np.ndarray) -> np.ndarray:
-        return self.score(tokens, None)[0]
+        return self.score(tokens, None).nll_N
 
-    def score(self, tokens: np.ndarray, queries: Queries | None) -> np.ndarray:
-        answers: list[np.ndarray] = []
+    def score(self, tokens: np.ndarray, queries: Queries[np.ndarray] | None) -> TargetScores[np.ndarray]:
+        scores = [zero_scores(0, queries, float32_zeros)]
         for token in tokens.tolist():
             if self.seen:
-                law, number = self.predict()[None], len(answers)
-                answers.append(np.array([-law[0, token], 0]))
+                law = self.predict()[None]
+                one = TargetScores(np.array([-law[0, token]], np.float32))
                 if queries is not None and queries.byte_trees is not None:
-                    hints = torch.tensor([int(queries.hint_ids_N[number])])
-                    trees = torch.tensor([int(queries.tree_ids_N[number])])
-                    read = queries.byte_trees.path_logits(
-                        torch.from_numpy(law), torch.tensor([token]), hints, trees
+                    number = len(scores) - 1
+                    ids = (token, int(queries.hint_ids_N[number]), int(queries.tree_ids_N[number]))
+                    path = queries.byte_trees.path_logits(
+                        torch.from_numpy(law), *(torch.tensor([i]) for i in ids)
                     )
-                    answers[-1] = np.concatenate((answers[-1], read.numpy()[:, 0]))
+                    hint_logp_N = np.zeros(1, np.float32)
+                    hint_logit_N, path_logits_DN = (logits.numpy() for logits in path)
+                    one = TargetScores(one.nll_N, hint_logp_N, hint_logit_N, path_logits_DN)
+                scores.append(one)
             self.observe(token)
-        rows = 2 if queries is None or queries.byte_trees is None else 2 + queries.byte_trees.output_rows
-        return np.array(answers, dtype=np.float32).reshape(-1, rows).T
+        return concatenate(scores)
 
 
-def mixed(of: bpb.ByteTable, targets: int, rate: float = RATE, wrapped: Any = None) -> MixerScorer:
-    return MixerScorer(wrapped or Drawn(of.vocab_size), rate, of, targets, CPU)
+def float32_zeros(shape: tuple[int, ...]) -> np.ndarray:
+    return np.zeros(shape, np.float32)
+
+
+def mixed(
+    of: bpb.ByteTable, targets: int, rate: float = RATE, network: Any = None, tilt: NgramTilt | None = None
+) -> EnsembleScorer:
+    mixer = ByteMixer(byte_tree.build_byte_trees(of), 4 * targets, rate)
+    return EnsembleScorer(network or Drawn(of.vocab_size), of.boundary, CPU, tilt, mixer)
 
 
 def test_weight_one_on_the_network_is_its_loss_bit_for_bit(tokenised):
@@ -82,8 +95,8 @@ def test_with_weight_one_its_distribution_is_that_of_the_network(tokenised):
     of, tokens = tokenised
     scorer = mixed(of, len(tokens), rate=0.0)
     for place in (1, 40, 41, 900):
-        scorer.score_stream(tokens[scorer.scorer.seen : place])  # type: ignore[attr-defined]
-        np.testing.assert_allclose(scorer.predict(), scorer.scorer.predict(), atol=1e-5)
+        scorer.score_stream(tokens[scorer.network.seen : place])  # type: ignore[attr-defined]
+        np.testing.assert_allclose(scorer.predict(), scorer.network.predict(), atol=1e-5)
 
 
 def test_it_learns(tokenised):
@@ -100,12 +113,15 @@ def test_it_computes_what_dictionaries_do_in_float64(tokenised):
     targets = tokens[1:].astype(np.int64)
     byte_trees = DeviceByteTrees(byte_tree.build_byte_trees(of), CPU)
     trees_N = byte_tree.tree_index_after(of.boundary, tokens[:-1])
-    answers = Drawn(of.vocab_size).score(tokens, Queries(np.full_like(trees_N, NO_HINT), trees_N, byte_trees))
-    paths_ND = np.ascontiguousarray(answers[3:].T) * np.float32(0.3)  # less sure: more decisions are mixed
+    scores = Drawn(of.vocab_size).score(tokens, Queries(np.full_like(trees_N, NO_HINT), trees_N, byte_trees))
+    assert scores.path_logits_DN is not None
+    paths_ND = np.ascontiguousarray(scores.path_logits_DN.T) * np.float32(
+        0.3
+    )  # less sure: more decisions are mixed
 
     no_losses = np.zeros(len(targets), np.float32)
-    without_collisions = ByteMixer(byte_trees.trees, 1 << 20, slots_per_context=1 << 20)
-    fast = -without_collisions.score_and_learn(targets, trees_N, paths_ND, no_losses, RATE)
+    without_collisions = ByteMixer(byte_trees.trees, 1 << 20, RATE, slots_per_context=1 << 20)
+    fast = -without_collisions.score_and_learn(targets, trees_N, paths_ND, no_losses)
 
     by_dictionaries = SlowByteMixer(of.boundary, RATE)
     gains = []
@@ -128,7 +144,7 @@ def test_noise_cannot_be_beaten():
         def predict(self) -> np.ndarray:
             return np.full(self.vocab_size, -math.log(self.vocab_size))
 
-    bits = mixed(of, len(tokens), wrapped=Uniform(TINY.vocab_size)).score_stream(tokens).sum(
+    bits = mixed(of, len(tokens), network=Uniform(TINY.vocab_size)).score_stream(tokens).sum(
         dtype=np.float64
     ) / math.log(2)
     assert (
@@ -141,6 +157,7 @@ def test_noise_cannot_be_beaten():
 def test_the_counterfactual_sum_is_one_late_in_a_stream_and_the_law_is_what_is_charged(tokenised):
     of, tokens = tokenised
     scorer = mixed(of, len(tokens) - 1)
+    assert scorer.mixer is not None
     at = 0
     after_boundary = np.flatnonzero(of.boundary[tokens])[-3:] + 1
     drawn = np.random.Generator(np.random.PCG64(1)).integers(len(tokens) // 2, len(tokens) - 1, 12)
@@ -151,7 +168,7 @@ def test_the_counterfactual_sum_is_one_late_in_a_stream_and_the_law_is_what_is_c
         state = copy.deepcopy(scorer.mixer.value.state)
         law = scorer.predict()
         assert abs(np.exp(law).sum() - 1) < 1e-9
-        assert np.abs(law - scorer.scorer.predict()).max() > 0.1
+        assert np.abs(law - scorer.network.predict()).max() > 0.1
 
         # A prediction changes nothing, and each id is charged what was predicted.
         after = scorer.mixer.value.state
@@ -195,13 +212,13 @@ def test_pieces_and_predictions_agree_with_the_whole_stream(monkeypatch: pytest.
 
     def make():
         sliding = SlidingScorer(random_model(6), SLIDING, make_world())
-        return mixed(of, 399, wrapped=TiltScorer(sliding, 0.05, of.text_hashes, 399))
+        return mixed(of, 399, network=sliding, tilt=NgramTilt(of.text_hashes, 399, 0.05))
 
     whole = make().score_stream(tokens)
     pieces = make()
     parts = np.concatenate([pieces.score_stream(part) for part in np.split(tokens, [1, 20, 33, 34, 200])])
     np.testing.assert_allclose(parts, whole, atol=1e-5)
-    monkeypatch.setattr("stages.ttt_eval.bytemix.scorer.PIECE", 48)
+    monkeypatch.setattr("stages.ttt_eval.ensemble.PIECE", 48)
     np.testing.assert_allclose(make().score_stream(tokens), whole, atol=1e-5)
 
     one_by_one = make()
@@ -214,13 +231,52 @@ def test_pieces_and_predictions_agree_with_the_whole_stream(monkeypatch: pytest.
         one_by_one.observe(int(tokens[target + 1]))
 
 
-def test_the_parameter_decides():
-    params = dataclasses.replace(TTT, mixer_rate=RATE, tilt_rate=0.05)
-    scorer = build_scorer(random_model(6), SLIDING, params, make_world(), table(), 100)
-    assert isinstance(scorer, MixerScorer)
-    assert isinstance(scorer.scorer, TiltScorer)
+def test_the_parameters_decide():
+    inputs = scorer_inputs(random_model(6), 100)
+    for tilt_rate in (0.0, 0.05):
+        for mixer_rate in (0.0, RATE):
+            params = dataclasses.replace(TTT, mixer_rate=mixer_rate, tilt_rate=tilt_rate)
+            scorer = build_scorer("ttt_eval", SLIDING, params, inputs)
+            if not tilt_rate and not mixer_rate:
+                assert isinstance(scorer, TTTScorer)
+                continue
+            assert isinstance(scorer, EnsembleScorer)
+            assert (scorer.tilt is not None, scorer.mixer is not None) == (bool(tilt_rate), bool(mixer_rate))
+            assert scorer.tilt is None or scorer.tilt.value.rate == tilt_rate
+            assert scorer.mixer is None or scorer.mixer.value.rate == mixer_rate
     with pytest.raises(ValueError, match="mixer_rate: -1 is negative"):
         dataclasses.replace(TTT, mixer_rate=-1)
+
+
+@pytest.mark.parametrize("kind", ["sgd", "lora"])
+def test_a_target_is_few_calls_from_the_evaluation_to_the_arithmetic(kind: Any, monkeypatch):
+    """Frames of this project from the evaluation to what computes a target's scores, both included.
+
+    The mixture runs on a thread of its own, whose frames are counted alone.
+    """
+    params = dataclasses.replace(TTT, kind=kind, mixer_rate=RATE, tilt_rate=0.05)
+    tokens = (np.arange(300) % 30 + 4).astype(np.uint16)
+    tokens[::50] = TINY.bos_id
+    scorer = build_scorer("ttt_eval", SLIDING, params, scorer_inputs(random_model(6), 299))
+    depths: dict[str, int] = {}
+
+    def record_depth(owner: Any, name: str) -> None:
+        function = getattr(owner, name)
+
+        def recorded(*arguments: Any, **named: Any) -> Any:
+            files = [frame.filename for frame in traceback.extract_stack()]
+            depth = sum("/stages/" in file for file in files) + 1
+            depths[name] = max(depths.get(name, 0), depth)
+            return function(*arguments, **named)
+
+        monkeypatch.setattr(owner, name, recorded)
+
+    record_depth(DeviceByteTrees, "path_logits")
+    record_depth(tilt, "_score_and_learn")
+    record_depth(ByteMixer, "score_and_learn")
+    evaluate.score(scorer, ValidationStream(tokens, np.ones(299, np.int64), table()))
+    assert set(depths) == {"path_logits", "_score_and_learn", "score_and_learn"}
+    assert max(depths.values()) <= 7
 
 
 @pytest.mark.parametrize("answer", [math.nan, math.inf, -math.inf, None], ids=str)
@@ -231,18 +287,18 @@ def test_a_warm_up_with_arbitrary_scores_writes_only_inside_its_arrays(answer: f
     class Anything:
         vocab_size, warm_up_targets = table().vocab_size, 600
 
-        def score(self, tokens: np.ndarray, queries: Queries | None) -> np.ndarray:
-            shape = result_rows(queries), len(tokens) - 1
-            bits = (
-                np.random.Generator(np.random.PCG64(0))
-                .integers(0, 1 << 32, shape, np.uint32)
-                .view(np.float32)
-            )
-            return bits if answer is None else np.full(shape, answer, np.float32)
+        def score(self, tokens: np.ndarray, queries: Queries[np.ndarray] | None) -> TargetScores[np.ndarray]:
+            random = np.random.Generator(np.random.PCG64(0))
 
-    scorer: Any = Anything()
-    tilted = TiltScorer(scorer, 0.05, table().text_hashes, 600)
+            def arbitrary(shape: tuple[int, ...]) -> np.ndarray:
+                bits = random.integers(0, 1 << 32, shape, np.uint32).view(np.float32)
+                return bits if answer is None else np.full(shape, answer, np.float32)
+
+            return zero_scores(len(tokens) - 1, queries, arbitrary)
+
+    scorer = mixed(table(), 600, network=Anything(), tilt=NgramTilt(table().text_hashes, 600, 0.05))
+    assert scorer.tilt is not None
     with np.errstate(invalid="ignore"):
-        warm_up_kernels(MixerScorer(tilted, RATE, table(), 600, CPU))
+        warm_up_kernels(scorer)
     assert os.environ["NUMBA_BOUNDSCHECK"] == "1", "nobody would see it"
-    assert tilted.state.updates_W.any() == (answer is None or not math.isnan(answer))
+    assert scorer.tilt.value.state.updates_W.any() == (answer is None or not math.isnan(answer))
