@@ -70,8 +70,7 @@ def own_scorers(seed: int) -> dict[str, ScorerFactory]:
         return SlidingScorer(model, SLIDING, factories.make_world())
 
     def adapting(params: TttEvalParams, n_targets: int) -> Scorer:
-        table = factories.table(SMALL.vocab_size)
-        return build_scorer(model, SLIDING, params, factories.make_world(), table, n_targets)
+        return build_scorer("ttt_eval", SLIDING, params, factories.scorer_inputs(model, n_targets))
 
     made: dict[str, ScorerFactory] = {"sliding": sliding}
     for name, params in kinds.items():

@@ -16,7 +16,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import FunctionType
 
 import numpy as np
 import torch
@@ -26,18 +28,19 @@ from stages.common import environment
 from stages.pack.artifact import unpack
 from stages.pack.entropy import codecs
 from stages.pack.entropy.codecs import StreamLayout
-from stages.pack.file import container, tensors
-from stages.pack.file.container import Contents, EncodedStream, EncodedTensor, Form
+from stages.pack.file import container
+from stages.pack.file.container import Contents, EncodedStream, EncodedTensor
+from stages.pack.forms import CorrectedForm, Float16Form, GroupsForm, RowsForm, TrellisForm
 
 SEPARATOR = b"\0streams\0"  # between the header and the streams of an input
 # The modules whose coverage guides the fuzzer.
 INSTRUMENTED = (
     "stages.pack.file.container",
     "stages.pack.entropy.codecs",
-    "stages.pack.file.tensors",
+    "stages.pack.forms",
     "stages.pack.file.load",
     "stages.pack.artifact",
-    "stages.pack.quantise.trellis_quantiser",
+    "stages.pack.exponents",
     "stages.pack.entropy.delta_coder",
     "stages.pack.low_rank",
 )
@@ -59,9 +62,9 @@ def one_input(data: bytes) -> None:
         contents = container.parse(blob)
         for entry in contents.tensors:
             raw = container.decode_streams(entry)
-            sizes = [layout.raw_bytes for layout in container.layouts(entry.form, entry.shape)]
+            sizes = [layout.raw_bytes for layout in entry.form.layouts(entry.shape)]
             assert [len(stream) for stream in raw] == sizes
-            assert tensors.decode(entry).shape == entry.shape
+            assert container.decode(entry).shape == entry.shape
         unpack(blob)
     except ValueError:
         return
@@ -107,11 +110,23 @@ def _entries() -> tuple[EncodedTensor, ...]:
 
     gain = stream(b"\0<\0<", StreamLayout(2, 1, 2), "brotli")
     return (
-        EncodedTensor("a.weight", (3, 4), Form("rows", 6), rows),
-        EncodedTensor("b.weight", (2, 3), Form("lattice", 1), trellis),
-        EncodedTensor("c.weight", (3, 4), Form("groups", 6, 1), (*rows, groups, *correction)),
-        EncodedTensor("gain", (2,), Form("float16", 16), (gain,)),
+        EncodedTensor("a.weight", (3, 4), RowsForm(6), rows),
+        EncodedTensor("b.weight", (2, 3), TrellisForm(1), trellis),
+        EncodedTensor("c.weight", (3, 4), CorrectedForm(GroupsForm(6), 1), (*rows, groups, *correction)),
+        EncodedTensor("gain", (2,), Float16Form(), (gain,)),
     )
+
+
+def functions_of(module: str) -> Iterator[FunctionType]:
+    """The functions of a module, and those of its classes; compiled functions are left out."""
+    for value in vars(sys.modules[module]).values():
+        if getattr(value, "__module__", "") == module:
+            members = vars(value).values() if isinstance(value, type) else [value]
+            for member in members:
+                # A property is the function that it calls.
+                function = member.fget if isinstance(member, property) else member
+                if isinstance(function, FunctionType) and function.__module__ == module:
+                    yield function
 
 
 def fuzz(arguments: list[str]) -> None:
@@ -119,9 +134,8 @@ def fuzz(arguments: list[str]) -> None:
     import atheris  # only here: it is not a dependency
 
     for module in INSTRUMENTED:
-        for value in vars(sys.modules[module]).values():
-            if callable(value) and getattr(value, "__module__", "") == module and hasattr(value, "__code__"):
-                value.__code__ = atheris.instrument_func(value).__code__
+        for function in functions_of(module):
+            function.__code__ = atheris.instrument_func(function).__code__
 
     for data in seeds():
         one_input(data)  # compiles the compiled functions, before the clock of an input runs

@@ -28,6 +28,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,13 +43,17 @@ from stages.calibrate.hessians import collect_hessians
 from stages.calibrate.params import Params as CalibrateInput
 from stages.common import bpb, config, environment
 from stages.common.clock import Interval
+from stages.common.concurrency import run_in_background
 from stages.common.parallel import World, distributed
 from stages.common.progress import Logger
 from stages.pack.artifact import Packed, pack, unpack
 from stages.pack.entropy import codecs
 from stages.pack.file import container
+from stages.pack.file.stream_encoder import InProcessEncoder
+from stages.pack.forms import RowsForm
 from stages.pack.params import PackParams
 from stages.pack.params import Params as PackInput
+from stages.pack.quantise.methods import QUANTISERS
 from stages.train.loop import train
 from stages.train.params import ModelParams
 from stages.train.params import Params as TrainInput
@@ -65,7 +70,7 @@ CLASSES = {
 FINER = {"attention_clip": 10.0, "mlp_clip": 10.0, "embedding_clip": 15.6}
 VARIANTS: dict[str, dict[str, Any]] = {
     "at a rate, 8 states": {"states": 8},
-    "the same integers, our coder": PLAIN | {"codec": "adaptive"},  # at the plain file's scale
+    "the same integers, our coder": PLAIN | {"codec": "adaptive"},  # at the plain file's coarseness
     "fixed widths, our coder": PLAIN | FINER | {"codec": "adaptive"},
     "fixed widths, clips and bits of #1855": PLAIN | CLASSES,
     "fixed widths, attention 13, MLP 11.5": PLAIN | {"attention_clip": 13.0, "mlp_clip": 11.5},
@@ -165,7 +170,9 @@ def run(
     state = load_file(model_file(folder), device=device)
     hessians = load_file(hessian_file(folder, revisit_weight), device=device)
     started = time.monotonic()
-    packed = pack(state, hessians, model, params, Logger(is_main=False))
+    run_in_background(partial(codecs.compile_ahead, params.codec))
+    run_in_background(QUANTISERS[params.quantiser].compile_ahead)
+    packed = pack(state, hessians, model, params, InProcessEncoder(), Logger(is_main=False))
     encoded = time.monotonic()
     unpack(packed.blob)
     decoded = time.monotonic()
@@ -215,7 +222,7 @@ def figures(done: Done, losses: np.ndarray, base: np.ndarray, bits_a_nat: float)
 
     return {
         "bytes": len(done.packed.blob),
-        "scale": done.packed.coarseness,
+        "coarseness": done.packed.coarseness,
         "bits_per_weight": 8 * sum(row.bytes for row in rows) / weights,
         **means,
         "expected_loss": sum(row.expected_loss or 0.0 for row in rows),
@@ -243,7 +250,7 @@ def by_programs(raw: bytes) -> dict[str, int]:
 
 def outside(blob: bytes) -> dict[str, int]:
     """Bytes of the quantised integers by other programs, which get one file for all tensors."""
-    entries = [entry for entry in container.parse(blob).tensors if entry.form.kind == "rows"]
+    entries = [entry for entry in container.parse(blob).tensors if isinstance(entry.form, RowsForm)]
     return by_programs(b"".join(container.decode_streams(entry)[0] for entry in entries))
 
 
@@ -340,7 +347,7 @@ def compare(arguments: argparse.Namespace, inputs: Inputs, folder: Path, world: 
     if same in chosen:
         for key in ("attention_clip", "mlp_clip", "embedding_clip"):
             chosen[same][key] = plain.packed.coarseness * getattr(section, key)
-        chosen[same]["budget_bytes"] = 2 * section.budget_bytes  # so that the scale stays 1
+        chosen[same]["budget_bytes"] = 2 * section.budget_bytes  # so that the coarseness stays 1
 
     # The others: some alone, then several at once.
     params = {}

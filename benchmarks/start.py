@@ -20,9 +20,15 @@ from typing import Any
 from stages.common import clock
 from stages.pack.file import decode_process
 
-# Functions that are timed, by the module through which they are called.
-OF_THE_STAGE = ("PendingModel", "open_stream_for_model", "load_scorer", "score", "write_results")
-OF_EVALUATE = ("build_model", "warm_up_kernels")
+# Functions of the module stages.scoring.evaluate, or that it calls, which are timed.
+TIMED = (
+    "PendingModel",
+    "open_stream_for_model",
+    "build_model",
+    "warm_up_kernels",
+    "score",
+    "write_results",
+)
 INDENT = 28 * " "
 
 
@@ -65,7 +71,7 @@ def decode_in_time() -> None:
         with timed(INDENT + "imports of the process that decodes"):
             event = importlib.import_module("numba.core.event")
             codec = importlib.import_module("stages.pack.entropy.codecs")
-            importlib.import_module("stages.pack.file.tensors")
+            importlib.import_module("stages.pack.forms")
         in_time(codec, "compile_ahead", INDENT + "compile_ahead")
         in_time(decode_process, "thread_map", INDENT + "decode, compiling awaited")
         with event.install_timer(
@@ -83,19 +89,17 @@ def main() -> None:
     decode_in_time()
     begun = decode_process.DecodeProcess()
     with timed("imports"):
-        stage: Any = importlib.import_module(f"stages.{sys.argv[1]}.__main__")
-        evaluate = importlib.import_module("stages.scoring.evaluate")
-    stage.DECODER = begun
+        stage: Any = importlib.import_module(f"stages.{sys.argv[1]}.stage")
+        evaluate: Any = importlib.import_module("stages.scoring.evaluate")
+        launch = importlib.import_module("stages.common.stage").launch
 
-    in_time(stage.PendingModel, "wait")
-    for name in OF_THE_STAGE:
-        in_time(stage, name)
-    for name in OF_EVALUATE:
+    in_time(evaluate.PendingModel, "wait")
+    for name in TIMED:
         in_time(evaluate, name)
 
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
-        stage.launch(stage.STAGE, stage.main, sys.argv[2:])
+        launch(stage.STAGE, functools.partial(stage.main, decoder=begun), sys.argv[2:])
 
 
 if __name__ == "__main__":

@@ -27,8 +27,10 @@ from benchmarks._command import command_line, write_results
 from stages.calibrate.hessians import hessian_name
 from stages.common import environment
 from stages.pack.entropy import level_coder
+from stages.pack.exponents import factors_to_exponents
+from stages.pack.forms import TrellisForm, TrellisLevels
 from stages.pack.quantise import gptq, trellis_quantiser
-from stages.pack.quantise.trellis_quantiser import ScaledMatrix, TrellisLevels
+from stages.pack.quantise.trellis_quantiser import ScaledMatrix
 from stages.pack.trellis import build_trellis
 
 DAMPING = 0.05  # of the Hessian, as in pack
@@ -129,7 +131,7 @@ def levels_of(way: str, matrix: ScaledMatrix, step: float, states: int) -> Trell
     values_RC = matrix.scaled_RC / np.float32(step)
     incoming_S2 = build_trellis(states).incoming_S2
     search(values_RC, columns.feedback_CC, columns.cost_C, incoming_S2, block, levels_RC)
-    return TrellisLevels(levels_RC, matrix.row_exponents_R, columns.exponents_C, step, states)
+    return TrellisLevels(levels_RC, matrix.row_exponents_R, columns.exponents_C, step)
 
 
 def point(
@@ -145,7 +147,7 @@ def point(
     chosen = levels_of(way, matrix, step, states)
     seconds = time.process_time() - started
 
-    difference = torch.from_numpy(trellis_quantiser.dequantise(chosen)) - weight
+    difference = torch.from_numpy(TrellisForm(states).dequantise(chosen)) - weight
     absolute = gptq.squared_output_errors(difference, hessian).sum()
     relative = float(absolute / gptq.squared_output_errors(weight, hessian).sum())
     payload = level_coder.encode(chosen.levels_RC, chosen.row_exponents_R, chosen.column_exponents_C, states)
@@ -164,7 +166,7 @@ def compared(weight: torch.Tensor, hessian: torch.Tensor, states: int) -> dict[s
     (factors,) = gptq.factorise(hessian[None], DAMPING, ["the matrix"], act_order=False)
     diagonal_C = factors.upper_CC.diagonal().double().numpy()
     relative_C = diagonal_C / np.exp(np.log(diagonal_C).mean())
-    exponents_C = trellis_quantiser.factors_to_exponents(relative_C)
+    exponents_C = factors_to_exponents(relative_C)
     columns = trellis_quantiser.column_feedback(factors.upper_CC.numpy(), exponents_C)
     flat_R = np.zeros(len(weight), np.int8)
     matrix = trellis_quantiser.scale_matrix(weight.numpy(), np.ones(len(weight)), flat_R, columns)

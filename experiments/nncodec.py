@@ -32,6 +32,7 @@ from benchmarks._command import command_line, write_results
 from benchmarks.pack import by_programs
 from stages.common import environment
 from stages.pack.entropy import codecs, level_coder
+from stages.pack.forms import TrellisForm
 from stages.pack.quantise import trellis_quantiser
 
 STATES = 8
@@ -90,7 +91,7 @@ class NNCodec:
 
 
 def ours(weight_RC: np.ndarray, step: float, weight_of_bits: float, states: int = STATES) -> Coded:
-    """Quantise and code a matrix by this project; all scales of rows and columns are 1, and coded as such."""
+    """Quantise and code a matrix by this project; all factors of rows and columns are 1, and are coded."""
     rows, columns = weight_RC.shape
     flat_R = np.zeros(rows, np.int8)
     flat_C = np.zeros(columns, np.int8)
@@ -100,9 +101,9 @@ def ours(weight_RC: np.ndarray, step: float, weight_of_bits: float, states: int 
 
     payload = level_coder.encode(chosen.levels_RC, flat_R, flat_C, states)
     assert np.array_equal(level_coder.decode(payload, flat_R, flat_C, states), chosen.levels_RC)
-    scales = codecs.brotli_compress(flat_R.tobytes() + flat_C.tobytes(), 11)
-    error = mean_square(weight_RC - trellis_quantiser.dequantise(chosen))
-    return Coded(len(payload) + len(scales), error, chosen.levels_RC)
+    exponents = codecs.brotli_compress(flat_R.tobytes() + flat_C.tobytes(), 11)
+    error = mean_square(weight_RC - TrellisForm(states).dequantise(chosen))
+    return Coded(len(payload) + len(exponents), error, chosen.levels_RC)
 
 
 def mean_square(array: np.ndarray) -> float:

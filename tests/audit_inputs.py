@@ -113,5 +113,5 @@ def _write_model(folder: Path) -> None:
         if tensor_kinds.kind_of(name) != "rest":
             hessians[hessian_name(name)] = torch.eye(tensor.shape[1])
     params = PackParams(**SECTIONS["pack"])
-    packed = artifact.pack(state, hessians, model_params, params, Logger(is_main=False))
+    packed = artifact.pack(state, hessians, model_params, params, pack_inputs.ENCODER, Logger(is_main=False))
     (folder / "model.bin").write_bytes(packed.blob)

@@ -16,6 +16,7 @@ from stages.common import shards
 from stages.common.bpb import ByteTable
 from stages.common.parallel import ParallelParams, World
 from stages.common.scorer import Scorer
+from stages.scoring.evaluate import ScorerInputs
 from stages.sliding_eval.params import SlidingEvalParams
 from stages.train.loop import TrainResult
 from stages.train.model import Model, initialise_
@@ -150,6 +151,11 @@ def two_byte_table() -> ByteTable:
 def make_world(rank: int = 0, size: int = 1) -> World:
     """The world of one rank on the CPU, without a process group."""
     return World(rank, size, torch.device("cpu"), torch.float32, compile=False, host_group=None)
+
+
+def scorer_inputs(model: Model, n_targets: int) -> ScorerInputs:
+    """Inputs of `build_scorer` for a stream of the ids of `table`."""
+    return ScorerInputs(model, make_world(), table(model.params.vocab_size), n_targets)
 
 
 def params(seed: int = 42, **train: Any) -> Params:

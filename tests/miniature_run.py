@@ -17,8 +17,8 @@ import numpy as np
 import yaml
 
 from stages.audit import report
-from stages.audit.verdict import Verdict
-from stages.bundle.params import BundleParams, SubmissionParams
+from stages.audit.verdict import Check, Verdict
+from stages.bundle.params import BundleParams
 from stages.calibrate.params import CalibrateParams
 from stages.common import ledger, shards
 from stages.common.bpb import bits_per_byte, byte_table, load_tokenizer, target_bytes
@@ -26,7 +26,7 @@ from stages.common.stage import canonical_json, launch
 from stages.pack.params import PackParams
 from stages.pack.stats import layers_tsv, tensor_stats
 from stages.sliding_eval.params import SlidingEvalParams
-from stages.submission.params import Params
+from stages.submission.params import Params, SubmissionParams
 from stages.submission.stage import STAGE, main
 from stages.tokenize import tokenizer
 from stages.tokenize.params import TokenizeParams
@@ -41,9 +41,10 @@ TEXT = [
     for other in ("cat", "day", "sea")
 ]
 CODE = b"print('hello')\n" * 20
-CLAIM = SubmissionParams("ttt_eval", "An Author", "author", "A name", "non-record-16mb", "What it is.")
+CLAIM = SubmissionParams("An Author", "author", "A name", "non-record-16mb", "What it is.")
 PARAMS = Params(
     seed=42,
+    scorer="ttt_eval",
     parallel=factories.PARALLEL,
     model=factories.TINY,
     tokenize=TokenizeParams("pydocs", "", "", "text", 0.1, 1000, "train", 300, 1000, 1, 1000),
@@ -74,7 +75,8 @@ def model_bytes(seed: int) -> bytes:
 
 def verdict(subject: str, outcome: Any = "pass") -> Verdict:
     """A verdict of the audit on the ledger or the files `subject`."""
-    return Verdict("B6", "coverage", subject, ("C4",), outcome, "seen | it", 1, 1, 0, (), "gaps", "the rest")
+    check = Check("B6", "coverage", ("C4",), sees="gaps", blind="the rest")
+    return Verdict(check, subject, outcome, "seen | it", saw=1, expected=1, bound=0)
 
 
 @functools.cache

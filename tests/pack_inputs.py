@@ -8,6 +8,7 @@ from torch import Tensor
 
 from stages.calibrate.hessians import hessian_name, importance_name
 from stages.common.progress import Logger
+from stages.pack.file.stream_encoder import InProcessEncoder
 from stages.pack.params import PackParams
 from stages.pack.quantise import tensor_kinds
 from stages.train.model import Model, initialise_
@@ -58,6 +59,7 @@ PACK = PackParams(
 )
 AT_RATE = dataclasses.replace(PACK, quantiser="rate", codec="adaptive")
 CORRECTED: dict[str, Any] = {"lqer_rank": 2, "lqer_tensors": 3}
+ENCODER = InProcessEncoder()
 SILENT = Logger(is_main=False)
 
 

@@ -2,18 +2,30 @@
 
 import dataclasses
 import hashlib
+import importlib
 import itertools
 import json
 import math
+import pkgutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from stages.audit import probe_runner, sampling, stage
+import stages.audit
+from stages.audit import catalogue, probe_runner, sampling, stage
 from stages.audit import report as render
-from stages.audit.checks import budgets, coverage
-from stages.audit.verdict import Verdict, failure_message, failures
+from stages.audit.checks import (
+    budgets,
+    call_invariance,
+    canary,
+    causality,
+    coverage,
+    document_order,
+    normalisation,
+    normalisation_blackbox,
+)
+from stages.audit.verdict import Check, Verdict, Words, failure_message, failures
 from stages.common import bpb, shards
 from stages.common.scorer import Scorer
 from stages.common.stage import launch
@@ -33,7 +45,7 @@ from tests.zoo.harness import (
 
 
 def by_name(verdicts: list[Verdict], name: str) -> Verdict:
-    return next(verdict for verdict in verdicts if verdict.name == name)
+    return next(verdict for verdict in verdicts if verdict.check.name == name)
 
 
 @pytest.mark.parametrize("run", range(10))
@@ -67,7 +79,9 @@ def test_a_gate_that_knows_the_target_fails_the_counterfactual_sum(tmp_path: Pat
     verdicts = audit(unnormalised.TargetGate, tmp_path)
     assert "B3 counterfactual sum" in failed_checks(verdicts)
     assert "B1 future perturbation" not in failed_checks(verdicts)
-    assert float(by_name(verdicts, "counterfactual sum").saw) > 1.01
+    total = by_name(verdicts, "counterfactual sum").saw
+    assert total is not None
+    assert total > 1.01
 
 
 def test_updating_before_scoring_fails_the_counterfactual_sum(tmp_path: Path) -> None:
@@ -77,7 +91,7 @@ def test_updating_before_scoring_fails_the_counterfactual_sum(tmp_path: Path) ->
 def test_probabilities_that_do_not_sum_to_one_fail(tmp_path: Path) -> None:
     verdicts = audit(unnormalised.HashedBuckets, tmp_path)
     assert failed_checks(verdicts) == {"B3 committed distribution sums to one", "B8 self-sampled canary"}
-    assert float(by_name(verdicts, "committed distribution sums to one").saw) == pytest.approx(math.log(2))
+    assert by_name(verdicts, "committed distribution sums to one").saw == pytest.approx(math.log(2))
 
 
 def test_knowing_where_the_document_ends_fails_perturbation(tmp_path: Path) -> None:
@@ -196,7 +210,8 @@ def test_sizes_and_clocks_over_budget_fail_and_passing_verdicts_hold_no_time() -
     assert budgets.check_clock("training", "files", 599.9, 600.0) == budgets.check_clock(
         "training", "files", 1.5, 600.0
     )
-    assert budgets.check_clock("training", "files", 600.1, 600.0).outcome == "fail"
+    over_time = budgets.check_clock("training", "files", 600.1, 600.0)
+    assert (over_time.outcome, over_time.shown_numbers) == ("fail", (600.1, "within", 600.0))
     assert budgets.check_clock("training", "files", None, 600.0).outcome == "cannot tell"
 
 
@@ -253,22 +268,162 @@ def test_a_walk_recomputes_what_it_is_asked_to_and_shows_probes_no_more_than_the
     class Where:
         start: int
 
+        @property
+        def cost(self) -> probe_runner.Cost:
+            return probe_runner.Cost()
+
         def run(self, scorer: Scorer, tokens: np.ndarray) -> tuple[int, int | None]:
             assert isinstance(scorer, lawful.Bigram)
             return scorer.observed, scorer.last
 
     whole = lawful.Bigram(len(BYTES)).score_stream(TOKENS)
     losses, found = probe_runner.run_probes(
-        lawful.Bigram(len(BYTES)), TOKENS, [Where(900), Where(7), Where(7)], [(5, 50), (60, 61)], segment=16
+        lawful.Bigram(len(BYTES)),
+        TOKENS,
+        {"a": [Where(900), Where(7)], "b": [], "c": [Where(7)]},
+        [(5, 50), (60, 61)],
+        segment=16,
     )
-    assert found == [(900, TOKENS[899]), (7, TOKENS[6]), (7, TOKENS[6])]
+    assert found == {"a": [(900, TOKENS[899]), (7, TOKENS[6])], "b": [], "c": [(7, TOKENS[6])]}
     held = ~np.isnan(losses)
     assert np.array_equal(np.flatnonzero(held), [*range(4, 49), 59])
     assert np.array_equal(losses[held], whole[held])
     complete, _ = probe_runner.run_probes(
-        lawful.Bigram(len(BYTES)), TOKENS, [Where(900)], [(1, len(TOKENS))], segment=64
+        lawful.Bigram(len(BYTES)), TOKENS, {"a": [Where(900)]}, [(1, len(TOKENS))], segment=64
     )
     assert np.array_equal(complete, whole)
+
+
+class Counting(lawful.Bigram):
+    """Counts what it is asked for, over all forks; score_stream counts once, and not what it is made of."""
+
+    def __init__(self, n_targets: int) -> None:
+        super().__init__(n_targets)
+        self.asked = [probe_runner.Cost()]  # shared by all forks
+        self.scoring = False
+
+    def count(self, **more: int) -> None:
+        if not self.scoring:
+            self.asked[0] += probe_runner.Cost(**more)
+
+    def fork(self) -> "Counting":
+        twin = super().fork()
+        assert isinstance(twin, Counting)
+        twin.asked = self.asked
+        return twin
+
+    def predict(self) -> np.ndarray:
+        self.count(predictions=1)
+        return super().predict()
+
+    def observe(self, token: int) -> None:
+        self.count(targets=1)
+        super().observe(token)
+
+    def score_stream(self, tokens: np.ndarray) -> np.ndarray:
+        self.count(calls=1, targets=len(tokens))
+        self.scoring = True
+        losses = super().score_stream(tokens)
+        self.scoring = False
+        return losses
+
+
+def every_kind_of_probe(key: bytes) -> list[probe_runner.Probe]:
+    """Probes of each class, with and without predict(), all ids and drawn ones."""
+    groups = sampling.perturbation_groups(key, TOKENS, lawful.BOS, BOUNDARIES, 20, 64)
+    places = sampling.distribution_positions(key, len(TOKENS) - normalisation.RUN_TARGETS, 8)
+    late = sampling.late_positions(key, "x", len(TOKENS) - 64, 4)
+    probes: list[probe_runner.Probe] = []
+    probes += causality.probes(key, groups, TOKENS, lawful.VOCAB, lawful.BOS)
+    for substitutions in (9, lawful.VOCAB):
+        probes += normalisation.probes(key, places, len(TOKENS), lawful.VOCAB, substitutions)
+    probes += normalisation_blackbox.probes(key, places, TOKENS, lawful.VOCAB, 9)
+    for documents in (2, 5):
+        probes.append(document_order.probe(key, late[0], TOKENS, lawful.VOCAB, lawful.BOS, documents))
+    for predicts in (True, False):
+        probes += call_invariance.probes(key, late, len(TOKENS), 64, predicts)
+    probes += canary.probes(key, late, 50, TOKENS, lawful.VOCAB, lawful.PIECES).values()
+    probes.append(canary.self_sampled_probe(key, late[0], 20))
+    return probes
+
+
+@pytest.mark.parametrize("run", range(5))
+def test_each_probe_asks_for_what_it_states(run: int) -> None:
+    for probe in every_kind_of_probe(bytes([run])):
+        scorer = Counting(len(BYTES))
+        for token in TOKENS[: probe.start].tolist():
+            scorer.observe(token)
+        before = scorer.asked[0]
+        probe.run(scorer.fork(), TOKENS)
+        assert before + probe.cost == scorer.asked[0], probe
+        assert probe.cost.targets > 0
+
+
+def test_a_probe_at_the_end_of_the_stream_asks_for_less() -> None:
+    (probe,) = normalisation.probes(KEY, [len(TOKENS) - 1], len(TOKENS), lawful.VOCAB, 8)
+    scorer = Counting(len(BYTES))
+    for token in TOKENS[: probe.start].tolist():
+        scorer.observe(token)
+    before = scorer.asked[0]
+    probe.run(scorer.fork(), TOKENS)
+    unread = normalisation.RUN_TARGETS - 1
+    assert scorer.asked[0] + probe_runner.Cost(targets=unread, predictions=unread) == before + probe.cost
+
+
+def declared_checks() -> set[Check]:
+    """All checks that are constants of the audit's modules."""
+    found: set[Check] = set()
+    for module in pkgutil.walk_packages(stages.audit.__path__, "stages.audit."):
+        if module.name != "stages.audit.__main__":
+            for value in vars(importlib.import_module(module.name)).values():
+                values = value.values() if isinstance(value, dict) else [value]
+                found.update(one for one in values if isinstance(one, Check))
+    return found
+
+
+def test_the_catalogue_has_every_check_once_under_its_number() -> None:
+    entries = [*catalogue.SCORER_CHECKS, *catalogue.FILE_CHECKS]
+    checks = [check for entry in entries for check in entry.checks]
+    assert len(checks) == len(set(checks))
+    assert set(checks) == declared_checks()
+    assert all(check.number == entry.not_run.number for entry in entries for check in entry.checks)
+    numbers = [entry.not_run.number for entry in entries]
+    assert sorted(numbers) == sorted({*(f"B{i}" for i in range(1, 17)), "B1c", "budget"})
+    for check in checks:
+        assert check.conditions
+        assert set(check.conditions) <= set(render.CONDITIONS)
+
+
+def test_what_did_not_run_is_cannot_tell_with_words_for_its_numbers() -> None:
+    reasons = {"B14": "switched off"}
+    verdicts = catalogue.with_missing([budgets.check_sizes({"a": 1}, 2)], ["x"], reasons)
+    missing = {verdict.check.number: verdict for verdict in verdicts[1:]}
+    assert "budget" not in missing
+    assert {verdict.outcome for verdict in missing.values()} == {"cannot tell"}
+    assert (missing["B14"].check.name, missing["B14"].subject) == ("clean room", "files")
+    assert missing["B14"].evidence == "not run: switched off"
+    assert missing["B10"].evidence.startswith("not run: needs a factory")
+    shown = missing["B9"].as_json()
+    assert (shown["saw"], shown["expected"], shown["bound"]) == ("nothing", "-", "-")
+
+
+def test_a_report_has_words_only_where_there_is_no_number() -> None:
+    bounded = Check(
+        "B7", "bits", ("C1",), sees="{count} kinds", blind="others", words=Words("some", "<= bound")
+    )
+    with pytest.raises(AssertionError, match="unfilled"):
+        Verdict.passed(bounded, "x", "")
+    filled = bounded.fill(count=3)
+    assert (filled.sees, filled.blind) == ("3 kinds", "others")
+    assert Verdict.of(filled, "x", True, "", saw=0, bound=64.0).shown_numbers == (0, "<= bound", 64.0)
+    assert Verdict.failed(filled, "x", "", saw=math.nan, expected=-math.inf).shown_numbers == (
+        "nan",
+        "-inf",
+        "-",
+    )
+    assert Verdict.passed(filled, "x", "").shown_numbers[0] == "some"
+    assert Verdict.cannot_tell(filled, "x", "").shown_numbers[0] == "nothing"
+    assert [Verdict.of(filled, "x", holds, "").outcome for holds in (True, False)] == ["pass", "fail"]
 
 
 def test_the_report_repeats_and_reads(tmp_path: Path) -> None:
@@ -282,8 +437,8 @@ def test_the_report_repeats_and_reads(tmp_path: Path) -> None:
     assert row.count("**fail**") == 1
     assert "\n" not in failure_message(failures(verdicts)[0])
     for verdict in verdicts:
-        assert verdict.sees in text
-        assert verdict.blind in text
+        assert verdict.check.sees in text
+        assert verdict.check.blind in text
 
 
 @pytest.mark.parametrize("kind", ["sgd", "lora"])

@@ -226,20 +226,55 @@ class Counting(InterpolatedBigram):
         super().observe(token)
 
 
-def counting(n_targets: int) -> Counting:
+def counting(
+    n_targets: int, permutation: np.ndarray | None = None, buckets: int = 1, memory_weight: float = 1.0
+) -> Counting:
+    """A scorer that treats all ids alike, and has no buckets: all of its variants are equal."""
     return Counting(VOCAB_SIZE)
 
 
-def test_the_cost_is_bounded_by_what_is_allowed(val: Path, tmp_path: Path) -> None:
-    Counting.asked, allowed = 0, 6_000
-    arguments = words(val, tmp_path / "audit", "make", "--targets", str(allowed))
-    arguments[1] = "tests.test_audit_scorer:counting"
-    with pytest.raises(SystemExit) as ended:
-        outside.main(arguments)
-    assert ended.value.code == 0
-    assert allowed / 4 < Counting.asked <= allowed
+class CountingScores(ScoresOnly):
+    """Counts the tokens that it is asked to score, over all scorers."""
+
+    asked = 0
+
+    def score_stream(self, tokens: np.ndarray) -> np.ndarray:
+        CountingScores.asked += len(tokens)
+        return super().score_stream(tokens)
+
+
+def counting_scores(
+    n_targets: int, permutation: np.ndarray | None = None, buckets: int = 1, memory_weight: float = 1.0
+) -> CountingScores:
+    return CountingScores(VOCAB_SIZE, passes=1)
+
+
+@pytest.mark.parametrize(("level", "allowed"), [("quick", 6_000), ("quick", 20_000), ("exhaustive", 40_000)])
+def test_the_cost_is_bounded_by_what_is_allowed(val: Path, tmp_path: Path, level: str, allowed: int) -> None:
+    Counting.asked = 0
+    _, report = audit(val, tmp_path, "counting", "--level", level, "--targets", str(allowed))
+    assert report["audit_passed"] == 1
+    assert report["audit_cannot_tell"] == 5  # B6, B14, B15, B16, budget
+    shown = report["declared"]["targets shown"]
+    decoded_elsewhere = min(effort.EFFORTS[level].decoded_targets, shown)
+    assert allowed / 3 < Counting.asked + decoded_elsewhere <= allowed
+
+
+def test_a_level_without_a_limit_is_not_reduced() -> None:
     params, shown = effort.fit_stepwise_scorer(effort.EFFORTS["exhaustive"], None, 1000, VOCAB_SIZE)
-    assert (params.recomputed_share, shown) == (1.0, 1000)
+    assert params == effort.EFFORTS["exhaustive"].params()
+    assert shown == 1000
+
+
+@pytest.mark.parametrize(("level", "allowed"), [("quick", 200_000), ("exhaustive", 400_000)])
+def test_the_cost_of_a_scorer_without_forks_is_bounded_too(
+    val: Path, tmp_path: Path, level: str, allowed: int
+) -> None:
+    CountingScores.asked = 0
+    more = ["--level", level, "--targets", str(allowed), "--window", "40"]
+    _, report = audit(val, tmp_path, "counting_scores", *more)
+    assert report["audit_passed"] == 1
+    assert allowed / 4 < CountingScores.asked <= allowed
 
 
 @pytest.mark.parametrize(

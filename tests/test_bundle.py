@@ -562,7 +562,7 @@ def test_the_bundle_carries_every_parameter_that_runs_and_no_seed() -> None:
     params = config.build(config.read_parameters(ROOT / "params.yaml"), Params)
     carried = embedded_parameters(params)
     assert "seed" not in carried
-    assert carried["submission"] == {"scorer": params.submission.scorer}
+    assert carried["scorer"] == params.scorer
     built = config.build(json.loads(json.dumps(carried)) | {"seed": 7}, verbs.EmbeddedParams)
     assert (built.model, built.train, built.pack, built.ttt_eval) == (
         params.model,

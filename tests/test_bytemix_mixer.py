@@ -140,9 +140,7 @@ def test_no_loss_jumps_where_the_network_becomes_sure(tokenised):
         paths_ND = np.full((1, trees.longest_path), logit, np.float32)
         losses.append(
             [
-                learnt.copy().score_and_learn(
-                    targets[i : i + 1], trees_N[i : i + 1], paths_ND, nll_N[:1]
-                )[0]
+                learnt.copy().score_and_learn(targets[i : i + 1], trees_N[i : i + 1], paths_ND, nll_N[:1])[0]
                 for i in range(200)
             ]
         )

@@ -3,17 +3,17 @@ import pytest
 import torch
 
 from stages.calibrate.hessians import (
+    HessianObserver,
     accumulate_fisher_,
     collect_hessians,
     hessian_name,
     importance_name,
-    register_hessian_hooks_,
 )
 from stages.calibrate.params import CalibrateParams, Params
 from stages.common.clock import Interval
 from stages.common.progress import Logger
 from stages.train.data import TrainingWindows
-from stages.train.model import MLP, is_matrix
+from stages.train.model import MLP, Extensions, is_matrix
 from stages.train.reference import squared_leaky_relu
 from tests.factories import PARALLEL, TINY, make_world, random_model, write_shards
 
@@ -33,7 +33,7 @@ def is_hessian(name: str) -> bool:
 
 @pytest.mark.parametrize("revisit", [1.0, 0.25, 0.0])
 def test_hessians_equal_recorded_inputs_multiplied_out(tmp_path, revisit):
-    """X^T X in float64, of the inputs that hooks of our own record on a second copy of the model."""
+    """X^T X in float64, of the inputs that forward hooks record on a second copy of the model."""
     folder = write_shards(tmp_path)
     model = random_model(4)
     hessians = collect_hessians(
@@ -52,13 +52,10 @@ def test_hessians_equal_recorded_inputs_multiplied_out(tmp_path, revisit):
             module.register_forward_pre_hook(
                 lambda _, args, key=f"{name}.weight": recorded.setdefault(key, []).append(args[0])
             )
-    model.head.register_forward_pre_hook(
-        lambda _, args: recorded.setdefault("embedding.weight", []).append(args[0])
-    )
 
     tokens = torch.from_numpy(TrainingWindows(folder, TINY.context, TINY.vocab_size, 42).batch(0, 4))
     with torch.no_grad():
-        model(tokens[:, :-1], tokens[:, 1:], looped=True)
+        recorded["embedding.weight"] = [model.features(tokens[:, :-1], looped=True)]
     assert len(recorded) == 4 * TINY.layers + 1
 
     for name, inputs in recorded.items():
@@ -75,7 +72,7 @@ def test_hessians_equal_recorded_inputs_multiplied_out(tmp_path, revisit):
 def test_query_key_and_value_share_one_hessian_and_every_matrix_has_one(tmp_path):
     model = random_model(0)
     names = {hessian_name(name) for name in model.state_dict() if is_matrix(name)} | {"embedding.weight"}
-    assert set(register_hessian_hooks_(model)) == names
+    assert set(HessianObserver(model).hessians) == names
     assert hessian_name("blocks.3.attention.value.weight") == "blocks.3.attention.query.weight"
     assert hessian_name("blocks.3.mlp.down.weight") == "blocks.3.mlp.down.weight"
 
@@ -133,12 +130,42 @@ def test_the_fused_mlp_is_not_used_where_it_would_hide_its_hidden_layer(tmp_path
     model = random_model(3)
     for mlp in (module for module in model.modules() if isinstance(module, MLP)):
         mlp.ops = mlp.ops._replace(mlp=lambda x, up, down: squared_leaky_relu(x @ up.T) @ down.T)
-    sums = register_hessian_hooks_(model)
+    observer = HessianObserver(model)
     tokens = torch.from_numpy(
         TrainingWindows(write_shards(tmp_path), TINY.context, TINY.vocab_size, 42).batch(0, 2)
     )
-    model(tokens[:, :-1], tokens[:, 1:], looped=True)
-    assert all(float(hessian.diagonal().sum()) > 0 for hessian in sums.values())
+    model(tokens[:, :-1], tokens[:, 1:], looped=True, extensions=Extensions(observer=observer))
+    assert all(float(hessian.diagonal().sum()) > 0 for hessian in observer.hessians.values())
+
+
+@pytest.mark.parametrize("visits", range(1, 5))
+def test_a_pass_that_raised_does_not_shift_the_visits_of_the_next_one(visits):
+    """A revisit weight of zero: a looped block's Hessian is that of its first visit alone."""
+    model = random_model(4)
+    tokens = torch.from_numpy(np.random.Generator(np.random.PCG64(0)).integers(4, TINY.vocab_size, (2, 16)))
+    undisturbed = HessianObserver(model, revisit_weight=0.0)
+    observer = HessianObserver(model, revisit_weight=0.0)
+    remaining = iter(range(visits))
+
+    def fail_later(_module, _arguments):
+        if next(remaining, None) is None:
+            raise MemoryError
+
+    with torch.no_grad():
+        model.features(tokens, True, Extensions(observer=undisturbed))
+        failing = [block.register_forward_pre_hook(fail_later) for block in model.blocks]
+        with pytest.raises(MemoryError):
+            model.features(tokens, True, Extensions(observer=observer))
+        for hook in failing:
+            hook.remove()
+
+        # Only what the next pass adds is compared.
+        assert any(hessian.any() for hessian in observer.hessians.values())
+        for hessian in observer.hessians.values():
+            hessian.zero_()
+        model.features(tokens, True, Extensions(observer=observer))
+    for name, hessian in undisturbed.hessians.items():
+        assert torch.equal(observer.hessians[name], hessian), name
 
 
 def test_the_clock_covers_the_reads(tmp_path):

@@ -38,14 +38,14 @@ def audited(
     late_seconds: float = 10.0,
 ) -> dict[str, Verdict]:
     verdicts = check_clean_room(
-        run_in_clean_room(artifact, covered, means, timeout_seconds=60.0), CLAIM, late_seconds
+        "toy", run_in_clean_room(artifact, covered, means, timeout_seconds=60.0), CLAIM, late_seconds
     )
-    assert all(verdict.check == "B14" for verdict in verdicts)
-    return {verdict.name: verdict for verdict in verdicts}
+    assert all((verdict.check.number, verdict.subject) == ("B14", "toy") for verdict in verdicts)
+    return {verdict.check.name: verdict for verdict in verdicts}
 
 
 def failed(verdicts: dict[str, Verdict]) -> list[str]:
-    return [verdict.name for verdict in failures(list(verdicts.values()))]
+    return [verdict.check.name for verdict in failures(list(verdicts.values()))]
 
 
 def test_a_lawful_artifact_passes_and_what_could_not_be_watched_is_not_passed(tmp_path: Path) -> None:
@@ -181,15 +181,16 @@ def test_a_timer_started_late_fails_and_so_does_a_run_over_budget(tmp_path: Path
         in audited(toy_artifact(tmp_path / "early", early), late_seconds=1.2)["wall clock"].evidence
     )
     seen = run_in_clean_room(toy_artifact(tmp_path / "slow"), capabilities=NONE)
-    over = check_clean_room(seen, ClaimedMetric("toy_bpb", 1.25, budget_seconds=1e-3))
-    assert [verdict.name for verdict in failures(over)] == ["wall clock"]
+    over = failures(check_clean_room("toy", seen, ClaimedMetric("toy_bpb", 1.25, budget_seconds=1e-3)))
+    assert [verdict.check.name for verdict in over] == ["wall clock"]
+    assert over[0].saw == seen.trace.seconds
     hidden = run_in_clean_room(
         toy_artifact(
             tmp_path / "untimed", "json.dumps = lambda value, real=json.dumps: real({'toy_bpb': 1.25})"
         ),
         capabilities=NONE,
     )
-    assert check_clean_room(hidden, CLAIM)[3].outcome == "cannot tell"
+    assert check_clean_room("toy", hidden, CLAIM)[3].outcome == "cannot tell"
 
 
 @pytest.mark.parametrize(
@@ -226,7 +227,7 @@ def test_a_run_that_does_not_end_is_ended_with_all_its_processes(tmp_path: Path)
     seen = run_in_clean_room(artifact, capabilities=CAPABILITIES, timeout_seconds=1.5)
     assert seen.trace.returncode is None
     assert seen.trace.seconds < 10
-    assert "timeout" in check_clean_room(seen, CLAIM)[0].evidence
+    assert "timeout" in check_clean_room("toy", seen, CLAIM)[0].evidence
 
 
 def test_nothing_of_the_callers_environment_is_handed_on(

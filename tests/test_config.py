@@ -7,10 +7,12 @@ from typing import Any, Literal
 import pytest
 import yaml
 
+from stages.bundle.params import Params as BundleInput
 from stages.calibrate.params import Params as CalibrateInput
 from stages.common import config
 from stages.common.parallel import ParallelParams
 from stages.pack.params import Params as PackInput
+from stages.submission.params import Params as SubmissionInput
 from stages.train.params import ModelParams, Params
 from stages.ttt_eval.params import Params as TttEvalInput
 
@@ -157,7 +159,7 @@ def test_yaml_reads_1e_4_as_a_string_and_the_loader_says_so(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"seed: 1\noptimiser: {}\n", r"^optimiser: unknown key in .*; known are seed, parallel, "),
+        (b"seed: 1\noptimiser: {}\n", r"^optimiser: unknown key in .*; known are seed, scorer, parallel, "),
         (b"- 1\n", r"holds list, expected a mapping of sections"),
         (b"", r"holds NoneType, expected a mapping of sections"),
         (b"seed: [1\n", r"is not YAML: "),
@@ -233,6 +235,22 @@ def test_a_renamed_key_is_answered_with_its_new_name() -> None:
     raw["ttt_eval"]["confidence"] = True
     with pytest.raises(ValueError, match=message):
         config.build(raw, TttEvalInput)
+
+
+@pytest.mark.parametrize("has_new_key", [False, True])
+def test_a_key_that_moved_is_answered_with_its_new_place(has_new_key: bool) -> None:
+    """Also for a stage that does not read the section that the key was in."""
+    raw = config.read_parameters(ROOT / "params.yaml")
+    message = r"^submission\.scorer: unknown key; it is called scorer now$"
+    with pytest.raises(ValueError, match=message):
+        config.override(raw, ["submission.scorer=sliding_eval"])
+    raw["submission"]["scorer"] = "sliding_eval"
+    if not has_new_key:
+        del raw["scorer"]
+    for schema in (BundleInput, SubmissionInput):
+        with pytest.raises(ValueError, match=message):
+            config.build(raw, schema)
+    config.build(raw, TttEvalInput)  # reads neither of the two
 
 
 def test_renamed_keys_exist_under_their_new_names_alone() -> None:

@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from stages.pack.entropy import codecs
 from stages.pack.entropy.codecs import StreamLayout
 from stages.pack.file import container
-from stages.pack.file.container import Contents, EncodedStream, EncodedTensor, Form
+from stages.pack.file.container import Contents, EncodedStream, EncodedTensor
+from stages.pack.forms import CorrectedForm, Float16Form, Form, GroupsForm, RowsForm, TrellisForm
 from stages.pack.trellis import STATE_COUNTS
+from tests.pack_inputs import ENCODER
 
 EXAMPLES = settings(max_examples=60, deadline=None)
 NAMES = st.from_regex(r"[a-z0-9_]{1,6}(\.[a-z0-9_]{1,6}){0,2}", fullmatch=True)
@@ -32,17 +34,19 @@ def entries(draw: st.DrawFn) -> tuple[tuple[EncodedTensor, ...], list[tuple[byte
     """Tensors of random bytes, and those bytes."""
     made, raws = [], []
     for name in draw(st.lists(NAMES, max_size=4, unique=True)):
-        rank = draw(st.integers(0, 2))
-        matrices = [
-            Form("rows", draw(st.integers(2, 8)), rank),
-            Form("groups", draw(st.integers(2, 7)), rank),
-            Form("lattice", draw(st.sampled_from(STATE_COUNTS)), rank),
+        matrices: list[Form[Any]] = [
+            RowsForm(draw(st.integers(2, 8))),
+            GroupsForm(draw(st.integers(2, 7))),
+            TrellisForm(draw(st.sampled_from(STATE_COUNTS))),
         ]
-        form = draw(st.sampled_from([Form("float16", 16), *matrices]))
+        rank = draw(st.integers(0, 2))
+        if rank:
+            matrices = [CorrectedForm(base, rank) for base in matrices]
+        form = draw(st.sampled_from([Float16Form(), *matrices]))
 
-        dimensions = st.integers(0, 4) if form.kind == "float16" else st.just(2)
+        dimensions = st.just(2) if form.is_matrix else st.integers(0, 4)
         shape = tuple(draw(st.lists(st.integers(0, 5), min_size=(n := draw(dimensions)), max_size=n)))
-        layouts = container.layouts(form, shape)
+        layouts = form.layouts(shape)
         raw = tuple(
             draw(st.binary(min_size=layout.raw_bytes, max_size=layout.raw_bytes)) for layout in layouts
         )
@@ -52,8 +56,8 @@ def entries(draw: st.DrawFn) -> tuple[tuple[EncodedTensor, ...], list[tuple[byte
             of.replace(b"\xff", b"\0") if layout.kind == "series" else of
             for of, layout in zip(raw, layouts, strict=True)
         )
-        family = "adaptive" if form.kind != "lattice" and draw(st.booleans()) else "brotli"
-        streams = container.encode_streams(form, shape, raw, family, 5)
+        family = "adaptive" if form.header.kind != "lattice" and draw(st.booleans()) else "brotli"
+        streams = ENCODER.encode(layouts, raw, family, 5)
         made.append(EncodedTensor(name, shape, form, streams))
         raws.append(raw)
     return tuple(made), raws
@@ -68,7 +72,7 @@ def example() -> Contents:
     matrix = EncodedTensor(
         "blocks.0.weight",
         (3, 4),
-        Form("rows", 6),
+        RowsForm(6),
         (stream(bytes(range(12)), StreamLayout(1, 3, 4)), stream(bytes(6), StreamLayout(2, 1, 3))),
     )
     levels, step = (
@@ -78,8 +82,8 @@ def example() -> Contents:
     rows, columns = (
         stream(bytes(size), StreamLayout(1, 1, size, kind="series"), "series") for size in (2, 3)
     )
-    on_axes = EncodedTensor("blocks.1.weight", (2, 3), Form("lattice", 8), (levels, step, rows, columns))
-    gain = EncodedTensor("gain", (2,), Form("float16", 16), (stream(b"abcd", StreamLayout(2, 1, 2)),))
+    on_axes = EncodedTensor("blocks.1.weight", (2, 3), TrellisForm(8), (levels, step, rows, columns))
+    gain = EncodedTensor("gain", (2,), Float16Form(), (stream(b"abcd", StreamLayout(2, 1, 2)),))
     return Contents({"layers": 1, "rope_base": 10000.0}, (matrix, on_axes, gain))
 
 
@@ -187,10 +191,8 @@ def _refused_or_sized(blob: bytes) -> None:
     except ValueError:
         return
     for entry, raw in zip(contents.tensors, raws, strict=True):
-        assert [len(part) for part in raw] == [
-            layout.raw_bytes for layout in container.layouts(entry.form, entry.shape)
-        ]
-        assert entry.form.kind != "float16" or len(raw[0]) == 2 * math.prod(entry.shape)
+        assert [len(part) for part in raw] == [layout.raw_bytes for layout in entry.form.layouts(entry.shape)]
+        assert entry.form.is_matrix or len(raw[0]) == 2 * math.prod(entry.shape)
 
 
 def hostile(change: str) -> bytes:

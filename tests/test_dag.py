@@ -20,8 +20,10 @@ from stages.bundle.closure import import_closure, module_name
 from stages.bundle.importer_template import ENTRY
 from stages.common import challenge, config
 from stages.common.stage import MEASURED_OUTPUTS, Stage
-from tools import dag
+from tools import dag, deps
 from tools.__main__ import descriptions
+
+FORKING = ("pack", "sliding_eval", "ttt_eval")  # stages that fork a process before they import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 # The pipeline's order: a stage may import from those before it.
@@ -38,15 +40,20 @@ ENVIRONMENT_READERS = {
     "stages/common/instruction_set.py",
     "stages/pack/file/decode_process.py",
     "stages/common/parallel.py",
+    "stages/common/failure_detector.py",
+    "stages/common/rendezvous.py",
+    "stages/common/torchrun.py",
 }
 # Packages that a CPU machine does not have; modules that need them are imported after a check.
 OPTIONAL_PACKAGES = {"triton"}
 # Imports within functions, by module. torch and numba are imported after the process that decodes was
 # started.
-LATE = {
+LATE: set[tuple[str, str]] = {
     ("stages/bundle/program/entry.py", "stages.bundle.program"),
     ("stages/pack/file/decode_process.py", "stages.pack.entropy"),
     ("stages/pack/file/decode_process.py", "stages.pack.file"),
+    *((f"stages/{name}/__main__.py", "stages.common.stage") for name in FORKING),
+    *((f"stages/{name}/__main__.py", f"stages.{name}") for name in FORKING),
 }
 
 # Folders that no stage imports from.
@@ -148,6 +155,20 @@ def test_deps_name_no_source_that_the_stage_does_not_import(stage: str) -> None:
     assert superfluous(paths(stage, "deps"), needed_by(stage)) == [], (
         f"an edit there re-runs {stage} for nothing"
     )
+
+
+def test_deps_are_what_the_tool_writes() -> None:
+    text = (ROOT / "dvc.yaml").read_text(encoding="utf-8")
+    assert deps.with_deps(text) == text, "run python -m tools.deps"
+
+
+def test_the_tool_replaces_sources_and_nothing_else() -> None:
+    """Files that are gone or missing, in one stage; all else stays, comments included."""
+    text = (ROOT / "dvc.yaml").read_text(encoding="utf-8")
+    wrong = text.replace("      - stages/common/ledger.py\n", "      - stages/common/gone.py\n")
+    wrong = wrong.replace("      - stages/common/shards.py\n", "")
+    assert wrong != text
+    assert deps.with_deps(wrong) == text
 
 
 def test_missing_and_superfluous_dependencies_are_found() -> None:
@@ -296,7 +317,7 @@ def test_what_is_begun_first_waits_for_nothing(module: str) -> None:
 
 def test_what_decodes_has_no_torch() -> None:
     modules = "stages.pack.entropy.codecs, stages.pack.file.container, stages.pack.file.shared_memory"
-    program = f"import sys, {modules}, stages.pack.file.tensors; assert 'torch' not in sys.modules"
+    program = f"import sys, {modules}, stages.pack.forms; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 

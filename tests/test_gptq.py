@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from stages.pack.file import tensors
+from stages.pack.forms import RowQuantised
 from stages.pack.quantise import gptq
 
 SHAPES = [(24, 16), (16, 48), (5, 130), (40, 300)]  # the last two are wider than a block of 128
 
 
 class Made(NamedTuple):
-    """tensors.RowQuantised on the device that made it."""
+    """RowQuantised on the device that made it."""
 
     values_RC: Tensor
     steps_R: Tensor
@@ -22,7 +22,7 @@ class Made(NamedTuple):
 
 def dequantised(made: Made) -> Tensor:
     """The weights that a reader gets."""
-    weights = tensors.dequantised(tensors.RowQuantised(*(of.cpu().numpy() for of in made)))
+    weights = RowQuantised(*(of.cpu().numpy() for of in made)).weights()
     return torch.from_numpy(weights).to(made.values_RC.device)
 
 

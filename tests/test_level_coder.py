@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from stages.pack.entropy import level_coder
 from stages.pack.entropy.binary_coder import PROB_ONE
-from stages.pack.entropy.initial_probabilities import SCALE_CONTEXTS, initial_probs
+from stages.pack.entropy.initial_probabilities import MAGNITUDE_CONTEXTS, initial_probs
 from stages.pack.entropy.level_coder import MAX_LEVEL
 from stages.pack.trellis import STATE_COUNTS, build_trellis
 
@@ -241,7 +241,7 @@ def test_on_a_trellis_the_rate_is_a_bit_below_the_entropy(states: int) -> None:
 
 
 @pytest.mark.parametrize("deviation", [0.3, 1.0, 5.0, 20.0])
-def test_scales_of_rows_and_columns_are_learnt(deviation: float) -> None:
+def test_deviations_of_rows_and_columns_are_learnt(deviation: float) -> None:
     generator = np.random.default_rng(4)
     factors_RC = 2.0 ** generator.uniform(-3, 3, (400, 1)) * 2.0 ** generator.uniform(-3, 3, 500)
     levels_RC = nearest_levels(deviation * factors_RC * generator.standard_normal((400, 500)), 1)
@@ -249,8 +249,8 @@ def test_scales_of_rows_and_columns_are_learnt(deviation: float) -> None:
 
 
 @pytest.mark.parametrize("states", [1, 8])
-def test_known_exponents_spare_the_learning_of_scales(states: int) -> None:
-    """Levels whose scales are those of the exponents cost about as much as levels of one scale."""
+def test_known_exponents_spare_the_learning_of_deviations(states: int) -> None:
+    """Levels whose deviations are those of the exponents cost about as much as levels of one deviation."""
     generator = np.random.default_rng(6)
     rows_R, columns_C = (generator.integers(-8, 9, size).astype(np.int8) for size in (96, 128))
     factors_RC = 2.0 ** (-rows_R[:, None] / 8.0) * 2.0 ** (-columns_C / 8.0)
@@ -293,8 +293,8 @@ def test_a_direction_that_rows_share_is_predicted(states: int) -> None:
 @pytest.mark.parametrize("stride", [1, 2])
 def test_the_initial_probabilities_are_of_normal_values(stride: int) -> None:
     probs_KU = initial_probs(stride) / PROB_ONE
-    for scale in (12, 24, 31, 34):
-        deviation = 2.0 ** (scale // 4 - 6) * (1 + scale % 4 / 4) * (np.pi / 2) ** 0.5
+    for context in (12, 24, 31, 34):
+        deviation = 2.0 ** (context // 4 - 6) * (1 + context % 4 / 4) * (np.pi / 2) ** 0.5
         for odd in range(stride):
             levels = np.arange(-3000, 3001) * stride + odd
             weights = np.exp(-((levels / deviation) ** 2) / 2)
@@ -303,7 +303,9 @@ def test_the_initial_probabilities_are_of_normal_values(stride: int) -> None:
             for k in range(6):
                 if at_least[k] > 1e-6 * at_least[0]:
                     expected = min(max(at_least[k + 1] / at_least[k], 2.0**-10), 1 - 2.0**-10)
-                    assert probs_KU[SCALE_CONTEXTS * odd + scale, k] == pytest.approx(expected, abs=1e-6)
+                    assert probs_KU[MAGNITUDE_CONTEXTS * odd + context, k] == pytest.approx(
+                        expected, abs=1e-6
+                    )
 
 
 @pytest.mark.parametrize("stride", INITIAL_PROBS)

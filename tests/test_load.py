@@ -17,21 +17,30 @@ import numpy as np
 import pytest
 import torch
 
-from stages.common import parallel
-from stages.common.parallel import relaunch_under_torchrun
+from stages.common import torchrun
 from stages.common.stage import Run, launch
+from stages.common.torchrun import relaunch_under_torchrun
 from stages.pack.artifact import pack, unpack
-from stages.pack.file import container, shared_memory, tensors
+from stages.pack.file import container, shared_memory
 from stages.pack.file.decode_process import MAX_WEIGHT_BYTES, DecodeProcess
 from stages.pack.file.load import PendingModel
-from stages.scoring.evaluate import load_scorer, warm_up_kernels
+from stages.scoring.evaluate import warm_up_kernels
 from stages.sliding_eval import stage
 from stages.sliding_eval.scorer import SlidingScorer
 from stages.ttt_eval.build import build_scorer
 from stages.ttt_eval.lora import scorer as lora
 from stages.ttt_eval.sgd import scorer
-from tests.factories import PARALLEL, SLIDING, TTT, make_world, random_model, table
-from tests.pack_inputs import AT_RATE, CORRECTED, MODEL, SILENT, hessians_of, trained_like, with_budget
+from tests.factories import PARALLEL, SLIDING, TTT, make_world, random_model, scorer_inputs
+from tests.pack_inputs import (
+    AT_RATE,
+    CORRECTED,
+    ENCODER,
+    MODEL,
+    SILENT,
+    hessians_of,
+    trained_like,
+    with_budget,
+)
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +54,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
             hessians_of(state),
             MODEL,
             dataclasses.replace(with_budget(20_000, AT_RATE), **CORRECTED),
+            ENCODER,
             SILENT,
         ).blob
     )
@@ -59,7 +69,9 @@ def damaged(packed: Path, folder: Path) -> Path:
         levels, *others = entry.streams
         longer = dataclasses.replace(levels, payload=levels.payload + b"x")
         entries.append(
-            dataclasses.replace(entry, streams=(longer, *others)) if entry.form.kind == "lattice" else entry
+            dataclasses.replace(entry, streams=(longer, *others))
+            if entry.form.header.kind == "lattice"
+            else entry
         )
     path = folder / "damaged.bin"
     path.write_bytes(container.serialise(container.Contents(contents.model, tuple(entries))))
@@ -116,7 +128,7 @@ def test_a_damaged_header_is_an_error_at_once(packed: Path, tmp_path: Path) -> N
 def test_the_other_process_s_end_is_one_error(
     packed: Path, monkeypatch: pytest.MonkeyPatch, fate: Any, message: str
 ) -> None:
-    monkeypatch.setattr(tensors, "decode", fate)
+    monkeypatch.setattr(container, "decode", fate)
     with pytest.raises(ChildProcessError, match=f"the process that decoded the weights {message}"):
         PendingModel(packed).wait()
 
@@ -125,9 +137,9 @@ def test_the_other_process_ends_with_this_one(packed: Path) -> None:
     program = f"""
         import time
         from pathlib import Path
-        from stages.pack.file import tensors
+        from stages.pack.file import container
         from stages.pack.file.decode_process import DecodeProcess
-        tensors.decode = lambda entry: time.sleep(60)
+        container.decode = lambda entry: time.sleep(60)
         decoder = DecodeProcess()
         decoder.request(Path({str(packed)!r}))
         print(decoder._process.pid, flush=True)
@@ -159,12 +171,7 @@ def test_a_stage_says_in_one_line_what_is_wrong_with_its_model(
         unpack(path.read_bytes())
 
     def load(run: Run[Any]) -> None:
-        load_scorer(
-            PendingModel(run.path("model")),
-            make_world(),
-            lambda model, logger: SlidingScorer(model, SLIDING, make_world(), logger),
-            run.logger,
-        )
+        PendingModel(run.path("model")).wait()
 
     with pytest.raises(SystemExit) as ended:
         launch(stage.STAGE, load, ["--model", str(path), "--output", str(tmp_path / "out")])
@@ -192,8 +199,8 @@ def test_the_command_begins_to_decode_first_and_says_in_one_line_what_is_wrong(
 def test_a_process_that_only_starts_others_ends_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = DecodeProcess()
     monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.setattr("stages.common.parallel.torchrun.run", lambda arguments: None)
-    monkeypatch.setattr(parallel, "die_with_parent", lambda: None)
+    monkeypatch.setattr(torchrun, "run", lambda arguments: None)
+    monkeypatch.setattr(torchrun, "die_with_parent", lambda: None)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     with pytest.raises(SystemExit):
         relaunch_under_torchrun(dataclasses.replace(PARALLEL, nproc=2), "stages.sliding_eval", [])
@@ -213,7 +220,7 @@ def test_a_rehearsal_leaves_no_trace(changes: dict[str, Any] | None) -> None:
         if changes is None:
             return SlidingScorer(model, SLIDING, make_world())
         params = dataclasses.replace(TTT, **changes)
-        return build_scorer(model, SLIDING, params, make_world(), table(), len(tokens) - 1)
+        return build_scorer("ttt_eval", SLIDING, params, scorer_inputs(model, len(tokens) - 1))
 
     model = random_model(6)
     before = copy.deepcopy(model.state_dict())
@@ -234,9 +241,6 @@ def test_a_rehearsal_trains(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = []
     module, name = (scorer, "sgd_") if kind == "sgd" else (lora, "adamw_")
     monkeypatch.setattr(module, name, lambda *of: steps.append(of))
-    warm_up_kernels(
-        build_scorer(
-            random_model(6), SLIDING, dataclasses.replace(TTT, kind=kind), make_world(), table(), 150
-        )
-    )
+    inputs = scorer_inputs(random_model(6), 150)
+    warm_up_kernels(build_scorer("ttt_eval", SLIDING, dataclasses.replace(TTT, kind=kind), inputs))
     assert steps

@@ -1,6 +1,7 @@
 """pack: state and Hessians to model.bin and back, the byte budget, the stage and its table."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -23,8 +24,17 @@ from stages.pack import artifact, stage
 from stages.pack.artifact import pack, unpack
 from stages.pack.entropy import codecs
 from stages.pack.entropy.codecs import StreamLayout
-from stages.pack.file import container, tensors
-from stages.pack.file.container import EncodedStream, Form
+from stages.pack.file import container
+from stages.pack.file.container import EncodedStream
+from stages.pack.forms import (
+    Corrected,
+    CorrectedForm,
+    Float16Form,
+    GroupsForm,
+    RowQuantised,
+    RowsForm,
+    TrellisForm,
+)
 from stages.pack.low_rank import Correction
 from stages.pack.params import PackParams
 from stages.pack.quantise import fit_budget, methods, tensor_kinds
@@ -33,7 +43,17 @@ from stages.pack.stats import layers_tsv, tensor_stats
 from stages.train.model import Model, is_table
 from stages.train.params import ModelParams
 from tests.factories import PARALLEL, make_world
-from tests.pack_inputs import AT_RATE, CORRECTED, MODEL, PACK, SILENT, hessians_of, trained_like, with_budget
+from tests.pack_inputs import (
+    AT_RATE,
+    CORRECTED,
+    ENCODER,
+    MODEL,
+    PACK,
+    SILENT,
+    hessians_of,
+    trained_like,
+    with_budget,
+)
 from tools import inspect_model
 
 
@@ -50,7 +70,7 @@ def hessians(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def test_decoded_weights_are_the_dequantised_ones(
     state: dict[str, Tensor], hessians: dict[str, Tensor]
 ) -> None:
-    with_figures = pack(state, hessians, MODEL, PACK, SILENT)
+    with_figures = pack(state, hessians, MODEL, PACK, ENCODER, SILENT)
     params, decoded = unpack(with_figures.blob)
     assert params == MODEL
     assert decoded.keys() == state.keys()
@@ -60,13 +80,13 @@ def test_decoded_weights_are_the_dequantised_ones(
         assert tensor.dtype == torch.float32
         if tensor_kinds.kind_of(name) == "rest":
             assert torch.equal(tensor, state[name].half().float())
-            assert entry.form == Form("float16", 16)
+            assert entry.form == Float16Form()
             continue
         clip, bits = (20.0, 8) if is_table(name) else (12.85, 6)
         qmax = 2 ** (bits - 1) - 1
         steps = (clip * state[name].std(dim=1) / qmax).half().float()[:, None]
         integers = tensor / steps
-        assert entry.form == Form("rows", bits)
+        assert entry.form == RowsForm(bits)
         assert torch.equal(integers.round() * steps, tensor)
         assert float(integers.abs().max()) < qmax + 0.01
         assert float((tensor - state[name]).abs().max()) < 6 * float(steps.max())
@@ -91,7 +111,7 @@ def test_same_weights_same_bytes_whatever_the_threads(
         for module in (artifact, methods):
             monkeypatch.setattr(module, "usable_cores", lambda cores=cores: cores)
         torch.set_num_threads(torch_threads)
-        blobs.append(pack(dict(reversed(state.items())), hessians, MODEL, params, SILENT).blob)
+        blobs.append(pack(dict(reversed(state.items())), hessians, MODEL, params, ENCODER, SILENT).blob)
         assert torch.get_num_threads() == torch_threads
     assert blobs[0] == blobs[1] == blobs[2]
     assert all(torch.equal(before[name], tensor) for name, tensor in (state | hessians).items())
@@ -100,7 +120,7 @@ def test_same_weights_same_bytes_whatever_the_threads(
 def test_load_model_gives_the_model_in_the_file(
     state: dict[str, Tensor], hessians: dict[str, Tensor], tmp_path: Path
 ) -> None:
-    blob = pack(state, hessians, MODEL, PACK, SILENT).blob
+    blob = pack(state, hessians, MODEL, PACK, ENCODER, SILENT).blob
     (tmp_path / "model.bin").write_bytes(blob)
     model = artifact.load_model(tmp_path / "model.bin", make_world())
     assert all(torch.equal(unpack(blob)[1][name], tensor) for name, tensor in model.state_dict().items())
@@ -116,10 +136,10 @@ def test_load_model_gives_the_model_in_the_file(
 def test_one_factor_on_the_clips_makes_it_fit(
     state: dict[str, Tensor], hessians: dict[str, Tensor], share: float
 ) -> None:
-    full = pack(state, hessians, MODEL, PACK, SILENT)
+    full = pack(state, hessians, MODEL, PACK, ENCODER, SILENT)
     assert full.coarseness == 1.0
     allowed = int(share * len(full.blob))
-    small = pack(state, hessians, MODEL, with_budget(allowed), SILENT)
+    small = pack(state, hessians, MODEL, with_budget(allowed), ENCODER, SILENT)
     assert allowed - fit_budget.MAX_UNUSED_BYTES <= len(small.blob) <= allowed
     assert 1 < small.coarseness <= methods.MAX_CLIP_FACTOR
     _, decoded = unpack(small.blob)
@@ -135,7 +155,7 @@ def test_a_budget_that_cannot_be_met_gives_both_figures(
         ValueError,
         match=r"artifact over the byte budget: \d+ bytes at coarseness 8 after \d+ attempts, 2000 allowed",
     ):
-        pack(state, hessians, MODEL, with_budget(2000), SILENT)
+        pack(state, hessians, MODEL, with_budget(2000), ENCODER, SILENT)
 
 
 @pytest.mark.parametrize("share", [0.999, 0.9, 0.6, 0.3, 0.2])
@@ -164,14 +184,14 @@ def test_the_search_is_short_and_close_on_a_model_of_record_size(share: float) -
 def test_at_a_rate_the_budget_is_filled_and_never_exceeded(
     state: dict[str, Tensor], hessians: dict[str, Tensor], allowed: int
 ) -> None:
-    packed = pack(state, hessians, MODEL, with_budget(allowed, AT_RATE), SILENT)
+    packed = pack(state, hessians, MODEL, with_budget(allowed, AT_RATE), ENCODER, SILENT)
     assert allowed - fit_budget.MAX_UNUSED_BYTES <= len(packed.blob) <= allowed
     _, decoded = unpack(packed.blob)
     for entry in container.parse(packed.blob).tensors:
         if tensor_kinds.kind_of(entry.name) == "rest":
             assert torch.equal(decoded[entry.name], state[entry.name].half().float())
         else:
-            assert entry.form == Form("lattice", 8)
+            assert entry.form == TrellisForm(8)
 
 
 @pytest.mark.parametrize("share", [0.999, 0.6, 0.25, 0.08])
@@ -188,8 +208,8 @@ def test_the_search_at_a_rate_is_short_on_a_model_of_record_size(share: float) -
     rate = 2 * (allowed - 20_000) * 8 / weights
     first = 1.04 * (12 / (2**rate - 1)) ** 0.5
     tried.clear()
-    scales = CoarsenessRange(first, 1.0e-6, 1.0e6)
-    coarseness, best = fit_budget.fit_to_budget(size, lambda bytes_: bytes_, allowed, weights, scales)
+    range_ = CoarsenessRange(first, 1.0e-6, 1.0e6)
+    coarseness, best = fit_budget.fit_to_budget(size, lambda bytes_: bytes_, allowed, weights, range_)
 
     assert allowed - fit_budget.MAX_UNUSED_BYTES <= best <= allowed
     assert coarseness in tried
@@ -199,7 +219,7 @@ def test_the_search_at_a_rate_is_short_on_a_model_of_record_size(share: float) -
 def test_more_budget_than_the_model_can_use_is_left(
     state: dict[str, Tensor], hessians: dict[str, Tensor]
 ) -> None:
-    packed = pack(state, hessians, MODEL, with_budget(900_000, AT_RATE), SILENT)
+    packed = pack(state, hessians, MODEL, with_budget(900_000, AT_RATE), ENCODER, SILENT)
     weights = sum(tensor.numel() for tensor in state.values())
     assert len(packed.blob) < 2 * methods.MAX_BITS / 8 * weights
     _, decoded = unpack(packed.blob)
@@ -213,14 +233,14 @@ def test_a_rate_that_is_too_low_gives_both_figures(
         ValueError,
         match=r"artifact over the byte budget: \d+ bytes at coarseness \S+ after \d+ attempts, 2000 allowed",
     ):
-        pack(state, hessians, MODEL, with_budget(2000, AT_RATE), SILENT)
+        pack(state, hessians, MODEL, with_budget(2000, AT_RATE), ENCODER, SILENT)
 
 
 def test_at_equal_bytes_the_rate_quantiser_is_expected_to_lose_half_at_most(
     state: dict[str, Tensor], hessians: dict[str, Tensor]
 ) -> None:
-    plain = pack(state, hessians, MODEL, PACK, SILENT)
-    at_rate = pack(state, hessians, MODEL, with_budget(len(plain.blob), AT_RATE), SILENT)
+    plain = pack(state, hessians, MODEL, PACK, ENCODER, SILENT)
+    at_rate = pack(state, hessians, MODEL, with_budget(len(plain.blob), AT_RATE), ENCODER, SILENT)
     losses = [sum(row.expected_loss or 0.0 for row in packed.stats) for packed in (plain, at_rate)]
     assert losses[1] < 0.5 * losses[0]
 
@@ -232,18 +252,19 @@ def test_without_importance_the_tensor_is_named(
     without = {key: tensor for key, tensor in hessians.items() if key != importance_name(name)}
     absent = r"blocks\.1\.attention\.value\.weight: the importance of its rows, .* is not in the calibration"
     with pytest.raises(ValueError, match=absent):
-        pack(state, without, MODEL, with_budget(20_000, AT_RATE), SILENT)
+        pack(state, without, MODEL, with_budget(20_000, AT_RATE), ENCODER, SILENT)
     silent = hessians | {importance_name(name): torch.zeros(len(state[name]))}
     with pytest.raises(
         ValueError, match=r"value\.weight: the importance of its rows has mean 0\.0; no gradient"
     ):
-        pack(state, silent, MODEL, with_budget(20_000, AT_RATE), SILENT)
+        pack(state, silent, MODEL, with_budget(20_000, AT_RATE), ENCODER, SILENT)
     with pytest.raises(ValueError, match=r"value\.weight: its weights are not finite"):
         pack(
             state | {name: torch.full_like(state[name], math.nan)},
             hessians,
             MODEL,
             with_budget(20_000, AT_RATE),
+            ENCODER,
             SILENT,
         )
 
@@ -252,14 +273,16 @@ def test_without_importance_the_tensor_is_named(
 def test_impossible_steps_are_refused(
     state: dict[str, Tensor], hessians: dict[str, Tensor], step: float
 ) -> None:
-    contents = container.parse(pack(state, hessians, MODEL, with_budget(20_000, AT_RATE), SILENT).blob)
-    entry = contents.tensors[[entry.form.kind for entry in contents.tensors].index("lattice")]
+    contents = container.parse(
+        pack(state, hessians, MODEL, with_budget(20_000, AT_RATE), ENCODER, SILENT).blob
+    )
+    entry = next(entry for entry in contents.tensors if isinstance(entry.form, TrellisForm))
     levels, _, *exponents = entry.streams
     changed = dataclasses.replace(
         entry, streams=(levels, EncodedStream("plain", np.array(step, "<f4").tobytes()), *exponents)
     )
     entries = tuple(changed if other is entry else other for other in contents.tensors)
-    with pytest.raises(ValueError, match=f"damaged model file: tensor {entry.name} has the step"):
+    with pytest.raises(ValueError, match=f"damaged model file: tensor {entry.name}: it has the step"):
         unpack(container.serialise(container.Contents(contents.model, entries)))
 
 
@@ -291,7 +314,7 @@ def test_roles_are_decided_by_name_not_by_size() -> None:
 
 
 def test_the_table_adds_up_to_the_file(state: dict[str, Tensor], hessians: dict[str, Tensor]) -> None:
-    packed = pack(state, hessians, MODEL, PACK, SILENT)
+    packed = pack(state, hessians, MODEL, PACK, ENCODER, SILENT)
     assert [row.name for row in packed.stats] == [*sorted(state), "container"]
     assert sum(row.bytes for row in packed.stats) == len(packed.blob)
     decoded = unpack(packed.blob)[1]
@@ -324,7 +347,7 @@ def test_weights_or_hessians_that_do_not_fit_are_named(
             {key: value for key, value in of.items() if key != drop or of is not known}
             for of in (weights, known)
         )
-        pack(weights, known, model, PACK, SILENT)
+        pack(weights, known, model, PACK, ENCODER, SILENT)
 
     with pytest.raises(ValueError, match=r"tensor extra has shape \(1,\), and is absent"):
         attempt({"extra": torch.zeros(1)})
@@ -371,18 +394,18 @@ def test_lawful_containers_of_impossible_models_are_refused(
     state: dict[str, Tensor], hessians: dict[str, Tensor], change: dict[str, Any], message: str
 ) -> None:
     fast = dataclasses.replace(PACK, brotli_quality=1)
-    blob = pack(state, hessians, MODEL, fast, SILENT).blob
+    blob = pack(state, hessians, MODEL, fast, ENCODER, SILENT).blob
     with pytest.raises(ValueError, match=f"damaged model file: .*{message}"):
         unpack(rewritten(blob, **change))
 
 
 def test_values_beyond_their_bits_are_refused(state: dict[str, Tensor], hessians: dict[str, Tensor]) -> None:
-    contents = container.parse(pack(state, hessians, MODEL, PACK, SILENT).blob)
+    contents = container.parse(pack(state, hessians, MODEL, PACK, ENCODER, SILENT).blob)
     narrow = [
-        dataclasses.replace(entry, form=Form("rows", 3)) if "embedding" in entry.name else entry
+        dataclasses.replace(entry, form=RowsForm(3)) if "embedding" in entry.name else entry
         for entry in contents.tensors
     ]
-    with pytest.raises(ValueError, match=r"embedding\.weight has integers beyond 3"):
+    with pytest.raises(ValueError, match=r"embedding\.weight: it has integers beyond 3"):
         unpack(container.serialise(container.Contents(contents.model, tuple(narrow))))
 
 
@@ -423,7 +446,7 @@ def run_stage(folder: Path) -> None:
         f"--hessians={folder / 'hessians.safetensors'}",
         f"--output={folder / 'out'}",
     ]
-    launch(stage.STAGE, stage.main, arguments)
+    launch(stage.STAGE, functools.partial(stage.main, encoder=ENCODER), arguments)
 
 
 def test_the_stage_and_inspect(
@@ -434,7 +457,7 @@ def test_the_stage_and_inspect(
     run_stage(tmp_path)
     out = tmp_path / "out"
     blob = (out / "model.bin").read_bytes()
-    assert blob == pack(state, hessians, MODEL, PACK, SILENT).blob
+    assert blob == pack(state, hessians, MODEL, PACK, ENCODER, SILENT).blob
     assert json.loads((out / "metrics.json").read_text())["bytes_model"] == len(blob)
 
     # The table.
@@ -489,16 +512,16 @@ def test_a_group_of_columns_gets_eight_bits_and_comes_back(
     name = "blocks.1.mlp.down.weight"
     loud = 1.0e4 * hessians[name]
     params = dataclasses.replace(PACK, awq_groups=1)
-    packed = pack(state, hessians | {name: loud}, MODEL, params, SILENT)
+    packed = pack(state, hessians | {name: loud}, MODEL, params, ENCODER, SILENT)
     entries = {entry.name: entry for entry in container.parse(packed.blob).tensors}
-    assert [entry.name for entry in entries.values() if entry.form.kind == "groups"] == [name]
+    assert [entry.name for entry in entries.values() if isinstance(entry.form, GroupsForm)] == [name]
     steps = (12.85 * state[name].std(dim=1) / 31).half().float()[:, None]
     integers = unpack(packed.blob)[1][name] / (steps / 4)
     assert torch.equal(integers.round(), integers)
     assert (integers % 4 != 0).any()
 
     # Its error is a quarter without, a half of that at most.
-    plain = pack(state, hessians | {name: loud}, MODEL, PACK, SILENT)
+    plain = pack(state, hessians | {name: loud}, MODEL, PACK, ENCODER, SILENT)
     errors = [{row.name: row.relative_error for row in of.stats}[name] for of in (packed, plain)]
     assert errors[0] is not None
     assert errors[1] is not None
@@ -506,11 +529,11 @@ def test_a_group_of_columns_gets_eight_bits_and_comes_back(
 
     # A file whose groups are neither coarse nor fine.
     entry = entries[name]
-    hostile = codecs.encode("brotli", bytes([2]), container.layouts(entry.form, entry.shape)[2], 5)
+    hostile = codecs.encode("brotli", bytes([2]), entry.form.layouts(entry.shape)[2], 5)
     changed = dataclasses.replace(entry, streams=(*entry.streams[:2], EncodedStream("brotli", hostile)))
     model = container.parse(packed.blob).model
     forged = container.serialise(container.Contents(model, tuple((entries | {name: changed}).values())))
-    with pytest.raises(ValueError, match=r"mlp\.down\.weight has groups of columns that are neither"):
+    with pytest.raises(ValueError, match=r"mlp\.down\.weight: it has groups of columns that are neither"):
         unpack(forged)
 
 
@@ -518,18 +541,20 @@ def test_a_group_of_columns_gets_eight_bits_and_comes_back(
 def test_corrections_are_in_the_file_where_they_gain_most(
     state: dict[str, Tensor], hessians: dict[str, Tensor], params: PackParams
 ) -> None:
-    """At the scale of the uncorrected file, corrected tensors come closer and all others are unchanged."""
-    plain = pack(state, hessians, MODEL, params, SILENT)
-    corrected = pack(state, hessians, MODEL, dataclasses.replace(params, **CORRECTED), SILENT)
+    """At the same coarseness, corrected tensors come closer and all others are unchanged."""
+    plain = pack(state, hessians, MODEL, params, ENCODER, SILENT)
+    corrected = pack(state, hessians, MODEL, dataclasses.replace(params, **CORRECTED), ENCODER, SILENT)
     assert len(corrected.blob) <= params.model_budget_bytes
-    entries = [entry for entry in container.parse(corrected.blob).tensors if entry.form.rank]
+    entries = [
+        entry for entry in container.parse(corrected.blob).tensors if isinstance(entry.form, CorrectedForm)
+    ]
     assert len(entries) == 3
-    assert {entry.form.rank for entry in entries} == {2}
+    assert {entry.form.header.rank for entry in entries} == {2}
     assert all(entry.streams[-2].codec == params.codec for entry in entries)
     assert all(
         ("+2" in row.form) == (row.name in {entry.name for entry in entries}) for row in corrected.stats
     )
-    if params is PACK:  # both at scale 1
+    if params is PACK:  # both at coarseness 1
         before, after = ({row.name: row.expected_loss for row in of.stats} for of in (plain, corrected))
         for entry in entries:
             assert (after[entry.name] or 1.0) < (before[entry.name] or 0.0)
@@ -542,11 +567,11 @@ def test_weights_are_the_bits_that_torch_would_make() -> None:
     generator = np.random.default_rng(0)
     values = generator.integers(-127, 128, (40, 64)).astype(np.int8)
     steps, finer = generator.normal(1e-3, 1e-4, 40).astype(np.float16), np.arange(64, dtype=np.uint8) % 7
-    quantised = tensors.RowQuantised(values, steps, finer)
+    quantised = RowQuantised(values, steps, finer)
     by_hand = torch.from_numpy(values).float() * (
         torch.from_numpy(steps).float()[:, None] / torch.exp2(torch.from_numpy(finer).float())
     )
-    assert torch.equal(torch.from_numpy(tensors.dequantised(quantised)), by_hand)
+    assert torch.equal(torch.from_numpy(RowsForm(8).dequantise(quantised)), by_hand)
     correction = Correction(
         generator.integers(-127, 128, (3, 104)).astype(np.int8),
         generator.normal(0, 1e-4, 3).astype(np.float32),
@@ -556,24 +581,23 @@ def test_weights_are_the_bits_that_torch_would_make() -> None:
         torch.from_numpy(correction.levels_KN).float(), torch.from_numpy(correction.steps_K), strict=True
     ):
         total += (levels[:40] * step)[:, None] * levels[40:]
-    assert torch.equal(
-        torch.from_numpy(tensors.dequantised(tensors.Corrected(quantised, correction))), by_hand + total
-    )
+    corrected = CorrectedForm(RowsForm(8), 3).dequantise(Corrected(quantised, correction))
+    assert torch.equal(torch.from_numpy(corrected), by_hand + total)
 
 
 def test_steps_of_a_correction_that_are_not_finite_are_refused(
     state: dict[str, Tensor], hessians: dict[str, Tensor]
 ) -> None:
     contents = container.parse(
-        pack(state, hessians, MODEL, dataclasses.replace(PACK, **CORRECTED), SILENT).blob
+        pack(state, hessians, MODEL, dataclasses.replace(PACK, **CORRECTED), ENCODER, SILENT).blob
     )
-    entry = next(entry for entry in contents.tensors if entry.form.rank)
+    entry = next(entry for entry in contents.tensors if isinstance(entry.form, CorrectedForm))
     steps = EncodedStream(
         "brotli", codecs.encode("brotli", np.array([1, np.inf], "<f4").tobytes(), StreamLayout(4, 1, 2), 5)
     )
     changed = dataclasses.replace(entry, streams=(*entry.streams[:-1], steps))
     entries = tuple(changed if other is entry else other for other in contents.tensors)
     with pytest.raises(
-        ValueError, match=f"damaged model file: tensor {entry.name} has values that are not finite"
+        ValueError, match=f"damaged model file: tensor {entry.name}: it has values that are not finite"
     ):
         unpack(container.serialise(container.Contents(contents.model, entries)))

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -15,8 +16,9 @@ import pytest
 import torch
 import yaml
 
-from stages.common import shards
+from stages.common import failure_detector, rendezvous, shards
 from stages.common.clock import Interval
+from stages.common.failure_detector import FailureDetector, State
 from stages.common.parallel import World
 from stages.common.progress import Logger
 from stages.common.stage import MEASURED_OUTPUTS
@@ -212,6 +214,103 @@ def test_a_connection_from_another_program_is_not_a_rank(tmp_path: Path) -> None
                 begin(tmp_path, [*first, *second])
                 assert [process.wait(timeout=20) for process in (*first, *second)] == [0, 0]
     assert spoken(tmp_path) == {}
+
+
+STATE_ROW = re.compile(r"^    ([A-Z_]+) +\S.*  (\S+)$", re.MULTILINE)  # state, ..., next state
+DELAY_ROW = re.compile(r"^    ([A-Z_]+) = (\d+) ", re.MULTILINE)
+
+
+def test_the_docstrings_name_every_delay_with_its_value() -> None:
+    documented = {name: float(value) for name, value in DELAY_ROW.findall(failure_detector.__doc__ or "")}
+    assert documented == {
+        name: value for name, value in vars(failure_detector).items() if isinstance(value, (int, float))
+    }
+    waits = rendezvous.__doc__ or ""
+    assert f"CONNECT_TIMEOUT_SECONDS = {rendezvous.CONNECT_TIMEOUT_SECONDS:.0f}\n" in waits
+    minutes = rendezvous.RENDEZVOUS_TIMEOUT.total_seconds() / 60
+    assert f"RENDEZVOUS_TIMEOUT = {minutes:.0f} minutes\n" in waits
+
+
+@pytest.mark.parametrize(
+    ("rank", "failed", "constants"),
+    [
+        (0, 1, ["LOCAL_REPORT_DELAY_SECONDS"]),
+        (1, 0, ["LOCAL_REPORT_DELAY_SECONDS", "PRINT_FIRST_SECONDS"]),
+        (2, 1, []),
+        (3, 0, ["PRINT_FIRST_SECONDS"]),
+        (1, 2, ["PRINT_FIRST_SECONDS"]),
+    ],
+)
+def test_the_machine_of_the_failed_rank_decides_the_delay_of_the_report(
+    rank: int, failed: int, constants: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two machines with two ranks each."""
+    for name, value in {"RANK": rank, "LOCAL_RANK": rank % 2, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    delay = sum(getattr(failure_detector, name) for name in constants)
+    assert failure_detector.report_delay(failed) == delay
+
+
+class Recorder(FailureDetector):
+    """A detector of rank 0 with rank 1 at the other end of `peer`; keeps the transitions of its states."""
+
+    def __init__(self, report_delay_seconds: float) -> None:
+        self.transitions: list[tuple[str, str]] = []
+        self.reports: list[str] = []
+        ours, self.peer = socket.socketpair()
+        super().__init__(0, {1: ours}, lambda rank: report_delay_seconds, self.reports.append)
+
+    def _move_to(self, state: State) -> None:
+        before = self._state
+        super()._move_to(state)
+        self.transitions.append((before.name, state.name))
+
+    def peer_fails(self) -> None:
+        self.peer.sendall(b"1 failed: a shard is corrupt\n")
+        self._wait_for(State.PEER_FAILED)
+
+
+def work_until_a_peer_fails(detector: Recorder, error: Exception | None) -> None:
+    """Leave the context with `error`; without one, only after the detector's thread has ended."""
+    with detector:
+        detector.peer_fails()
+        if error is not None:
+            raise error
+        detector._thread.join(20)
+
+
+def test_the_state_table_lists_the_transitions_that_occur(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = Recorder(0.0)
+    with alone:
+        pass
+
+    with_own_error = Recorder(60.0)
+    with pytest.raises(ValueError, match="its own"):
+        work_until_a_peer_fails(with_own_error, ValueError("its own"))
+    assert with_own_error.reports == []
+
+    with_its_peer = Recorder(0.0)
+    with pytest.raises(SystemExit) as stop:
+        work_until_a_peer_fails(with_its_peer, RuntimeError("connection reset by peer"))
+    assert stop.value.code == 1
+    assert with_its_peer.reports == ["rank 1 failed: a shard is corrupt"]
+
+    exits: list[int] = []
+    monkeypatch.setattr(failure_detector, "UNWIND_SECONDS", 0.0)
+    monkeypatch.setattr(os, "_exit", exits.append)
+    hanging = Recorder(0.0)
+    with pytest.raises(SystemExit):
+        work_until_a_peer_fails(hanging, None)
+    assert exits == [1]
+
+    seen = {("REPORTED", "(none)")}
+    for detector in (alone, with_own_error, with_its_peer, hanging):
+        detector.peer.close()
+        seen |= set(detector.transitions)
+    documented = STATE_ROW.findall(failure_detector.__doc__ or "")
+    assert len(documented) == len(set(documented)) == 6
+    assert set(documented) == seen
+    assert {state for row in documented for state in row} == {*State.__members__, "(none)"}
 
 
 # Training

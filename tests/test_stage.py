@@ -160,6 +160,11 @@ def test_an_absent_input_says_which_stage_makes_it(capsys: pytest.CaptureFixture
         (["--set", "pack.width=0"], "pack.width: 0 is not above zero"),
         (["--set", "pack.width=wide"], "pack.width: saw 'wide' (str), expected int"),
         (["--params", "absent.yaml"], "absent.yaml does not exist"),
+        (
+            ["--params", str(ROOT / "presets/sprint.yaml")],
+            "is a preset, which has only some of the keys;"
+            " `python -m tools.preset sprint --output FILE` makes a parameter file of it",
+        ),
     ],
 )
 def test_bad_parameters_are_one_line_and_no_folder(

@@ -20,7 +20,7 @@ from stages.common import ledger
 from stages.submission import plots
 from stages.submission.stage import STAGE
 from tests import miniature_run
-from tests.miniature_run import CLAIM, CODE, PARAMS, TEXT, TIMING, run, verdict, write_json, write_report
+from tests.miniature_run import CODE, PARAMS, TEXT, TIMING, run, verdict, write_json, write_report
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_every_field_is_there_and_every_size_is_that_of_a_file(tree: Path) -> No
 
 @pytest.mark.parametrize(("scorer", "metric"), [("sliding_eval", "sliding_bpb"), ("ttt_eval", "ttt_bpb")])
 def test_val_bpb_is_that_of_the_named_scorer_and_no_minimum(tree: Path, scorer: Any, metric: str) -> None:
-    summary = summary_of(run(tree, replace(PARAMS, submission=replace(CLAIM, scorer=scorer))))
+    summary = summary_of(run(tree, replace(PARAMS, scorer=scorer)))
     assert (
         summary["val_bpb"] == json.loads((tree / "artifacts" / scorer / "metrics.json").read_text())[metric]
     )

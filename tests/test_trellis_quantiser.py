@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from stages.pack.entropy.level_coder import MAX_LEVEL, encode
+from stages.pack.exponents import exponents_to_factors, factors_to_exponents
+from stages.pack.forms import TrellisForm, TrellisLevels
 from stages.pack.quantise import trellis_quantiser
-from stages.pack.quantise.trellis_quantiser import SearchResult, TrellisLevels
+from stages.pack.quantise.trellis_quantiser import SearchResult
 from stages.pack.quantise.viterbi import BLOCK_COLUMNS
 from stages.pack.trellis import build_trellis
 
@@ -65,7 +67,7 @@ def problem(
     feedback: bool = True,
     step: float = 0.3,
 ) -> Problem:
-    """Normal weights with a scale for each row and column; U of correlated inputs, or the identity."""
+    """Normal weights with a factor for each row and column; U of correlated inputs, or the identity."""
     generator = np.random.default_rng(seed)
     upper_CC = correlated(columns) if feedback else np.eye(columns)
     rows_R, columns_C = (generator.integers(-12, 13, size).astype(np.int8) for size in (rows, columns))
@@ -317,8 +319,8 @@ def test_the_order_in_memory_does_not_matter() -> None:
 def test_a_common_factor_of_all_importances_does_not_matter() -> None:
     """Errors of a row are weighed against bits in units of the mean cost."""
     case = problem(20, 40, 8, 0.1, seed=12)
-    scaled = case._replace(importance_R=case.importance_R * np.float32(2.0**-20))
-    assert np.array_equal(choose(scaled).matrix.levels_RC, choose(case).matrix.levels_RC)
+    smaller = case._replace(importance_R=case.importance_R * np.float32(2.0**-20))
+    assert np.array_equal(choose(smaller).matrix.levels_RC, choose(case).matrix.levels_RC)
 
 
 def test_zero_weights_become_zero() -> None:
@@ -361,19 +363,14 @@ def test_the_lattice_keeps_what_it_was_given() -> None:
     assert got.levels_RC.shape == (12, 40)
     assert np.array_equal(got.row_exponents_R, case.rows_R)
     assert np.array_equal(got.column_exponents_C, case.columns_C)
-    assert (got.step, got.states) == (
-        float(np.float32(0.1)),
-        8,
-    )  # as float32, which is what an artifact keeps
+    assert got.step == float(np.float32(0.1))  # as float32, which is what an artifact keeps
 
 
 def test_weights_are_levels_times_steps() -> None:
     generator = np.random.default_rng(16)
     levels_RC = generator.integers(-MAX_LEVEL, MAX_LEVEL + 1, (50, 60)).astype(np.int16)
     rows_R, columns_C = (generator.integers(-127, 128, size).astype(np.int8) for size in (50, 60))
-    got = trellis_quantiser.dequantise(
-        TrellisLevels(levels_RC, rows_R, columns_C, float(np.float32(0.0123)), 8)
-    )
+    got = TrellisForm(8).dequantise(TrellisLevels(levels_RC, rows_R, columns_C, float(np.float32(0.0123))))
     expected_RC = (
         levels_RC * float(np.float32(0.0123)) * 2.0 ** ((rows_R[:, None].astype(float) + columns_C) / 8)
     )
@@ -381,9 +378,9 @@ def test_weights_are_levels_times_steps() -> None:
     np.testing.assert_allclose(got, expected_RC, rtol=1e-6)
 
 
-def test_scales_are_powers_of_the_eighth_root_of_two() -> None:
+def test_factors_are_powers_of_the_eighth_root_of_two() -> None:
     every = np.arange(-128, 128).astype(np.int8)
-    got = trellis_quantiser.exponents_to_factors(every)
+    got = exponents_to_factors(every)
     assert got.dtype == np.float32
     np.testing.assert_allclose(got, 2.0 ** (every / 8), rtol=1e-7)
     assert np.array_equal(got[::8], 2.0 ** (every[::8] // 8))  # whole octaves are exact
@@ -392,7 +389,7 @@ def test_scales_are_powers_of_the_eighth_root_of_two() -> None:
 @given(st.lists(st.floats(1e-12, 1e12), min_size=1, max_size=20))
 @settings(deadline=None)
 def test_exponents_are_the_nearest_and_are_clipped(factors: list[float]) -> None:
-    got = trellis_quantiser.factors_to_exponents(np.array(factors))
+    got = factors_to_exponents(np.array(factors))
     assert got.dtype == np.int8
     for factor, exponent in zip(factors, got.tolist(), strict=True):
         exact = 8 * math.log2(factor)
@@ -400,10 +397,8 @@ def test_exponents_are_the_nearest_and_are_clipped(factors: list[float]) -> None
 
 
 @given(arrays(np.int8, st.integers(0, 20), elements=st.integers(-127, 127)))
-def test_exponents_undo_scales(exponents: np.ndarray) -> None:
-    assert np.array_equal(
-        trellis_quantiser.factors_to_exponents(trellis_quantiser.exponents_to_factors(exponents)), exponents
-    )
+def test_exponents_undo_factors(exponents: np.ndarray) -> None:
+    assert np.array_equal(factors_to_exponents(exponents_to_factors(exponents)), exponents)
 
 
 @pytest.mark.parametrize("states", [1, 8])
@@ -476,7 +471,7 @@ def test_the_rate_is_as_near_to_the_bound_as_the_trellis_allows(
     """Normal values need log2(deviation / root of distortion) bits; a uniform grid needs 0.25 more."""
     weight_RC = np.random.default_rng(19).standard_normal((256, 512)).astype(np.float32)
     chosen = plain(weight_RC, step, states, 0.1).matrix
-    distortion_R = ((trellis_quantiser.dequantise(chosen) - weight_RC) ** 2).mean(1)
+    distortion_R = ((TrellisForm(states).dequantise(chosen) - weight_RC) ** 2).mean(1)
     bits = (
         8
         * len(encode(chosen.levels_RC, chosen.row_exponents_R, chosen.column_exponents_C, states))

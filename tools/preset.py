@@ -27,7 +27,6 @@ from stages.train.params import Params as TrainParams
 from stages.ttt_eval.params import Params as TttEvalParams
 from tools import add_path_option
 
-PRESET_FOLDER = Path("presets")
 # In the order of the pipeline, so that the error shown is the one that a run would meet first.
 SCHEMAS: tuple[type, ...] = (
     TokenizeParams,
@@ -160,10 +159,10 @@ def main(argv: list[str] | None = None) -> None:
     arguments = _parser().parse_args(argv)
     with user_errors("preset", yaml.YAMLError):
         if arguments.check:
-            lines = validate_all(arguments.params, PRESET_FOLDER)
+            lines = validate_all(arguments.params, config.PRESET_FOLDER)
         else:
             output = arguments.output or arguments.params
-            lines = apply_preset(PRESET_FOLDER / f"{arguments.name}.yaml", arguments.params, output)
+            lines = apply_preset(config.PRESET_FOLDER / f"{arguments.name}.yaml", arguments.params, output)
             if lines:
                 lines.append(f"{output}: {len(lines)} values changed")
             else:
@@ -178,7 +177,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     choice = parser.add_mutually_exclusive_group(required=True)
     choice.add_argument(
-        "name", nargs="?", metavar="NAME", help=f"a file in {PRESET_FOLDER}/, without its suffix"
+        "name", nargs="?", metavar="NAME", help=f"a file in {config.PRESET_FOLDER}/, without its suffix"
     )
     choice.add_argument(
         "--check", action="store_true", help="only validate the parameter file and every preset"

@@ -1,11 +1,10 @@
 """The audit of one scorer: draw positions, run the probes of all checks in one pass, judge their findings.
 
 The audit gets a scorer as a factory, `n_targets -> scorer at the empty prefix`, and knows nothing else
-of it. A check is a list of probes for that pass, and a function that judges what they found;
-`_build_checks` lists all of them.
+of it. Checks that run in the pass are groups of probes, each with a function that judges what they
+found; `_build_groups` lists all of them.
 """
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -25,12 +24,21 @@ from stages.audit.checks import (
     normalisation_blackbox,
 )
 from stages.audit.params import AuditParams
-from stages.audit.verdict import Verdict
+from stages.audit.verdict import Check, Verdict, Words
 from stages.common.lossless_text import LosslessTokenizer
 from stages.common.progress import Logger
 from stages.common.scorer import Scorer
 from stages.scoring.stream import ValidationStream
 
+PROTOCOL = Check(
+    "B6",
+    "protocol",
+    conditions=("C2", "C4"),
+    sees="scorers that leave targets out or return no distribution",
+    blind="everything that the checks which could not run would detect",
+    words=Words(saw="other", expected="one loss for each token, one probability for each id"),
+)
+PERTURBATION = "perturbation"  # name of the group whose findings are judged a second time, with the ledger
 ScorerFactory = Callable[[int], Scorer]
 SHORTEST_STREAM = 9  # tokens, so that a segment of sampling.SHORTEST_SEGMENT targets fits
 
@@ -60,7 +68,7 @@ class ClaimedEvaluation:
     mean_tolerance: float
 
 
-class Check(NamedTuple):
+class ProbeGroup(NamedTuple):
     """Probes, and the function that turns their findings, one for each probe, into verdicts."""
 
     probes: Sequence[probe_runner.Probe]
@@ -115,7 +123,7 @@ def audit_scorer(case: AuditCase, claim: ClaimedEvaluation, logger: Logger) -> l
     try:
         verdicts += _run_checks(case, ledger, claim, logger)
     except probe_runner.ProtocolError as error:
-        verdicts.append(_protocol_failure(name, error))
+        verdicts.append(Verdict.failed(PROTOCOL, name, str(error), bound=0))
     return verdicts
 
 
@@ -129,76 +137,81 @@ def _run_checks(
     targets = len(case.stream.tokens) - 1
     scorer = case.factory(targets)
     segment = min(case.params.segment_targets, len(case.shown_tokens) - 1)
-    groups = sampling.perturbation_groups(
+    perturbed = sampling.perturbation_groups(
         case.key, case.shown_tokens, case.stream.bos, case.boundaries, case.params.perturbations, segment
     )
-    checks = _build_checks(case, scorer, groups, segment, ledger, claim.ledger_tolerance)
+    groups = _build_groups(case, scorer, perturbed, segment, ledger, claim.ledger_tolerance)
 
     # One pass over the stream for all of them, which also recomputes a share of the losses.
-    probes = [probe for check in checks.values() for probe in check.probes]
+    probes = {name: group.probes for name, group in groups.items()}
     spans = sampling.recomputed_spans(case.key, len(case.shown_tokens), case.params.recomputed_share, segment)
     with logger.progress(f"audit of {case.name}", len(case.shown_tokens)) as progress:
         results = probe_runner.run_probes(scorer, case.shown_tokens, probes, spans, segment, progress.advance)
 
-    # Give each check the findings of its own probes.
-    remaining = iter(results.findings)
-    findings = {name: list(itertools.islice(remaining, len(check.probes))) for name, check in checks.items()}
+    # Judge the findings of each group.
     verdicts = []
-    for name, check in checks.items():
-        verdicts += check.judge(findings[name])
+    for name, group in groups.items():
+        verdicts += group.judge(results.findings[name])
 
     # Compare the ledger with all losses that were computed without the future, also those of the
     # perturbed segments.
     recomputed = np.full(targets, np.nan, dtype=np.float32)
     recomputed[: len(results.losses)] = results.losses
-    tolerances = (claim.ledger_tolerance, claim.mean_tolerance)
     verdicts.append(
-        causality.judge_recomputation(case.name, ledger, recomputed, groups, findings["B1"], *tolerances)
+        causality.judge_recomputation(
+            case.name,
+            ledger,
+            recomputed,
+            perturbed,
+            results.findings[PERTURBATION],
+            claim.ledger_tolerance,
+            claim.mean_tolerance,
+        )
     )
     return verdicts + _rerun_checks(case, segment, scorer.vocab_size)
 
 
-def _build_checks(
+def _build_groups(
     case: AuditCase,
     scorer: Scorer,
-    groups: list[sampling.PerturbationGroup],
+    perturbed: list[sampling.PerturbationGroup],
     segment: int,
     ledger: np.ndarray | None,
     ledger_tolerance: float,
-) -> dict[str, Check]:
-    """Build every check that runs in the common pass, by number."""
+) -> dict[str, ProbeGroup]:
+    """Build the probes of all checks that run in the common pass, by name, in the order of their verdicts."""
     vocab_size = scorer.vocab_size
     predicts = bool(getattr(scorer, "predicts", True))
 
-    # Causality. Its findings are needed again, for the recomputed losses.
-    perturbations = causality.probes(case.key, groups, case.shown_tokens, vocab_size, case.stream.bos)
-    checks = {
-        "B1": Check(
+    # Causality.
+    perturbations = causality.probes(case.key, perturbed, case.shown_tokens, vocab_size, case.stream.bos)
+    groups = {
+        PERTURBATION: ProbeGroup(
             perturbations,
-            lambda segments: [causality.judge_perturbation(case.name, groups, segments)],
+            lambda segments: [causality.judge_perturbation(case.name, perturbed, segments)],
         )
     }
 
     # Normalisation: with predict() its sum can be computed, without it only sums of losses.
     if predicts:
-        checks["B2 B3 B4"] = _distribution_check(case, ledger, ledger_tolerance, vocab_size)
+        groups["distributions"] = _distribution_probes(case, ledger, ledger_tolerance, vocab_size)
     else:
-        checks["B3"] = _blackbox_check(case, vocab_size)
+        groups["sums of losses"] = _blackbox_probes(case, vocab_size)
 
     # Order of documents, division into calls, and spans that nobody can predict.
-    checks["B1c"] = _document_order_check(case, scorer)
-    checks["B5 B13"] = _call_split_check(case, segment, predicts)
-    return checks | _canary_checks(case, vocab_size, predicts)
+    groups["document order"] = _document_order_probe(case, scorer)
+    groups["call splits"] = _call_split_probes(case, segment, predicts)
+    return groups | _canary_probes(case, vocab_size, predicts)
 
 
-def _distribution_check(
+def _distribution_probes(
     case: AuditCase, ledger: np.ndarray | None, ledger_tolerance: float, vocab_size: int
-) -> Check:
+) -> ProbeGroup:
     """B2, B3 and B4: the distribution that predict() shows, and the losses that are charged."""
     params = case.params
     length = len(case.shown_tokens)
     positions = sampling.distribution_positions(case.key, length, params.distributions)
-    return Check(
+    return ProbeGroup(
         normalisation.probes(case.key, positions, length, vocab_size, params.substitutions),
         lambda findings: [
             normalisation.judge_independence(case.name, findings),
@@ -209,11 +222,11 @@ def _distribution_check(
     )
 
 
-def _blackbox_check(case: AuditCase, vocab_size: int) -> Check:
+def _blackbox_probes(case: AuditCase, vocab_size: int) -> ProbeGroup:
     """B3 for a scorer without predict()."""
     params = case.params
     positions = sampling.distribution_positions(case.key, len(case.shown_tokens), params.distributions)
-    return Check(
+    return ProbeGroup(
         normalisation_blackbox.probes(
             case.key, positions, case.shown_tokens, vocab_size, params.substitutions
         ),
@@ -223,17 +236,17 @@ def _blackbox_check(case: AuditCase, vocab_size: int) -> Check:
     )
 
 
-def _document_order_check(case: AuditCase, scorer: Scorer) -> Check:
+def _document_order_probe(case: AuditCase, scorer: Scorer) -> ProbeGroup:
     """B1c: in one call of several documents, no loss depends on a later document."""
     start = sampling.late_positions(case.key, "graph", len(case.shown_tokens), 1)[0]
     probe = document_order.probe(
         case.key, start, case.shown_tokens, scorer.vocab_size, case.stream.bos, case.params.order_documents
     )
     scope = getattr(scorer, "scope", "stream")
-    return Check([probe], lambda findings: [document_order.judge(case.name, probe, findings[0], scope)])
+    return ProbeGroup([probe], lambda findings: [document_order.judge(case.name, probe, findings[0], scope)])
 
 
-def _call_split_check(case: AuditCase, segment: int, predicts: bool) -> Check:
+def _call_split_probes(case: AuditCase, segment: int, predicts: bool) -> ProbeGroup:
     """B13: losses do not depend on how a span is divided into calls.
 
     With predict() also B5: they do not depend on predictions that were made in between.
@@ -249,10 +262,10 @@ def _call_split_check(case: AuditCase, segment: int, predicts: bool) -> Check:
             verdicts.append(call_invariance.judge_trace(case.name, probes, findings, tolerance))
         return verdicts
 
-    return Check(probes, judge)
+    return ProbeGroup(probes, judge)
 
 
-def _canary_checks(case: AuditCase, vocab_size: int, predicts: bool) -> dict[str, Check]:
+def _canary_probes(case: AuditCase, vocab_size: int, predicts: bool) -> dict[str, ProbeGroup]:
     """Spans of known distribution, which no lawful scorer beats by more than `params.canary_bits`.
 
     B7: uniform ids; B9: other sources of known entropy; B8: drawn from the scorer's own predict(),
@@ -261,21 +274,22 @@ def _canary_checks(case: AuditCase, vocab_size: int, predicts: bool) -> dict[str
     params = case.params
     bits = params.canary_bits
     starts = sampling.late_positions(case.key, "canary", len(case.shown_tokens), 1 + len(canary.SOURCES))
-    uniform, *others = canary.probes(
+    probes = canary.probes(
         case.key, starts, params.canary_targets, case.shown_tokens, vocab_size, case.stream.token_bytes
     )
-    checks = {
-        "B7": Check([uniform], lambda found: [canary.judge(case.name, "B7", "uniform canary", found, bits)]),
-        "B9": Check(
-            others, lambda found: [canary.judge(case.name, "B9", "known-entropy canaries", found, bits)]
-        ),
+
+    def group(check: Check, probes: Sequence[probe_runner.Probe]) -> ProbeGroup:
+        return ProbeGroup(probes, lambda results: [canary.judge(check, case.name, results, bits)])
+
+    others = [probe for source, probe in probes.items() if source != "uniform"]
+    groups = {
+        "uniform canary": group(canary.UNIFORM_CANARY, [probes["uniform"]]),
+        "known-entropy canaries": group(canary.KNOWN_ENTROPY_CANARIES, others),
     }
     if predicts:
         sampled = canary.self_sampled_probe(case.key, starts[-1], params.sampled_targets)
-        checks["B8"] = Check(
-            [sampled], lambda found: [canary.judge(case.name, "B8", "self-sampled canary", found, bits)]
-        )
-    return checks
+        groups["self-sampled canary"] = group(canary.SELF_SAMPLED_CANARY, [sampled])
+    return groups
 
 
 def _rerun_checks(case: AuditCase, segment: int, vocab_size: int) -> list[Verdict]:
@@ -305,20 +319,3 @@ def _rerun_checks(case: AuditCase, segment: int, vocab_size: int) -> list[Verdic
             case.params.canary_bits,
         ),
     ]
-
-
-def _protocol_failure(name: str, error: probe_runner.ProtocolError) -> Verdict:
-    return Verdict(
-        check="B6",
-        name="protocol",
-        subject=name,
-        conditions=("C2", "C4"),
-        outcome="fail",
-        evidence=str(error),
-        saw="other",
-        expected="one loss for each token, one probability for each id",
-        bound=0,
-        positions=(),
-        sees="scorers that leave targets out or return no distribution",
-        blind="everything that the checks which could not run would detect",
-    )

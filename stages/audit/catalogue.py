@@ -1,87 +1,130 @@
 """Catalogue of the checks, B1 to B16: the report has a verdict for each of them on each subject.
 
 A check that did not run gets the verdict "cannot tell" with the reason, so that it is never forgotten.
+Everything else that is constant of a check is declared beside the code that judges.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from stages.audit.verdict import Verdict
+from stages.audit.audit_scorer import PROTOCOL
+from stages.audit.checks import (
+    budgets,
+    call_invariance,
+    canary,
+    causality,
+    contamination,
+    coverage,
+    document_order,
+    metamorphic,
+    normalisation,
+    normalisation_blackbox,
+    round_trip,
+    significance,
+)
+from stages.audit.sandbox import clean_room
+from stages.audit.verdict import Check, Verdict
 
 
 class CatalogueEntry(NamedTuple):
-    """One check of the catalogue."""
+    """All checks of one number."""
 
-    name: str
-    conditions: tuple[str, ...]  # keys of report.CONDITIONS
-    needs: str  # without this it cannot run
+    checks: tuple[Check, ...]
+    needs: str  # without this none of them can run
+    name: str = ""  # of them together, if it is not that of the first
+
+    @property
+    def not_run(self) -> Check:
+        """The check in the verdict of an entry of which none did run."""
+        first = self.checks[0]
+        return Check(
+            first.number,
+            self.name or first.name,
+            first.conditions,
+            sees="nothing here",
+            blind="everything: it was not run",
+        )
 
 
 ANY_SCORER = "a scorer that could be run"
 STEPWISE = "predict(), observe() and fork()"
-SCORER_CHECKS = {
-    "B1": CatalogueEntry("future perturbation", ("C1", "C3", "C4"), ANY_SCORER),
-    "B1c": CatalogueEntry("dependency graph", ("C1", "C4"), ANY_SCORER),
-    "B2": CatalogueEntry("own-token independence", ("C1", "C2", "C3"), STEPWISE),
-    "B3": CatalogueEntry("counterfactual sum", ("C2", "C3"), ANY_SCORER),
-    "B4": CatalogueEntry("ledger equals commitment", ("C1", "C2", "C3", "metric"), "predict(), and a ledger"),
-    "B5": CatalogueEntry("reading leaves no trace", ("C3", "C4"), STEPWISE),
-    "B6": CatalogueEntry("coverage", ("C4", "metric"), "a ledger of the whole stream"),
-    "B7": CatalogueEntry("uniform canary", ("C1", "C2"), ANY_SCORER),
-    "B8": CatalogueEntry("self-sampled canary", ("C1", "C2"), STEPWISE),
-    "B9": CatalogueEntry("known-entropy canaries", ("C1", "C2"), ANY_SCORER),
-    "B10": CatalogueEntry(
-        "metamorphic variants", ("C2",), "a factory that takes `permutation`, `buckets` or `memory_weight`"
+SCORER_CHECKS = (
+    CatalogueEntry((causality.FUTURE_PERTURBATION, causality.LEDGER_WITHOUT_FUTURE), needs=ANY_SCORER),
+    CatalogueEntry((document_order.DEPENDENCY_GRAPH,), needs=ANY_SCORER),
+    CatalogueEntry((normalisation.OWN_TOKEN,), needs=STEPWISE),
+    CatalogueEntry(
+        (
+            normalisation.COUNTERFACTUAL_SUM,
+            normalisation.SAMPLED_COUNTERFACTUAL_SUM,
+            normalisation.COMMITTED_SUM,
+            normalisation_blackbox.COUNTERFACTUAL_SUM,
+            normalisation_blackbox.SAMPLED_COUNTERFACTUAL_SUM,
+        ),
+        needs=ANY_SCORER,
     ),
-    "B12": CatalogueEntry("decoder round trip", ("C1", "C2", "C3", "C4"), f"{STEPWISE}, and a fresh process"),
-    "B13": CatalogueEntry("whole or in pieces", ("C1", "C3", "C4"), ANY_SCORER),
-}
-FILE_CHECKS = {
-    "B11": CatalogueEntry("denominator", ("metric",), "tokens and their tokenizer"),
-    "B14": CatalogueEntry("clean room", ("clean room",), "a command that scores in an empty folder"),
-    "B15": CatalogueEntry("train and val disjoint", ("data",), "the training documents, or their hashes"),
-    "B16": CatalogueEntry("significance", ("statistics",), "three seeds of one configuration and a baseline"),
-    "budget": CatalogueEntry("bytes", ("budget",), "the counted files"),
-}
+    CatalogueEntry((normalisation.LEDGER_COMMITMENT,), needs="predict(), and a ledger"),
+    CatalogueEntry((call_invariance.TRACE,), needs=STEPWISE),
+    CatalogueEntry(
+        (coverage.COVERAGE, coverage.REPORTED_BPB, coverage.CHUNK_TABLE, PROTOCOL, budgets.VAL_SHARDS),
+        needs="a ledger of the whole stream",
+    ),
+    CatalogueEntry((canary.UNIFORM_CANARY,), needs=ANY_SCORER),
+    CatalogueEntry((canary.SELF_SAMPLED_CANARY,), needs=STEPWISE),
+    CatalogueEntry((canary.KNOWN_ENTROPY_CANARIES,), needs=ANY_SCORER),
+    CatalogueEntry(
+        (metamorphic.PERMUTED_IDS, metamorphic.WITHOUT_MEMORY, metamorphic.ONE_BUCKET),
+        needs="a factory that takes `permutation`, `buckets` or `memory_weight`",
+        name="metamorphic variants",
+    ),
+    CatalogueEntry((round_trip.ROUND_TRIP,), needs=f"{STEPWISE}, and a fresh process"),
+    CatalogueEntry((call_invariance.PIECES, call_invariance.RERUN), needs=ANY_SCORER),
+)
+FILE_CHECKS = (
+    CatalogueEntry((coverage.DENOMINATOR, coverage.BYTE_TABLE), needs="tokens and their tokenizer"),
+    CatalogueEntry(
+        (
+            clean_room.COUNTED_FILES_ALONE,
+            clean_room.OPENED_FILES,
+            clean_room.NO_NETWORK,
+            clean_room.WALL_CLOCK,
+        ),
+        needs="a command that scores in an empty folder",
+        name="clean room",
+    ),
+    CatalogueEntry(
+        (budgets.DISJOINT, contamination.SHARED_PASSAGES), needs="the training documents, or their hashes"
+    ),
+    CatalogueEntry((significance.SIGNIFICANCE,), needs="three seeds of one configuration and a baseline"),
+    CatalogueEntry((budgets.SIZES, *budgets.CLOCKS.values()), needs="the counted files"),
+)
 
 
 def with_missing(
     verdicts: Sequence[Verdict], scorers: Sequence[str], reasons: Mapping[str, str] | None = None
 ) -> list[Verdict]:
-    """Add a "cannot tell" for each check of the catalogue that has no verdict.
+    """Add a "cannot tell" for each number of the catalogue that has no verdict.
 
-    scorers: subjects that need every check of SCORER_CHECKS; reasons: explanations by check number,
-    instead of `needs`.
+    scorers: subjects that need every number of SCORER_CHECKS; reasons: explanations by number, instead
+    of `needs`.
     """
     reasons = reasons or {}
     complete = list(verdicts)
 
-    checks_on_subject = {(verdict.subject, verdict.check) for verdict in verdicts}
+    numbers_on_subject = {(verdict.subject, verdict.check.number) for verdict in verdicts}
     for subject in scorers:
-        for check, entry in SCORER_CHECKS.items():
-            if (subject, check) not in checks_on_subject:
-                complete.append(not_run(subject, check, entry, reasons))
+        for entry in SCORER_CHECKS:
+            if (subject, entry.not_run.number) not in numbers_on_subject:
+                complete.append(not_run(subject, entry, reasons))
 
-    checks_on_anything = {verdict.check for verdict in verdicts}
-    for check, entry in FILE_CHECKS.items():
-        if check not in checks_on_anything:
-            complete.append(not_run("files", check, entry, reasons))
+    numbers_on_anything = {verdict.check.number for verdict in verdicts}
+    for entry in FILE_CHECKS:
+        if entry.not_run.number not in numbers_on_anything:
+            complete.append(not_run("files", entry, reasons))
     return complete
 
 
-def not_run(subject: str, check: str, entry: CatalogueEntry, reasons: Mapping[str, str]) -> Verdict:
-    """Build the verdict of a check that did not run."""
-    return Verdict(
-        check=check,
-        name=entry.name,
-        subject=subject,
-        conditions=entry.conditions,
-        outcome="cannot tell",
-        evidence=f"not run: {reasons.get(check, f'needs {entry.needs}')}",
-        saw="nothing",
-        expected="-",
-        bound="-",
-        positions=(),
-        sees="nothing here",
-        blind="everything: it was not run",
-    )
+def not_run(subject: str, entry: CatalogueEntry, reasons: Mapping[str, str]) -> Verdict:
+    """Build the verdict of checks that did not run."""
+    check = entry.not_run
+    reason = reasons.get(check.number, f"needs {entry.needs}")
+    return Verdict.cannot_tell(check, subject, f"not run: {reason}")

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,13 +15,11 @@ from stages.audit.sampling import Boundaries
 from stages.common.bpb import ByteTable
 from stages.common.parallel import World
 from stages.common.scorer import Scorer
+from stages.scoring.evaluate import ScorerInputs
 from stages.sliding_eval.params import SlidingEvalParams
-from stages.sliding_eval.scorer import SlidingScorer
 from stages.train.model import Model
 from stages.ttt_eval.build import build_scorer
 from stages.ttt_eval.params import TttEvalParams
-
-Builder = Callable[[Model, ByteTable, int], Scorer]  # the int is the number of targets
 
 
 class AuditedScorer(NamedTuple):
@@ -41,19 +40,17 @@ def build_scorers(
 ) -> dict[str, AuditedScorer]:
     """Prepare both scorers, by the name of their stage."""
 
-    def build_sliding(model: Model, table: ByteTable, n_targets: int) -> Scorer:
-        return SlidingScorer(model, sliding, world)
-
-    def build_ttt(model: Model, table: ByteTable, n_targets: int) -> Scorer:
-        return build_scorer(model, sliding, ttt, world, table, n_targets)
-
     chunk = ttt.chunk if ttt.kind == "sgd" else None
-    without_chunks = Boundaries(window=sliding.stride, chunk=None)
-    with_chunks = Boundaries(window=sliding.stride, chunk=chunk)
-    return {
-        "sliding_eval": _prepare(build_sliding, without_chunks, model, table, n_targets),
-        "ttt_eval": _prepare(build_ttt, with_chunks, model, table, n_targets),
+    boundaries = {
+        "sliding_eval": Boundaries(window=sliding.stride, chunk=None),
+        "ttt_eval": Boundaries(window=sliding.stride, chunk=chunk),
     }
+    inputs = ScorerInputs(model, world, table, n_targets)
+    scorers = {}
+    for name in boundaries:
+        build = functools.partial(build_scorer, name, sliding, ttt)
+        scorers[name] = _prepare(build, boundaries[name], inputs)
+    return scorers
 
 
 def permute_model_ids(model: Model, permutation: np.ndarray) -> Model:
@@ -80,13 +77,17 @@ def permute_table_ids(table: ByteTable, permutation: np.ndarray) -> ByteTable:
 
 
 def _prepare(
-    build: Builder, boundaries: Boundaries, model: Model, table: ByteTable, n_targets: int
+    build: Callable[[ScorerInputs], Scorer], boundaries: Boundaries, inputs: ScorerInputs
 ) -> AuditedScorer:
+    def with_targets(n_targets: int) -> Scorer:
+        return build(inputs._replace(n_targets=n_targets))
+
     def with_permuted_ids(permutation: np.ndarray) -> Scorer:
-        return build(permute_model_ids(model, permutation), permute_table_ids(table, permutation), n_targets)
+        model = permute_model_ids(inputs.model, permutation)
+        return build(inputs._replace(model=model, table=permute_table_ids(inputs.table, permutation)))
 
     return AuditedScorer(
-        factory=lambda targets: build(model, table, targets),
+        factory=with_targets,
         boundaries=boundaries,
         variants=Variants(permuted_ids=with_permuted_ids),
     )

@@ -8,7 +8,9 @@ that it then returns cannot depend on anything after the segment. Where a probe 
 forked, and the probe may do anything with the fork.
 """
 
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -20,12 +22,34 @@ from stages.common.scorer import Scorer
 ROUNDING = 1.0e-5
 
 
+@dataclass(frozen=True)
+class Cost:
+    """Work that is asked of a scorer and its forks. Forks themselves count as free."""
+
+    calls: int = 0  # of score_stream
+    targets: int = 0  # tokens that are scored or observed
+    predictions: int = 0  # calls of predict
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(
+            self.calls + other.calls, self.targets + other.targets, self.predictions + other.predictions
+        )
+
+    def __mul__(self, count: int) -> "Cost":
+        return Cost(count * self.calls, count * self.targets, count * self.predictions)
+
+
 class Probe(Protocol):
     """An experiment with a scorer that has observed tokens[:start] and nothing more."""
 
     @property
     def start(self) -> int:
         """Number of tokens that the scorer has observed."""
+        ...
+
+    @property
+    def cost(self) -> Cost:
+        """Work that `run` asks of the scorer; less only where the stream ends within the probe."""
         ...
 
     def run(self, scorer: Scorer, tokens: np.ndarray) -> Any:
@@ -44,13 +68,13 @@ class ProbeResults(NamedTuple):
     """Results of one pass."""
 
     losses: np.ndarray  # (N-1,) float32: recomputed losses by target, NaN where none was wanted
-    findings: list[Any]  # one for each probe, in the order of the probes
+    findings: dict[str, list[Any]]  # by name of the group: one for each of its probes, in their order
 
 
 def run_probes(
     scorer: Scorer,
     tokens: np.ndarray,
-    probes: Sequence[Probe],
+    groups: Mapping[str, Sequence[Probe]],
     spans: Sequence[tuple[int, int]],
     segment: int,
     advance: Callable[[int], None] = lambda tokens: None,
@@ -59,16 +83,22 @@ def run_probes(
 
     tokens: (N,) uint16; the pass ends at the last position of interest.
 
+    groups: probes by the name under which their findings are returned.
     spans: disjoint, sorted half-open ranges of target positions (token indices) to recompute.
     advance: called with the number of tokens passed since its last call.
     """
     losses = np.full(len(tokens) - 1, np.nan, dtype=np.float32)
-    findings: list[Any] = [None] * len(probes)
-    waiting = sorted(range(len(probes)), key=lambda i: probes[i].start)
+    findings: dict[str, list[Any]] = {name: [None] * len(probes) for name, probes in groups.items()}
     recomputed = _in_spans(spans, len(tokens))
 
+    # The probes by where they start, each with the place of its finding.
+    probes_at: defaultdict[int, list[tuple[str, int, Probe]]] = defaultdict(list)
+    for name, probes in groups.items():
+        for i, probe in enumerate(probes):
+            probes_at[probe.start].append((name, i, probe))
+
     # Positions where something changes: a probe starts, or a span begins or ends.
-    stops = {probe.start for probe in probes}
+    stops = set(probes_at)
     for span in spans:
         stops.update(span)
 
@@ -89,10 +119,8 @@ def run_probes(
             position = end
 
         # Run the probes that start here.
-        while waiting and probes[waiting[0]].start == position:
-            i = waiting.pop(0)
-            findings[i] = probes[i].run(scorer.fork(), tokens)
-    assert not waiting
+        for name, i, probe in probes_at[stop]:
+            findings[name][i] = probe.run(scorer.fork(), tokens)
     return ProbeResults(losses, findings)
 
 

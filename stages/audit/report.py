@@ -44,7 +44,7 @@ def outcomes_by_condition(verdicts: list[Verdict]) -> dict[str, dict[str, Outcom
     """
     table: dict[str, dict[str, Outcome]] = {}
     for condition in CONDITIONS:
-        relevant = [verdict for verdict in verdicts if condition in verdict.conditions]
+        relevant = [verdict for verdict in verdicts if condition in verdict.check.conditions]
         table[condition] = {
             subject: _combine(condition, [verdict for verdict in relevant if verdict.subject == subject])
             for subject in dict.fromkeys(verdict.subject for verdict in relevant)
@@ -102,7 +102,7 @@ def _combine(condition: str, verdicts: list[Verdict]) -> Outcome:
     outcomes = {verdict.outcome for verdict in verdicts}
     if "fail" in outcomes:
         return "fail"
-    essential = {verdict.outcome for verdict in verdicts if verdict.check in ESSENTIAL[condition]}
+    essential = {verdict.outcome for verdict in verdicts if verdict.check.number in ESSENTIAL[condition]}
     if "cannot tell" in essential or "pass" not in outcomes:
         return "cannot tell"
     return "pass"
@@ -128,7 +128,7 @@ def _overview_cell(
 ) -> str:
     if subject not in outcomes:
         return "-"
-    relevant = [v for v in verdicts if v.subject == subject and condition in v.conditions]
+    relevant = [v for v in verdicts if v.subject == subject and condition in v.check.conditions]
     unsure = sum(verdict.outcome == "cannot tell" for verdict in relevant)
     if outcomes[subject] == "pass" and unsure:
         return f"pass ({unsure} could not tell)"
@@ -137,7 +137,7 @@ def _overview_cell(
 
 def _verdict_rows(condition: str, verdicts: list[Verdict]) -> list[list[str]]:
     """Build a row for each verdict on the condition, the worst first."""
-    relevant = [verdict for verdict in verdicts if condition in verdict.conditions]
+    relevant = [verdict for verdict in verdicts if condition in verdict.check.conditions]
     relevant.sort(key=lambda verdict: WORST_FIRST.index(verdict.outcome))
     if not relevant:
         return [["-", "-", "cannot tell", "-", "-", "-", "no check covers this condition", "-"]]
@@ -146,24 +146,19 @@ def _verdict_rows(condition: str, verdicts: list[Verdict]) -> list[list[str]]:
 
 def _verdict_row(verdict: Verdict) -> list[str]:
     numbers = [
-        f"{number:.9g}" if isinstance(number, float) else str(number)
-        for number in (verdict.saw, verdict.expected, verdict.bound)
+        f"{number:.9g}" if isinstance(number, float) else str(number) for number in verdict.shown_numbers
     ]
     positions = ", ".join(map(str, verdict.positions[:SHOWN_POSITIONS]))
     if len(verdict.positions) > SHOWN_POSITIONS:
         positions += ", ..."
-    check = f"{verdict.check} {verdict.name}"
     outcome = _bold_fail(verdict.outcome)
-    return [verdict.subject, check, outcome, *numbers, verdict.evidence, positions or "-"]
+    return [verdict.subject, verdict.check.label, outcome, *numbers, verdict.evidence, positions or "-"]
 
 
 def _detection_rows(verdicts: list[Verdict]) -> list[list[str]]:
     """Build a row for each kind of check that ran, without repetitions."""
-    rows = [
-        (verdict.check, verdict.name, verdict.sees, verdict.blind)
-        for verdict in verdicts
-        if verdict.outcome != "cannot tell"
-    ]
+    checks = [verdict.check for verdict in verdicts if verdict.outcome != "cannot tell"]
+    rows = [(check.number, check.name, check.sees, check.blind) for check in checks]
     return [list(row) for row in dict.fromkeys(rows)]
 
 

@@ -9,7 +9,7 @@ from stages.common.bpb import byte_table, load_tokenizer
 from stages.common.parallel import distributed
 from stages.common.scorer import Scorer
 from stages.pack.artifact import load_model
-from stages.sliding_eval.scorer import SlidingScorer
+from stages.scoring.evaluate import ScorerInputs
 from stages.ttt_eval.build import build_scorer
 from stages.ttt_eval.params import Params
 
@@ -34,7 +34,6 @@ def build_pipeline_scorer(
     params = config.build(json.loads(sections), Params)
     with distributed(params.parallel) as world:
         model = load_model(Path(model_file), world)
-        if name == "sliding_eval":
-            return SlidingScorer(model, params.sliding_eval, world)
         table = byte_table(load_tokenizer(Path(tokenizer_file)))
-        return build_scorer(model, params.sliding_eval, params.ttt_eval, world, table, n_targets)
+        inputs = ScorerInputs(model, world, table, n_targets)
+        return build_scorer(name, params.sliding_eval, params.ttt_eval, inputs)

@@ -37,8 +37,9 @@ from stages.audit.sandbox import clean_room
 from stages.audit.verdict import Verdict, failure_message, failures
 from stages.common import bpb, shards
 from stages.common.json_object import read_json_object
-from stages.common.parallel import World, activation_dtype, distributed, relaunch_under_torchrun
+from stages.common.parallel import World, activation_dtype, distributed
 from stages.common.stage import Run, Stage, canonical_json
+from stages.common.torchrun import relaunch_under_torchrun
 from stages.pack.artifact import load_model
 from stages.scoring.stream import open_validation_stream
 
@@ -96,7 +97,7 @@ def main(run: Run[Params]) -> None:
     verdicts = catalogue.with_missing(verdicts, list(EVALUATIONS), NOT_RUN_REASONS)
     for verdict in verdicts:
         run.logger.log(
-            f"audit: {verdict.outcome}: {verdict.subject} {verdict.check} {verdict.name}: {verdict.evidence}"
+            f"audit: {verdict.outcome}: {verdict.subject} {verdict.check.label}: {verdict.evidence}"
         )
 
     # Report, with the size of the stream and the key that the positions can be derived from.
@@ -255,8 +256,7 @@ def audit_in_clean_room(params: Params, paths: Mapping[str, Path], world: World)
 
         artifact = clean_room.AuditedArtifact(counted, data, ("train_gpt.py", "eval", "--scorer", scorer))
         room_run = clean_room.run_in_clean_room(artifact, masked=[paths["train"].absolute(), Path.cwd()])
-        for verdict in clean_room.check_clean_room(room_run, claim):
-            verdicts.append(dataclasses.replace(verdict, subject=scorer))
+        verdicts += clean_room.check_clean_room(scorer, room_run, claim)
     return verdicts
 
 

@@ -1,11 +1,6 @@
-"""Parameters of the stages bundle and submission.
-
-Both are defined here because the bundle needs one parameter of the submission: the name of the
-scorer.
-"""
+"""Parameters of the stage bundle: types and bounds. params.yaml describes each of them."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 from stages.calibrate.params import CalibrateParams
 from stages.common.config import reject
@@ -13,7 +8,7 @@ from stages.common.parallel import ParallelParams
 from stages.pack.params import PackParams
 from stages.sliding_eval.params import SlidingEvalParams
 from stages.train.params import ModelParams, TrainParams
-from stages.ttt_eval.params import TttEvalParams
+from stages.ttt_eval.params import ScorerName, TttEvalParams
 
 
 @dataclass(frozen=True)
@@ -28,26 +23,10 @@ class BundleParams:
 
 
 @dataclass(frozen=True)
-class SubmissionParams:
-    """Section `submission` of params.yaml."""
-
-    scorer: Literal["sliding_eval", "ttt_eval"]
-    author: str
-    github_id: str
-    name: str
-    track: str
-    blurb: str
-
-    def __post_init__(self) -> None:
-        for key in ("author", "github_id", "name", "track", "blurb"):
-            if not getattr(self, key).strip():
-                reject(key, "is empty; the challenge asks for it")
-
-
-@dataclass(frozen=True)
 class Params:
-    """Sections that the stage bundle reads: everything that train_gpt.py runs with, except the seed."""
+    """Parameters that the stage bundle reads: everything that train_gpt.py runs with, except the seed."""
 
+    scorer: ScorerName
     parallel: ParallelParams
     model: ModelParams
     train: TrainParams
@@ -56,4 +35,3 @@ class Params:
     sliding_eval: SlidingEvalParams
     ttt_eval: TttEvalParams
     bundle: BundleParams
-    submission: SubmissionParams

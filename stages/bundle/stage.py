@@ -59,10 +59,7 @@ def require_within_reserve(size: int, reserve: int) -> None:
 
 
 def embedded_parameters(params: Params) -> dict[str, Any]:
-    """Return the parameters that train_gpt.py contains.
-
-    The section `bundle` is left out, and `submission` is reduced to the name of the scorer.
-    """
+    """Return the parameters that train_gpt.py contains: all but the section `bundle`."""
     raw = asdict(params)
     del raw["bundle"]
-    return raw | {"submission": {"scorer": params.submission.scorer}}
+    return raw

@@ -2,8 +2,8 @@
 
 **Hessians.** Rounding the matrix W of a layer by dW adds tr(dW H dW^T) to the squared error of its
 output, where H is the mean of x x^T over the layer's inputs x on calibration tokens. H is all that
-GPTQ needs of the data (arXiv 2210.17323). Forward hooks collect it from the model's one forward
-pass, with looping on. The Hessian of a looped block is therefore the sum over its visits, with a
+GPTQ needs of the data (arXiv 2210.17323). An observer of the model's one forward pass collects it,
+with looping on. The Hessian of a looped block is therefore the sum over its visits, with a
 weight of its own for those after the first. The tied embedding is measured as the head: on the
 normalised residual stream (#1394). A value table is only looked up, one row for each token, so that
 all of its columns count equally: its Hessian is the identity.
@@ -18,8 +18,6 @@ since the products of two tokens' gradients cancel (Hutchinson 1990).
 Shapes: B windows of a pass, T tokens, C columns of a matrix, which are its inputs, R its rows.
 """
 
-import itertools
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -32,7 +30,8 @@ from stages.common.progress import Logger
 from stages.train.data import TrainingWindows, micro_batch_size, windows_to_device
 from stages.train.model import (
     EMBEDDING,
-    MLP,
+    NO_EXTENSIONS,
+    Extensions,
     Model,
     build_model,
     is_matrix,
@@ -80,7 +79,8 @@ def collect_hessians(
     """
     model = build_model(params.model, world)
     model.load_state_dict(state)
-    hessians = register_hessian_hooks_(model, params.calibrate.revisit_weight)
+    observer = HessianObserver(model, params.calibrate.revisit_weight)
+    extensions = Extensions(observer=observer)
     squares = {
         name: torch.zeros(len(weight), device=world.device)
         for name, weight in model.named_parameters()
@@ -102,14 +102,15 @@ def collect_hessians(
             inputs_BT, targets_BT = windows_to_device(windows.batch(first, per_pass), world.device)
             clock.mark()
             if first - start < differentiated:
-                accumulate_fisher_(model, inputs_BT, targets_BT, first, squares)
+                accumulate_fisher_(model, inputs_BT, targets_BT, first, squares, extensions)
             else:
                 with torch.no_grad():
-                    model(inputs_BT, targets_BT, looped=True)
+                    model(inputs_BT, targets_BT, looped=True, extensions=extensions)
             progress.advance(per_pass)
 
     # Sums to means over all ranks. Backward passes are whole ones, so the last may go beyond the
     # limit.
+    hessians = observer.hessians
     for hessian in hessians.values():
         world.sum_(hessian).div_(params.calibrate.tokens)
     backward_passes = -(-min(differentiated, local) // per_pass)
@@ -132,43 +133,40 @@ def windows_per_rank(params: Params, world: World) -> int:
     return windows // world.size
 
 
-def register_hessian_hooks_(model: Model, revisit_weight: float = 1.0) -> dict[str, Tensor]:
-    """Hook every distinct input of a quantised matrix; the returned sums (C, C) grow as the model runs.
+class HessianObserver:
+    """Sums weight x x^T over the inputs x of every quantised matrix, in the passes that it observes.
 
-    The model must run looped. The fused MLP calls no module that could be hooked, so it is replaced
-    by the module's own two products, also in passes with gradients.
+    The passes must be looped. `revisit_weight` is the weight of a block's visits after the first.
     """
-    for mlp in (module for module in model.modules() if isinstance(module, MLP)):
-        mlp.ops = mlp.ops._replace(mlp=None)
 
-    plan = visit_plan(model.params, looped=True)
-    order = plan.encoder + plan.decoder
-    visits = {f"blocks.{index}": order.count(index) for index in range(model.params.layers)}
+    def __init__(self, model: Model, revisit_weight: float = 1.0) -> None:
+        self.revisit_weight = revisit_weight
+        order = visit_plan(model.params, looped=True).order
+        self.revisits = {visit for visit, block in enumerate(order) if block in order[:visit]}
 
-    # Matrices of the blocks. Query, key and value are one product of the attention module's input.
-    device = model.embedding.weight.device
-    hessians: dict[str, Tensor] = {}
-    for name, module in model.named_modules():
-        weight_name = f"{name}.weight"
-        if not (is_matrix(weight_name) and hasattr(module, "weight")):
-            continue
-        if hessian_name(weight_name) != weight_name:
-            continue
+        # Query, key and value share one Hessian, and so have one sum.
+        device = model.embedding.weight.device
+        self.hessians: dict[str, Tensor] = {}
+        self.hessian_of: dict[nn.Parameter, Tensor] = {}
+        for name, weight in model.named_parameters():
+            if (is_matrix(name) and hessian_name(name) == name) or name == EMBEDDING:
+                columns = weight.shape[1]
+                self.hessians[name] = torch.zeros(columns, columns, device=device)
+                self.hessian_of[weight] = self.hessians[name]
 
-        columns = module.weight.shape[1]
-        hessians[weight_name] = torch.zeros(columns, columns, device=device)
-        hooked = model.get_submodule(name.removesuffix(".query"))
-        block = ".".join(name.split(".")[:2])
-        hooked.register_forward_pre_hook(_hook(hessians[weight_name], visits[block], revisit_weight))
-
-    # The tied embedding, as the head.
-    hessians[EMBEDDING] = torch.zeros(model.params.width, model.params.width, device=device)
-    model.head.register_forward_pre_hook(_hook(hessians[EMBEDDING], 1, revisit_weight))
-    return hessians
+    def __call__(self, weight: nn.Parameter, visit: int | None, x: Tensor) -> None:
+        """Add the inputs of one product, (..., C)."""
+        scale = self.revisit_weight if visit in self.revisits else 1.0
+        accumulate_hessian_(self.hessian_of[weight], x, scale)
 
 
 def accumulate_fisher_(
-    model: Model, inputs_BT: Tensor, targets_BT: Tensor, seed: int, squares: dict[str, Tensor]
+    model: Model,
+    inputs_BT: Tensor,
+    targets_BT: Tensor,
+    seed: int,
+    squares: dict[str, Tensor],
+    extensions: Extensions = NO_EXTENSIONS,
 ) -> None:
     """Add to `squares` (R,) the squared gradients of a batch, summed over tokens and over each row.
 
@@ -176,22 +174,10 @@ def accumulate_fisher_(
     respect to a row of weights (diagonal Fisher). `seed` is the seed of the random signs of the
     tokens' losses.
     """
-    losses_BT = model(inputs_BT, targets_BT, looped=True)
+    losses_BT = model(inputs_BT, targets_BT, looped=True, extensions=extensions)
     generator = torch.Generator().manual_seed(seed)
     signs_BT = torch.randint(0, 2, losses_BT.shape, generator=generator).to(losses_BT) * 2 - 1
     weights = {name: weight for name, weight in model.named_parameters() if name in squares}
     gradients = torch.autograd.grad((losses_BT * signs_BT).sum(), list(weights.values()))
     for name, gradient in zip(weights, gradients, strict=True):
         squares[name] += gradient.float().square().sum(1)
-
-
-def _hook(
-    hessian_CC: Tensor, visits: int, revisit_weight: float
-) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    """A forward pre-hook for a module that is called `visits` times in one forward pass of the model."""
-    visit = itertools.cycle(range(visits))
-
-    def accumulate(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        accumulate_hessian_(hessian_CC, arguments[0], 1.0 if next(visit) == 0 else revisit_weight)
-
-    return accumulate

@@ -13,8 +13,9 @@ from stages.calibrate.hessians import collect_hessians
 from stages.calibrate.params import Params
 from stages.common.clock import Interval
 from stages.common.environment import hardware
-from stages.common.parallel import distributed, relaunch_under_torchrun
+from stages.common.parallel import distributed
 from stages.common.stage import Run, Stage
+from stages.common.torchrun import relaunch_under_torchrun
 
 STAGE = Stage(
     name="calibrate",

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from typing import NoReturn
 
-from stages.common.parallel import USER_ERROR
+USER_ERROR = 2  # exit code of a command that stops because of something the user can mend
 
 
 def exit_with_error(command: str, reason: object) -> NoReturn:

@@ -17,10 +17,11 @@ import yaml
 
 P = TypeVar("P")
 
-# Every top-level name of params.yaml: the seed, what several stages share, and one section for each
-# stage.
+# Every top-level name of params.yaml: the seed, the scorer of the claim, what several stages share,
+# and one section for each stage.
 SECTIONS = (
     "seed",
+    "scorer",
     "parallel",
     "model",
     "tokenize",
@@ -34,6 +35,8 @@ SECTIONS = (
     "submission",
 )
 
+PRESET_FOLDER = Path("presets")  # files that set some keys of a parameter file (tools/preset.py)
+
 # Keys that have another name now: old dotted key to new one. An old key is an error that names the
 # new one.
 RENAMED_KEYS = {
@@ -41,6 +44,7 @@ RENAMED_KEYS = {
     "audit.trained_share": "audit.chunked_scorer_share",
     "audit.handed_stretches": "audit.call_splits",
     "audit.graph_documents": "audit.order_documents",
+    "submission.scorer": "scorer",
 }
 
 
@@ -73,8 +77,17 @@ def require_fraction(section: Any, *keys: str) -> None:
 
 
 def read_parameters(path: Path) -> dict[str, Any]:
-    """Read the raw sections of a parameter file; only the top-level names are checked."""
-    return read_sections(path, SECTIONS, "name one with --params")
+    """Read the raw sections of a parameter file; only the top-level names are checked.
+
+    A preset is refused: it has no value for the keys that it does not change.
+    """
+    raw = read_sections(path, SECTIONS, "name one with --params")
+    if path.resolve().parent.name == PRESET_FOLDER.name and not raw.keys() >= set(SECTIONS):
+        raise ValueError(
+            f"{path} is a preset, which has only some of the keys;"
+            f" `python -m tools.preset {path.stem} --output FILE` makes a parameter file of it"
+        )
+    return raw
 
 
 def read_sections(path: Path, known: Collection[str], advice: str) -> dict[str, Any]:
@@ -122,6 +135,12 @@ def override(raw: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
 def build(raw: dict[str, Any], schema: type[P]) -> P:
     """Fill the dataclass `schema`, whose fields are sections or top-level scalars, from the mapping `raw`."""
     wanted = {field.name for field in dataclasses.fields(schema)}  # type: ignore[arg-type]
+
+    # A key that moved to another section would otherwise be reported as missing there.
+    for old, new in RENAMED_KEYS.items():
+        if new.partition(".")[0] in wanted and _has_key(raw, old):
+            raise _unknown_key(old, "")
+
     return _build({name: value for name, value in raw.items() if name in wanted}, schema, "")
 
 
@@ -135,6 +154,16 @@ def _unknown_key(key: str, advice: str) -> ValueError:
     if key in RENAMED_KEYS:
         advice = f"it is called {RENAMED_KEYS[key]} now"
     return ValueError(f"{key}: unknown key; {advice}")
+
+
+def _has_key(raw: Any, key: str) -> bool:
+    """True if the nested mapping has the dotted key."""
+    node = raw
+    for name in key.split("."):
+        if not isinstance(node, dict) or name not in node:
+            return False
+        node = node[name]
+    return True
 
 
 def _copy(node: Any) -> Any:

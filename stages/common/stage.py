@@ -21,8 +21,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar
 
-from stages.common import clock, config, cpu_math, environment, parallel
+from stages.common import clock, config, cpu_math, environment
+from stages.common.cli_errors import USER_ERROR
+from stages.common.failure_detector import is_local_rank_zero, write_torchelastic_error
 from stages.common.progress import Logger
+from stages.common.rendezvous import announce_failure
 
 P = TypeVar("P")
 PARAMETER_FILE = Path("params.yaml")
@@ -73,6 +76,11 @@ class Run(Generic[P]):
             option = name.replace("_", "-")
             advice = f"run `dvc repro {path.parts[1]}` first, or name another with --{option}"
         raise ValueError(f"{path} does not exist: {advice}")
+
+    def require_inputs(self) -> None:
+        """Raise ValueError unless all inputs exist."""
+        for name in self.stage.reads:
+            self.path(name)
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Write an output as canonical JSON."""
@@ -135,7 +143,7 @@ def launch(
         params = config.build(config.override(raw, arguments.set), stage.params)
         _run(stage, main, params, arguments)
     except (ValueError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
-        _exit(stage, error, parallel.USER_ERROR)
+        _exit(stage, error, USER_ERROR)
     except (ConnectionError, ChildProcessError) as error:
         _exit(stage, error, 1)
 
@@ -148,15 +156,15 @@ def _exit(stage: Stage[Any], error: Exception, code: int) -> NoReturn:
     rank 0.
     """
     reason = " ".join(str(error).split())
-    is_user_error = code == parallel.USER_ERROR
-    should_print = _is_main_process() if is_user_error else parallel.is_local_rank_zero()
+    is_user_error = code == USER_ERROR
+    should_print = _is_main_process() if is_user_error else is_local_rank_zero()
     if should_print:
         sys.stderr.write(f"error: {stage.name}: {reason}\n")
 
-    parallel.write_torchelastic_error(reason)
+    write_torchelastic_error(reason)
     if is_user_error:
         # Ranks that wait in the rendezvous learn why this one will not come.
-        parallel.announce_failure(reason)
+        announce_failure(reason)
     raise SystemExit(code) from None
 
 

@@ -2,7 +2,7 @@
 
     pack    prepare: split the tensors into matrices and the rest, make the quantiser
             search:  quantise and encode the model, ever closer to the byte budget
-            report:  statistics of every tensor of the best file
+            report:  measure every tensor of the best file
     unpack  parse and decode the file
 
 The bytes depend on the weights, the Hessians and the parameters, never on the number of threads
@@ -13,7 +13,8 @@ GPU. The budget decides one number only, the quantiser's coarseness (quantise/fi
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,24 +23,21 @@ import torch
 from torch import Tensor
 
 from stages.calibrate.hessians import importance_name
-from stages.common.concurrency import run_in_background, thread_map, usable_cores
+from stages.common.concurrency import thread_map, usable_cores
 from stages.common.parallel import World
 from stages.common.progress import Logger
-from stages.pack.entropy import codecs
-from stages.pack.file import container, tensors
-from stages.pack.file.container import Contents, EncodedStream, EncodedTensor, Form
+from stages.pack.file import container
+from stages.pack.file.container import Contents, EncodedTensor
 from stages.pack.file.load import check_shapes, params_from_header
+from stages.pack.file.stream_encoder import StreamEncoder
+from stages.pack.forms import Float16Form, StoredTensor
 from stages.pack.params import PackParams
-from stages.pack.quantise import fit_budget, lqer, tensor_kinds, trellis_quantiser
+from stages.pack.quantise import fit_budget, lqer, tensor_kinds
 from stages.pack.quantise.methods import QUANTISERS, QuantisedMatrix, Quantiser, hessian_of, threads_for
 from stages.pack.stats import tensor_stats
 from stages.pack.stats.tensor_stats import TensorStats
 from stages.train.model import Model, build_model
 from stages.train.params import ModelParams
-
-FLOAT16_FORM = Form("float16", 16)
-StreamEncoder = Callable[..., tuple[EncodedStream, ...]]  # with the arguments of container.encode_streams
-PackedTensor = np.ndarray | QuantisedMatrix  # a tensor before it becomes bytes; an array is float16
 
 
 class Packed(NamedTuple):
@@ -71,9 +69,9 @@ class PackJob:
     state: Mapping[str, Tensor]
     calibration: Mapping[str, Tensor]  # Hessians and importances
     matrices: Mapping[str, Tensor]  # the tensors of `state` that are quantised
-    rest: Mapping[str, np.ndarray]  # all others, float16
+    rest: Mapping[str, StoredTensor]  # all others, float16
     quantiser: Quantiser
-    encode: Callable[[str, PackedTensor], EncodedTensor]
+    encoder: StreamEncoder
     logger: Logger
 
 
@@ -82,15 +80,15 @@ def pack(
     calibration: Mapping[str, Tensor],
     model_params: ModelParams,
     pack_params: PackParams,
+    encoder: StreamEncoder,
     logger: Logger,
-    encode_streams: StreamEncoder | None = None,
 ) -> Packed:
     """Quantise and encode a model within the byte budget.
 
     The quantiser `rate` works on the CPU, `sdclip` on the device of the tensors. `state` holds the
-    weights by name, `calibration` the Hessians and importances (calibrate/hessians.py).
-    `encode_streams` encodes in another process (file/encode_process.py); by default this process
-    does.
+    weights by name, `calibration` the Hessians and importances (calibrate/hessians.py). Nothing is
+    compiled ahead: a caller can start that earlier (`codecs.compile_ahead` for an encoder in this
+    process, `Quantiser.compile_ahead`).
 
     Raises ValueError, which names the tensor, when
 
@@ -100,49 +98,11 @@ def pack(
 
     Raises ValueError, which gives both sizes, when no coarseness brings the file under the budget.
     """
-    check_shapes({name: tuple(tensor.shape) for name, tensor in state.items()}, model_params)
-
-    # Compile in the background while the Hessians are factored.
-    quantiser_type = QUANTISERS[pack_params.quantiser]
-    if encode_streams is None:
-        encode_streams = container.encode_streams
-        run_in_background(functools.partial(codecs.compile_ahead, pack_params.codec))
-    if quantiser_type.on_cpu:
-        run_in_background(trellis_quantiser.compile_ahead)
-        state = {name: tensor.cpu() for name, tensor in state.items()}
-        calibration = {name: tensor.cpu() for name, tensor in calibration.items()}
-
-    # Split the tensors: matrices are quantised, the rest is rounded to float16.
-    names = sorted(state)
-    matrices = {name: state[name].detach() for name in names if tensor_kinds.kind_of(name) != "rest"}
-    rest = {name: to_float16(state[name], name) for name in names if name not in matrices}
-    encode = functools.partial(
-        _encode_tensor,
-        encode_streams=encode_streams,
-        family=pack_params.codec,
-        quality=pack_params.brotli_quality,
-    )
-
     with single_threaded_exact_float32():
-        quantiser = quantiser_type(matrices, calibration, pack_params, logger)
-        job = PackJob(
-            model_params, pack_params, state, calibration, matrices, rest, quantiser, encode, logger
-        )
-
-        # Search for the coarseness that fills the budget, beginning with the bits that the rest
-        # leaves to the matrices.
-        allowed = pack_params.model_budget_bytes
-        bits_left = 8.0 * (allowed - sum(values.nbytes for values in rest.values()))
-        coarseness, best = fit_budget.fit_to_budget(
-            functools.partial(_attempt, job),
-            lambda candidate: len(candidate.blob),
-            allowed,
-            sum(tensor.numel() for tensor in matrices.values()),
-            quantiser.coarseness_range(bits_left),
-        )
-
-        stats = _measure(job, best)
-    return Packed(best.blob, [*stats, tensor_stats.container_stats(stats, len(best.blob))], coarseness)
+        job = _prepare(state, calibration, model_params, pack_params, encoder, logger)
+        coarseness, best = _search(job)
+        stats = _report(job, best)
+    return Packed(best.blob, stats, coarseness)
 
 
 def unpack(blob: bytes) -> tuple[ModelParams, dict[str, Tensor]]:
@@ -153,7 +113,7 @@ def unpack(blob: bytes) -> tuple[ModelParams, dict[str, Tensor]]:
     contents = container.parse(blob)
     params = params_from_header(contents.model, contents.shapes)
     weights = thread_map(
-        tensors.decode, contents.tensors, lambda tensor: tensor.payload_bytes, usable_cores()
+        container.decode, contents.tensors, lambda tensor: tensor.payload_bytes, usable_cores()
     )
     return params, {
         tensor.name: torch.from_numpy(values)
@@ -192,6 +152,47 @@ def single_threaded_exact_float32() -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32 = tf32
 
 
+def _prepare(
+    state: Mapping[str, Tensor],
+    calibration: Mapping[str, Tensor],
+    model_params: ModelParams,
+    pack_params: PackParams,
+    encoder: StreamEncoder,
+    logger: Logger,
+) -> PackJob:
+    """Split the tensors into matrices, which are quantised, and the rest, and make the quantiser."""
+    check_shapes({name: tuple(tensor.shape) for name, tensor in state.items()}, model_params)
+    quantiser_type = QUANTISERS[pack_params.quantiser]
+    if quantiser_type.on_cpu:
+        state = {name: tensor.cpu() for name, tensor in state.items()}
+        calibration = {name: tensor.cpu() for name, tensor in calibration.items()}
+
+    matrices = {}
+    rest = {}
+    for name in sorted(state):
+        if tensor_kinds.kind_of(name) == "rest":
+            values = to_float16(state[name], name)
+            rest[name] = StoredTensor(Float16Form(), values, values.shape)
+        else:
+            matrices[name] = state[name].detach()
+    quantiser = quantiser_type(matrices, calibration, pack_params, logger)
+    return PackJob(model_params, pack_params, state, calibration, matrices, rest, quantiser, encoder, logger)
+
+
+def _search(job: PackJob) -> tuple[float, Candidate]:
+    """Find the coarseness that fills the budget; returns it and the model that it gives."""
+    # The search begins with the bits that the rest leaves to the matrices.
+    allowed = job.pack_params.model_budget_bytes
+    rest_bytes = sum(stored.values.nbytes for stored in job.rest.values())
+    return fit_budget.fit_to_budget(
+        functools.partial(_attempt, job),
+        lambda candidate: len(candidate.blob),
+        allowed,
+        sum(tensor.numel() for tensor in job.matrices.values()),
+        job.quantiser.coarseness_range(8.0 * (allowed - rest_bytes)),
+    )
+
+
 def _attempt(job: PackJob, coarseness: float) -> Candidate:
     """Quantise and encode the whole model at one coarseness."""
     # A CPU thread that has quantised a batch encodes it as well, unless corrections have to be
@@ -203,8 +204,8 @@ def _attempt(job: PackJob, coarseness: float) -> Candidate:
             quantised, job.matrices, job.calibration, job.quantiser.gptq_factors, job.pack_params
         )
 
-    unencoded: dict[str, PackedTensor] = {**job.rest, **quantised}
-    encoded |= _encode_all({name: unencoded[name] for name in unencoded if name not in encoded}, job.encode)
+    unencoded = {**job.rest, **{name: matrix.stored for name, matrix in quantised.items()}}
+    encoded |= _encode_all(job, {name: unencoded[name] for name in unencoded if name not in encoded})
 
     in_order = tuple(encoded[name] for name in sorted(encoded))
     blob = container.serialise(Contents(dataclasses.asdict(job.model_params), in_order))
@@ -231,7 +232,7 @@ def _quantise(
             quantised = dict(zip(names, job.quantiser.quantise(names, coarseness), strict=True))
             encoded = {}
             if encodes:
-                encoded = {name: job.encode(name, matrix) for name, matrix in quantised.items()}
+                encoded = {name: _encode(job, name, matrix.stored) for name, matrix in quantised.items()}
             progress.advance(weights_of(names), names[0])
             return quantised, encoded
 
@@ -247,35 +248,29 @@ def _quantise(
     return all_quantised, all_encoded
 
 
-def _encode_all(
-    unencoded: Mapping[str, PackedTensor], encode: Callable[[str, PackedTensor], EncodedTensor]
-) -> dict[str, EncodedTensor]:
+def _encode_all(job: PackJob, unencoded: Mapping[str, StoredTensor]) -> dict[str, EncodedTensor]:
     """Encode tensors, one at a time on each core."""
-
-    def size(name: str) -> int:
-        tensor = unencoded[name]
-        return tensor.size if isinstance(tensor, np.ndarray) else tensor.pre_quantised_RC.size
-
     names = list(unencoded)
-    encoded = thread_map(lambda name: encode(name, unencoded[name]), names, size, usable_cores())
+    encoded = thread_map(
+        lambda name: _encode(job, name, unencoded[name]),
+        names,
+        lambda name: math.prod(unencoded[name].shape),
+        usable_cores(),
+    )
     return dict(zip(names, encoded, strict=True))
 
 
-def _encode_tensor(
-    name: str, tensor: PackedTensor, *, encode_streams: StreamEncoder, family: str, quality: int
-) -> EncodedTensor:
-    """Encode one tensor with the codecs of a family; `quality` is brotli's."""
-    stored: tensors.StoredValues
-    if isinstance(tensor, np.ndarray):
-        form, shape, stored = FLOAT16_FORM, tensor.shape, tensor
-    else:
-        form, shape, stored = tensor.form, tensor.pre_quantised_RC.shape, tensor.stored
-    streams = encode_streams(form, shape, tensors.raw_streams(stored), family, quality)
+def _encode(job: PackJob, name: str, stored: StoredTensor) -> EncodedTensor:
+    """Encode one tensor."""
+    form, values, shape = stored
+    streams = job.encoder.encode(
+        form.layouts(shape), form.to_streams(values), job.pack_params.codec, job.pack_params.brotli_quality
+    )
     return EncodedTensor(name, shape, form, streams)
 
 
-def _measure(job: PackJob, best: Candidate) -> list[TensorStats]:
-    """Compute the statistics of every tensor of the file, in its order."""
+def _report(job: PackJob, best: Candidate) -> list[TensorStats]:
+    """Measure every tensor of the file, in its order, and last the container."""
 
     def measure_tensor(tensor: EncodedTensor) -> TensorStats:
         stats = tensor_stats.stored_stats(tensor)
@@ -284,7 +279,7 @@ def _measure(job: PackJob, best: Candidate) -> list[TensorStats]:
             return tensor_stats.with_errors(stats, weight, weight.half().float())
 
         matrix = best.quantised[tensor.name]
-        dequantised = torch.from_numpy(tensors.dequantised(matrix.stored)).to(weight.device)
+        dequantised = torch.from_numpy(matrix.stored.dequantise()).to(weight.device)
         hessian = hessian_of(tensor.name, weight, job.calibration).to(weight.device)
         importance = job.calibration.get(importance_name(tensor.name))
         stats = tensor_stats.with_errors(stats, weight, dequantised, hessian, importance)
@@ -292,9 +287,10 @@ def _measure(job: PackJob, best: Candidate) -> list[TensorStats]:
             stats, matrix.pre_quantised_RC, matrix.quantised_RC, matrix.column_factor_C
         )
 
-    return thread_map(
+    stats = thread_map(
         measure_tensor,
         best.tensors,
         lambda tensor: job.state[tensor.name].numel(),
         threads_for(job.state.values()),
     )
+    return [*stats, tensor_stats.container_stats(stats, len(best.blob))]

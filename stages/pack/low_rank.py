@@ -14,7 +14,7 @@ class Correction(NamedTuple):
     """A matrix of rank K: the sum of K outer products of integer vectors, each with a step."""
 
     levels_KN: np.ndarray  # int8: R levels of the column vector, then C levels of the row vector
-    steps_K: np.ndarray  # float32; scales the column vector
+    steps_K: np.ndarray  # float32; of the column vector
 
 
 def correction_matrix(correction: Correction, rows: int) -> np.ndarray:

@@ -1,6 +1,5 @@
 """Stage pack: turns the averaged weights and their Hessians into model.bin, the counted weights."""
 
-import contextlib
 import dataclasses
 import time
 from pathlib import Path
@@ -15,9 +14,8 @@ from stages.common.environment import hardware
 from stages.common.parallel import ParallelParams, distributed
 from stages.common.stage import Run, Stage
 from stages.pack.artifact import pack
-from stages.pack.file.encode_process import EncodeProcess
+from stages.pack.file.stream_encoder import StreamEncoder
 from stages.pack.params import Params
-from stages.pack.quantise import trellis_quantiser
 from stages.pack.quantise.methods import QUANTISERS
 from stages.pack.stats import layers_tsv
 
@@ -41,19 +39,18 @@ def load(path: Path, device: torch.device) -> dict[str, Tensor]:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
 
 
-def main(run: Run[Params], encoder: EncodeProcess | None = None) -> None:
+def main(run: Run[Params], encoder: StreamEncoder) -> None:
     """Load weights and Hessians, pack them, write the file, its table and its metrics."""
     params = run.params
     model_file = run.path("model")
     hessian_file = run.path("hessians")
-    with encoder or contextlib.nullcontext() as encode_streams, distributed(parallel_for(params)) as world:
-        if QUANTISERS[params.pack.quantiser].on_cpu:
-            run_in_background(trellis_quantiser.compile_ahead)  # while the files are read
+    with distributed(parallel_for(params)) as world:
+        run_in_background(QUANTISERS[params.pack.quantiser].compile_ahead)  # while the files are read
 
         started = time.monotonic()
         state = load(model_file, world.device)
         hessians = load(hessian_file, world.device)
-        packed = pack(state, hessians, params.model, params.pack, run.logger, encode_streams)
+        packed = pack(state, hessians, params.model, params.pack, encoder, run.logger)
 
         run.write_bytes("model.bin", packed.blob)
         run.write_text("layers.tsv", layers_tsv.to_tsv(packed.stats))

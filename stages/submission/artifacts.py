@@ -219,7 +219,7 @@ def _read_verdicts(path: Path, claimed: str) -> list[dict[str, Any]]:
 
     if not any(verdict["subject"] == claimed for verdict in verdicts):
         raise ValueError(
-            f"{path} has no verdict on {claimed}, the scorer of the claim (submission.scorer);"
+            f"{path} has no verdict on {claimed}, the scorer of the claim (parameter scorer);"
             " run `dvc repro audit`"
         )
     return verdicts

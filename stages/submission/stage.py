@@ -33,7 +33,7 @@ STAGE = Stage(
 def main(run: Run[Params]) -> None:
     """Read all artifacts, compute the summary, write the folder."""
     folders = {stage: run.path(stage) for stage in STAGES}
-    artifacts = load_artifacts(folders, run.path("requirements"), run.params.submission.scorer)
+    artifacts = load_artifacts(folders, run.path("requirements"), run.params.scorer)
     summary = build_summary(run.params, artifacts)
 
     run.write_bytes("train_gpt.py", artifacts.code)

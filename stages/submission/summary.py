@@ -22,7 +22,7 @@ def build_summary(params: Params, artifacts: Artifacts) -> dict[str, Any]:
     Raises ValueError if the artifact is over the byte budget.
     """
     claim = params.submission
-    score = artifacts.scores[claim.scorer]
+    score = artifacts.scores[params.scorer]
     if artifacts.bytes_total > params.pack.budget_bytes:
         raise ValueError(
             f"artifact over the byte budget: {artifacts.bytes_total} bytes,"
@@ -39,8 +39,8 @@ def build_summary(params: Params, artifacts: Artifacts) -> dict[str, Any]:
     scores = {}
     for name, other in artifacts.scores.items():
         scores[name] = {"bpb": other.bpb, "nats_per_token": other.nats_per_token}
-    measured = measurements(artifacts, claim.scorer)
-    attention_backend = artifacts.timing[claim.scorer].get("attention_backend", "not stated")
+    measured = measurements(artifacts, params.scorer)
+    attention_backend = artifacts.timing[params.scorer].get("attention_backend", "not stated")
 
     return {
         # The fields that the challenge asks for.
@@ -55,12 +55,12 @@ def build_summary(params: Params, artifacts: Artifacts) -> dict[str, Any]:
         "seeds": [params.seed],
         "seed_results": {str(params.seed): result | other_results(artifacts)},
         # The evidence: other scores, coverage, parameters, hashes, audit, measurements.
-        "scorer": claim.scorer,
+        "scorer": params.scorer,
         "scores": scores,
         "ttt_minus_sliding_bpb": artifacts.ttt_gain._asdict(),
         "coverage": asdict(artifacts.coverage),
         "reference": asdict(artifacts.reference),
-        "val_bpb_note": score_note(claim.scorer, artifacts),
+        "val_bpb_note": score_note(params.scorer, artifacts),
         "parameters": asdict(params),
         "source_sha256": artifacts.hashes["train_gpt.py"],
         "sha256": artifacts.hashes,
@@ -86,7 +86,7 @@ def score_note(scorer: str, artifacts: Artifacts) -> str:
         if name != scorer:
             others.append(f"{name} {score.bpb:.6f}")
     return (
-        f"{scorer}, which submission.scorer named before the run,"
+        f"{scorer}, which the parameter scorer named before the run,"
         f" over all {coverage.targets} targets of the validation stream:"
         f" {coverage.bytes} bytes of {coverage.documents} documents,"
         " each target scored once, none dropped at the tail."

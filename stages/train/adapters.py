@@ -38,13 +38,21 @@ class VisitAdapters(NamedTuple):
 
 
 class Adapters(NamedTuple):
-    """The adapters of a forward pass: one set for each visit in order, and the head's.
+    """The adapters of a forward pass: one set for each visit in order, or none at all, and the head's.
 
     A looped block has a set for each of its visits, because it computes something else at each.
     """
 
     visits: tuple[VisitAdapters, ...] = ()
     head: Adapter | None = None
+
+
+NO_VISIT_ADAPTERS = VisitAdapters()
+
+
+def adapters_of_visit(adapters: Adapters, visit: int) -> VisitAdapters:
+    """The adapters of the visit with this number."""
+    return adapters.visits[visit] if adapters.visits else NO_VISIT_ADAPTERS
 
 
 def apply_adapter(y_BTO: Tensor, x_BTI: Tensor, adapter: Adapter | None) -> Tensor:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from stages.common import shards
-from stages.common.parallel import World, is_local_rank_zero
+from stages.common.parallel import World
 from stages.common.stage import canonical_json
 from stages.train.params import Params
 
@@ -98,7 +98,7 @@ class Checkpoints:
     def remove(self) -> None:
         """Delete the checkpoints of a run that has ended well."""
         self.world.barrier()
-        if self.folder is not None and is_local_rank_zero():
+        if self.folder is not None and self.world.is_local_rank_zero:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def _path(self, steps_done: int) -> Path:

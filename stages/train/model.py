@@ -19,8 +19,10 @@ Unusual here (#1493 and what it builds on):
   #1851); and value embeddings, tables that add a row chosen by the token to its attention value,
   without a matrix product (modded-nanogpt).
 
-Adapters (adapters.py) plug into q, k and v, parallel to attention and to the MLP, and into the
-head; without them no operation is added. The operations with a fused form come from `ops`
+Test-time training, decoding and calibration add to the same forward pass (`Extensions`): adapters
+(adapters.py) to q, k and v, parallel to attention and to the MLP, and to the head; a KV cache in
+place of attention over the pass alone; an observer of what the matrices multiply. Each is told which
+visit it serves. Without them no operation is added. The operations with a fused form come from `ops`
 (reference.py).
 
 Weights are float32 and are cast to the dtype of the activations where they are used; losses are
@@ -31,7 +33,7 @@ C, R half the rotated dimensions, N = BT, V vocabulary, S skips.
 """
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +41,7 @@ from torch import Tensor, nn
 
 from stages.common import cpu_math
 from stages.common.parallel import World
-from stages.train.adapters import Adapter, Adapters, VisitAdapters, apply_adapter
+from stages.train.adapters import Adapters, VisitAdapters, adapters_of_visit, apply_adapter
 from stages.train.ops import select_ops
 from stages.train.params import ModelParams
 from stages.train.reference import (
@@ -57,8 +59,42 @@ from stages.train.reference import (
 EMBEDDING = "embedding.weight"
 SMEAR_GATE = "smear.gate"
 
-NO_VISIT_ADAPTERS = VisitAdapters()
-NO_ADAPTERS = Adapters()
+
+class KVCache(Protocol):
+    """Keys and values of earlier tokens, of each visit; the tokens of the pass come after them.
+
+    Every row of the batch is one document.
+    """
+
+    def cos_sin(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the RoPE angles at the positions of the pass, each (T, R) float32."""
+        ...
+
+    def attend(self, visit: int, q_BTHC: Tensor, k_BTKC: Tensor, v_BTKC: Tensor) -> Tensor:
+        """Store keys and values; return attention over the stored ones, like `ops.attend`, (B, T, H, C)."""
+        ...
+
+
+class InputObserver(Protocol):
+    """Called before every product with a quantised matrix, to measure the inputs of the product."""
+
+    def __call__(self, weight: nn.Parameter, visit: int | None, x: Tensor) -> None:
+        """`x` (..., in) is multiplied by `weight` in this visit; in none, if it is the tied table (the head).
+
+        Query, key and value have one input, which is reported with the weight of the query.
+        """
+        ...
+
+
+class Extensions(NamedTuple):
+    """Optional parts of a forward pass. A visit is identified by its position in the plan, from 0."""
+
+    adapters: Adapters = Adapters()
+    kv_cache: KVCache | None = None
+    observer: InputObserver | None = None
+
+
+NO_EXTENSIONS = Extensions()
 
 
 class BlockContext(NamedTuple):
@@ -68,6 +104,7 @@ class BlockContext(NamedTuple):
     sin_TR: Tensor
     documents: DocumentBounds | None  # for the attention mask; None: attention over whole windows
     value_rows: tuple[Tensor, ...]  # the batch's rows of each value table, (B, T, KC)
+    extensions: Extensions
 
 
 # The residual stream as the terms of a weighted sum, which is computed only where a block reads it.
@@ -84,6 +121,11 @@ class VisitPlan(NamedTuple):
 
     encoder: tuple[int, ...]
     decoder: tuple[int, ...]
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """The block of each visit."""
+        return self.encoder + self.decoder
 
 
 def visit_plan(params: ModelParams, looped: bool) -> VisitPlan:
@@ -165,11 +207,15 @@ class Attention(nn.Module):
         self.value_table_index = table_index
         self.table_share = nn.Parameter(torch.ones(params.kv_heads)) if table_index is not None else None
 
-    def forward(
-        self, x_BTD: Tensor, context: BlockContext, adapters: VisitAdapters = NO_VISIT_ADAPTERS
-    ) -> Tensor:
+    def forward(self, x_BTD: Tensor, context: BlockContext, visit: int) -> Tensor:
         """The layer's output, (B, T, D)."""
+        adapters = adapters_of_visit(context.extensions.adapters, visit)
+        kv_cache = context.extensions.kv_cache
+        observer = context.extensions.observer
+
         # Query, key and value projection as one product.
+        if observer is not None:
+            observer(self.query.weight, visit, x_BTD)
         weight_ED = torch.cat((self.query.weight, self.key.weight, self.value.weight)).to(x_BTD.dtype)
         joint_BTE = self._add_adapters(F.linear(x_BTD, weight_ED), x_BTD, adapters)
 
@@ -181,14 +227,20 @@ class Attention(nn.Module):
             rows_BTKC = context.value_rows[self.value_table_index].view(v_BTKC.shape)
             v_BTKC = torch.addcmul(v_BTKC, rows_BTKC, self.table_share.to(v_BTKC.dtype)[:, None])
 
-        y_BTHC = self.ops.attend(q_BTHC, k_BTKC, v_BTKC, context.documents)
+        if kv_cache is None:
+            y_BTHC = self.ops.attend(q_BTHC, k_BTKC, v_BTKC, context.documents)
+        else:
+            y_BTHC = kv_cache.attend(visit, q_BTHC, k_BTKC, v_BTKC)
         if self.gate is not None:
             gate_inputs = x_BTD[..., : self.gate.shape[1]]
             gate_BTH = 2 * torch.sigmoid(F.linear(gate_inputs, self.gate.to(x_BTD.dtype)))
             y_BTHC = y_BTHC * gate_BTH.unsqueeze(-1)
 
+        y_BTD = y_BTHC.flatten(2)
+        if observer is not None:
+            observer(self.output.weight, visit, y_BTD)
         # This adapter reads the layer's input: it is parallel to attention (adapters.py).
-        return apply_adapter(self.output(y_BTHC.flatten(2)), x_BTD, adapters.output)
+        return apply_adapter(self.output(y_BTD), x_BTD, adapters.output)
 
     def _add_adapters(self, joint_BTE: Tensor, x_BTD: Tensor, adapters: VisitAdapters) -> Tensor:
         """The joint projection with the adapters of query, key and value added to their parts."""
@@ -210,11 +262,18 @@ class MLP(nn.Module):
         self.up = CastedLinear(params.width, params.hidden)
         self.down = CastedLinear(params.hidden, params.width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., D) to (..., D)."""
-        if self.ops.mlp is not None:
+    def forward(self, x: Tensor, context: BlockContext, visit: int) -> Tensor:
+        """x (..., D) to (..., D); under an observer as two products, because it needs the hidden layer."""
+        observer = context.extensions.observer
+        if observer is None and self.ops.mlp is not None:
             return self.ops.mlp(x, self.up.weight.to(x.dtype), self.down.weight.to(x.dtype))
-        return self.down(squared_leaky_relu(self.up(x)))
+
+        if observer is not None:
+            observer(self.up.weight, visit, x)
+        hidden = squared_leaky_relu(self.up(x))
+        if observer is not None:
+            observer(self.down.weight, visit, hidden)
+        return self.down(hidden)
 
 
 class Block(nn.Module):
@@ -234,24 +293,21 @@ class Block(nn.Module):
         self.parallel = index >= params.parallel_from
 
     def forward(
-        self,
-        stream: ResidualStream,
-        x0_BTD: Tensor,
-        context: BlockContext,
-        adapters: VisitAdapters = NO_VISIT_ADAPTERS,
+        self, stream: ResidualStream, x0_BTD: Tensor, context: BlockContext, visit: int
     ) -> ResidualStream:
         """The next residual stream; like the incoming one it is not summed yet."""
         # The stream with x0 mixed in, as a sum and normalised.
         x_BTD, normed_BTD = self.ops.weighted_sum_norm(
             [*scale_terms(stream, self.mix[0]), Term(x0_BTD, self.mix[1])], self.input_scale
         )
-        terms = [Term(x_BTD), Term(self.attention(normed_BTD, context, adapters), self.attention_scale)]
+        terms = [Term(x_BTD), Term(self.attention(normed_BTD, context, visit), self.attention_scale)]
 
         # The MLP of a parallel block reads the same input as attention, otherwise the sum with it.
         if not self.parallel:
             x_BTD, normed_BTD = self.ops.weighted_sum_norm(terms, self.input_scale)
             terms = [Term(x_BTD)]
-        mlp_BTD = apply_adapter(self.mlp(normed_BTD), normed_BTD, adapters.mlp)
+        adapter = adapters_of_visit(context.extensions.adapters, visit).mlp
+        mlp_BTD = apply_adapter(self.mlp(normed_BTD, context, visit), normed_BTD, adapter)
         return [*terms, Term(mlp_BTD, self.mlp_scale)]
 
 
@@ -295,14 +351,6 @@ class Smear(nn.Module):
         return torch.addcmul(rows_BTD, gate_BT.unsqueeze(-1), previous_BTD)
 
 
-class Head(nn.Module):
-    """The product with the tied table; a module of its own so that calibration can hook its input."""
-
-    def forward(self, x: Tensor, table_VD: Tensor, adapter: Adapter | None = None) -> Tensor:
-        """x (..., D) to logits (..., V) before the softcap, in the dtype of x."""
-        return apply_adapter(F.linear(x, table_VD.to(x.dtype)), x, adapter)
-
-
 class Model(nn.Module):
     """The whole network; `dtype` is that of the activations."""
 
@@ -323,20 +371,20 @@ class Model(nn.Module):
         skips = skip_count(params)
         self.skip_weight = nn.Parameter(torch.ones(skips, params.width))
         self.skip_gate = nn.Parameter(torch.zeros(skips, params.width))
-        self.head = Head()
         self.plans = {looped: visit_plan(params, looped) for looped in (False, True)}
 
-    def features(self, tokens_BT: Tensor, looped: bool, adapters: tuple[VisitAdapters, ...] = ()) -> Tensor:
-        """The normalised residual stream before the head, (B, T, D).
-
-        `adapters` is empty or has one set for each visit.
-        """
-        cos_TR, sin_TR = rope_cos_sin(tokens_BT.shape[1], self.params, tokens_BT.device)
+    def features(self, tokens_BT: Tensor, looped: bool, extensions: Extensions = NO_EXTENSIONS) -> Tensor:
+        """The normalised residual stream before the head, (B, T, D)."""
+        kv_cache = extensions.kv_cache
+        if kv_cache is None:
+            cos_TR, sin_TR = rope_cos_sin(tokens_BT.shape[1], self.params, tokens_BT.device)
+        else:
+            cos_TR, sin_TR = kv_cache.cos_sin(tokens_BT.shape[1])
         value_rows = tuple(table(tokens_BT).to(self.dtype) for table in self.value_tables)
         documents = None
-        if self.params.attention == "documents":
+        if self.params.attention == "documents" and kv_cache is None:
             documents = document_bounds(tokens_BT, self.params.bos_id)
-        context = BlockContext(cos_TR, sin_TR, documents, value_rows)
+        context = BlockContext(cos_TR, sin_TR, documents, value_rows, extensions)
 
         rows_BTD = self.embedding(tokens_BT)
         if self.smear is not None:
@@ -344,13 +392,12 @@ class Model(nn.Module):
         x0_BTD = rms_norm(rows_BTD.to(self.dtype))
 
         plan = self.plans[looped]
-        visits = iter(adapters or (NO_VISIT_ADAPTERS,) * (len(plan.encoder) + len(plan.decoder)))
         stream: ResidualStream = [Term(x0_BTD)]
 
         # Encoder: the output of each visit is summed and pushed as a skip.
         skips = []
-        for index in plan.encoder:
-            x_BTD = self.ops.weighted_sum(self.blocks[index](stream, x0_BTD, context, next(visits)))
+        for visit, index in enumerate(plan.encoder):
+            x_BTD = self.ops.weighted_sum(self.blocks[index](stream, x0_BTD, context, visit))
             skips.append(x_BTD)
             stream = [Term(x_BTD)]
 
@@ -358,29 +405,43 @@ class Model(nn.Module):
         for slot, index in enumerate(plan.decoder):
             if skips:
                 stream = self._with_skip(slot, stream, skips.pop())
-            stream = self.blocks[index](stream, x0_BTD, context, next(visits))
+            stream = self.blocks[index](stream, x0_BTD, context, len(plan.encoder) + slot)
         return self.ops.weighted_sum_norm(stream, 1.0)[1]
 
-    def logits(self, tokens_BT: Tensor, looped: bool = True, scored_from: int = 0) -> Tensor:
+    def logits(
+        self,
+        tokens_BT: Tensor,
+        looped: bool = True,
+        scored_from: int = 0,
+        extensions: Extensions = NO_EXTENSIONS,
+    ) -> Tensor:
         """Softcapped logits of the positions from `scored_from` on, (B, T - scored_from, V) float32."""
-        z_BTV = self.raw_logits(tokens_BT, looped, slice(scored_from, None))
+        z_BTV = self.raw_logits(tokens_BT, looped, slice(scored_from, None), extensions)
         return softcapped(z_BTV, self.params.logit_softcap)
 
     def forward(
-        self, tokens_BT: Tensor, targets_BT: Tensor, looped: bool = True, scored_from: int = 0
+        self,
+        tokens_BT: Tensor,
+        targets_BT: Tensor,
+        looped: bool = True,
+        scored_from: int = 0,
+        extensions: Extensions = NO_EXTENSIONS,
     ) -> Tensor:
         """Losses in nats of the targets from `scored_from` on, (B, T - scored_from) float32."""
-        z_NV = self.raw_logits(tokens_BT, looped, slice(scored_from, None)).flatten(0, 1)
+        z_NV = self.raw_logits(tokens_BT, looped, slice(scored_from, None), extensions).flatten(0, 1)
         targets = targets_BT[:, scored_from:]
         nll_N = self.ops.cross_entropy(z_NV, targets.flatten(), self.params.logit_softcap)
         return nll_N.view(targets.shape)
 
     def raw_logits(
-        self, tokens_BT: Tensor, looped: bool, positions: slice, adapters: Adapters = NO_ADAPTERS
+        self, tokens_BT: Tensor, looped: bool, positions: slice, extensions: Extensions = NO_EXTENSIONS
     ) -> Tensor:
         """Logits before the softcap at `positions`, (B, positions, V) in the model's dtype."""
-        features_BTD = self.features(tokens_BT, looped, adapters.visits)
-        return self.head(features_BTD[:, positions], self.embedding.weight, adapters.head)
+        x_BTD = self.features(tokens_BT, looped, extensions)[:, positions]
+        if extensions.observer is not None:
+            extensions.observer(self.embedding.weight, None, x_BTD)
+        z_BTV = F.linear(x_BTD, self.embedding.weight.to(x_BTD.dtype))
+        return apply_adapter(z_BTV, x_BTD, extensions.adapters.head)
 
     def _with_skip(self, slot: int, stream: ResidualStream, skip_BTD: Tensor) -> ResidualStream:
         """g x + (1 - g) w s: stream x, skip s with weight w, and g the sigmoid of the slot's gate."""

@@ -8,8 +8,9 @@ from safetensors.torch import save_file
 
 from stages.common.clock import Interval
 from stages.common.environment import gpu_driver_version, hardware
-from stages.common.parallel import distributed, relaunch_under_torchrun
+from stages.common.parallel import distributed
 from stages.common.stage import Run, Stage
+from stages.common.torchrun import relaunch_under_torchrun
 from stages.train.loop import TrainResult, train
 from stages.train.params import Params
 from stages.train.schedule import read_replay

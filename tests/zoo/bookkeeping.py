@@ -149,6 +149,7 @@ def in_clean_room(line: str) -> Callable[[Path, bytes], list[Verdict]]:
             (folder / "outside" / name).write_bytes(b"x = 1\n")
         artifact = toy_program.toy_artifact(folder, line.replace("OUTSIDE", str(folder / "outside")))
         return check_clean_room(
+            "clean room",
             run_in_clean_room(artifact, capabilities=toy_program.CAPABILITIES),
             ClaimedMetric("toy_bpb", 1.25, budget_seconds=60.0),
             late_seconds=1.2,

@@ -65,4 +65,4 @@ def audit(
 
 def failed_checks(verdicts: list[Verdict]) -> set[str]:
     """Name the checks that failed: number and name."""
-    return {f"{verdict.check} {verdict.name}" for verdict in failures(verdicts)}
+    return {verdict.check.label for verdict in failures(verdicts)}

@@ -4,6 +4,7 @@ Every field is optional; a check without its field is "cannot tell". `ledger` is
 file in the same folder: losses of every target in nats, in stream order.
 """
 
+import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ import sentencepiece
 from stages.audit.audit_scorer import AuditedStream
 from stages.audit.catalogue import CatalogueEntry, not_run
 from stages.audit.checks import budgets, coverage, significance
-from stages.audit.verdict import Verdict, pass_or_fail
+from stages.audit.verdict import Check, Verdict, Words
 from stages.common.challenge import MAX_EVALUATION_SECONDS
 from stages.common.json_object import read_json_object
 
@@ -28,7 +29,16 @@ CLAIM_FIELDS = {
     "seeds",
     "baseline_nats",
 }
-REPORTED = CatalogueEntry("reported bits per byte", ("metric",), "`bpb` and `ledger` in a claim (--claim)")
+REPORTED = CatalogueEntry((coverage.REPORTED_BPB,), needs="`bpb` and `ledger` in a claim (--claim)")
+CLAIMED_TARGETS = Check(
+    "B6",
+    "claimed targets",
+    conditions=("metric",),
+    sees="subsets reported as the whole; bytes of a transformed text; spaces and byte pieces counted wrongly",
+    blind=coverage.NOT_LOSSES,
+    words=Words(saw="no number"),
+)
+CLAIMED_BYTES = dataclasses.replace(CLAIMED_TARGETS, number="B11", name="claimed bytes")
 
 
 class CheckedClaim(NamedTuple):
@@ -76,14 +86,14 @@ def check_claim(
     if "bpb" in claim and "ledger" in claim:
         verdicts.append(coverage.check_reported(subject, ledger, claim["bpb"], stream.document_bytes))
     else:
-        verdicts.append(not_run(subject, "B6", REPORTED, {}))
+        verdicts.append(not_run(subject, REPORTED, {}))
 
     # Counts of the targets and bytes that were scored.
     if "targets" in claim:
-        verdicts.append(_check_count(subject, "targets", claim["targets"], targets))
+        verdicts.append(_check_count(CLAIMED_TARGETS, subject, "targets", claim["targets"], targets))
     if "bytes" in claim:
         counted_bytes = int(stream.document_bytes.counted.sum())
-        verdicts.append(_check_count(subject, "bytes", claim["bytes"], counted_bytes))
+        verdicts.append(_check_count(CLAIMED_BYTES, subject, "bytes", claim["bytes"], counted_bytes))
 
     # Training and evaluation are each allowed the same time.
     budget = float(claim.get("budget_seconds", MAX_EVALUATION_SECONDS))
@@ -99,20 +109,8 @@ def check_claim(
     return CheckedClaim(verdicts, ledger)
 
 
-def _check_count(subject: str, name: str, claimed: Any, counted: int) -> Verdict:
-    """B6 or B11: compare a claimed number with the same number counted."""
-    return Verdict(
-        check="B11" if name == "bytes" else "B6",
-        name=f"claimed {name}",
-        subject=subject,
-        conditions=("metric",),
-        outcome=pass_or_fail(claimed == counted),
-        evidence=f"{claimed} {name} are claimed, the stream has {counted}",
-        saw=claimed if isinstance(claimed, (int, float)) else "no number",
-        expected=counted,
-        bound=0,
-        positions=(),
-        sees="subsets reported as the whole; bytes of a transformed text;"
-        " spaces and byte pieces counted wrongly",
-        blind="whether the losses are right (B1, B3, B4)",
-    )
+def _check_count(check: Check, subject: str, unit: str, claimed: Any, counted: int) -> Verdict:
+    """Compare a claimed number of targets or bytes with the same number counted."""
+    evidence = f"{claimed} {unit} are claimed, the stream has {counted}"
+    number = claimed if isinstance(claimed, (int, float)) else None
+    return Verdict.of(check, subject, claimed == counted, evidence, saw=number, expected=counted, bound=0)

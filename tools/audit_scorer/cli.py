@@ -202,8 +202,8 @@ def _run_probes(
     # coverage.
     kept = []
     for verdict in verdicts:
-        proves_nothing = is_part and verdict.name == "coverage" and verdict.outcome != "fail"
-        if verdict.name != "reported bits per byte" and not proves_nothing:
+        proves_nothing = is_part and verdict.check == coverage.COVERAGE and verdict.outcome != "fail"
+        if verdict.check != coverage.REPORTED_BPB and not proves_nothing:
             kept.append(verdict)
     return kept
 
@@ -298,7 +298,7 @@ def _check_clean_room(arguments: argparse.Namespace, claim: dict[str, Any]) -> l
 
     budget = float(claim.get("budget_seconds", challenge.MAX_EVALUATION_SECONDS))
     metric = clean_room.ClaimedMetric(arguments.metric, float(claim["bpb"]), budget)
-    return clean_room.check_clean_room(run, metric)
+    return clean_room.check_clean_room("clean room", run, metric)
 
 
 def _check_contamination(

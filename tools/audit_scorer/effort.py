@@ -4,9 +4,9 @@ An effort level sets the numbers of positions and targets. Everything else (tole
 canaries) is that of the pipeline's own audit, in params.yaml: float32 sums in batches of other
 shapes.
 
-The limit is on targets that the scorer scores or observes. The cost model below gives an
-upper bound of them for the probes of stages/audit/checks. Probes are reduced until they fit, and
-the stream is cut to the rest.
+The limit is on targets that the scorer scores or observes. Each probe of stages/audit/checks states its
+cost; their sum for the largest probes that can be drawn is an upper bound. Probes are reduced until they
+fit, and the stream is cut to the rest.
 """
 
 import dataclasses
@@ -16,32 +16,30 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from stages.audit import sampling
-from stages.audit.checks import canary, document_order
-from stages.audit.checks.normalisation_blackbox import EXHAUSTIVE_VOCAB
+from stages.audit.checks import (
+    call_invariance,
+    canary,
+    causality,
+    document_order,
+    metamorphic,
+    normalisation,
+    normalisation_blackbox,
+)
 from stages.audit.params import AuditParams
+from stages.audit.probe_runner import Cost
 from stages.common import config
 
 PARAMETER_FILE = Path(__file__).resolve().parents[2] / "params.yaml"
 
-# Cost of the probes for a scorer with predict, observe and fork, in targets from one fork.
-RUNS_PER_PERTURBATION = 2  # the segment with the replaced future and, once for a group, as it is
-TARGETS_PER_SUBSTITUTION = 16  # tokens of the piece around the substituted id, at most 13
-RUNS_BESIDES_SUBSTITUTIONS = 2  # the fork that reads the distribution, and the next targets charged from it
-TARGETS_PER_TRACE = 16  # of the three forks that compare predict() after a span's first tokens
-CANARIES = len(canary.SOURCES) + 2  # a stretch from each source, one of spellings, one in reserve
-RUNS_PER_SAMPLED_TARGET = 2  # drawn from predict(), then scored
-FIRST_SEGMENT_RUNS = 2  # two scorers from one factory, which must agree (B13)
 STREAM_RUNS = 2  # the ledger, and the pass that the probes start from
+FIRST_SEGMENT_RUNS = 2  # two scorers from one factory, which must agree (B13)
+ROUND_TRIP_RUNS = 2  # encoding, and decoding in another process (B12)
 PROBE_SHARE = 2  # the probes may take 1/2 of the limit, the stream gets the rest
 
-# Cost of the probes for a scorer with score_stream alone, in calls.
-CALLS_PER_CALL_SPLIT = 6  # one call for the whole span, and five pieces
-OTHER_CALLS = 32  # canaries, first segments, recomputed spans, the unchanged documents
-STREAMS_PER_CALL = 2  # the prefix again, and the probe; each at most as long as the stream shown
-
-# Each fork of such a scorer scores its prefix again, so the stream and the segments are short.
+# Each call of a scorer with score_stream alone scores its prefix again, so stream and segments are short.
 MAX_REPLAYED_WINDOWS = 4  # windows of the stream that it is shown
 SEGMENTS_PER_REPLAY = 4  # a segment is at most 1/4 of the stream shown
+CANARY_STREAMS = 2  # a canary is at most as long as two such streams
 MIN_TOKENS = 16  # of a stream that can be audited
 
 
@@ -106,25 +104,56 @@ EFFORTS = {
 }
 
 
-def probe_cost(params: AuditParams, vocab_size: int) -> int:
-    """Return an upper bound of the targets that the probes ask a scorer with forks for.
+class PlannedProbes(NamedTuple):
+    """Probes of one kind."""
 
-    It does not depend on the length of the stream, since every probe starts from a fork.
+    number: int
+    cost: Cost  # of the largest that can be drawn
+
+
+def plan_probes(params: AuditParams, vocab_size: int, predicts: bool) -> list[PlannedProbes]:
+    """List the probes of an audit; `predicts`: of a scorer with predict, observe and fork.
+
+    Their cost does not depend on the length of the stream, since every probe starts from a fork.
     """
-    segment = params.segment_targets
-    positions = params.perturbations + sampling.POSITIONS_PER_GROUP - 1  # groups are filled up
-    perturbations = RUNS_PER_PERTURBATION * segment * positions
+    groups = -(-params.perturbations // sampling.POSITIONS_PER_GROUP)
+    perturbation = causality.Perturbation.cost_of(sampling.POSITIONS_PER_GROUP, params.segment_targets)
 
-    runs = RUNS_BESIDES_SUBSTITUTIONS + min(params.substitutions, vocab_size)
-    substitutions = params.distributions * TARGETS_PER_SUBSTITUTION * runs
+    documents = params.order_documents
+    order = document_order.OrderProbe.cost_of(documents, document_order.max_tokens(documents))
 
-    # All documents in one call, and again for each of them; one document more than there are.
-    documents = (1 + params.order_documents) ** 2 * document_order.LONGEST_DOCUMENT
+    span = call_invariance.max_span(params.segment_targets)
+    split = call_invariance.CallSplit.cost_of(span, 1 + call_invariance.CUTS, predicts)
 
-    call_splits = params.call_splits * (segment + TARGETS_PER_TRACE)
-    canaries = CANARIES * params.canary_targets + RUNS_PER_SAMPLED_TARGET * params.sampled_targets
-    first_segments = FIRST_SEGMENT_RUNS * segment
-    return perturbations + substitutions + documents + call_splits + canaries + first_segments
+    canaries = 1 + len(canary.SOURCES)  # one from each source, and one of spellings
+    plan = [
+        PlannedProbes(groups, perturbation),
+        PlannedProbes(1, order),
+        PlannedProbes(params.call_splits, split),
+        PlannedProbes(canaries, canary.Canary.cost_of(params.canary_targets)),
+    ]
+    if predicts:
+        substitution = normalisation.Substitution.cost_of(
+            normalisation.MAX_TOKENS_BEFORE - 1, normalisation.MAX_PIECE, params.substitutions, vocab_size
+        )
+        plan.append(PlannedProbes(params.distributions, substitution))
+        plan.append(PlannedProbes(1, canary.SelfSampled.cost_of(params.sampled_targets)))
+    else:
+        ids = normalisation_blackbox.tried_ids(vocab_size, params.substitutions)
+        plan.append(PlannedProbes(params.distributions, normalisation_blackbox.Counterfactual.cost_of(ids)))
+    return plan
+
+
+def probe_cost(params: AuditParams, vocab_size: int, predicts: bool) -> Cost:
+    """Return an upper bound of what the probes ask of a scorer, and the runs on the first segment."""
+    total = Cost()
+    for probes in plan_probes(params, vocab_size, predicts):
+        total += probes.cost * probes.number
+
+    # The first segment, with the token before it, by two scorers and by all variants.
+    first_segment = 1 + params.segment_targets
+    reruns = Cost(calls=1, targets=first_segment) * FIRST_SEGMENT_RUNS
+    return total + reruns + metamorphic.max_cost(first_segment)
 
 
 def fit_stepwise_scorer(
@@ -140,10 +169,16 @@ def fit_stepwise_scorer(
     if limit is None:
         return FittedEffort(params, length)
 
-    while probe_cost(params, vocab_size) > limit // PROBE_SHARE and params.distributions > 2:
+    cost = probe_cost(params, vocab_size, predicts=True).targets
+    while cost > limit // PROBE_SHARE and params.distributions > 2:
         params = reduced(params)
-    cost = probe_cost(params, vocab_size)
-    tokens = (limit - cost) // STREAM_RUNS
+        cost = probe_cost(params, vocab_size, predicts=True).targets
+
+    # The rest is for the stream, of which the first tokens are also encoded and decoded: all of a short one.
+    rest = limit - cost
+    if_all_decoded = rest // (STREAM_RUNS + ROUND_TRIP_RUNS)
+    if_some_decoded = (rest - ROUND_TRIP_RUNS * effort.decoded_targets) // STREAM_RUNS
+    tokens = max(if_all_decoded, if_some_decoded)
     if tokens < MIN_TOKENS:
         raise ValueError(
             f"--targets {limit} is too few: this level's checks alone ask for {cost}; allow more"
@@ -166,18 +201,17 @@ def fit_replay_scorer(
     params = dataclasses.replace(
         params,
         segment_targets=max(sampling.SHORTEST_SEGMENT, segment),
-        canary_targets=min(params.canary_targets, STREAMS_PER_CALL * tokens),
+        canary_targets=min(params.canary_targets, CANARY_STREAMS * tokens),
         sampled_targets=1,
     )
     limit = effort.max_targets if max_targets is None else max_targets
     if limit is None:
         return FittedEffort(params, tokens)
 
-    # Fewer probes, until their calls fit.
-    targets_per_call = STREAMS_PER_CALL * tokens
-    while _replay_calls(params, vocab_size) * targets_per_call > limit and params.distributions > 1:
+    # Fewer probes, until they fit.
+    while _replay_targets(params, vocab_size, tokens) > limit and params.distributions > 1:
         params = reduced(params)
-    needed = _replay_calls(params, vocab_size) * targets_per_call
+    needed = _replay_targets(params, vocab_size, tokens)
     if needed > limit:
         raise ValueError(
             f"--targets {limit} is too few for {tokens} tokens in one call:"
@@ -197,15 +231,17 @@ def reduced(params: AuditParams) -> AuditParams:
     )
 
 
-def _replay_calls(params: AuditParams, vocab_size: int) -> int:
-    """Return an upper bound of the calls that the probes make of a scorer with score_stream alone."""
-    ids = min(params.substitutions, vocab_size)
-    if vocab_size <= EXHAUSTIVE_VOCAB:
-        ids = vocab_size
-    return (
-        params.distributions * ids
-        + RUNS_PER_PERTURBATION * params.perturbations
-        + CALLS_PER_CALL_SPLIT * params.call_splits
-        + params.order_documents
-        + OTHER_CALLS
-    )
+def _replay_targets(params: AuditParams, vocab_size: int, tokens: int) -> int:
+    """Return an upper bound of the targets that a scorer with score_stream alone scores.
+
+    tokens: of the stream that it is shown, which is the longest prefix that a call scores again.
+    """
+    cost = probe_cost(params, vocab_size, predicts=False)
+
+    # The pass makes a call for each segment of a recomputed span; spans are cut where a probe starts.
+    probes = sum(planned.number for planned in plan_probes(params, vocab_size, predicts=False))
+    segments = -(-round(params.recomputed_share * tokens) // params.segment_targets)
+    ledger = Cost(calls=1)
+    recomputed = Cost(calls=segments + probes)
+    cost += ledger + recomputed
+    return cost.targets + cost.calls * tokens

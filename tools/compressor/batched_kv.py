@@ -1,8 +1,8 @@
 """Score many streams in parallel, one token of each at a time, with a KV cache: a fast decoder.
 
 The scores are those of the sliding scorer (same windows, same forward pass), and each stream is
-scored as if it were alone. Keys and values of earlier tokens are cached: `KVCache` replaces the two
-operations of the model that depend on positions. When the window moves, it is computed from its
+scored as if it were alone. Keys and values of earlier tokens are cached (`KVStorage`), and the model
+attends to them in place of the tokens of the pass. When the window moves, it is computed from its
 start, because positions in it begin at 0 again.
 
 Sums run in another order than in a forward pass over a whole window, so losses differ from a
@@ -15,6 +15,7 @@ stages/train/model.py).
 """
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,83 +24,60 @@ from torch import Tensor
 
 from stages.common.parallel import World
 from stages.sliding_eval.windows import window_start
-from stages.train import reference
-from stages.train.model import Model, rope_cos_sin
+from stages.train.model import Extensions, Model, rope_cos_sin, visit_plan
 from stages.train.params import ModelParams
-from stages.train.reference import REFERENCE_OPS, DocumentBounds, Ops
+from stages.train.reference import remove_self_value
 
 # Bounds the memory of a forward pass. Where a window is computed from its start, streams take
 # turns.
 MAX_TOKENS_PER_PASS = 1 << 16
 
 
-class KVCache:
+class KVStorage:
     """Keys and values of each visit of a block, for windows that all have the same number of cached tokens.
 
     A block that is looped is visited more than once, and every visit has its own keys and values.
-    The model does not tell its operations which visit they belong to, so the cache counts the calls
-    of `attend` in a pass.
     """
 
     def __init__(self, params: ModelParams, window: int, streams: int, world: World) -> None:
         self.cos_WR, self.sin_WR = rope_cos_sin(window, params, world.device)
+        self.keys: list[Tensor] = []  # (B, K, W, C), by visit
+        self.values: list[Tensor] = []
         shape = (streams, params.kv_heads, window, params.head_dim)
-        self.empty_BKWC = torch.zeros(shape, dtype=world.dtype, device=world.device)
-        self.visits: list[tuple[Tensor, Tensor]] = []  # keys and values, (B, K, W, C), by visit
+        for _ in visit_plan(params, looped=True).order:
+            self.keys.append(torch.zeros(shape, dtype=world.dtype, device=world.device))
+            self.values.append(torch.zeros(shape, dtype=world.dtype, device=world.device))
         self.cached = 0  # tokens of the window whose keys and values are in the cache
-        # The current pass. Its input may begin with one token before the new ones, for the smear
-        # gate.
-        self.new = 0  # tokens that are not in the cache yet
-        self.streams = slice(0)
-        self.visit = 0
 
-    def ops(self) -> Ops:
-        """Return the reference operations, with those that depend on positions replaced by this cache."""
-        return REFERENCE_OPS._replace(qk_norm_rope=self.qk_norm_rope, attend=self.attend)
 
-    def start_pass(self, new: int, streams: slice) -> None:
-        """Prepare for a forward pass over new tokens: all that a window has at its start, or else one."""
-        assert new == 1 or self.cached == 0
-        self.new = new
-        self.streams = streams
-        self.visit = 0
+class CachedPass(NamedTuple):
+    """A forward pass over tokens that are not in the cache yet: all that a window has at its start, or one.
 
-    def qk_norm_rope(
-        self,
-        joint_BTE: Tensor,
-        gain_H: Tensor,
-        cos_TR: Tensor,
-        sin_TR: Tensor,
-        starts_BT: Tensor | None,
-        kv_heads: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Replace reference.qk_norm_rope: rotate by the tokens' positions in the window.
+    The input may begin with one token before the new ones, for the smear gate. This is the
+    `kv_cache` of the model's `Extensions`.
+    """
 
-        The angles and document starts that the model passes are ignored: it counts positions from
-        the first token of the pass, and a stream is one document, so no document begins inside a
-        window.
-        """
-        end = self.cached + self.new
-        positions = slice(end - joint_BTE.shape[1], end)
-        return reference.qk_norm_rope(
-            joint_BTE, gain_H, self.cos_WR[positions], self.sin_WR[positions], None, kv_heads
-        )
+    storage: KVStorage
+    new: int
+    streams: slice
 
-    def attend(
-        self, q_BTHC: Tensor, k_BTKC: Tensor, v_BTKC: Tensor, documents: DocumentBounds | None
-    ) -> Tensor:
-        """Replace reference.attend: new tokens attend to the cache and to each other; other rows are zero."""
-        if self.visit == len(self.visits):
-            self.visits.append((self.empty_BKWC.clone(), self.empty_BKWC.clone()))
-        keys_BKWC, values_BKWC = self.visits[self.visit]
-        self.visit += 1
+    def cos_sin(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """Return cosines and sines (T, R) of the RoPE angles at the positions of the input."""
+        end = self.storage.cached + self.new
+        positions = slice(end - tokens, end)
+        return self.storage.cos_WR[positions], self.storage.sin_WR[positions]
+
+    def attend(self, visit: int, q_BTHC: Tensor, k_BTKC: Tensor, v_BTKC: Tensor) -> Tensor:
+        """Attend from new tokens to the cache and to each other, (B, T, H, C); other rows are zero."""
+        cached = self.storage.cached
+        end = cached + self.new
+        assert self.new == 1 or cached == 0
 
         # Append the new keys and values.
-        end = self.cached + self.new
-        k_BKTC = keys_BKWC[self.streams, :, :end]
-        v_BKTC = values_BKWC[self.streams, :, :end]
-        k_BKTC[:, :, self.cached :] = k_BTKC[:, -self.new :].transpose(1, 2)
-        v_BKTC[:, :, self.cached :] = v_BTKC[:, -self.new :].transpose(1, 2)
+        k_BKTC = self.storage.keys[visit][self.streams, :, :end]
+        v_BKTC = self.storage.values[visit][self.streams, :, :end]
+        k_BKTC[:, :, cached:] = k_BTKC[:, -self.new :].transpose(1, 2)
+        v_BKTC[:, :, cached:] = v_BTKC[:, -self.new :].transpose(1, 2)
 
         q_BHTC = q_BTHC[:, -self.new :].transpose(1, 2)
         if self.new > 1:
@@ -112,7 +90,7 @@ class KVCache:
 
         rows_before = q_BTHC.shape[1] - self.new
         y_BTHC = F.pad(y_BHTC.transpose(1, 2), (0, 0, 0, 0, rows_before, 0))
-        return reference.remove_self_value(y_BTHC, v_BTKC)
+        return remove_self_value(y_BTHC, v_BTKC)
 
 
 class BatchedScorer:
@@ -131,8 +109,8 @@ class BatchedScorer:
         streams = len(first_tokens_B)
         self.window = window
         self.stride = stride
-        self.cache = KVCache(params, window, streams, world)
-        self.model = Model(params, world.dtype, self.cache.ops()).to(world.device)
+        self.storage = KVStorage(params, window, streams, world)
+        self.model = Model(params, world.dtype).to(world.device)
         self.model.load_state_dict(dict(state))
         self.tokens_BN = torch.zeros((streams, max_length), dtype=torch.int64, device=world.device)
         self.tokens_BN[:, 0] = torch.from_numpy(first_tokens_B.astype(np.int64))
@@ -149,24 +127,24 @@ class BatchedScorer:
         start = window_start(target, self.window, self.stride)
         if start != self.window_start:
             self.window_start = start
-            self.cache.cached = 0
+            self.storage.cached = 0
 
         # As many streams at once as fit; usually all of them.
-        new = target + 1 - start - self.cache.cached
+        new = target + 1 - start - self.storage.cached
         streams = len(self.tokens_BN)
         streams_per_pass = max(1, MAX_TOKENS_PER_PASS // new)
         parts = []
         for first in range(0, streams, streams_per_pass):
             parts.append(self._logits(new, slice(first, min(first + streams_per_pass, streams))))
-        self.cache.cached += new
+        self.storage.cached += new
         return torch.log_softmax(torch.cat(parts).double(), dim=-1).cpu().numpy()
 
     def _logits(self, new: int, streams: slice) -> Tensor:
         """Return softcapped logits (streams, V) of the next token; `new` tokens are not in the cache yet."""
-        before = 1 if self.cache.cached and self.model.smear is not None else 0
+        before = 1 if self.storage.cached and self.model.smear is not None else 0
         inputs_BT = self.tokens_BN[streams, self.observed - new - before : self.observed]
-        self.cache.start_pass(new, streams)
-        return self.model.logits(inputs_BT, looped=True, scored_from=inputs_BT.shape[1] - 1)[:, 0]
+        extensions = Extensions(kv_cache=CachedPass(self.storage, new, streams))
+        return self.model.logits(inputs_BT, True, inputs_BT.shape[1] - 1, extensions)[:, 0]
 
     def observe(self, tokens_B: np.ndarray) -> None:
         """Append the next token of each stream."""

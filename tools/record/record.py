@@ -91,7 +91,7 @@ def score_note(runs: Sequence[PipelineRun]) -> str:
     coverage = runs[0].summary["coverage"]
     return (
         f"Mean over seeds {seeds} of {runs[0].summary['scorer']},"
-        " which submission.scorer named before the runs; val_bpb_std is the sample deviation."
+        " which the parameter scorer named before the runs; val_bpb_std is the sample deviation."
         f" Each run scored all {coverage['targets']} targets of the validation stream"
         f" ({coverage['bytes']} bytes of {coverage['documents']} documents),"
         " each once, none dropped at the tail."

@@ -39,7 +39,7 @@ class RunData:
     @property
     def claimed(self) -> np.ndarray:
         """Ledger (N-1,) of the scorer that was named before the run."""
-        return self.ledgers[self.summary["parameters"]["submission"]["scorer"]]
+        return self.ledgers[self.summary["scorer"]]
 
     @property
     def training_seconds(self) -> float:

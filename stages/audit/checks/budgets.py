@@ -10,62 +10,66 @@ from typing import Any
 
 import numpy as np
 
-from stages.audit.verdict import Number, Outcome, Verdict, pass_or_fail
+from stages.audit.verdict import Check, Verdict, Words
 from stages.common import shards
+
+SIZES = Check(
+    "budget",
+    "bytes",
+    conditions=("budget",),
+    sees="artifacts over the cap, sizes that were typed instead of measured",
+    blind="other files that a run would need (B14)",
+    words=Words(bound="saw <= expected"),
+)
+CLOCKS = {
+    phase: Check(
+        "budget",
+        f"{phase} clock",
+        conditions=("budget",),
+        sees="runs over their time",
+        blind="a timer that was started late: the clean room (B14) measures from outside",
+        words=Words(saw="within", expected="within"),
+    )
+    for phase in ("training", "evaluation")
+}
+DISJOINT = Check(
+    "B15",
+    "train and val disjoint",
+    conditions=("data",),
+    sees="whole documents of val in train, hashes that belong to other val shards",
+    blind="passages shared by different documents; training data that documents.u64 does not list",
+)
+VAL_SHARDS = Check(
+    "B6",
+    "official val shards",
+    conditions=("C4", "data"),
+    sees="shards left out, added or changed after they were made",
+    blind="whether the manifest's shards are the challenge's",
+)
 
 
 def check_sizes(sizes: Mapping[str, int], budget_bytes: int) -> Verdict:
     """Budget: the counted files together, in bytes on disk, are within the cap."""
     total = sum(sizes.values())
     parts = " + ".join(f"{size} ({name})" for name, size in sizes.items())
-    return Verdict(
-        check="budget",
-        name="bytes",
-        subject="files",
-        conditions=("budget",),
-        outcome=pass_or_fail(total <= budget_bytes),
-        evidence=f"{parts} = {total} bytes on disk, at most {budget_bytes} allowed",
-        saw=total,
-        expected=budget_bytes,
-        bound="saw <= expected",
-        positions=(),
-        sees="artifacts over the cap, sizes that were typed instead of measured",
-        blind="other files that a run would need (B14)",
-    )
+    evidence = f"{parts} = {total} bytes on disk, at most {budget_bytes} allowed"
+    return Verdict.of(SIZES, "files", total <= budget_bytes, evidence, saw=total, expected=budget_bytes)
 
 
 def check_clock(phase: str, subject: str, seconds: float | None, budget_seconds: float) -> Verdict:
-    """Budget: a phase, "training" or "evaluation", took no longer than allowed.
+    """Budget: a phase, one of CLOCKS, took no longer than allowed.
 
-    seconds: None if its timing file does not hold them.
+    seconds: None if its timing file does not hold them. Only a failure states them.
     """
-    outcome: Outcome = "pass"
-    evidence = f"{phase} within {budget_seconds:g} seconds: yes"
-    saw: Number = "within"
+    check = CLOCKS[phase]
     if seconds is None:
-        outcome = "cannot tell"
         evidence = f"{phase} seconds were not recorded"
-        saw = "unknown"
-    elif not 0 <= seconds <= budget_seconds:
-        outcome = "fail"
-        evidence = f"{phase} took {seconds:.1f} seconds, {budget_seconds:g} are allowed"
-        saw = "over"
-
-    return Verdict(
-        check="budget",
-        name=f"{phase} clock",
-        subject=subject,
-        conditions=("budget",),
-        outcome=outcome,
-        evidence=evidence,
-        # In words, without the measured seconds.
-        saw=saw,
-        expected="within",
-        bound=budget_seconds,
-        positions=(),
-        sees="runs over their time",
-        blind="a timer that was started late: the clean room (B14) measures from outside",
-    )
+        return Verdict.cannot_tell(check, subject, evidence, bound=budget_seconds)
+    if 0 <= seconds <= budget_seconds:
+        evidence = f"{phase} within {budget_seconds:g} seconds: yes"
+        return Verdict.passed(check, subject, evidence, bound=budget_seconds)
+    evidence = f"{phase} took {seconds:.1f} seconds, {budget_seconds:g} are allowed"
+    return Verdict.failed(check, subject, evidence, saw=seconds, bound=budget_seconds)
 
 
 def document_hashes(tokens: np.ndarray, bos: int) -> np.ndarray:
@@ -90,81 +94,50 @@ def check_disjoint(
     documents.u64, first train's and then val's; train_count, val_count: T and D as the manifest states
     them.
     """
-    outcome: Outcome = "cannot tell"
-    evidence = "the manifest does not say how many train and val documents documents.u64 lists"
-    shared = 0
-    if train_count is not None and val_count is not None:
-        train, listed_val = listed_hashes[:train_count], listed_hashes[train_count:]
-        shared = int(np.isin(val_hashes, train).sum())
+    if train_count is None or val_count is None:
+        evidence = "the manifest does not say how many train and val documents documents.u64 lists"
+        return Verdict.cannot_tell(DISJOINT, "files", evidence, expected=0, bound=0)
 
-        # First that the file belongs to these shards, then that the two sides share no document.
-        outcome = "fail"
-        if len(listed_hashes) != train_count + val_count:
-            evidence = (
-                f"documents.u64 holds {len(listed_hashes)} hashes, "
-                f"the manifest says {train_count} + {val_count}"
-            )
-        elif not np.array_equal(np.sort(val_hashes), np.sort(listed_val)):
-            evidence = (
-                f"documents.u64 does not list the {len(val_hashes)} documents of the val shards: "
-                "it belongs to other data"
-            )
-        elif shared:
-            # The file belongs to these shards.
-            evidence = (
-                f"{shared} of {len(val_hashes)} val documents have the hash of a train document "
-                "(by chance: probability 1e-10 or less)"
-            )
-        else:
-            outcome = "pass"
-            evidence = (
-                f"none of {len(val_hashes)} val documents has the hash of "
-                f"one of {train_count} train documents"
-            )
-
-    return Verdict(
-        check="B15",
-        name="train and val disjoint",
-        subject="files",
-        conditions=("data",),
-        outcome=outcome,
-        evidence=evidence,
-        # Documents on both sides.
-        saw=shared,
-        expected=0,
-        bound=0,
-        positions=(),
-        sees="whole documents of val in train, hashes that belong to other val shards",
-        blind="passages shared by different documents; training data that documents.u64 does not list",
+    # First that the file belongs to these shards, then that the two sides share no document.
+    train, listed_val = listed_hashes[:train_count], listed_hashes[train_count:]
+    shared = int(np.isin(val_hashes, train).sum())
+    fault = ""
+    if len(listed_hashes) != train_count + val_count:
+        fault = (
+            f"documents.u64 holds {len(listed_hashes)} hashes, the manifest says {train_count} + {val_count}"
+        )
+    elif not np.array_equal(np.sort(val_hashes), np.sort(listed_val)):
+        fault = (
+            f"documents.u64 does not list the {len(val_hashes)} documents of the val shards: "
+            "it belongs to other data"
+        )
+    elif shared:
+        fault = (
+            f"{shared} of {len(val_hashes)} val documents have the hash of a train document "
+            "(by chance: probability 1e-10 or less)"
+        )
+    evidence = fault or (
+        f"none of {len(val_hashes)} val documents has the hash of one of {train_count} train documents"
     )
+
+    # The number of documents on both sides.
+    return Verdict.of(DISJOINT, "files", not fault, evidence, saw=shared, expected=0, bound=0)
 
 
 def check_shards(recorded: Mapping[str, str] | None, found: Mapping[str, str]) -> Verdict:
     """B6: the val shards are exactly those of the manifest. Both arguments map names to sha256."""
-    outcome: Outcome = "pass"
-    evidence = f"the {len(found)} val shards have the sha256 of the manifest"
     if recorded is None:
-        outcome = "cannot tell"
         evidence = "the manifest does not list the val shards"
-    elif dict(recorded) != dict(found):
-        outcome = "fail"
-        different = sorted(name for name in {*recorded, *found} if recorded.get(name) != found.get(name))
+        return Verdict.cannot_tell(VAL_SHARDS, "files", evidence, saw=len(found), bound=0)
+
+    evidence = f"the {len(found)} val shards have the sha256 of the manifest"
+    different = sorted(name for name in {*recorded, *found} if recorded.get(name) != found.get(name))
+    if different:
         evidence = f"val shards differ from the manifest: {', '.join(different)}"
 
-    return Verdict(
-        check="B6",
-        name="official val shards",
-        subject="files",
-        conditions=("C4", "data"),
-        outcome=outcome,
-        evidence=evidence,
-        # Numbers of shards.
-        saw=len(found),
-        expected=len(recorded or {}),
-        bound=0,
-        positions=(),
-        sees="shards left out, added or changed after they were made",
-        blind="whether the manifest's shards are the challenge's",
+    # The numbers of shards.
+    return Verdict.of(
+        VAL_SHARDS, "files", not different, evidence, saw=len(found), expected=len(recorded), bound=0
     )
 
 

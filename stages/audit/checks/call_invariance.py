@@ -13,10 +13,33 @@ from typing import NamedTuple
 import numpy as np
 
 from stages.audit import probe_runner
+from stages.audit.probe_runner import Cost
 from stages.audit.sampling import KeyedRng
-from stages.audit.verdict import Verdict, pass_or_fail
+from stages.audit.verdict import Check, Verdict
 from stages.common.scorer import Scorer
 
+PIECES = Check(
+    "B13",
+    "whole or in pieces",
+    conditions=("C1", "C3", "C4"),
+    sees="scores that depend on how much of the stream a call holds: second passes, "
+    "the better of two runs, caches of one rank",
+    blind="other batch sizes, other numbers of processes (not varied here)",
+)
+RERUN = Check(
+    "B13",
+    "a second run",
+    conditions=("C1", "C4"),
+    sees="seeds from the clock, state that outlives a scorer, one run chosen of several",
+    blind="differences between machines, and later in the stream",
+)
+TRACE = Check(
+    "B5",
+    "reading leaves no trace",
+    conditions=("C3", "C4"),
+    sees="updates made by predict(); a fast path that learns other things than observe() does",
+    blind="state that never changes a prediction nearby",
+)
 PREDICTED_TOKENS = 3  # tokens before each of which predict() is called in the trace test
 CUTS = 3  # random places where a span is divided into calls, in addition to the one after its first token
 
@@ -39,6 +62,23 @@ class CallSplit:
     stop: int
     cuts: tuple[int, ...]  # ascending offsets from start
     predicts: bool  # the scorer has predict()
+
+    @property
+    def cost(self) -> Cost:
+        """Work that `run` asks for."""
+        return self.cost_of(self.stop - self.start, len(self.cuts), self.predicts)
+
+    @staticmethod
+    def cost_of(span: int, cuts: int, predicts: bool) -> Cost:
+        """Cost of `span` targets: scored whole and in pieces, and the first of them shown in three ways."""
+        cost = Cost(calls=1, targets=span) + Cost(calls=1 + cuts, targets=span)
+        if predicts:
+            traced = min(span, PREDICTED_TOKENS + 1)
+            observed = Cost(targets=traced)
+            predicted_and_observed = Cost(targets=traced, predictions=traced)
+            scored = Cost(calls=1, targets=traced)
+            cost += observed + predicted_and_observed + scored + Cost(predictions=3)
+        return cost
 
     def run(self, scorer: Scorer, tokens: np.ndarray) -> SplitResult:
         """Score the span in each way, from forks; tokens: (N,) uint16."""
@@ -81,12 +121,17 @@ def probes(key: bytes, positions: list[int], length: int, segment: int, predicts
     rng = KeyedRng(key, "pieces")
     splits = []
     for position in positions:
-        size = min(max(2, segment // 2), length - position)
+        size = min(max_span(segment), length - position)
         cuts: set[int] = set()
         if size > 1:
             cuts = {1, *(rng.integer(1, size) for _ in range(CUTS))}
         splits.append(CallSplit(position, position + size, tuple(sorted(cuts)), predicts))
     return splits
+
+
+def max_span(segment: int) -> int:
+    """Targets of a probe's span, unless the stream ends within it."""
+    return max(2, segment // 2)
 
 
 def judge_pieces(
@@ -109,21 +154,16 @@ def judge_pieces(
     worst = int(np.argmax([difference.max() for difference in differences]))
     at = int(differences[worst].argmax())
 
-    return Verdict(
-        check="B13",
-        name="whole or in pieces",
-        subject=subject,
-        conditions=("C1", "C3", "C4"),
-        outcome=pass_or_fail(not failed),
-        evidence=f"{targets} targets in {len(results)} spans, one call against several: "
+    return Verdict.of(
+        PIECES,
+        subject,
+        not failed,
+        f"{targets} targets in {len(results)} spans, one call against several: "
         f"largest difference {differences[worst].max():.1e} nats",
         saw=float(results[worst].pieces[at]),
         expected=float(results[worst].whole[at]),
         bound=tolerance,
         positions=tuple(failed or (split.start for split in splits)),
-        sees="scores that depend on how much of the stream a call holds: second passes, "
-        "the better of two runs, caches of one rank",
-        blind="other batch sizes, other numbers of processes (not varied here)",
     )
 
 
@@ -141,13 +181,11 @@ def judge_trace(
         if not max(result.after_predicting, result.after_scoring) <= tolerance
     ]
 
-    return Verdict(
-        check="B5",
-        name="reading leaves no trace",
-        subject=subject,
-        conditions=("C3", "C4"),
-        outcome=pass_or_fail(not failed),
-        evidence=f"after {len(results)} spans predict() differs by {after_predicting:.1e} nats at most "
+    return Verdict.of(
+        TRACE,
+        subject,
+        not failed,
+        f"after {len(results)} spans predict() differs by {after_predicting:.1e} nats at most "
         f"when it was also called on the way, "
         f"by {after_scoring:.1e} when the span was scored instead of observed",
         # The largest difference of all.
@@ -155,8 +193,6 @@ def judge_trace(
         expected=0.0,
         bound=tolerance,
         positions=tuple(failed or (split.start for split in splits)),
-        sees="updates made by predict(); a fast path that learns other things than observe() does",
-        blind="state that never changes a prediction nearby",
     )
 
 
@@ -164,20 +200,16 @@ def judge_rerun(subject: str, first: np.ndarray, second: np.ndarray) -> Verdict:
     """B13: two scorers of one factory give the same bits, float32 (n,), on the stream's first segment."""
     different = np.flatnonzero(first.view(np.uint32) != second.view(np.uint32))
     at = int(different[0]) if len(different) else 0
-    return Verdict(
-        check="B13",
-        name="a second run",
-        subject=subject,
-        conditions=("C1", "C4"),
-        outcome=pass_or_fail(not len(different)),
-        evidence=f"{len(first)} targets from the stream's start by two scorers of one factory: "
+    return Verdict.of(
+        RERUN,
+        subject,
+        not len(different),
+        f"{len(first)} targets from the stream's start by two scorers of one factory: "
         f"{len(different)} losses differ",
         saw=float(second[at]),
         expected=float(first[at]),
         bound=0,
         positions=(at + 1,) if len(different) else (),
-        sees="seeds from the clock, state that outlives a scorer, one run chosen of several",
-        blind="differences between machines, and later in the stream",
     )
 
 

@@ -26,6 +26,7 @@ Zipf, chains, inserts and spellings (B9) at caches, n-grams, copies and sums ove
 event.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -33,10 +34,22 @@ from typing import NamedTuple
 import numpy as np
 
 from stages.audit import probe_runner
+from stages.audit.probe_runner import Cost
 from stages.audit.sampling import KeyedRng
-from stages.audit.verdict import Verdict, pass_or_fail
+from stages.audit.verdict import Check, Verdict, Words
 from stages.common.scorer import Scorer
 
+UNIFORM_CANARY = Check(
+    "B7",
+    "uniform canary",
+    conditions=("C1", "C2"),
+    sees="probabilities that sum to more than one, or that depend on the target, "
+    "wherever that wins on this source",
+    blind="cheats that lose on this source, as many do on noise: a pass says little, a failure is a proof",
+    words=Words(expected="<= bound"),
+)
+SELF_SAMPLED_CANARY = dataclasses.replace(UNIFORM_CANARY, number="B8", name="self-sampled canary")
+KNOWN_ENTROPY_CANARIES = dataclasses.replace(UNIFORM_CANARY, number="B9", name="known-entropy canaries")
 NATS_PER_BIT = float(np.log(2))
 ROUNDING_BITS = 1.0e-6  # per token: error of sums of float32 losses, given in the scorer's favour
 SOURCES = ("uniform", "zipf", "chain", "inserts")
@@ -69,6 +82,16 @@ class Canary:
     source: str
     known: KnownTokens
 
+    @property
+    def cost(self) -> Cost:
+        """Work that `run` asks for."""
+        return self.cost_of(len(self.known.tokens))
+
+    @staticmethod
+    def cost_of(count: int) -> Cost:
+        """Cost of a canary of `count` tokens."""
+        return Cost(calls=1, targets=count)
+
     def run(self, scorer: Scorer, tokens: np.ndarray) -> CanaryResult:
         """Score the canary from a fork."""
         nll = probe_runner.checked_score(scorer.fork(), self.known.tokens)
@@ -81,6 +104,16 @@ class SelfSampled:
 
     start: int
     quantiles: np.ndarray  # (n,) float64 in [0, 1)
+
+    @property
+    def cost(self) -> Cost:
+        """Work that `run` asks for."""
+        return self.cost_of(len(self.quantiles))
+
+    @staticmethod
+    def cost_of(count: int) -> Cost:
+        """Cost of `count` tokens: predicted and observed one by one, then scored."""
+        return Cost(targets=count, predictions=count) + Cost(calls=1, targets=count)
 
     def run(self, scorer: Scorer, tokens: np.ndarray) -> CanaryResult:
         """Draw the span from one fork, score it with another."""
@@ -175,19 +208,19 @@ def probes(
     tokens: np.ndarray,
     vocab_size: int,
     token_bytes: Sequence[bytes] | None,
-) -> list[Canary]:
-    """Build a probe for each source, at the given starts in turn; "uniform" is the first.
+) -> dict[str, Canary]:
+    """Build a probe for each source, at the given starts in turn.
 
-    Spellings are among them if the bytes of the ids are known.
+    "spellings" are among the sources if the bytes of the ids are known.
     """
     known = {source: draw_canary(source, key, count, tokens, vocab_size) for source in SOURCES}
     if token_bytes is not None:
         known["spellings"] = draw_spelling(key, count, tokens, token_bytes)
 
-    canaries = []
+    canaries = {}
     for i, (source, span) in enumerate(known.items()):
         if len(span.tokens):
-            canaries.append(Canary(starts[i % len(starts)], source, span))
+            canaries[source] = Canary(starts[i % len(starts)], source, span)
     return canaries
 
 
@@ -196,8 +229,8 @@ def self_sampled_probe(key: bytes, start: int, count: int) -> SelfSampled:
     return SelfSampled(start, KeyedRng(key, "canary self-sampled").below(1 << 53, count) / float(1 << 53))
 
 
-def judge(subject: str, check: str, name: str, results: list[CanaryResult], bits: float) -> Verdict:
-    """B7, B8 or B9: the running sum of bits won never exceeds `bits`."""
+def judge(check: Check, subject: str, results: list[CanaryResult], bits: float) -> Verdict:
+    """Judge B7, B8 or B9: the running sum of bits won never exceeds `bits`."""
     # Highest point of each running sum; NaN counts as infinite, which is a failure.
     highest = [float(np.nan_to_num(result.bits, nan=np.inf).max()) for result in results]
     failed = [result.start for result, top in zip(results, highest, strict=True) if not top <= bits]
@@ -209,23 +242,16 @@ def judge(subject: str, check: str, name: str, results: list[CanaryResult], bits
         for result, top in zip(results, highest, strict=True)
     )
 
-    return Verdict(
-        check=check,
-        name=name,
-        subject=subject,
-        conditions=("C1", "C2"),
-        outcome=pass_or_fail(not failed),
-        evidence=f"bits won against the true distribution over {tokens} tokens: {sums}; "
+    return Verdict.of(
+        check,
+        subject,
+        not failed,
+        f"bits won against the true distribution over {tokens} tokens: {sums}; "
         f"a lawful scorer wins {bits:g} with probability {len(results)} x 2^-{bits:g} at most",
         # The most bits that were won on one of the canaries.
         saw=highest[int(np.argmax(highest))],
-        expected="<= bound",
         bound=bits,
         positions=tuple(failed or sorted({result.start for result in results})),
-        sees="probabilities that sum to more than one, or that depend on the target, "
-        "wherever that wins on this source",
-        blind="cheats that lose on this source, as many do on noise: "
-        "a pass says little, a failure is a proof",
     )
 
 

@@ -14,10 +14,29 @@ from typing import NamedTuple
 import numpy as np
 
 from stages.audit import probe_runner
+from stages.audit.probe_runner import Cost
 from stages.audit.sampling import KeyedRng, PerturbationGroup
-from stages.audit.verdict import Number, Outcome, Verdict, pass_or_fail
+from stages.audit.verdict import Check, Verdict
 from stages.common.scorer import Scorer
 
+FUTURE_PERTURBATION = Check(
+    "B1",
+    "future perturbation",
+    conditions=("C1", "C3", "C4"),
+    sees="any dependence of a score on later tokens of the same segment: look-ahead, second passes, "
+    "training before scoring, documents sorted by length",
+    blind="validation text in the artifact, dependence on the target itself (B2, B3), "
+    "tokens after the segment (recomputation)",
+)
+LEDGER_WITHOUT_FUTURE = Check(
+    "B1",
+    "ledger without the future",
+    conditions=("C1", "C3", "C4", "metric"),
+    sees="a ledger that another scorer wrote, a second pass, "
+    "a scorer that used tokens after the segment, edited losses",
+    blind="targets that were not scored again: of k false losses at random places, "
+    "none is among them with probability {skipped_share:.3f}^k",
+)
 SUFFIXES = ("random ids", "other text", "another document", "moved boundaries")  # kinds of replaced futures
 MOVED_BOUNDARIES = 2  # BOS put at random into a future whose own are taken away
 
@@ -50,6 +69,16 @@ class Perturbation:
     def start(self) -> int:
         """First token position of the segment."""
         return self.group.start
+
+    @property
+    def cost(self) -> Cost:
+        """Work that `run` asks for."""
+        return self.cost_of(len(self.futures), self.group.stop - self.group.start)
+
+    @staticmethod
+    def cost_of(positions: int, segment: int) -> Cost:
+        """Cost of scoring `segment` targets as they are, and once for each of `positions`."""
+        return Cost(calls=1, targets=segment) * (1 + positions)
 
     def run(self, scorer: Scorer, tokens: np.ndarray) -> Segment:
         """Score the segment and its variants from forks; tokens: (N,) uint16."""
@@ -104,7 +133,8 @@ def judge_perturbation(subject: str, groups: list[PerturbationGroup], segments: 
     if failed:
         worst = failed[0]
         positions = sorted({future.position for future in failed})
-        saw, expected = worst.after, worst.before
+        saw = worst.after
+        expected = worst.before
         evidence = (
             f"with {worst.suffix} after position {worst.position}, the loss of target {worst.first} "
             f"moved from {worst.before:.6g} to {worst.after:.6g} nats "
@@ -113,7 +143,8 @@ def judge_perturbation(subject: str, groups: list[PerturbationGroup], segments: 
     else:
         # Say at which kinds of boundaries futures were replaced.
         positions = sorted(future.position for future in futures)
-        saw, expected = 0.0, 0.0
+        saw = 0.0
+        expected = 0.0
         kinds = [group.kind for group in groups]
         counts = ", ".join(f"{kinds.count(kind)} at {kind}" for kind in sorted(set(kinds)))
         evidence = (
@@ -121,22 +152,16 @@ def judge_perturbation(subject: str, groups: list[PerturbationGroup], segments: 
             "no loss at or before the change moved"
         )
 
-    return Verdict(
-        check="B1",
-        name="future perturbation",
-        subject=subject,
-        conditions=("C1", "C3", "C4"),
-        outcome=pass_or_fail(not failed),
-        evidence=evidence,
+    return Verdict.of(
+        FUTURE_PERTURBATION,
+        subject,
+        not failed,
+        evidence,
         # The first loss that changed.
         saw=saw,
         expected=expected,
         bound=probe_runner.ROUNDING,
         positions=tuple(positions),
-        sees="any dependence of a score on later tokens of the same segment: look-ahead, second passes, "
-        "training before scoring, documents sorted by length",
-        blind="validation text in the artifact, dependence on the target itself (B2, B3), "
-        "tokens after the segment (recomputation)",
     )
 
 
@@ -163,48 +188,28 @@ def judge_recomputation(
         compared[group.start - 1 : group.stop - 1] = True
     targets = np.flatnonzero(compared)
     share = len(targets) / len(losses)
-
-    # Without a complete ledger there is nothing to compare.
-    outcome: Outcome = "cannot tell"
-    evidence = "there is no complete ledger to compare with recomputed losses"
-    saw: Number = 0.0
-    expected: Number = 0.0
-    positions: tuple[int, ...] = ()
+    check = LEDGER_WITHOUT_FUTURE.fill(skipped_share=1 - share)
+    if ledger is None:
+        evidence = "there is no complete ledger to compare with recomputed losses"
+        return Verdict.cannot_tell(check, subject, evidence, bound=loss_tolerance)
 
     # Compare one by one and in the mean: a small gain everywhere changes only the mean.
-    if ledger is not None:
-        difference = ledger[targets].astype(np.float64) - recomputed[targets].astype(np.float64)
-        largest = float(np.abs(difference).max())
-        mean = float(difference.mean())
-        outcome = pass_or_fail(largest <= loss_tolerance and abs(mean) <= mean_tolerance)
-        evidence = (
-            f"{len(targets)} of {len(losses)} targets ({share:.1%}) scored again without their future: "
-            f"largest difference {largest:.1e} nats (bound {loss_tolerance:.0e}), "
-            f"mean {mean:+.1e} (bound {mean_tolerance:.0e})"
-        )
-
-        # The target with the largest difference is reported.
-        worst = targets[np.nan_to_num(np.abs(difference), nan=np.inf).argmax()]
-        saw = float(ledger[worst])
-        expected = float(recomputed[worst])
-        positions = (int(worst) + 1,)
-
-    return Verdict(
-        check="B1",
-        name="ledger without the future",
-        subject=subject,
-        conditions=("C1", "C3", "C4", "metric"),
-        outcome=outcome,
-        evidence=evidence,
-        # The two losses of that target.
-        saw=saw,
-        expected=expected,
+    difference = ledger[targets].astype(np.float64) - recomputed[targets].astype(np.float64)
+    largest = float(np.abs(difference).max())
+    mean = float(difference.mean())
+    worst = targets[np.nan_to_num(np.abs(difference), nan=np.inf).argmax()]
+    return Verdict.of(
+        check,
+        subject,
+        largest <= loss_tolerance and abs(mean) <= mean_tolerance,
+        f"{len(targets)} of {len(losses)} targets ({share:.1%}) scored again without their future: "
+        f"largest difference {largest:.1e} nats (bound {loss_tolerance:.0e}), "
+        f"mean {mean:+.1e} (bound {mean_tolerance:.0e})",
+        # The two losses of the target with the largest difference.
+        saw=float(ledger[worst]),
+        expected=float(recomputed[worst]),
         bound=loss_tolerance,
-        positions=positions,
-        sees="a ledger that another scorer wrote, a second pass, "
-        "a scorer that used tokens after the segment, edited losses",
-        blind="targets that were not scored again: of k false losses at random places, "
-        f"none is among them with probability {1 - share:.3f}^k",
+        positions=(int(worst) + 1,),
     )
 
 

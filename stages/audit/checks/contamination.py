@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import sentencepiece
 
-from stages.audit.verdict import Verdict, pass_or_fail
+from stages.audit.verdict import Check, Verdict
 from stages.common import shards
 from stages.common.jit import jit_entry, jit_internal
 from stages.common.lossless_text import LosslessTokenizer
@@ -39,6 +39,14 @@ BASE: Any = np.uint64(
 MIX: Any = (np.uint64(0xFF51AFD7ED558CCD), np.uint64(0xC4CEB9FE1A85EC53))  # MurmurHash3's finaliser (Appleby)
 SHIFT: Any = np.uint64(33)  # likewise
 EMPTY: Any = np.uint64(0)  # marks an empty slot of the hash table; a hash of 0 becomes 1
+SHARED_PASSAGES = Check(
+    "B15",
+    "passages shared by train and val",
+    conditions=("data",),
+    sees="val documents in train, whole or in large part, also if tokenized or cut otherwise",
+    blind=f"text that was changed every {SHINGLE_BYTES} bytes, translated or paraphrased; "
+    "training data that was not shown",
+)
 
 
 @dataclass(frozen=True)
@@ -170,21 +178,16 @@ def check_passages(overlap: Overlap, share: float = MAX_SHARED) -> Verdict:
         f"the largest share of a document is {shares.max(initial=0.0):.1%}"
     )
 
-    return Verdict(
-        check="B15",
-        name="passages shared by train and val",
-        subject="files",
-        conditions=("data",),
-        outcome=pass_or_fail(not len(failed)),
-        evidence=evidence,
+    return Verdict.of(
+        SHARED_PASSAGES,
+        "files",
+        not len(failed),
+        evidence,
         # The largest share of a document.
         saw=1.0 if overlap.whole.any() else float(shares.max(initial=0.0)),
         expected=0.0,
         bound=share,
         positions=tuple(overlap.starts[worst_first[:3]].tolist()),
-        sees="val documents in train, whole or in large part, also if tokenized or cut otherwise",
-        blind=f"text that was changed every {SHINGLE_BYTES} bytes, translated or paraphrased; "
-        "training data that was not shown",
     )
 
 

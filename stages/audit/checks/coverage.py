@@ -13,11 +13,48 @@ from typing import Any, NamedTuple
 import numpy as np
 import sentencepiece
 
-from stages.audit.verdict import Outcome, Verdict, pass_or_fail
+from stages.audit.verdict import Check, Numbers, Verdict
 from stages.common import shards
 from stages.common.bpb import SPACE_MARKER, byte_table, target_bytes
 from stages.common.ledger import CHUNK_COLUMNS
 
+NOT_LOSSES = "whether the losses are right (B1, B3, B4)"  # what no check of this module can detect
+COVERAGE = Check(
+    "B6",
+    "coverage",
+    conditions=("C4", "metric"),
+    sees="dropped tails, subsets, targets scored twice, losses that are not numbers",
+    blind=NOT_LOSSES,
+)
+REPORTED_BPB = Check(
+    "B6",
+    "reported bits per byte",
+    conditions=("metric",),
+    sees="a number that is not the sum of its ledger, over other bytes, or rounded in its favour",
+    blind=NOT_LOSSES,
+)
+CHUNK_TABLE = Check(
+    "B6",
+    "chunk table",
+    conditions=("C4", "metric"),
+    sees="a table that leaves out, repeats or reorders targets",
+    blind="whether chunks were processed in that order (B1)",
+)
+DENOMINATOR = Check(
+    "B11",
+    "denominator",
+    conditions=("metric",),
+    sees="spaces counted twice, byte-fallback pieces counted as three bytes, control tokens counted, "
+    "another tokenizer",
+    blind="text that the tokenizer lost before it was encoded; the manifest states it",
+)
+BYTE_TABLE = Check(
+    "B11",
+    "awkward texts",
+    conditions=("metric",),
+    sees="byte tables that are right on common text only",
+    blind="texts that were not tried",
+)
 SUM_TOLERANCE = 1.0e-12  # relative, between two float64 sums of the same numbers
 TABLE_TOLERANCE = 1.0e-6  # bits per byte: chunks.tsv has six decimals
 AWKWARD_TEXTS = (  # spaces, other scripts, control characters, the tokenizer's space marker, private use
@@ -49,12 +86,10 @@ class DocumentBytes(NamedTuple):
 def check_ledger(subject: str, ledger: np.ndarray, targets: int) -> Verdict:
     """B6: the ledger holds exactly `targets` losses, each a finite number that is not negative."""
     # Shape first: without it the losses do not belong to targets.
-    outcome: Outcome = "pass"
-    evidence = f"{len(ledger.reshape(-1))} losses for {targets} targets, all finite and not negative"
+    fault = ""
     positions: tuple[int, ...] = ()
     if ledger.dtype != np.float32 or ledger.shape != (targets,):
-        outcome = "fail"
-        evidence = (
+        fault = (
             f"the ledger holds {ledger.dtype} {ledger.shape}, expected float32 ({targets},): "
             "targets are missing or counted twice"
         )
@@ -62,28 +97,16 @@ def check_ledger(subject: str, ledger: np.ndarray, targets: int) -> Verdict:
         # One loss for each target: only their values can be wrong now.
         bad = np.flatnonzero(~(np.isfinite(ledger) & (ledger >= 0)))
         if len(bad):
-            outcome = "fail"
-            evidence = (
+            fault = (
                 f"{len(bad)} losses are negative or not finite, "
                 f"the first {ledger[bad[0]]} at target {bad[0] + 1}"
             )
             positions = tuple((bad[:3] + 1).tolist())
 
-    return Verdict(
-        check="B6",
-        name="coverage",
-        subject=subject,
-        conditions=("C4", "metric"),
-        outcome=outcome,
-        evidence=evidence,
-        # Numbers of losses and targets.
-        saw=int(ledger.size),
-        expected=targets,
-        bound=0,
-        positions=positions,
-        sees="dropped tails, subsets, targets scored twice, losses that are not numbers",
-        blind="whether the losses are right (B1, B3, B4)",
-    )
+    # The numbers of losses and targets.
+    evidence = fault or f"{ledger.size} losses for {targets} targets, all finite and not negative"
+    numbers: Numbers = {"saw": ledger.size, "expected": targets, "bound": 0, "positions": positions}
+    return Verdict.of(COVERAGE, subject, not fault, evidence, **numbers)
 
 
 def check_reported(
@@ -95,21 +118,12 @@ def check_reported(
     if ledger is not None and total:
         recomputed = math.fsum(ledger.tolist()) / math.log(2) / total
     number = float(reported) if isinstance(reported, (int, float)) else math.nan
+    evidence = f"reported {number!r}; from the ledger over {total} decoded bytes {recomputed!r}"
+    numbers: Numbers = {"saw": number, "expected": recomputed, "bound": SUM_TOLERANCE}
+    if ledger is None:
+        return Verdict.cannot_tell(REPORTED_BPB, subject, evidence, **numbers)
     holds = abs(number - recomputed) <= SUM_TOLERANCE * abs(recomputed)
-    return Verdict(
-        check="B6",
-        name="reported bits per byte",
-        subject=subject,
-        conditions=("metric",),
-        outcome="cannot tell" if ledger is None else pass_or_fail(holds),
-        evidence=f"reported {number!r}; from the ledger over {total} decoded bytes {recomputed!r}",
-        saw=number,
-        expected=recomputed,
-        bound=SUM_TOLERANCE,
-        positions=(),
-        sees="a number that is not the sum of its ledger, over other bytes, or rounded in its favour",
-        blind="whether the losses are right (B1, B3, B4)",
-    )
+    return Verdict.of(REPORTED_BPB, subject, holds, evidence, **numbers)
 
 
 def check_chunks(
@@ -137,20 +151,16 @@ def check_chunks(
     elif not fault and covered != len(target_bytes):
         fault = f"the chunks cover {covered} of {len(target_bytes)} targets"
 
-    return Verdict(
-        check="B6",
-        name="chunk table",
-        subject=subject,
-        conditions=("C4", "metric"),
-        outcome=pass_or_fail(not fault),
-        evidence=fault or f"{len(rows or [])} chunks cover the targets in order, once, with their bytes",
-        # Numbers of covered targets and of all.
+    return Verdict.of(
+        CHUNK_TABLE,
+        subject,
+        not fault,
+        fault or f"{len(rows or [])} chunks cover the targets in order, once, with their bytes",
+        # The numbers of covered targets and of all.
         saw=covered,
         expected=len(target_bytes),
         bound=0,
         positions=(first_bad + 1,) if fault else (),
-        sees="a table that leaves out, repeats or reorders targets",
-        blind="whether chunks were processed in that order (B1)",
     )
 
 
@@ -178,13 +188,18 @@ def check_denominator(
     per_document = np.add.reduceat(np.concatenate([[0], target_bytes]), starts)
     wrong = np.flatnonzero(per_document != document_bytes.counted)
 
-    outcome: Outcome = "pass"
+    # Bytes of the whole stream.
+    numbers: Numbers = {
+        "saw": int(target_bytes.sum()),
+        "expected": int(document_bytes.counted.sum()),
+        "bound": 0,
+        "positions": tuple(starts[wrong[:3]].tolist()),
+    }
     evidence = (
         f"{len(starts)} documents decode to {document_bytes.counted.sum()} bytes, "
         "the same number as was counted for each"
     )
     if len(wrong):
-        outcome = "fail"
         first = int(wrong[0])
         evidence = (
             f"{len(wrong)} of {len(starts)} documents differ, the first number {first}: "
@@ -192,25 +207,9 @@ def check_denominator(
         )
         # A document of bytes that are not UTF-8 cannot be counted by decoding.
         if document_bytes.replaced[wrong].all():
-            outcome = "cannot tell"
             evidence += "; all of them hold bytes that are not UTF-8, which decoding replaces"
-
-    return Verdict(
-        check="B11",
-        name="denominator",
-        subject="files",
-        conditions=("metric",),
-        outcome=outcome,
-        evidence=evidence,
-        # Bytes of the whole stream.
-        saw=int(target_bytes.sum()),
-        expected=int(document_bytes.counted.sum()),
-        bound=0,
-        positions=tuple(starts[wrong[:3]].tolist()),
-        sees="spaces counted twice, byte-fallback pieces counted as three bytes, control tokens counted, "
-        "another tokenizer",
-        blind="text that the tokenizer lost before it was encoded; the manifest states it",
-    )
+            return Verdict.cannot_tell(DENOMINATOR, "files", evidence, **numbers)
+    return Verdict.of(DENOMINATOR, "files", not len(wrong), evidence, **numbers)
 
 
 def check_table(
@@ -244,20 +243,15 @@ def check_table(
             f"the first {text!r}: {counted} bytes for {expected}"
         )
 
-    return Verdict(
-        check="B11",
-        name="awkward texts",
-        subject="files",
-        conditions=("metric",),
-        outcome=pass_or_fail(not wrong),
-        evidence=evidence,
+    return Verdict.of(
+        BYTE_TABLE,
+        "files",
+        not wrong,
+        evidence,
         # Bytes of that text.
         saw=wrong[0][1] if wrong else 0,
         expected=wrong[0][2] if wrong else 0,
         bound=0,
-        positions=(),
-        sees="byte tables that are right on common text only",
-        blind="texts that were not tried",
     )
 
 

@@ -16,12 +16,21 @@ from typing import NamedTuple
 import numpy as np
 
 from stages.audit import probe_runner
+from stages.audit.probe_runner import Cost
 from stages.audit.sampling import KeyedRng
-from stages.audit.verdict import Verdict, pass_or_fail
+from stages.audit.verdict import Check, Verdict
 from stages.common.scorer import Scorer
 
+DEPENDENCY_GRAPH = Check(
+    "B1c",
+    "dependency graph",
+    conditions=("C1", "C4"),
+    sees="documents scored in another order than the stream's with shared state, circles, "
+    "state that crosses a declared boundary",
+    blind="documents further apart than those of one call; dependencies too small to tell from rounding",
+)
 SHORTEST_DOCUMENT = 6  # tokens, BOS included
-LONGEST_DOCUMENT = 40
+LONGEST_DOCUMENT = 40  # drawn lengths are below; document i of a call is then made i tokens longer
 
 
 class Dependency(NamedTuple):
@@ -43,6 +52,16 @@ class OrderProbe:
     documents: tuple[np.ndarray, ...]  # token ids, each begins with BOS
     positions: tuple[int, ...]  # of each document's exchanged token, in the call
     substitutes: tuple[int, ...]  # the id that takes its place
+
+    @property
+    def cost(self) -> Cost:
+        """Work that `run` asks for."""
+        return self.cost_of(len(self.documents), sum(map(len, self.documents)))
+
+    @staticmethod
+    def cost_of(documents: int, tokens: int) -> Cost:
+        """Cost of scoring `tokens` in all as they are, and once with a token of each document exchanged."""
+        return Cost(calls=1, targets=tokens) * (1 + documents)
 
     def run(self, scorer: Scorer, tokens: np.ndarray) -> list[Dependency]:
         """Find dependencies between different documents, and of a document on its own later tokens."""
@@ -107,6 +126,11 @@ def probe(
     return OrderProbe(start, tuple(cut), tuple(positions), tuple(substitutes))
 
 
+def max_tokens(documents: int) -> int:
+    """Upper bound of the tokens of a call, all documents together, as `probe` cuts them."""
+    return documents * (LONGEST_DOCUMENT - 1) + documents * (documents - 1) // 2
+
+
 def judge(subject: str, probe: OrderProbe, dependencies: list[Dependency], scope: str) -> Verdict:
     """B1c: no document depends on a later one.
 
@@ -137,21 +161,16 @@ def judge(subject: str, probe: OrderProbe, dependencies: list[Dependency], scope
             "none on a later one"
         )
 
-    return Verdict(
-        check="B1c",
-        name="dependency graph",
-        subject=subject,
-        conditions=("C1", "C4"),
-        outcome=pass_or_fail(not failed),
-        evidence=evidence,
+    return Verdict.of(
+        DEPENDENCY_GRAPH,
+        subject,
+        not failed,
+        evidence,
         # The first loss that must not depend on the exchanged token.
         saw=failed[0].after if failed else 0,
         expected=failed[0].before if failed else 0,
         bound=probe_runner.ROUNDING,
         positions=tuple(probe.start + dependency.position for dependency in failed[:3]),
-        sees="documents scored in another order than the stream's with shared state, circles, "
-        "state that crosses a declared boundary",
-        blind="documents further apart than those of one call; dependencies too small to tell from rounding",
     )
 
 

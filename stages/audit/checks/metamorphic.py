@@ -7,6 +7,7 @@ knows nothing, and any gain is probability that was counted twice (#770, #779 an
 gave 0 bits per byte); on ids drawn at random that gain is bounded as in canary.py.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,10 +15,20 @@ import numpy as np
 
 from stages.audit import probe_runner
 from stages.audit.checks import canary
+from stages.audit.probe_runner import Cost
 from stages.audit.sampling import KeyedRng
-from stages.audit.verdict import Verdict, pass_or_fail
+from stages.audit.verdict import Check, Verdict
 from stages.common.scorer import Scorer
 
+PERMUTED_IDS = Check(
+    "B10",
+    "other names for the ids",
+    conditions=("C2",),
+    sees="ids whose number matters, gains from hash collisions, a memory that acts when it is off",
+    blind="cheats that treat all ids and buckets alike (B3)",
+)
+WITHOUT_MEMORY = dataclasses.replace(PERMUTED_IDS, name="a memory of no weight")
+ONE_BUCKET = dataclasses.replace(canary.UNIFORM_CANARY, number="B10", name="one bucket")
 BUCKETS = (1, 1 << 10, 1 << 16)  # numbers of hash buckets that are compared
 
 
@@ -53,12 +64,12 @@ def check(
     if variants.permuted_ids is not None:
         permutation = KeyedRng(key, "names").permutation(vocab_size)
         losses = _score_from_start(variants.permuted_ids(permutation), permutation[tokens])
-        verdicts.append(_judge_equal(subject, "other names for the ids", base, losses, loss_tolerance))
+        verdicts.append(_judge_equal(PERMUTED_IDS, subject, base, losses, loss_tolerance))
 
     if variants.without_memory is not None:
         first, *others = [_score_from_start(variants.without_memory(buckets), tokens) for buckets in BUCKETS]
         farthest = max(others, key=lambda other: float(np.abs(other - first).max()))
-        verdicts.append(_judge_equal(subject, "a memory of no weight", first, farthest, 0.0))
+        verdicts.append(_judge_equal(WITHOUT_MEMORY, subject, first, farthest, 0.0))
 
     if variants.with_buckets is not None:
         known = canary.draw_canary("uniform", key, len(tokens), tokens, vocab_size)
@@ -66,8 +77,16 @@ def check(
         scorer.observe(int(tokens[0]))
         won = canary.bits_won(known.logp, probe_runner.checked_score(scorer, known.tokens))
         result = canary.CanaryResult("uniform, one bucket", 1, won)
-        verdicts.append(canary.judge(subject, "B10", "one bucket", [result], canary_bits))
+        verdicts.append(canary.judge(ONE_BUCKET, subject, [result], canary_bits))
     return verdicts
+
+
+def max_cost(tokens: int) -> Cost:
+    """Cost of all variants on the first `tokens` of the stream."""
+    permuted_ids = Cost(calls=1, targets=tokens)
+    without_memory = permuted_ids * len(BUCKETS)
+    one_bucket = Cost(calls=1, targets=1 + tokens)
+    return permuted_ids + without_memory + one_bucket
 
 
 def _score_from_start(scorer: Scorer, tokens: np.ndarray) -> np.ndarray:
@@ -75,22 +94,20 @@ def _score_from_start(scorer: Scorer, tokens: np.ndarray) -> np.ndarray:
     return probe_runner.checked_score(scorer, tokens[1:].astype(np.uint16))
 
 
-def _judge_equal(subject: str, name: str, base: np.ndarray, varied: np.ndarray, tolerance: float) -> Verdict:
+def _judge_equal(
+    check: Check, subject: str, base: np.ndarray, varied: np.ndarray, tolerance: float
+) -> Verdict:
     """Compare the losses (n,) of a variant with those of the plain scorer."""
     difference = np.nan_to_num(np.abs(base.astype(np.float64) - varied), nan=np.inf)
     worst = int(difference.argmax())
-    return Verdict(
-        check="B10",
-        name=name,
-        subject=subject,
-        conditions=("C2",),
-        outcome=pass_or_fail(bool(difference[worst] <= tolerance)),
-        evidence=f"{len(base)} targets from the stream's start, as they are and with {name}: "
+    return Verdict.of(
+        check,
+        subject,
+        bool(difference[worst] <= tolerance),
+        f"{len(base)} targets from the stream's start, as they are and with {check.name}: "
         f"largest difference {difference[worst]:.1e} nats",
         saw=float(varied[worst]),
         expected=float(base[worst]),
         bound=tolerance,
         positions=(worst + 1,),
-        sees="ids whose number matters, gains from hash collisions, a memory that acts when it is off",
-        blind="cheats that treat all ids and buckets alike (B3)",
     )

@@ -8,6 +8,7 @@ every id, ids are sampled from r = p/2 + 1/(2V), and the sum Z of q is estimated
 p(a)) / r(a): unbiased, and exact where q = p.
 """
 
+import dataclasses
 import itertools
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -15,15 +16,51 @@ from typing import NamedTuple
 import numpy as np
 
 from stages.audit import probe_runner
+from stages.audit.probe_runner import Cost
 from stages.audit.sampling import KeyedRng
-from stages.audit.verdict import Number, Outcome, Verdict, pass_or_fail
+from stages.audit.verdict import Check, Verdict
 from stages.common.scorer import Scorer
 
+OWN_TOKEN = Check(
+    "B2",
+    "own-token independence",
+    conditions=("C1", "C2", "C3"),
+    sees="state that predict() or another fork changes; earlier scores that depend on this token",
+    blind="a fast path that uses another distribution than predict() shows (B3)",
+)
+COMMITTED_SUM = Check(
+    "B3",
+    "committed distribution sums to one",
+    conditions=("C2",),
+    sees="probabilities over the whole vocabulary that sum to more than one",
+    blind="positions that were not drawn; whether these probabilities are the ones that are scored "
+    "(substitution)",
+)
+COUNTERFACTUAL_SUM = Check(
+    "B3",
+    "counterfactual sum",
+    conditions=("C2", "C3"),
+    sees="target-dependent gates, update before score, unnormalised mixtures, "
+    "scores for the realised token only",
+    blind="causality in time (B1)",
+)
+SAMPLED_COUNTERFACTUAL_SUM = dataclasses.replace(
+    COUNTERFACTUAL_SUM,
+    blind="advantages of a few tokens only: {tried} pairs of position and id were tried",
+)
+LEDGER_COMMITMENT = Check(
+    "B4",
+    "ledger equals commitment",
+    conditions=("C1", "C2", "C3", "metric"),
+    sees="a ledger whose losses no distribution fixed beforehand explains, whatever wrote it",
+    blind="targets that were not drawn",
+)
 # Consecutive targets whose distributions are read at each position: a scorer that skips every other
 # target cannot fall between them.
 RUN_TARGETS = 4
 # Tokens before the substituted one in the same call of the fast path; half as many after it.
 MAX_TOKENS_BEFORE = 8
+MAX_PIECE = MAX_TOKENS_BEFORE + MAX_TOKENS_BEFORE // 2 - 1  # tokens: up to 7 before, and up to 3 after
 
 
 class Commitment(NamedTuple):
@@ -51,6 +88,26 @@ class Substitution:
     uniform: np.ndarray  # (K,) int64: ids drawn uniformly
     # (K,) float64 in [0, 1): positions in the cumulative sum of p, for ids drawn from p
     quantiles: np.ndarray
+    vocab_size: int
+
+    @property
+    def cost(self) -> Cost:
+        """Work that `run` asks for."""
+        return self.cost_of(
+            self.position - self.start, self.stop - self.start, len(self.uniform), self.vocab_size
+        )
+
+    @staticmethod
+    def cost_of(before: int, piece: int, substitutions: int, vocab_size: int) -> Cost:
+        """Cost of a piece of `piece` tokens, `before` of them before the substituted one."""
+        # The committed distribution, again after two forks, then those of the next targets.
+        committed = Cost(targets=before, predictions=1)
+        repeated = Cost(calls=1, targets=2, predictions=1)
+        charged = Cost(targets=RUN_TARGETS - 1, predictions=RUN_TARGETS - 1)
+
+        # One call for each id.
+        ids = vocab_size if vocab_size <= substitutions else 2 + _drawn(substitutions)
+        return committed + repeated + charged + Cost(calls=1, targets=piece) * ids
 
     def run(self, scorer: Scorer, tokens: np.ndarray) -> Commitment:
         """Read the distribution, then substitute; tokens: (N,) uint16."""
@@ -107,16 +164,15 @@ class Substitution:
         Also returns how many of them, the last ones, were drawn from r; 0 if every id is tried.
         committed: (V,) float64.
         """
-        vocab_size = len(committed)
-        if vocab_size <= len(self.uniform):
-            return np.arange(vocab_size), 0
+        if self.vocab_size <= len(self.uniform):
+            return np.arange(self.vocab_size), 0
 
         # The target and the likeliest id, then ids drawn from p and uniformly in turn: half and half,
         # as r says.
         cumulative = np.cumsum(np.exp(committed))
         from_p = np.searchsorted(cumulative, self.quantiles * cumulative[-1], side="right")
-        from_p = np.minimum(from_p, vocab_size - 1)
-        count = (len(from_p) - 2) // 2 * 2
+        from_p = np.minimum(from_p, self.vocab_size - 1)
+        count = _drawn(len(from_p))
         drawn = np.where(np.arange(count) % 2 == 0, from_p[:count], self.uniform[:count])
         likeliest = int(np.nan_to_num(committed, nan=-np.inf).argmax())
         return np.concatenate([[target, likeliest], drawn]), len(drawn)
@@ -136,7 +192,7 @@ def probes(
         stop = min(length, position + 1 + rng.integer(0, MAX_TOKENS_BEFORE // 2))
         uniform = rng.below(vocab_size, substitutions)
         quantiles = rng.below(1 << 53, substitutions) / float(1 << 53)
-        substitution_probes.append(Substitution(start, position, stop, uniform, quantiles))
+        substitution_probes.append(Substitution(start, position, stop, uniform, quantiles, vocab_size))
     return substitution_probes
 
 
@@ -154,20 +210,16 @@ def judge_independence(subject: str, findings: list[Commitment]) -> Verdict:
             reason = "an earlier loss changed with the token put there"
         evidence = f"at {len(failed)} of {len(findings)} positions {reason}"
 
-    return Verdict(
-        check="B2",
-        name="own-token independence",
-        subject=subject,
-        conditions=("C1", "C2", "C3"),
-        outcome=pass_or_fail(not failed),
-        evidence=evidence,
+    return Verdict.of(
+        OWN_TOKEN,
+        subject,
+        not failed,
+        evidence,
         # Numbers of positions.
         saw=len(failed),
         expected=0,
         bound=0,
         positions=tuple(finding.position for finding in (failed or findings)),
-        sees="state that predict() or another fork changes; earlier scores that depend on this token",
-        blind="a fast path that uses another distribution than predict() shows (B3)",
     )
 
 
@@ -178,21 +230,16 @@ def judge_sum(subject: str, findings: list[Commitment], tolerance: float) -> Ver
     log_sums = np.nan_to_num(log_sums, nan=np.inf)
     failed = [finding for finding, log_sum in zip(findings, log_sums, strict=True) if log_sum > tolerance]
     all_finite = all(finding.finite for finding in findings)
-    return Verdict(
-        check="B3",
-        name="committed distribution sums to one",
-        subject=subject,
-        conditions=("C2",),
-        outcome=pass_or_fail(not failed),
-        evidence=f"largest log of the sum over {len(findings)} distributions {log_sums.max():.1e}; "
+    return Verdict.of(
+        COMMITTED_SUM,
+        subject,
+        not failed,
+        f"largest log of the sum over {len(findings)} distributions {log_sums.max():.1e}; "
         f"all entries finite: {'yes' if all_finite else 'no'}",
         saw=findings[int(log_sums.argmax())].log_sum,
         expected=0.0,
         bound=tolerance,
         positions=tuple(finding.position for finding in (failed or findings)),
-        sees="probabilities over the whole vocabulary that sum to more than one",
-        blind="positions that were not drawn; "
-        "whether these probabilities are the ones that are scored (substitution)",
     )
 
 
@@ -208,18 +255,11 @@ def judge_substitution(
     # How many ids were tried decides what the check cannot detect.
     ids = sum(finding.ids for finding in findings)
     all_ids = all(finding.ids == vocab_size for finding in findings)
-    if all_ids:
-        blind = "causality in time (B1)"
-    else:
-        blind = f"advantages of a few tokens only: {ids} pairs of position and id were tried"
-
-    return Verdict(
-        check="B3",
-        name="counterfactual sum",
-        subject=subject,
-        conditions=("C2", "C3"),
-        outcome=pass_or_fail(not failed),
-        evidence=f"{ids} substitutions at {len(findings)} positions: largest difference from the committed "
+    return Verdict.of(
+        COUNTERFACTUAL_SUM if all_ids else SAMPLED_COUNTERFACTUAL_SUM.fill(tried=ids),
+        subject,
+        not failed,
+        f"{ids} substitutions at {len(findings)} positions: largest difference from the committed "
         f"distribution {worst.deviation:.1e} nats (id {worst.worst_id} at {worst.position}); "
         f"{'sum' if all_ids else 'estimated sum'} of the scored probabilities {farthest.total:.7f}",
         # The sum of scored probabilities that is farthest from one.
@@ -227,9 +267,6 @@ def judge_substitution(
         expected=1.0,
         bound=tolerance,
         positions=tuple(finding.position for finding in (failed or findings)),
-        sees="target-dependent gates, update before score, unnormalised mixtures, "
-        "scores for the realised token only",
-        blind=blind,
     )
 
 
@@ -240,44 +277,27 @@ def judge_commitment(
 
     ledger: (N-1,) float32, or None without a complete one; tolerance: nats for one loss.
     """
-    # Without a complete ledger there is nothing to compare.
-    outcome: Outcome = "cannot tell"
-    evidence = "there is no complete ledger to compare with the committed distributions"
-    saw: Number = 0.0
-    expected: Number = 0.0
-    positions: tuple[int, ...] = ()
-    if ledger is not None:
-        charged = np.concatenate([finding.charged for finding in findings])
-        targets = np.concatenate([finding.position + np.arange(len(finding.charged)) for finding in findings])
+    if ledger is None:
+        evidence = "there is no complete ledger to compare with the committed distributions"
+        return Verdict.cannot_tell(LEDGER_COMMITMENT, subject, evidence, bound=tolerance)
 
-        # Compare each target; the worst is reported.
-        written = ledger[targets - 1].astype(np.float64)
-        deviation = np.nan_to_num(np.abs(written - charged), nan=np.inf)
-        failed = targets[deviation > tolerance].tolist()
-        worst = int(deviation.argmax())
-
-        outcome = pass_or_fail(not failed)
-        evidence = (
-            f"{len(charged)} targets in {len(findings)} runs: largest difference {deviation.max():.1e} nats"
-        )
-        saw = float(written[worst])
-        expected = float(charged[worst])
-        positions = tuple(failed or (finding.position for finding in findings))
-
-    return Verdict(
-        check="B4",
-        name="ledger equals commitment",
-        subject=subject,
-        conditions=("C1", "C2", "C3", "metric"),
-        outcome=outcome,
-        evidence=evidence,
+    # Compare each target; the worst is reported.
+    charged = np.concatenate([finding.charged for finding in findings])
+    targets = np.concatenate([finding.position + np.arange(len(finding.charged)) for finding in findings])
+    written = ledger[targets - 1].astype(np.float64)
+    deviation = np.nan_to_num(np.abs(written - charged), nan=np.inf)
+    failed = targets[deviation > tolerance].tolist()
+    worst = int(deviation.argmax())
+    return Verdict.of(
+        LEDGER_COMMITMENT,
+        subject,
+        not failed,
+        f"{len(charged)} targets in {len(findings)} runs: largest difference {deviation.max():.1e} nats",
         # The two losses of the worst target.
-        saw=saw,
-        expected=expected,
+        saw=float(written[worst]),
+        expected=float(charged[worst]),
         bound=tolerance,
-        positions=positions,
-        sees="a ledger whose losses no distribution fixed beforehand explains, whatever wrote it",
-        blind="targets that were not drawn",
+        positions=tuple(failed or (finding.position for finding in findings)),
     )
 
 
@@ -285,6 +305,11 @@ def log_sum_exp(x: np.ndarray) -> float:
     """Compute the log of the sum of exp(x) without overflow; x: (n,) float64."""
     top = float(x.max())
     return top + float(np.log(np.exp(x - top).sum())) if np.isfinite(top) else top
+
+
+def _drawn(substitutions: int) -> int:
+    """Number of substituted ids that are drawn: an even one, as half of them are drawn from p."""
+    return (substitutions - 2) // 2 * 2
 
 
 def _repeats_after_forks(scorer: Scorer, committed: np.ndarray, other_token: int) -> bool:

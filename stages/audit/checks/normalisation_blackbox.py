@@ -13,16 +13,25 @@ and never expects to have more than at the start; averaged over several s, and b
 canary.py, and not by a tolerance.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
 from stages.audit import probe_runner
+from stages.audit.checks import normalisation
+from stages.audit.probe_runner import Cost
 from stages.audit.sampling import KeyedRng
-from stages.audit.verdict import Number, Verdict, pass_or_fail
+from stages.audit.verdict import Verdict, Words
 from stages.common.scorer import Scorer
 
+COUNTERFACTUAL_SUM = dataclasses.replace(normalisation.COUNTERFACTUAL_SUM, conditions=("C2",))
+SAMPLED_COUNTERFACTUAL_SUM = dataclasses.replace(
+    COUNTERFACTUAL_SUM,
+    blind="sums that exceed one by little, or through few tokens: the draws are not the vocabulary",
+    words=Words(expected="<= bound"),
+)
 EXHAUSTIVE_VOCAB = 512  # ids: the largest vocabulary that is tried whole
 STAKES = (0.02, 0.1, 0.3, 0.8)  # shares of the wealth; small ones detect small gains, large ones soon
 
@@ -45,6 +54,16 @@ class Counterfactual:
     sampled_from: (
         np.ndarray | None
     )  # (V,) float64: r, from which they were drawn; None: they are the whole vocabulary
+
+    @property
+    def cost(self) -> Cost:
+        """Work that `run` asks for."""
+        return self.cost_of(len(self.ids))
+
+    @staticmethod
+    def cost_of(ids: int) -> Cost:
+        """Cost of `ids` ids, one call each."""
+        return Cost(calls=1, targets=1) * ids
 
     def run(self, scorer: Scorer, tokens: np.ndarray) -> SumResult:
         """Sum the probabilities of the ids, or estimate the sum over the vocabulary."""
@@ -76,56 +95,46 @@ def probes(
     return counterfactuals
 
 
+def tried_ids(vocab_size: int, draws: int) -> int:
+    """Number of ids that are tried at a position: all of a small vocabulary, or `draws`."""
+    return vocab_size if vocab_size <= EXHAUSTIVE_VOCAB else draws
+
+
 def judge(subject: str, results: list[SumResult], tolerance: float, bits: float) -> Verdict:
     """B3: no sum exceeds one by more than `tolerance`.
 
     If the sums are sampled: the gambler never wins more than `bits` bits.
     """
-    # All ids were tried: the sums are exact.
-    worst = max(results, key=lambda result: result.total)
+    # All ids were tried: the sums are exact, and the largest is reported.
     if all(not len(result.ratios) for result in results):
+        worst = max(results, key=lambda result: result.total)
         failed = [result for result in results if not result.total <= 1 + tolerance]
-        evidence = (
+        return Verdict.of(
+            COUNTERFACTUAL_SUM,
+            subject,
+            not failed,
             f"{sum(result.ids for result in results)} substitutions at {len(results)} positions, "
-            f"all ids at each: largest sum {worst.total:.7f}"
-        )
-        saw: Number = worst.total
-        expected: Number = 1.0
-        bound = tolerance
-        blind = "causality in time (B1)"
-    else:
-        # Ids were sampled: the gambler decides.
-        ratios = np.concatenate([result.ratios for result in results])
-        won = float(log2_wealth(ratios).max())
-        failed = [] if won <= bits else results
-        standard_error = ratios.std() / np.sqrt(len(ratios))
-        evidence = (
-            f"{len(ratios)} substitutions drawn at {len(results)} positions: "
-            f"sum {ratios.mean():.4f} on average (standard error {standard_error:.4f}); "
-            f"a gambler against it was {won:+.1f} bits up at best, more than {bits:g} is a failure"
+            f"all ids at each: largest sum {worst.total:.7f}",
+            saw=worst.total,
+            expected=1.0,
+            bound=tolerance,
+            positions=tuple(result.position for result in (failed or results)),
         )
 
-        # The mean is only an estimate of the sum, so the bound is on the bits won.
-        saw = won
-        expected = "<= bound"
-        bound = bits
-        blind = "sums that exceed one by little, or through few tokens: the draws are not the vocabulary"
-
-    return Verdict(
-        check="B3",
-        name="counterfactual sum",
-        subject=subject,
-        conditions=("C2",),
-        outcome=pass_or_fail(not failed),
-        evidence=evidence,
-        # The largest sum, or the gambler's bits.
-        saw=saw,
-        expected=expected,
-        bound=bound,
-        positions=tuple(result.position for result in (failed or results)),
-        sees="target-dependent gates, update before score, unnormalised mixtures, "
-        "scores for the realised token only",
-        blind=blind,
+    # Ids were sampled: their mean is only an estimate of the sum, so the gambler's bits decide.
+    ratios = np.concatenate([result.ratios for result in results])
+    won = float(log2_wealth(ratios).max())
+    standard_error = ratios.std() / np.sqrt(len(ratios))
+    return Verdict.of(
+        SAMPLED_COUNTERFACTUAL_SUM,
+        subject,
+        won <= bits,
+        f"{len(ratios)} substitutions drawn at {len(results)} positions: "
+        f"sum {ratios.mean():.4f} on average (standard error {standard_error:.4f}); "
+        f"a gambler against it was {won:+.1f} bits up at best, more than {bits:g} is a failure",
+        saw=won,
+        bound=bits,
+        positions=tuple(result.position for result in results),
     )
 
 

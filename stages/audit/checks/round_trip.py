@@ -24,8 +24,18 @@ from stages.audit import probe_runner
 from stages.audit.audit_scorer import ScorerFactory
 from stages.audit.checks.decoder import FOUND, GIVEN, NO_SCORER, PAYLOAD, TASK, encode
 from stages.audit.scorer_recipe import Recipe
-from stages.audit.verdict import Outcome, Verdict
+from stages.audit.verdict import Check, Numbers, Verdict
 from stages.common import range_coder
+
+ROUND_TRIP = Check(
+    "B12",
+    "decoder round trip",
+    conditions=("C1", "C2", "C3", "C4"),
+    sees="scores for which no decoder can exist: a claim below the size of the file, "
+    "by more than {bits:.1f} bits over the span",
+    blind="targets outside the span; a decoder that reads its answers from the disk (B14) "
+    "or carries them in the artifact (B15)",
+)
 
 
 class FreshDecode(NamedTuple):
@@ -71,46 +81,33 @@ def check_round_trip(
     bits = 8.0 * len(payload)
     bound = range_coder.max_overhead_bits(count, scorer.vocab_size) + count * tolerance / math.log(2)
 
+    # The file must not be larger than the claim; False if the claim is NaN.
+    check = ROUND_TRIP.fill(bits=bound)
+    numbers: Numbers = {"saw": bits, "expected": claimed_bits, "bound": bound}
+    numbers["positions"] = (start, start + count - 1)
     size = f"{count} targets in {len(payload)} bytes"
-    if bits <= claimed_bits + bound:  # False if the claim is NaN
-        decoded = _decode_elsewhere(recipe, tokens[:start], payload, count, n_targets, timeout_seconds)
-        outcome, result = _judge(span, decoded)
-        evidence = f"{size}, {bits - claimed_bits:+.1f} bits against the claim; {result}"
-    else:
-        outcome = "fail"
-        evidence = f"{size}, {bits - claimed_bits:.1f} bits more than claimed: the claim is not a code length"
+    if not bits <= claimed_bits + bound:
+        excess = f"{bits - claimed_bits:.1f} bits more than claimed"
+        evidence = f"{size}, {excess}: the claim is not a code length"
+        return Verdict.failed(check, subject, evidence, **numbers)
 
-    return Verdict(
-        check="B12",
-        name="decoder round trip",
-        subject=subject,
-        conditions=("C1", "C2", "C3", "C4"),
-        outcome=outcome,
-        evidence=evidence,
-        saw=bits,
-        expected=claimed_bits,
-        bound=bound,
-        positions=(start, start + count - 1),
-        sees="scores for which no decoder can exist: a claim below the size of the file, "
-        f"by more than {bound:.1f} bits over the span",
-        blind="targets outside the span; a decoder that reads its answers from the disk (B14) "
-        "or carries them in the artifact (B15)",
-    )
-
-
-def _judge(span: np.ndarray, decoded: FreshDecode) -> tuple[Outcome, str]:
-    """Compare the decoded tokens with the span (n,); returns the outcome and its reason."""
+    # A fresh process must decode it. One that did not get as far as that says nothing about the scorer.
+    size = f"{size}, {bits - claimed_bits:+.1f} bits against the claim"
+    decoded = _decode_elsewhere(recipe, tokens[:start], payload, count, n_targets, timeout_seconds)
     if decoded.found is None:
-        outcome: Outcome = "fail" if decoded.started else "cannot tell"
-        return outcome, f"a fresh process did not decode them: {decoded.error}"
+        evidence = f"{size}; a fresh process did not decode them: {decoded.error}"
+        if not decoded.started:
+            return Verdict.cannot_tell(check, subject, evidence, **numbers)
+        return Verdict.failed(check, subject, evidence, **numbers)
+
     wrong = np.flatnonzero(decoded.found != span)
     if len(wrong):
-        return (
-            "fail",
-            f"a fresh process decoded token number {wrong[0]} wrongly: "
-            "its distribution was not the encoder's",
+        evidence = (
+            f"{size}; a fresh process decoded token number {wrong[0]} wrongly: "
+            "its distribution was not the encoder's"
         )
-    return "pass", "a fresh process decoded them"
+        return Verdict.failed(check, subject, evidence, **numbers)
+    return Verdict.passed(check, subject, f"{size}; a fresh process decoded them", **numbers)
 
 
 def _decode_elsewhere(

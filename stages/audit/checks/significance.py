@@ -11,9 +11,18 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from stages.audit.verdict import Outcome, Verdict
+from stages.audit.verdict import Check, Verdict, Words
 from stages.common.challenge import MIN_RECORD_GAIN_NATS, MIN_RECORD_SEEDS, RECORD_P_VALUE
 from stages.common.student_t import seed_statistics, welch
+
+SIGNIFICANCE = Check(
+    "B16",
+    "significance",
+    conditions=("statistics",),
+    sees="gains within the noise, seeds of different configurations, too few seeds",
+    blind="seeds that were run and not reported; a configuration that was tuned on validation text",
+    words=Words(expected=f"< {RECORD_P_VALUE}"),
+)
 
 
 def check_seeds(runs: Sequence[Mapping[str, Any]], baseline: Sequence[float]) -> Verdict:
@@ -26,17 +35,17 @@ def check_seeds(runs: Sequence[Mapping[str, Any]], baseline: Sequence[float]) ->
     losses = [run.get("nats") for run in runs]
     configurations = {run.get("config") for run in runs}
 
-    # Conditions of the test: enough seeds, all different, of one configuration, each with a loss.
-    outcome: Outcome = "fail"
-    p_value = 1.0
+    # Too few figures for a test say nothing against the claim.
     if len(runs) < MIN_RECORD_SEEDS or not baseline:
-        # Too few figures for a test say nothing against the claim.
-        outcome = "cannot tell"
         evidence = (
             f"{len(runs)} seeds and {len(baseline)} baseline figures were given, "
             f"{MIN_RECORD_SEEDS} and 1 are needed"
         )
-    elif len(set(map(str, seeds))) < len(seeds):
+        return Verdict.cannot_tell(SIGNIFICANCE, "files", evidence, saw=1.0, bound=RECORD_P_VALUE)
+
+    # Conditions of the test: the seeds are different, of one configuration, each with a loss.
+    p_value = 1.0
+    if len(set(map(str, seeds))) < len(seeds):
         evidence = f"a seed was counted twice: {seeds}"
     elif len(configurations) != 1 or None in configurations:
         evidence = f"the seeds were run with {len(configurations)} configurations, or none is stated"
@@ -50,7 +59,6 @@ def check_seeds(runs: Sequence[Mapping[str, Any]], baseline: Sequence[float]) ->
 
         # Evidence: a rejected gain is stated with its size, which may be right but too uncertain.
         if p_value < RECORD_P_VALUE:
-            outcome = "pass"
             evidence = (
                 f"{len(runs)} seeds of one configuration gain more than {MIN_RECORD_GAIN_NATS} nats, "
                 f"p = {p_value:.3g}"
@@ -61,18 +69,6 @@ def check_seeds(runs: Sequence[Mapping[str, Any]], baseline: Sequence[float]) ->
                 f"p = {p_value:.3g} that it is {MIN_RECORD_GAIN_NATS} at most"
             )
 
-    return Verdict(
-        check="B16",
-        name="significance",
-        subject="files",
-        conditions=("statistics",),
-        outcome=outcome,
-        evidence=evidence,
-        # The p-value and its bound.
-        saw=p_value,
-        expected=f"< {RECORD_P_VALUE}",
-        bound=RECORD_P_VALUE,
-        positions=(),
-        sees="gains within the noise, seeds of different configurations, too few seeds",
-        blind="seeds that were run and not reported; a configuration that was tuned on validation text",
+    return Verdict.of(
+        SIGNIFICANCE, "files", p_value < RECORD_P_VALUE, evidence, saw=p_value, bound=RECORD_P_VALUE
     )

@@ -8,7 +8,6 @@ late falls short of it, and to its end for the budget. The evidence says how far
 sandbox; what could not be enforced or traced is "cannot tell".
 """
 
-import functools
 import hashlib
 import math
 import shutil
@@ -21,9 +20,40 @@ from typing import Any
 
 from stages.audit.sandbox import sandbox
 from stages.audit.sandbox.sandbox import Capabilities, Trace
-from stages.audit.verdict import Number, Outcome, Verdict, pass_or_fail
+from stages.audit.verdict import Check, Verdict, Words
 from stages.common.json_object import read_json_object
 
+COUNTED_FILES_ALONE = Check(
+    "B14",
+    "runs from the counted files alone",
+    conditions=("clean room",),
+    sees="artifacts that need another file, write over their data, or give another number than was claimed",
+    blind="what the weights contain",
+)
+OPENED_FILES = Check(
+    "B14",
+    "opened files",
+    conditions=("clean room",),
+    sees="files outside the counted set, training shards, the repository, caches, even if only looked for",
+    blind="files hidden among the interpreter's packages or the system's; without strace, "
+    "files that native code opens",
+)
+NO_NETWORK = Check(
+    "B14",
+    "no network",
+    conditions=("clean room",),
+    sees="downloads, and services that are used while scoring",
+    blind="a process on this machine, reached through a socket in a file; names that native code looks up",
+)
+WALL_CLOCK = Check(
+    "B14",
+    "wall clock",
+    conditions=("clean room",),
+    sees="timers started late or stopped early, seconds spent before the first line or in other processes, "
+    "runs over their time",
+    blind="a machine that is faster than the challenge's",
+    words=Words(saw="within", expected="within"),
+)
 SYSTEM = (  # folders of the system that a run may read
     "/bin",
     "/dev",
@@ -36,10 +66,6 @@ SYSTEM = (  # folders of the system that a run may read
     "/sys",
     "/usr",
     "/var/cache/ldconfig",
-)
-# All verdicts here are on the artifact as a whole, and have no positions in the stream.
-_verdict = functools.partial(
-    Verdict, check="B14", subject="clean room", conditions=("clean room",), positions=()
 )
 # Seconds by which an artifact's clock may fall short of the audit's: start of the tracers, and what it
 # writes after it has read its clock.
@@ -127,17 +153,17 @@ def run_in_clean_room(
 
 
 def check_clean_room(
-    run: CleanRoomRun, claim: ClaimedMetric, late_seconds: float = LATE_SECONDS
+    subject: str, run: CleanRoomRun, claim: ClaimedMetric, late_seconds: float = LATE_SECONDS
 ) -> list[Verdict]:
     """B14: a run in the clean room confirms the claim.
 
     It gave the claimed number, opened nothing else, contacted nobody, and took the time that it states.
     """
     return [
-        _check_result(run, claim),
-        _check_files(run),
-        _check_network(run),
-        _check_clock(run, claim, late_seconds),
+        _check_result(subject, run, claim),
+        _check_files(subject, run),
+        _check_network(subject, run),
+        _check_clock(subject, run, claim, late_seconds),
     ]
 
 
@@ -149,12 +175,12 @@ def unexpected_files(run: CleanRoomRun) -> list[Path]:
     )
 
 
-def _check_result(run: CleanRoomRun, claim: ClaimedMetric) -> Verdict:
+def _check_result(subject: str, run: CleanRoomRun, claim: ClaimedMetric) -> Verdict:
     value = run.metrics.get(claim.metric)
     parts = " + ".join(f"{size} ({name})" for name, size in run.sizes.items())
 
     # The run itself first, then its result.
-    outcome: Outcome = "fail"
+    holds = False
     if run.trace.returncode is None:
         evidence = "the run had not ended at its timeout"
     elif run.trace.returncode:
@@ -169,69 +195,46 @@ def _check_result(run: CleanRoomRun, claim: ClaimedMetric) -> Verdict:
     elif not isinstance(value, (int, float)):
         evidence = f"the run left no metrics.json with {claim.metric}"
     else:
-        outcome = pass_or_fail(abs(value - claim.value) <= claim.tolerance)
+        holds = abs(value - claim.value) <= claim.tolerance
         evidence = f"with {parts} bytes and the data alone, {claim.metric} is {value!r}"
 
-    return _verdict(
-        name="runs from the counted files alone",
-        outcome=outcome,
-        evidence=evidence,
+    return Verdict.of(
+        COUNTED_FILES_ALONE,
+        subject,
+        holds,
+        evidence,
         # The number that the run gave, and the claimed one.
         saw=float(value) if isinstance(value, (int, float)) else math.nan,
         expected=claim.value,
         bound=claim.tolerance,
-        sees="artifacts that need another file, write over their data, "
-        "or give another number than was claimed",
-        blind="what the weights contain",
     )
 
 
-def _check_files(run: CleanRoomRun) -> Verdict:
+def _check_files(subject: str, run: CleanRoomRun) -> Verdict:
     unexpected = unexpected_files(run)
-    outcome: Outcome = "cannot tell"
-    if unexpected:
-        outcome = "fail"
-    elif run.trace.capabilities.traced:
-        outcome = "pass"
     listed = ", ".join(map(str, unexpected[:MAX_LISTED])) or "nothing"
-    return _verdict(
-        name="opened files",
-        outcome=outcome,
-        evidence="opened outside the clean room, the interpreter and the system: "
-        f"{listed} ({len(unexpected)}); {run.trace.capabilities}",
-        saw=len(unexpected),
-        expected=0,
-        bound=0,
-        sees="files outside the counted set, training shards, the repository, caches, "
-        "even if only looked for",
-        blind="files hidden among the interpreter's packages or the system's; without strace, "
-        "files that native code opens",
+    evidence = (
+        "opened outside the clean room, the interpreter and the system: "
+        f"{listed} ({len(unexpected)}); {run.trace.capabilities}"
+    )
+    if not unexpected and not run.trace.capabilities.traced:
+        return Verdict.cannot_tell(OPENED_FILES, subject, evidence, saw=0, expected=0, bound=0)
+    return Verdict.of(
+        OPENED_FILES, subject, not unexpected, evidence, saw=len(unexpected), expected=0, bound=0
     )
 
 
-def _check_network(run: CleanRoomRun) -> Verdict:
+def _check_network(subject: str, run: CleanRoomRun) -> Verdict:
     contacted = sorted(run.trace.addresses)
     capabilities = run.trace.capabilities
-    outcome: Outcome = "cannot tell"
-    if contacted:
-        outcome = "fail"
-    elif capabilities.network or capabilities.traced:
-        outcome = "pass"
     listed = ", ".join(contacted[:MAX_LISTED]) or "none"
-    return _verdict(
-        name="no network",
-        outcome=outcome,
-        evidence=f"hosts looked up or contacted: {listed}; {capabilities}",
-        saw=len(contacted),
-        expected=0,
-        bound=0,
-        sees="downloads, and services that are used while scoring",
-        blind="a process on this machine, reached through a socket in a file; "
-        "names that native code looks up",
-    )
+    evidence = f"hosts looked up or contacted: {listed}; {capabilities}"
+    if not contacted and not (capabilities.network or capabilities.traced):
+        return Verdict.cannot_tell(NO_NETWORK, subject, evidence, saw=0, expected=0, bound=0)
+    return Verdict.of(NO_NETWORK, subject, not contacted, evidence, saw=len(contacted), expected=0, bound=0)
 
 
-def _check_clock(run: CleanRoomRun, claim: ClaimedMetric, late_seconds: float) -> Verdict:
+def _check_clock(subject: str, run: CleanRoomRun, claim: ClaimedMetric, late_seconds: float) -> Verdict:
     """Compare the run's own clock with the outside one.
 
     Measured seconds are in the evidence of a failure only: a verdict that passes has the same bytes on
@@ -239,49 +242,38 @@ def _check_clock(run: CleanRoomRun, claim: ClaimedMetric, late_seconds: float) -
     """
     stated = run.timing.get("evaluation_seconds", run.timing.get("process_seconds"))
     is_stated = isinstance(stated, (int, float)) and not isinstance(stated, bool)
+    stated_seconds = float(stated) if is_stated else None
 
-    outcome: Outcome = "fail"
-    saw: Number = "within"
-    expected: Number = "within"
     if run.trace.seconds > claim.budget_seconds:
         evidence = (
             f"from the process's start to its end {run.trace.seconds:.1f} seconds, "
             f"{claim.budget_seconds:g} are allowed"
         )
-        saw = f"{run.trace.seconds:.1f} s"
-        expected = f"{stated} s"
-    elif is_stated and float(stated) < run.written - late_seconds:
-        # The run's own clock shows less than passed until its last output.
-        evidence = (
-            f"it states {stated:.1f} seconds, and wrote its last output after {run.written:.1f}: "
-            "its timer was started late, or stopped early"
+        return Verdict.failed(
+            WALL_CLOCK, subject, evidence, saw=run.trace.seconds, expected=stated_seconds, bound=late_seconds
         )
-        saw = f"{run.written:.1f} s"
-        expected = f"{stated} s"
-    elif not is_stated:
-        outcome = "cannot tell"
+
+    if stated_seconds is None:
         evidence = (
             "it left no timing.json with its evaluation_seconds; by the audit's clock it kept to its budget"
         )
-    else:
-        # Both clocks agree.
-        outcome = "pass"
+        return Verdict.cannot_tell(WALL_CLOCK, subject, evidence, bound=late_seconds)
+
+    # The run's own clock must not show less than passed until its last output.
+    if stated_seconds < run.written - late_seconds:
         evidence = (
-            f"from the process's start to its end within {claim.budget_seconds:g} seconds, "
-            "and its own clock agrees"
+            f"it states {stated_seconds:.1f} seconds, and wrote its last output after {run.written:.1f}: "
+            "its timer was started late, or stopped early"
+        )
+        return Verdict.failed(
+            WALL_CLOCK, subject, evidence, saw=run.written, expected=stated_seconds, bound=late_seconds
         )
 
-    return _verdict(
-        name="wall clock",
-        outcome=outcome,
-        evidence=evidence,
-        saw=saw,
-        expected=expected,
-        bound=late_seconds,
-        sees="timers started late or stopped early, "
-        "seconds spent before the first line or in other processes, runs over their time",
-        blind="a machine that is faster than the challenge's",
+    evidence = (
+        f"from the process's start to its end within {claim.budget_seconds:g} seconds, "
+        "and its own clock agrees"
     )
+    return Verdict.passed(WALL_CLOCK, subject, evidence, bound=late_seconds)
 
 
 def _copy_read_only(room: Path, wanted: Mapping[str, Path]) -> list[Path]:

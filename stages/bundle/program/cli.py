@@ -12,7 +12,7 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 from torch import Tensor
 
@@ -20,33 +20,26 @@ from stages.calibrate.hessians import collect_hessians
 from stages.calibrate.params import CalibrateParams
 from stages.calibrate.params import Params as CalibrateInput
 from stages.common import clock, environment
-from stages.common.parallel import ParallelParams, World, distributed, relaunch_under_torchrun
-from stages.common.progress import Logger
+from stages.common.concurrency import run_in_background
+from stages.common.parallel import ParallelParams, World, distributed
 from stages.common.stage import Run, Stage, launch
+from stages.common.torchrun import relaunch_under_torchrun
 from stages.pack.artifact import pack
+from stages.pack.entropy import codecs
 from stages.pack.file.decode_process import DecodeProcess
-from stages.pack.file.load import PendingModel
+from stages.pack.file.stream_encoder import InProcessEncoder
 from stages.pack.params import PackParams
-from stages.scoring.evaluate import TimedScorer, load_scorer, score, write_results
-from stages.scoring.stream import open_stream_for_model
+from stages.pack.quantise.methods import QUANTISERS
+from stages.scoring.evaluate import run_evaluation
 from stages.sliding_eval.params import SlidingEvalParams
-from stages.sliding_eval.scorer import SlidingScorer
 from stages.train.loop import train
-from stages.train.model import Model
 from stages.train.params import ModelParams, TrainParams
 from stages.train.params import Params as TrainInput
 from stages.ttt_eval.build import build_scorer
 from stages.ttt_eval.params import Params as TttInput
-from stages.ttt_eval.params import TttEvalParams
+from stages.ttt_eval.params import ScorerName, TttEvalParams
 
 DEFAULT_SEED = 42
-
-
-@dataclass(frozen=True)
-class ScorerChoice:
-    """The field of the section `submission` that decides what runs."""
-
-    scorer: Literal["sliding_eval", "ttt_eval"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +47,7 @@ class EmbeddedParams:
     """Parameters in train_gpt.py, and the seed."""
 
     seed: int
+    scorer: ScorerName
     parallel: ParallelParams
     model: ModelParams
     train: TrainParams
@@ -61,7 +55,6 @@ class EmbeddedParams:
     pack: PackParams
     sliding_eval: SlidingEvalParams
     ttt_eval: TttEvalParams
-    submission: ScorerChoice
 
     def __post_init__(self) -> None:
         # Each stage checks its parameters against each other.
@@ -86,7 +79,7 @@ def eval_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that only `eval` has."""
     parser.add_argument(
         "--scorer",
-        choices=("sliding_eval", "ttt_eval"),
+        choices=get_args(ScorerName),
         help="score with this one (default: the one that the submission claims)",
     )
 
@@ -126,10 +119,14 @@ def train_and_pack(run: Run[EmbeddedParams]) -> None:
     with distributed(params.parallel, compiles=True) as world:
         state, hessians = _train_and_calibrate(params, shard_folder, world, run)
         if world.is_main:
+            # Compile the coder and the search while the Hessians are factored.
+            run_in_background(partial(codecs.compile_ahead, params.pack.codec))
+            run_in_background(QUANTISERS[params.pack.quantiser].compile_ahead)
+
             # On the device, as in the stage pack: the results are those of the same arithmetic.
             state = _to_device(world, state)
             hessians = _to_device(world, hessians)
-            packed = pack(state, hessians, params.model, params.pack, run.logger)
+            packed = pack(state, hessians, params.model, params.pack, InProcessEncoder(), run.logger)
             run.write_bytes("model.bin", packed.blob)
             run.write_json("metrics.json", {"bytes_model": len(packed.blob)})
             run.logger.log(f"train_gpt: model.bin has {len(packed.blob):,} bytes")
@@ -139,40 +136,15 @@ def train_and_pack(run: Run[EmbeddedParams]) -> None:
 def evaluate(decoder: DecodeProcess, run: Run[EmbeddedParams]) -> None:
     """Score the validation shards with model.bin, and write the ledger and its bits per byte."""
     params = run.params
-    name: str = run.arguments.scorer or params.submission.scorer
-    files = {option: run.path(option) for option in EVAL.reads}
+    name: str = run.arguments.scorer or params.scorer
+    run.require_inputs()
     relaunch_under_torchrun(params.parallel, sys.argv[0], sys.argv[1:])
-    pending = PendingModel(files["model"], decoder)
-    with distributed(params.parallel) as world:
-        # The stream and the scorer.
-        stream = open_stream_for_model(
-            files["val"], files["tokenizer"], pending.params.vocab_size, params.sliding_eval.window
-        )
-
-        def build(model: Model, logger: Logger) -> TimedScorer:
-            if name == "sliding_eval":
-                return SlidingScorer(model, params.sliding_eval, world, logger)
-            return build_scorer(
-                model, params.sliding_eval, params.ttt_eval, world, stream.table, stream.targets, logger
-            )
-
-        scorer = load_scorer(pending, world, build, run.logger)
-
-        # The evaluation.
-        throughput = clock.EvalThroughput(scorer.warm_up_targets)
-        nll = score(scorer, stream, throughput)
-
-        # The results.
-        counted_bytes = int(stream.counted_bytes.sum())
-        if world.is_main:
-            chunk = getattr(params, name).chunk
-            bpb = write_results(run.output, name.removesuffix("_eval"), nll, stream, chunk, run.write_json)
-            run.logger.log(
-                f"train_gpt: {name} scores {bpb!r} bpb"
-                f" over {stream.targets:,} targets, {counted_bytes:,} bytes"
-            )
-        run.timing |= throughput.timing(stream.targets, counted_bytes, world.size)
-        run.timing |= {"hardware": environment.hardware(world.device)}
+    build = partial(build_scorer, name, params.sliding_eval, params.ttt_eval)
+    evaluation = run_evaluation(run, name, build, decoder)
+    run.logger.log(
+        f"train_gpt: {name} scores {evaluation.bpb!r} bpb"
+        f" over {evaluation.stream.targets:,} targets, {evaluation.counted_bytes:,} bytes"
+    )
 
 
 def _train_and_calibrate(

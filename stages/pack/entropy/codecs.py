@@ -14,8 +14,8 @@ shortest result is kept.
 Shapes: R rows, C columns.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import brotli
@@ -45,8 +45,9 @@ class StreamLayout:
     rows: int
     columns: int
     states: int = 1  # of the trellis that the items, integers, follow; 1: of none
-    exponents: bytes = b""  # int8 of rows and then of columns (trellis_quantiser.py); empty: not known
+    exponents: bytes = b""  # int8 of rows and then of columns (pack/exponents.py); empty: not known
     kind: Kind = "bytes"
+    exponent_streams: tuple[int, ...] = ()  # indices of the tensor's streams that hold the exponents
 
     @property
     def raw_bytes(self) -> int:
@@ -58,6 +59,10 @@ class StreamLayout:
         """Exponents of rows (R,) and of columns (C,), int8; zeros where they are not known."""
         exponents = np.frombuffer(self.exponents or bytes(self.rows + self.columns), np.int8)
         return exponents[: self.rows], exponents[self.rows :]
+
+    def with_exponents(self, streams: Sequence[bytes]) -> "StreamLayout":
+        """Add the exponents from the raw streams of the tensor, if some of those hold them."""
+        return replace(self, exponents=b"".join(streams[index] for index in self.exponent_streams))
 
 
 class Codec(NamedTuple):

@@ -18,14 +18,14 @@ UNARY = 24  # decisions of a magnitude's unary part; larger magnitudes continue 
 RAW_BITS_FROM = 3  # octave of the expected magnitude from which on its lowest bits are coded raw
 
 # Contexts of the expected magnitude: evenly spaced in each octave, from 2^MIN_OCTAVE on.
-SCALE_CONTEXTS = 56
+MAGNITUDE_CONTEXTS = 56
 CONTEXTS_PER_OCTAVE = 4
 MIN_OCTAVE = -6
 FIRST_RAW_CONTEXT = CONTEXTS_PER_OCTAVE * (RAW_BITS_FROM - MIN_OCTAVE)
 
 # Rows of the table: contexts of even magnitudes, of odd ones, of signs, and a neighbour of the last
 # for interpolation.
-SIGN_CONTEXT = 2 * SCALE_CONTEXTS
+SIGN_CONTEXT = 2 * MAGNITUDE_CONTEXTS
 CONTEXTS = SIGN_CONTEXT + 2
 
 MIN_PROB = PROB_ONE >> 10  # no initial probability is closer than 1/1024 to 0 or 1
@@ -43,15 +43,15 @@ def initial_probs(stride: int) -> np.ndarray:
     """
     probs_KU = np.full((CONTEXTS, UNARY), PROB_ONE // 2, np.int64)
     with localcontext(Context(prec=30)):
-        for scale in range(SCALE_CONTEXTS):
-            octave, quarter = divmod(scale, CONTEXTS_PER_OCTAVE)
+        for position in range(MAGNITUDE_CONTEXTS):
+            octave, quarter = divmod(position, CONTEXTS_PER_OCTAVE)
             mean = Decimal(2) ** (MIN_OCTAVE + octave) * (CONTEXTS_PER_OCTAVE + quarter) / CONTEXTS_PER_OCTAVE
 
             # With the lowest bits coded raw, the rest of a magnitude is distributed as in the
             # octave below.
-            is_raw = scale >= FIRST_RAW_CONTEXT + CONTEXTS_PER_OCTAVE * (stride - 1)
+            is_raw = position >= FIRST_RAW_CONTEXT + CONTEXTS_PER_OCTAVE * (stride - 1)
             for odd in range(stride):
-                context = SCALE_CONTEXTS * odd + scale
+                context = MAGNITUDE_CONTEXTS * odd + position
                 if is_raw:
                     probs_KU[context] = probs_KU[context - CONTEXTS_PER_OCTAVE]
                 else:

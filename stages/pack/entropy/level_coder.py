@@ -6,9 +6,9 @@ A level becomes a few binary decisions, each coded with a learnt probability (bi
 magnitude of its difference to a prediction in unary, then the sign. The probabilities depend on the
 magnitude to expect and, on a trellis, on the parity of the level.
 
-Magnitude. Row and column exponents (pack/quantise/trellis_quantiser.py) are known to encoder and
-decoder, and trained weights have about one scale, so most of a level's scale is known in advance.
-The rest is learnt. The estimate has four factors, of which only the row factor is fixed:
+Magnitude. Row and column exponents (pack/exponents.py) are known to encoder and decoder, and
+trained weights have about one deviation, so most of a level's magnitude is known in advance. The
+rest is learnt. The estimate has four factors, of which only the row factor is fixed:
 
     estimate = column mean                      of normalised magnitudes
              * row factor                       2^(-exponent / 8)
@@ -17,9 +17,9 @@ The rest is learnt. The estimate has four factors, of which only the row factor 
 
 The column mean is corrected in the same way by the last rows' magnitudes in that column.
 
-Rows or columns of one attention head have scales of their own, which the local deviations follow;
-how far to trust them is learnt by least squares (`_regression_gain`). There are four contexts an
-octave. The probabilities of the two nearest ones are blended. A context starts from a normal
+Rows or columns of one attention head have magnitudes of their own, which the local deviations
+follow; how far to trust them is learnt by least squares (`_regression_gain`). There are four
+contexts an octave. The probabilities of the two nearest ones are blended. A context starts from a normal
 distribution (initial_probabilities.py).
 
 Prediction. Rows of an embedding share a direction (rare tokens have hardly anything else), which
@@ -59,9 +59,9 @@ from stages.pack.entropy.binary_coder import (
 )
 from stages.pack.entropy.initial_probabilities import (
     CONTEXTS_PER_OCTAVE,
+    MAGNITUDE_CONTEXTS,
     MIN_OCTAVE,
     RAW_BITS_FROM,
-    SCALE_CONTEXTS,
     SIGN_CONTEXT,
     UNARY,
     initial_probs,
@@ -342,7 +342,7 @@ def _code_row(
 
 @jit_internal
 def _begin_row(row_factor_q16: int, model: MagnitudeModel, direction: Direction) -> None:
-    """Reset the row's state: the prior of its scale, and the predictor's coefficient."""
+    """Reset the row's state: the prior of its magnitudes, and the predictor's coefficient."""
     matrix = model.matrix
     row = model.row
     columns = max(len(model.mean_q16_C), 1)
@@ -418,7 +418,7 @@ def _update_row(
         matrix.row_cov_q20 += deviation_q10 * _relative_deviation(magnitude << FRAC_BITS, by_row_q16)
         matrix.row_var_q20 += deviation_q10 * deviation_q10
 
-    # The row's scale: of the last columns, and of all.
+    # The row's magnitudes: of the last columns, and of all.
     row.recent_observed_q16 += (magnitude << FRAC_BITS) - (row.recent_observed_q16 >> WINDOW_BITS)
     row.recent_expected_q16 += by_row_q16 - (row.recent_expected_q16 >> WINDOW_BITS)
     magnitude_q8 = magnitude << SUM_BITS
@@ -503,8 +503,8 @@ def _code_magnitude(magnitude: int, estimate_q16: int, odd: int, coding: Coding)
     counters = coding.counters
     coder = coding.coder
     parity_bits = coding.stride - 1
-    scale, blend_q4, octave = _find_context(estimate_q16, parity_bits)
-    context = scale + SCALE_CONTEXTS * odd
+    nearest, blend_q4, octave = _find_context(estimate_q16, parity_bits)
+    context = nearest + MAGNITUDE_CONTEXTS * odd
     raw_bits = max(0, octave - parity_bits - RAW_BITS_FROM + 1)
     halved = magnitude >> parity_bits
     high_part = halved >> raw_bits
@@ -545,13 +545,13 @@ def _find_context(estimate_q16: int, parity_bits: int) -> tuple[int, int, int]:
     position_q6 = max(estimate_q16, 1 << (FRAC_BITS + MIN_OCTAVE)) >> (FRAC_BITS + octave - 2 - BLEND_BITS)
     quarter = (position_q6 >> BLEND_BITS) & (CONTEXTS_PER_OCTAVE - 1)
     blend_q4 = position_q6 & (BLEND_ONE - 1)
-    scale = CONTEXTS_PER_OCTAVE * (octave - MIN_OCTAVE) + quarter
+    context = CONTEXTS_PER_OCTAVE * (octave - MIN_OCTAVE) + quarter
 
-    if scale >= SCALE_CONTEXTS - 1:
-        return np.int64(SCALE_CONTEXTS - 1), ZERO, octave
+    if context >= MAGNITUDE_CONTEXTS - 1:
+        return np.int64(MAGNITUDE_CONTEXTS - 1), ZERO, octave
     if quarter == CONTEXTS_PER_OCTAVE - 1 and octave >= RAW_BITS_FROM - 1 + parity_bits:
         blend_q4 = ZERO  # the next context has one more raw bit: its counters mean something else
-    return scale, blend_q4, octave
+    return context, blend_q4, octave
 
 
 @jit_internal

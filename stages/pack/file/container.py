@@ -9,22 +9,10 @@
     48+H          streams, one after another, in the header's order, to the end of the file
 
     header  {"model": {parameter: value, ...}, "tensors": [tensor, ...]}
-    tensor  {"name": ..., "shape": [...], "form": [kind, bits_or_states, rank], "streams": [stream, ...]}
+    tensor  {"name": ..., "shape": [...], "form": [kind, number, rank], "streams": [stream, ...]}
     stream  {"codec": ..., "bytes": encoded length}
 
-The form says what the streams of a tensor decode to:
-
-    ["float16", 16, 0]      the values
-    ["rows", bits, K]       int8 values row by row; float16 steps, one for each row
-    ["groups", bits, K]     the same, and a byte for each group of 64 columns: 1 where the steps are
-                            2^(8 - bits) times finer, so that the values have 8 bits
-    ["lattice", states, K]  int16 levels row by row, which follow a trellis with that number of
-                            states; a float32 step; the exponents of the rows, then those of the
-                            columns, each a signed byte (pack/quantise/trellis_quantiser.py). The
-                            adaptive codec needs the exponents to decode the levels.
-
-If K is above 0, a low-rank correction follows (pack/low_rank.py): K rows of int8, each a column of
-one factor and then a row of the other; K float32 steps.
+The form says what the streams of a tensor decode to (pack/forms.py).
 
 The decoded length of a stream follows from form and shape, so that no declared length can
 contradict another.
@@ -34,18 +22,19 @@ canonical bytes of its own content, within the limits below, and everything is c
 anything is decoded. Every fault is a ValueError.
 """
 
+import contextlib
 import hashlib
 import json
-import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, NoReturn, get_args
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn
 
-from stages.pack.entropy import codecs, delta_coder
-from stages.pack.entropy.codecs import StreamLayout
-from stages.pack.low_rank import MAX_RANK
-from stages.pack.trellis import STATE_COUNTS
+import numpy as np
+
+from stages.pack import forms
+from stages.pack.entropy import codecs
+from stages.pack.forms import Form
 
 MAGIC = b"\x89CADDIE\n"
 VERSION = 5
@@ -63,17 +52,6 @@ MAX_NAME_LENGTH = 200
 NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 
 HEADER_QUALITY = 11  # brotli's best; the header is small
-GROUP_COLUMNS = 64  # columns that share one flag in the form "groups" (AWQ-lite, #1908)
-FormKind = Literal["float16", "rows", "groups", "lattice"]
-FORM_KINDS: tuple[FormKind, ...] = get_args(FormKind)
-
-
-class Form(NamedTuple):
-    """The way in which a tensor's values are stored."""
-
-    kind: FormKind
-    bits_or_states: int  # bits of a value; for "lattice" the number of states of the trellis
-    rank: int = 0  # K, rank of the low-rank correction; 0 is none
 
 
 @dataclass(frozen=True)
@@ -90,7 +68,7 @@ class EncodedTensor:
 
     name: str
     shape: tuple[int, ...]
-    form: Form
+    form: Form[Any]
     streams: tuple[EncodedStream, ...]
 
     @property
@@ -110,29 +88,6 @@ class Contents:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of all tensors, by name."""
         return {tensor.name: tensor.shape for tensor in self.tensors}
-
-
-def layouts(form: Form, shape: Sequence[int]) -> tuple[StreamLayout, ...]:
-    """Layouts of a tensor's decoded streams, in the order of the file."""
-    if form.kind == "float16":
-        size = math.prod(shape)
-        return (StreamLayout(2, 1, size, kind="series" if size <= delta_coder.MAX_NUMBERS else "bytes"),)
-
-    rows, columns = shape
-    correction: tuple[StreamLayout, ...] = ()
-    if form.rank:
-        correction = StreamLayout(1, form.rank, rows + columns, kind="matrix"), StreamLayout(4, 1, form.rank)
-
-    if form.kind == "lattice":
-        levels = StreamLayout(2, rows, columns, form.bits_or_states, kind="matrix")
-        step = StreamLayout(4, 1, 1)
-        exponents = StreamLayout(1, 1, rows, kind="series"), StreamLayout(1, 1, columns, kind="series")
-        return levels, step, *exponents, *correction
-
-    values = StreamLayout(1, rows, columns, kind="matrix")
-    steps = StreamLayout(2, 1, rows, kind="series")
-    groups = (StreamLayout(1, 1, -(-columns // GROUP_COLUMNS)),) if form.kind == "groups" else ()
-    return values, steps, *groups, *correction
 
 
 def serialise(contents: Contents) -> bytes:
@@ -165,19 +120,17 @@ def parse(blob: bytes) -> Contents:
     return Contents(header["model"], tensors)
 
 
-def encode_streams(
-    form: Form, shape: Sequence[int], raw: Sequence[bytes], family: str, quality: int
-) -> tuple[EncodedStream, ...]:
-    """Encode a tensor's streams from their raw bytes, each by the shortest codec of a family.
+def decode(tensor: EncodedTensor) -> np.ndarray:
+    """Decode one tensor to float32 weights, in its shape.
 
-    `quality` is brotli's, 0 to 11.
+    Raises ValueError, which names the tensor, when it is damaged.
     """
-    first, *others = layouts(form, shape)
-    raw_layouts = _with_exponents(form, first, raw[1:]), *others
-    return tuple(
-        EncodedStream(*codecs.encode_shortest(family, stream, layout, quality))
-        for stream, layout in zip(raw, raw_layouts, strict=True)
-    )
+    streams = decode_streams(tensor)
+    with _errors_name(tensor):
+        values = tensor.form.from_streams(streams, tensor.shape)
+        with np.errstate(over="ignore", invalid="ignore"):  # the result is checked
+            weights = tensor.form.dequantise(values)
+        return forms.require_finite(weights)
 
 
 def decode_streams(tensor: EncodedTensor) -> tuple[bytes, ...]:
@@ -185,24 +138,24 @@ def decode_streams(tensor: EncodedTensor) -> tuple[bytes, ...]:
 
     Raises ValueError, which names the tensor, when one is damaged.
     """
+    layouts = tensor.form.layouts(tensor.shape)
+    raw = [b""] * len(layouts)
+    with _errors_name(tensor):
+        # Streams that can only be decoded with the exponents come last: those are other streams.
+        for index in sorted(range(len(layouts)), key=lambda index: bool(layouts[index].exponent_streams)):
+            stream = tensor.streams[index]
+            layout = layouts[index].with_exponents(raw)
+            raw[index] = codecs.decode(stream.codec, stream.payload, layout)
+    return tuple(raw)
+
+
+@contextlib.contextmanager
+def _errors_name(tensor: EncodedTensor) -> Iterator[None]:
+    """Context manager: a ValueError says that this tensor is damaged."""
     try:
-        first, *others = tensor.streams
-        first_layout, *other_layouts = layouts(tensor.form, tensor.shape)
-        # The first stream last: levels on a trellis can only be decoded with the exponents, which
-        # are other streams.
-        decoded = [
-            codecs.decode(stream.codec, stream.payload, layout)
-            for stream, layout in zip(others, other_layouts, strict=True)
-        ]
-        first_layout = _with_exponents(tensor.form, first_layout, decoded)
-        return codecs.decode(first.codec, first.payload, first_layout), *decoded
+        yield
     except ValueError as error:
         raise ValueError(f"damaged model file: tensor {tensor.name}: {error}") from error
-
-
-def _with_exponents(form: Form, first: StreamLayout, others: Sequence[bytes]) -> StreamLayout:
-    """Add the exponents of rows and columns, from the other streams, to the layout of trellis levels."""
-    return replace(first, exponents=others[1] + others[2]) if form.kind == "lattice" else first
 
 
 def _header(contents: Contents) -> dict[str, Any]:
@@ -210,7 +163,7 @@ def _header(contents: Contents) -> dict[str, Any]:
         {
             "name": tensor.name,
             "shape": list(tensor.shape),
-            "form": list(tensor.form),
+            "form": list(tensor.form.header),
             "streams": [{"codec": stream.codec, "bytes": len(stream.payload)} for stream in tensor.streams],
         }
         for tensor in contents.tensors
@@ -268,33 +221,38 @@ def _check_records(tensors: Any) -> list[dict[str, Any]]:
     names: set[str] = set()
     raw_bytes = 0
     for record in tensors:
-        _check_record(record)
+        form = _check_record(record)
         if record["name"] in names:
             _raise_damaged(f"tensor {record['name']} appears twice")
         names.add(record["name"])
-        raw_bytes += sum(layout.raw_bytes for layout in layouts(Form(*record["form"]), record["shape"]))
+        raw_bytes += sum(layout.raw_bytes for layout in form.layouts(record["shape"]))
         if raw_bytes > MAX_RAW_BYTES:
             _raise_damaged(f"its tensors declare more than {MAX_RAW_BYTES} bytes")
     return tensors
 
 
-def _check_record(record: Any) -> None:
+def _check_record(record: Any) -> Form[Any]:
+    """Check the record of one tensor; returns its form."""
     _check_keys(record, ("name", "shape", "form", "streams"), "the record of a tensor")
-    name, shape, form, streams = (record[key] for key in ("name", "shape", "form", "streams"))
+    name, shape, streams = (record[key] for key in ("name", "shape", "streams"))
 
     # The name comes first, since all further messages quote it.
     if not isinstance(name, str) or len(name) > MAX_NAME_LENGTH or not NAME.fullmatch(name):
         _raise_damaged("the name of a tensor is not words joined by dots")
-    if not isinstance(form, list) or len(form) != 3 or not _is_form(*form):
-        _raise_damaged(f"tensor {name} is kept in an impossible form")
+    try:
+        form = forms.parse_header(record["form"])
+    except ValueError as error:
+        raise ValueError(
+            f"damaged model file: tensor {name} is stored in an impossible form: {error}"
+        ) from error
 
     is_shape = isinstance(shape, list) and len(shape) <= MAX_DIMENSIONS
     if not is_shape or not all(_is_size(size) and size <= MAX_SIDE for size in shape):
         _raise_damaged(f"the shape of tensor {name} is not a list of at most {MAX_DIMENSIONS} sizes")
-    if form[0] != "float16" and len(shape) != 2:
+    if form.is_matrix and len(shape) != 2:
         _raise_damaged(f"tensor {name} is quantised and has {len(shape)} dimensions, expected 2")
 
-    expected = len(layouts(Form(*form), shape))
+    expected = len(form.layouts(shape))
     if not isinstance(streams, list) or len(streams) != expected:
         _raise_damaged(f"tensor {name} does not have {expected} streams")
     for stream in streams:
@@ -305,6 +263,7 @@ def _check_record(record: Any) -> None:
             )
         if not _is_size(stream["bytes"]):
             _raise_damaged(f"a stream of tensor {name} has an impossible length")
+    return form
 
 
 def _split_streams(records: list[dict[str, Any]], body: bytes) -> tuple[EncodedTensor, ...]:
@@ -319,22 +278,9 @@ def _split_streams(records: list[dict[str, Any]], body: bytes) -> tuple[EncodedT
         for stream in record["streams"]:
             streams.append(EncodedStream(stream["codec"], body[position : position + stream["bytes"]]))
             position += stream["bytes"]
-        form = Form(*record["form"])
+        form = forms.parse_header(record["form"])
         tensors.append(EncodedTensor(record["name"], tuple(record["shape"]), form, tuple(streams)))
     return tuple(tensors)
-
-
-def _is_form(kind: Any, bits_or_states: Any, rank: Any) -> bool:
-    if type(bits_or_states) is not int or type(rank) is not int or kind not in FORM_KINDS:
-        return False
-    if not 0 <= rank <= (0 if kind == "float16" else MAX_RANK):
-        return False
-    return {
-        "float16": bits_or_states == 16,
-        "rows": 2 <= bits_or_states <= 8,
-        "groups": 2 <= bits_or_states <= 7,
-        "lattice": bits_or_states in STATE_COUNTS,
-    }[kind]
 
 
 def _is_size(value: Any) -> bool:

@@ -85,7 +85,7 @@ def _serve(connection: Connection, memory: mmap.mmap) -> None:
     # when it is imported.
     os.environ["NUMBA_OPT"] = "1"
     from stages.pack.entropy import codecs
-    from stages.pack.file import container, shared_memory, tensors
+    from stages.pack.file import container, shared_memory
 
     run_in_background(lambda: codecs.compile_ahead("adaptive"))
     try:
@@ -95,7 +95,7 @@ def _serve(connection: Connection, memory: mmap.mmap) -> None:
         connection.send((contents.model, contents.shapes))
 
         def fill(tensor: container.EncodedTensor) -> None:
-            state[tensor.name][...] = tensors.decode(tensor)
+            state[tensor.name][...] = container.decode(tensor)
 
         thread_map(fill, contents.tensors, lambda tensor: tensor.payload_bytes, usable_cores())
         connection.send(None)

@@ -15,12 +15,13 @@ from threading import Thread
 
 from stages.common.concurrency import fork_process, usable_cores
 from stages.pack.entropy import codecs
-from stages.pack.file import container
-from stages.pack.file.container import EncodedStream, Form
+from stages.pack.entropy.codecs import StreamLayout
+from stages.pack.file.container import EncodedStream
+from stages.pack.file.stream_encoder import InProcessEncoder
 
 
 class EncodeProcess:
-    """A child process that does `container.encode_streams` for one caller per core at once.
+    """A child process that encodes for one caller per core at once.
 
     Use as a context manager: the child ends with it.
     """
@@ -39,18 +40,20 @@ class EncodeProcess:
     def __exit__(self, *exception: object) -> None:
         while not self._idle.empty():
             self._idle.get().close()
+        # Nobody waits for an answer any more, but the child may still compile.
+        self._process.terminate()
         self._process.join()
 
-    def __call__(
-        self, form: Form, shape: Sequence[int], raw: Sequence[bytes], family: str, quality: int
+    def encode(
+        self, layouts: Sequence[StreamLayout], streams: Sequence[bytes], family: str, quality: int
     ) -> tuple[EncodedStream, ...]:
-        """Encode a tensor's streams from their raw bytes.
+        """Encode the raw streams of a tensor.
 
         Raises ChildProcessError if the child has died.
         """
         connection = self._idle.get()
         try:
-            connection.send((form, shape, raw, family, quality))
+            connection.send((layouts, streams, family, quality))
             answer: tuple[EncodedStream, ...] | ValueError = connection.recv()
         except (EOFError, OSError) as error:
             raise ChildProcessError(
@@ -77,6 +80,7 @@ def _serve(pairs: Sequence[tuple[Connection, Connection]]) -> None:
 
 
 def _answer_requests(connection: Connection) -> None:
+    encoder = InProcessEncoder()
     with connection:
         while True:
             try:
@@ -84,6 +88,6 @@ def _answer_requests(connection: Connection) -> None:
             except EOFError:
                 return
             try:
-                connection.send(container.encode_streams(*request))
+                connection.send(encoder.encode(*request))
             except ValueError as error:
                 connection.send(error)

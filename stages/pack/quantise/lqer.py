@@ -23,8 +23,7 @@ import torch
 from torch import Tensor
 
 from stages.common.concurrency import thread_map
-from stages.pack.file import tensors
-from stages.pack.file.tensors import Corrected
+from stages.pack.forms import Corrected, CorrectedForm, StoredTensor
 from stages.pack.low_rank import Correction, correction_matrix
 from stages.pack.params import PackParams
 from stages.pack.quantise import gptq
@@ -61,11 +60,11 @@ def add_corrections(
     def correct(name: str) -> RankedCorrection:
         weight_RC = matrices[name].float()
         result = results[name]
-        assert not isinstance(result.stored, Corrected), "quantisers do not add corrections themselves"
+        form, values, shape = result.stored
 
         importance = importance_of(name, weight_RC, calibration, params.row_weight)
         importance_R = torch.from_numpy(importance).to(weight_RC.device)
-        error_RC = weight_RC - torch.from_numpy(tensors.dequantised(result.stored)).to(weight_RC.device)
+        error_RC = weight_RC - torch.from_numpy(result.stored.dequantise()).to(weight_RC.device)
         correction = fit_correction(error_RC, gptq_factors[name], importance_R, params.lqer_rank)
         correction_RC = torch.from_numpy(correction_matrix(correction, len(weight_RC))).to(weight_RC.device)
 
@@ -74,10 +73,8 @@ def add_corrections(
         after_R = gptq.squared_output_errors(error_RC - correction_RC, hessian_CC)
         gain = float((importance_R * (before_R - after_R)).sum()) / sum(weight_RC.shape)
 
-        corrected = result._replace(
-            stored=Corrected(result.stored, correction), form=result.form._replace(rank=params.lqer_rank)
-        )
-        return RankedCorrection(gain, name, corrected)
+        corrected = StoredTensor(CorrectedForm(form, params.lqer_rank), Corrected(values, correction), shape)
+        return RankedCorrection(gain, name, result._replace(stored=corrected))
 
     candidates = thread_map(
         correct, list(matrices), lambda name: matrices[name].numel(), threads_for(matrices.values())

@@ -21,13 +21,13 @@ from torch import Tensor
 from stages.calibrate.hessians import hessian_name, importance_name
 from stages.common.concurrency import thread_map, usable_cores
 from stages.common.progress import Logger
-from stages.pack.file.container import GROUP_COLUMNS, Form
-from stages.pack.file.tensors import Corrected, RowQuantised, dequantised
+from stages.pack.exponents import EXPONENTS_PER_OCTAVE, exponents_to_factors, factors_to_exponents
+from stages.pack.forms import GROUP_COLUMNS, GroupsForm, RowQuantised, RowsForm, StoredTensor, TrellisForm
 from stages.pack.params import PackParams
 from stages.pack.quantise import gptq, tensor_kinds, trellis_quantiser
 from stages.pack.quantise.fit_budget import CoarsenessRange
 from stages.pack.quantise.gptq import GPTQFactors
-from stages.pack.quantise.trellis_quantiser import ColumnFeedback, ScaledMatrix, TrellisLevels
+from stages.pack.quantise.trellis_quantiser import ColumnFeedback, ScaledMatrix
 
 # A row's importance is clipped to within this factor of the matrix's mean. Rows that calibration
 # hardly saw, such as those of rare tokens, may matter more than was measured.
@@ -53,8 +53,7 @@ TINY = 1e-30  # floor of arguments of a logarithm
 class QuantisedMatrix(NamedTuple):
     """A quantised matrix, and the arrays by which rate and distortion are measured."""
 
-    stored: RowQuantised | TrellisLevels | Corrected
-    form: Form
+    stored: StoredTensor
     pre_quantised_RC: np.ndarray  # float32: weights after feedback, in the quantiser's units
     quantised_RC: np.ndarray  # float32: the values they were rounded to, in the same units
     column_factor_C: np.ndarray  # float32: both arrays times this are weights, up to a factor for each row
@@ -74,6 +73,10 @@ class Quantiser(Protocol):
         params: PackParams,
         logger: Logger,
     ) -> None: ...
+
+    @staticmethod
+    def compile_ahead() -> None:
+        """Compile the functions that it calls, which takes seconds."""
 
     def quantise(self, names: Sequence[str], coarseness: float) -> list[QuantisedMatrix]:
         """Quantise the matrices of one batch."""
@@ -114,6 +117,10 @@ class SDClipQuantiser:
         )
         self.extra_bits = _extra_bits(state, by_matrix, params)
 
+    @staticmethod
+    def compile_ahead() -> None:
+        """Do nothing: torch's operations are compiled already."""
+
     def quantise(self, names: Sequence[str], coarseness: float) -> list[QuantisedMatrix]:
         """Quantise matrices of one kind and shape with the grid of their kind."""
         grid = tensor_kinds.uniform_grid(tensor_kinds.kind_of(names[0]), self.params, coarseness)
@@ -136,12 +143,11 @@ class SDClipQuantiser:
         results = []
         for parts in zip(integers_BRC, steps_BR, extra_bits_BC, pre_quantised_BRC, strict=True):
             integers_RC, steps_R, extra_bits_C, pre_quantised_RC = (part.cpu().numpy() for part in parts)
-            stored = RowQuantised(integers_RC, steps_R, extra_bits_C)
-            form = Form("groups" if extra_bits_C.any() else "rows", grid.bits)
+            form = GroupsForm(grid.bits) if extra_bits_C.any() else RowsForm(grid.bits)
+            values = RowQuantised(integers_RC, steps_R, extra_bits_C)
+            stored = StoredTensor(form, values, integers_RC.shape)
             column_factor_C = np.ones(len(extra_bits_C), np.float32)
-            results.append(
-                QuantisedMatrix(stored, form, pre_quantised_RC, dequantised(stored), column_factor_C)
-            )
+            results.append(QuantisedMatrix(stored, pre_quantised_RC, stored.dequantise(), column_factor_C))
         return results
 
     def coarseness_range(self, bits: float) -> CoarsenessRange:
@@ -233,6 +239,11 @@ class RateDistortionQuantiser:
         prepared = thread_map(prepare, list(state), lambda name: state[name].numel(), usable_cores())
         self.matrices = dict(zip(state, prepared, strict=True))
 
+    @staticmethod
+    def compile_ahead() -> None:
+        """Compile the search for levels."""
+        trellis_quantiser.compile_ahead()
+
     def quantise(self, names: Sequence[str], coarseness: float) -> list[QuantisedMatrix]:
         """Search the levels of each matrix."""
         return [self._quantise(self.matrices[name], coarseness) for name in names]
@@ -251,18 +262,17 @@ class RateDistortionQuantiser:
         # Coarser steps for columns whose levels would not fit 16 bits; no column needs a step that
         # fine.
         too_fine_C = np.maximum(1.0, matrix.max_scaled_C / (step * MAX_PREDICTED_LEVEL))
-        eighths_C = np.ceil(trellis_quantiser.EXPONENTS_PER_OCTAVE * np.log2(too_fine_C))
+        eighths_C = np.ceil(EXPONENTS_PER_OCTAVE * np.log2(too_fine_C))
         if eighths_C.any():
             scaled = trellis_quantiser.coarsened(scaled, eighths_C)
 
         states = self.params.states
         found = trellis_quantiser.quantise_matrix(scaled, step, states, self.params.rate_weight)
         return QuantisedMatrix(
-            stored=found.matrix,
-            form=Form("lattice", states),
+            stored=StoredTensor(TrellisForm(states), found.matrix, found.matrix.levels_RC.shape),
             pre_quantised_RC=found.pre_quantised_RC,
             quantised_RC=found.matrix.levels_RC.astype(np.float32),
-            column_factor_C=trellis_quantiser.exponents_to_factors(scaled.columns.exponents_C),
+            column_factor_C=exponents_to_factors(scaled.columns.exponents_C),
         )
 
     def _coarseness_for(self, bits: float, histogram: DeviationHistogram) -> float:
@@ -293,7 +303,7 @@ def predicted_bits(log2_deviation_D: np.ndarray, states: int) -> np.ndarray:
 def _column_feedback(factors: GPTQFactors) -> ColumnFeedback:
     """Feedback in units of steps that are proportional to U's diagonal."""
     relative_C = factors.upper_CC.diagonal().double().numpy() / _mean_diagonal(factors)
-    exponents_C = trellis_quantiser.factors_to_exponents(relative_C)
+    exponents_C = factors_to_exponents(relative_C)
     return trellis_quantiser.column_feedback(factors.upper_CC.numpy(), exponents_C)
 
 
@@ -305,7 +315,7 @@ def _mean_diagonal(factors: GPTQFactors) -> float:
 def _prepare(
     name: str, weight_RC: Tensor, importance_R: np.ndarray, factors: GPTQFactors, columns: ColumnFeedback
 ) -> PreparedMatrix:
-    """Scale a matrix by the factors of its rows and columns.
+    """Divide a matrix by the factors of its rows and columns.
 
     A row's step is proportional to 1 / sqrt(importance).
     """
@@ -313,7 +323,7 @@ def _prepare(
         raise ValueError(f"{name}: its weights are not finite")
     alive_RC = weight_RC.detach().float().cpu().masked_fill(factors.dead_C, 0.0).numpy()
     mean_importance = float(importance_R.mean())
-    row_exponents_R = trellis_quantiser.factors_to_exponents(np.sqrt(mean_importance / importance_R))
+    row_exponents_R = factors_to_exponents(np.sqrt(mean_importance / importance_R))
     scaled = trellis_quantiser.scale_matrix(alive_RC, importance_R, row_exponents_R, columns)
     max_scaled_C = np.abs(scaled.scaled_RC).max(0, initial=0.0)
     return PreparedMatrix(scaled, max_scaled_C, _mean_diagonal(factors) / mean_importance**0.5)

@@ -1,12 +1,11 @@
 """Kinds of tensors, which decide how each is stored: by role in the model, never by size.
 
-Block matrices, the embedding and value tables are quantised. Gains, scales, mixes and skips are
-kept in float16.
+Block matrices, the embedding and value tables are quantised. Vectors and mixes are kept in float16.
 """
 
 from typing import Literal, NamedTuple
 
-from stages.pack.file.tensors import largest_value
+from stages.pack.forms import largest_value
 from stages.pack.params import PackParams
 from stages.train.model import is_matrix, is_quantised
 

@@ -14,8 +14,8 @@ j, measured from the value that feedback has moved. Equal costs therefore need
     step_rj = step * U_jj / sqrt(g_r)
 
 with one number `step` for the whole model, which the byte budget determines (WaterSIC, 2026,
-derives the columns' part from rate-distortion theory). The factors of rows and columns are stored
-as powers of 2^(1/8), one byte each, which cost next to nothing once coded.
+derives the columns' part from rate-distortion theory). The factors of rows and columns are powers
+of 2^(1/8) (pack/exponents.py).
 
 Three units occur: weights; scaled weights, which are divided by the factors of their row and
 column; and y, scaled weights divided by `step`. In units of y a level is an integer and feedback is
@@ -32,16 +32,10 @@ import numpy as np
 
 from stages.common.concurrency import thread_map
 from stages.pack.entropy.level_coder import MAX_LEVEL
+from stages.pack.exponents import MAX_EXPONENT, exponents_to_factors
+from stages.pack.forms import TrellisLevels
 from stages.pack.quantise.viterbi import ROWS_AT_ONCE, allocate, search_, search_task
 from stages.pack.trellis import build_trellis
-
-EXPONENTS_PER_OCTAVE = 8  # factors of rows and columns are powers of 2^(1/8)
-# 2^(i / 8). Written out, because a library's power function may differ from machine to machine in
-# the last bit.
-ROOTS = np.array(
-    [1.0, 1.0905077, 1.1892071, 1.2968396, 1.4142135, 1.5422108, 1.6817929, 1.8340081], np.float32
-)
-MAX_EXPONENT = 127  # exponents are signed bytes
 
 WEIGHTS_PER_THREAD = 1 << 19  # weights of a matrix that one thread searches at a time
 
@@ -54,16 +48,6 @@ MIN_PROBABILITY = 1e-9
 
 TINY = 1e-300  # floor of divisors and of arguments of a logarithm
 TINY_VARIANCE = 1e-12  # in units of y: far below the lowest class
-
-
-class TrellisLevels(NamedTuple):
-    """A quantised matrix: a weight is level * step * 2^((row exponent + column exponent) / 8)."""
-
-    levels_RC: np.ndarray  # int16
-    row_exponents_R: np.ndarray  # int8
-    column_exponents_C: np.ndarray  # int8
-    step: float  # representable in float32
-    states: int  # of the trellis
 
 
 class SearchResult(NamedTuple):
@@ -93,29 +77,6 @@ class ScaledMatrix(NamedTuple):
     columns: ColumnFeedback
 
 
-def exponents_to_factors(exponents: np.ndarray) -> np.ndarray:
-    """Powers 2^(e / 8) of integer exponents (any shape), float32; the same on every machine.
-
-    >>> exponents_to_factors(np.array([0, 8, -16, 4]))
-    array([1.       , 2.       , 0.25     , 1.4142135], dtype=float32)
-    """
-    wide = exponents.astype(np.int32)
-    return np.ldexp(ROOTS[wide % EXPONENTS_PER_OCTAVE], wide // EXPONENTS_PER_OCTAVE)
-
-
-def factors_to_exponents(factors: np.ndarray) -> np.ndarray:
-    """Exponents of the powers of 2^(1/8) nearest to positive factors (any shape), int8."""
-    exponents = np.rint(EXPONENTS_PER_OCTAVE * np.log2(factors))
-    return np.clip(exponents, -MAX_EXPONENT, MAX_EXPONENT).astype(np.int8)
-
-
-def dequantise(matrix: TrellisLevels) -> np.ndarray:
-    """The weights (R, C), float32."""
-    column_steps_C = exponents_to_factors(matrix.column_exponents_C) * np.float32(matrix.step)
-    row_factors_R1 = exponents_to_factors(matrix.row_exponents_R)[:, None]
-    return matrix.levels_RC.astype(np.float32) * column_steps_C * row_factors_R1
-
-
 def row_column_variances(values_RC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean squares of rows (R,), relative to that of the matrix, and of columns (C,); float64.
 
@@ -126,7 +87,7 @@ def row_column_variances(values_RC: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 
 
 def column_feedback(upper_CC: np.ndarray, exponents_C: np.ndarray) -> ColumnFeedback:
-    """Scale GPTQ's U (C, C), float32 in the columns' own order, to units of the columns' steps.
+    """Convert GPTQ's U (C, C), float32 in the columns' own order, to units of the columns' steps.
 
     An error of 1 in column j moves column k by U_jk / U_jj. V is the same with both in units of
     their own steps.
@@ -213,7 +174,7 @@ def quantise_matrix(matrix: ScaledMatrix, step: float, states: int, rate_weight:
     _require_room(y_RC, MAX_LEVEL - 2 * trellis.stride)
 
     stored_step = float(np.float32(step))
-    quantised = TrellisLevels(levels_RC, matrix.row_exponents_R, columns.exponents_C, stored_step, states)
+    quantised = TrellisLevels(levels_RC, matrix.row_exponents_R, columns.exponents_C, stored_step)
     return SearchResult(quantised, y_RC)
 
 

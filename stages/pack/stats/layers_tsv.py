@@ -60,7 +60,7 @@ def metrics(stats: Sequence[TensorStats], coarseness: float) -> dict[str, float]
     )
     return {
         "bytes_model": total_bytes,
-        "scale": coarseness,
+        "coarseness": coarseness,
         "bits_per_weight": 8 * total_bytes / sum(row.weights for row in stats),
         "above_bound": _mean_over_weights(quantised, [row.above_bound for row in quantised]),
         "above_bound_by_column": _mean_over_weights(

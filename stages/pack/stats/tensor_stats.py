@@ -13,7 +13,7 @@ values that entered the quantiser and their squared difference to its result.
 
     above_bound            takes each row for normal values of one variance: the mean over rows of
                            max(0, log2(variance / distortion) / 2), in units of weights
-    above_bound_by_column  stricter where columns differ in scale: a value's variance is the product
+    above_bound_by_column  stricter where columns differ in size: a value's variance is the product
                            of its row's and its column's, and distortion is in units of steps, which
                            a quantiser with a step for each column keeps even
 
@@ -57,9 +57,8 @@ class TensorStats(NamedTuple):
 
 def stored_stats(tensor: EncodedTensor) -> TensorStats:
     """Collect the statistics that the file alone gives."""
-    form = f"{tensor.form.kind}:{tensor.form.bits_or_states}"
-    if tensor.form.rank:
-        form += f"+{tensor.form.rank}"
+    kind_of_form, number, rank = tensor.form.header
+    form = f"{kind_of_form}:{number}" + (f"+{rank}" if rank else "")
     kind = tensor_kinds.kind_of(tensor.name)
     weights = math.prod(tensor.shape)
     return TensorStats(tensor.name, kind, tensor.shape, form, tensor.payload_bytes, weights)
