@@ -209,20 +209,18 @@ def figures(losses: dict[str, np.ndarray], case: Case) -> dict[str, Any]:
 
 def main() -> None:
     """Score once, run tilt and mixture at all rates, and write the JSON file."""
+    # Command line.
     parser = command_line(__doc__)
     for option in ("params", "model", "held-out", "tokenizer", "results"):
         parser.add_argument(f"--{option}", type=Path, required=True)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument(
-        "--of",
-        choices=("sliding_eval", "ttt_eval"),
-        default="sliding_eval",
-        help="the scorer below tilt and mixture",
-    )
+    scorers = ("sliding_eval", "ttt_eval")
+    parser.add_argument("--of", choices=scorers, default=scorers[0], help="below tilt and mixture")
     parser.add_argument("--targets", type=int, default=1_000_000)
     parser.add_argument("--scores", type=Path, metavar="FILE.npz", help="read if it exists, else written")
     arguments = parser.parse_args()
 
+    # The network's scores, once.
     params = config.load(arguments.params, Params, arguments.set)
     case = case_of(beginning(arguments.held_out, arguments.tokenizer, arguments.targets))
     scores = network_scores(arguments.of, arguments.model, params, case, arguments.scores)

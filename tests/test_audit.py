@@ -285,6 +285,7 @@ def test_a_walk_recomputes_what_it_is_asked_to_and_shows_probes_no_more_than_the
         segment=16,
     )
     assert found == {"a": [(900, TOKENS[899]), (7, TOKENS[6])], "b": [], "c": [(7, TOKENS[6])]}
+
     held = ~np.isnan(losses)
     assert np.array_equal(np.flatnonzero(held), [*range(4, 49), 59])
     assert np.array_equal(losses[held], whole[held])

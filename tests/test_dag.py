@@ -159,7 +159,8 @@ def test_deps_name_no_source_that_the_stage_does_not_import(stage: str) -> None:
 
 def test_deps_are_what_the_tool_writes() -> None:
     text = (ROOT / "dvc.yaml").read_text(encoding="utf-8")
-    assert deps.with_deps(text) == text, "run python -m tools.deps"
+    is_current = deps.with_deps(text) == text  # a comparison in the assert would print a diff for minutes
+    assert is_current, "run python -m tools.deps"
 
 
 def test_the_tool_replaces_sources_and_nothing_else() -> None:
@@ -167,8 +168,9 @@ def test_the_tool_replaces_sources_and_nothing_else() -> None:
     text = (ROOT / "dvc.yaml").read_text(encoding="utf-8")
     wrong = text.replace("      - stages/common/ledger.py\n", "      - stages/common/gone.py\n")
     wrong = wrong.replace("      - stages/common/shards.py\n", "")
-    assert wrong != text
-    assert deps.with_deps(wrong) == text
+    assert wrong.count("gone.py") > 1
+    is_restored = deps.with_deps(wrong) == text
+    assert is_restored
 
 
 def test_missing_and_superfluous_dependencies_are_found() -> None:

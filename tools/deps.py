@@ -68,10 +68,9 @@ def fold(files: set[Path]) -> list[str]:
     folded: set[Path] = set()
     for file in files:
         chosen = file
-        for folder in file.parents:
-            content = {path.relative_to(ROOT) for path in (ROOT / folder).rglob("*.py")}
-            if len(folder.parts) > 1 and content <= files:
-                chosen = folder  # parents come from the inside out; the outermost one stays
+        for folder in file.parents[:-2]:  # without stages/ and the root; from the inside out
+            if {path.relative_to(ROOT) for path in (ROOT / folder).rglob("*.py")} <= files:
+                chosen = folder
         folded.add(chosen)
     return sorted(path.as_posix() for path in folded)
 

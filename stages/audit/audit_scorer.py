@@ -134,6 +134,7 @@ def _run_checks(
 
     ledger: (N-1,) float32, or None without a complete one.
     """
+    # The probes of every check, at positions that follow from the key.
     targets = len(case.stream.tokens) - 1
     scorer = case.factory(targets)
     segment = min(case.params.segment_targets, len(case.shown_tokens) - 1)
@@ -157,6 +158,7 @@ def _run_checks(
     # perturbed segments.
     recomputed = np.full(targets, np.nan, dtype=np.float32)
     recomputed[: len(results.losses)] = results.losses
+
     verdicts.append(
         causality.judge_recomputation(
             case.name,
@@ -168,6 +170,7 @@ def _run_checks(
             claim.mean_tolerance,
         )
     )
+
     return verdicts + _rerun_checks(case, segment, scorer.vocab_size)
 
 

@@ -1,7 +1,7 @@
 """Catalogue of the checks, B1 to B16: the report has a verdict for each of them on each subject.
 
 A check that did not run gets the verdict "cannot tell" with the reason, so that it is never forgotten.
-Everything else that is constant of a check is declared beside the code that judges.
+Everything else that is constant of a check is declared with the code that judges.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,6 +1,6 @@
 """Verdict: the result of one check, and the only thing that the audit's report is made of.
 
-A `Check` holds what is the same in all verdicts of one check: a module constant beside the code that
+A `Check` holds what is the same in all verdicts of one check: a module constant next to the code that
 judges. A `Verdict` adds the outcome, the two numbers that should agree and the bound between them. A check
 that could not run is "cannot tell", never "pass".
 

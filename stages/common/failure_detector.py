@@ -129,7 +129,7 @@ class KeyValueStore(Protocol):
 
 
 class State(enum.IntEnum):
-    """What a rank knows of its peers. It only moves to later states, and may skip some."""
+    """State of a rank's detector. It only moves to later states, and may skip some."""
 
     RUNNING = 0
     PEER_FAILED = 1

@@ -151,13 +151,16 @@ def distributed(params: ParallelParams, compiles: bool = False) -> Iterator[Worl
     The groups are torn down at the end. `compiles` allows torch.compile where `parallel.compile`
     asks for it: training does, evaluation does not.
     """
+    # This process among the ranks that torchrun started, if it did.
     die_with_parent()
     rank = int(os.environ.get("RANK", "0"))
     size = int(os.environ.get("WORLD_SIZE", "1"))
     device = _device(params, int(os.environ.get("LOCAL_RANK", "0")))
     dtype = activation_dtype(params, device)
+
     uses_compiler = compiles and params.compile and device.type == "cuda"
     set_determinism(params, device, uses_compiler)
+
     with _process_groups(rank, size, device) as host_group:
         kernels = uses_kernels(params, device)
         yield World(

@@ -1,4 +1,4 @@
-"""What a network's scorer computes for each target: its loss, and on request more from the same logits.
+"""Scores that a network computes for each target: its loss, and on request more from the same logits.
 
 An n-gram tilt needs the probability of a hinted token, a byte mixture the logits of the decisions on
 the target's path through the byte tree. `Queries` asks for them and `TargetScores` holds them. A

@@ -116,6 +116,7 @@ def plan_probes(params: AuditParams, vocab_size: int, predicts: bool) -> list[Pl
 
     Their cost does not depend on the length of the stream, since every probe starts from a fork.
     """
+    # Perturbations, orders of documents, ways to divide a stream into calls.
     groups = -(-params.perturbations // sampling.POSITIONS_PER_GROUP)
     perturbation = causality.Perturbation.cost_of(sampling.POSITIONS_PER_GROUP, params.segment_targets)
 
@@ -125,6 +126,7 @@ def plan_probes(params: AuditParams, vocab_size: int, predicts: bool) -> list[Pl
     span = call_invariance.max_span(params.segment_targets)
     split = call_invariance.CallSplit.cost_of(span, 1 + call_invariance.CUTS, predicts)
 
+    # Streams that nobody can predict, which every scorer gets.
     canaries = 1 + len(canary.SOURCES)  # one from each source, and one of spellings
     plan = [
         PlannedProbes(groups, perturbation),
@@ -132,6 +134,8 @@ def plan_probes(params: AuditParams, vocab_size: int, predicts: bool) -> list[Pl
         PlannedProbes(params.call_splits, split),
         PlannedProbes(canaries, canary.Canary.cost_of(params.canary_targets)),
     ]
+
+    # The sum over all ids: of predictions, or of losses.
     if predicts:
         substitution = normalisation.Substitution.cost_of(
             normalisation.MAX_TOKENS_BEFORE - 1, normalisation.MAX_PIECE, params.substitutions, vocab_size

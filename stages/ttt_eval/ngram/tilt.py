@@ -194,7 +194,7 @@ def _tilt_path_(
 
 
 class Hints(NamedTuple):
-    """What the table says before each of N targets."""
+    """Entries of the table before each of N targets."""
 
     ids_N: np.ndarray  # int64: the hint, or NO_HINT
     states_NK: np.ndarray  # uint8: states of the contexts
