@@ -180,6 +180,7 @@ def test_paths_under_the_tilt_are_those_of_its_predictions():
         torch.device("cpu"),
         tilt.NgramTilt(of.text_hashes, len(targets), 0.05),
     )
+
     texts = {mode: of.appended_bytes(bool(mode)) for mode in MODES}
     for target in range(len(targets)):
         ensemble.observe(int(tokens[target]))

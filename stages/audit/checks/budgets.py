@@ -103,24 +103,19 @@ def check_disjoint(
     shared = int(np.isin(val_hashes, train).sum())
     fault = ""
     if len(listed_hashes) != train_count + val_count:
-        fault = (
-            f"documents.u64 holds {len(listed_hashes)} hashes, the manifest says {train_count} + {val_count}"
-        )
+        states = f"{train_count} + {val_count}"
+        fault = f"documents.u64 holds {len(listed_hashes)} hashes, the manifest says {states}"
     elif not np.array_equal(np.sort(val_hashes), np.sort(listed_val)):
-        fault = (
-            f"documents.u64 does not list the {len(val_hashes)} documents of the val shards: "
-            "it belongs to other data"
-        )
+        listed = f"documents.u64 does not list the {len(val_hashes)} documents of the val shards"
+        fault = f"{listed}: it belongs to other data"
     elif shared:
-        fault = (
-            f"{shared} of {len(val_hashes)} val documents have the hash of a train document "
-            "(by chance: probability 1e-10 or less)"
-        )
-    evidence = fault or (
-        f"none of {len(val_hashes)} val documents has the hash of one of {train_count} train documents"
-    )
+        share = f"{shared} of {len(val_hashes)} val documents have the hash of a train document"
+        fault = f"{share} (by chance: probability 1e-10 or less)"
 
-    # The number of documents on both sides.
+    evidence = fault
+    if not fault:
+        none = f"none of {len(val_hashes)} val documents has the hash"
+        evidence = f"{none} of one of {train_count} train documents"
     return Verdict.of(DISJOINT, "files", not fault, evidence, saw=shared, expected=0, bound=0)
 
 
