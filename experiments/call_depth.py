@@ -76,7 +76,7 @@ def main() -> None:
     results = {}
     for tree in arguments.tree:
         walks = {name: summarise(parts) for name, parts in run_walks(tree.resolve()).items()}
-        results[tree.name] = walks
+        results[str(tree)] = walks
         print(report(str(tree), walks), end="\n\n", flush=True)
     if arguments.results:
         write_results(arguments.results, results)

@@ -2,12 +2,14 @@
 
 import copy
 import json
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -150,7 +152,30 @@ def two_byte_table() -> ByteTable:
 
 def make_world(rank: int = 0, size: int = 1) -> World:
     """The world of one rank on the CPU, without a process group."""
-    return World(rank, size, torch.device("cpu"), torch.float32, compile=False, host_group=None)
+    return World(
+        rank,
+        size,
+        torch.device("cpu"),
+        torch.float32,
+        compile=False,
+        host_group=None,
+        is_local_rank_zero=rank == 0,
+    )
+
+
+def add_between_threads(monkeypatch: pytest.MonkeyPatch, ranks: int) -> None:
+    """Let `World.sum_` add over ranks that are threads of this process."""
+    meeting = threading.Barrier(ranks)
+    given = [torch.empty(0)] * ranks
+
+    def sum_(self: World, tensor: torch.Tensor) -> torch.Tensor:
+        given[self.rank] = tensor.clone()
+        meeting.wait(60)
+        tensor.copy_(sum(given[1:], given[0]))
+        meeting.wait(60)
+        return tensor
+
+    monkeypatch.setattr(World, "sum_", sum_)
 
 
 def scorer_inputs(model: Model, n_targets: int) -> ScorerInputs:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from stages.common import challenge, clock, shards
-from stages.scoring.evaluate import TimedScorer, score
+from stages.common.scorer import TimedScorer
+from stages.scoring.evaluate import score
 from stages.scoring.stream import ValidationStream
 from stages.sliding_eval.scorer import SlidingScorer
 from stages.ttt_eval.sgd.scorer import TTTScorer

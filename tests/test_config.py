@@ -297,3 +297,8 @@ def test_parameters_of_calibration_and_packing_name_their_dotted_key(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         config.load(ROOT / "params.yaml", schema, [assignment])
+
+
+def test_a_preset_name_in_place_of_a_file_is_answered_with_the_command() -> None:
+    with pytest.raises(ValueError, match=r"there is no file record; .*python -m tools\.preset record"):
+        config.read_parameters(Path("record"))

@@ -5,6 +5,7 @@ import dataclasses
 import math
 import os
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ import pytest
 import torch
 
 from stages.common import bpb
+from stages.common.parallel import World
+from stages.common.scorer import Scorer
 from stages.scoring import byte_tree, evaluate
 from stages.scoring.byte_tree_logits import NO_HINT, DeviceByteTrees
 from stages.scoring.evaluate import warm_up_kernels
@@ -25,7 +28,16 @@ from stages.ttt_eval.ngram import tilt
 from stages.ttt_eval.ngram.tilt import NgramTilt
 from stages.ttt_eval.sgd.scorer import TTTScorer
 from tests.byte_inputs import random_log_probs
-from tests.factories import SLIDING, TINY, TTT, make_world, random_model, scorer_inputs, table
+from tests.factories import (
+    SLIDING,
+    TINY,
+    TTT,
+    add_between_threads,
+    make_world,
+    random_model,
+    scorer_inputs,
+    table,
+)
 from tests.slow_mixture import SlowByteMixer
 
 RATE = 0.02
@@ -277,6 +289,38 @@ def test_a_target_is_few_calls_from_the_evaluation_to_the_arithmetic(kind: Any, 
     evaluate.score(scorer, ValidationStream(tokens, np.ones(299, np.int64), table()))
     assert set(depths) == {"path_logits", "_score_and_learn", "score_and_learn"}
     assert max(depths.values()) <= 7
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "batch_tokens"),
+    [
+        ("sliding_eval", "sgd", TTT.batch_tokens),
+        ("ttt_eval", "sgd", TTT.batch_tokens),
+        ("ttt_eval", "sgd", SLIDING.window),  # fewer windows a step than ranks
+        ("ttt_eval", "lora", TTT.batch_tokens),
+    ],
+)
+def test_ranks_score_as_one_does(name: str, kind: Any, batch_tokens: int, monkeypatch: pytest.MonkeyPatch):
+    """With tilt and mixture, in pieces that end inside documents and chunks."""
+    lora = dataclasses.replace(TTT.lora, lr=0.001)
+    params = dataclasses.replace(
+        TTT, kind=kind, batch_tokens=batch_tokens, lora=lora, mixer_rate=RATE, tilt_rate=0.05
+    )
+    tokens = (np.arange(200) * 7 % 30 + 4).astype(np.uint16)
+    tokens[::45] = TINY.bos_id
+
+    def make(world: World) -> Scorer:
+        inputs = scorer_inputs(random_model(6), 199)._replace(world=world)
+        return build_scorer(name, SLIDING, params, inputs)
+
+    whole = make(make_world()).score_stream(tokens)
+    add_between_threads(monkeypatch, 2)
+    ranks = [make(make_world(rank, 2)) for rank in (0, 1)]
+    with ThreadPoolExecutor(2) as threads:
+        for first, end in ((0, 77), (77, 80), (80, 200)):
+            piece = tokens[first:end]
+            for nll in threads.map(lambda rank, piece=piece: rank.score_stream(piece), ranks):
+                np.testing.assert_allclose(nll, whole[max(0, first - 1) : end - 1], atol=2e-5)
 
 
 @pytest.mark.parametrize("answer", [math.nan, math.inf, -math.inf, None], ids=str)

@@ -114,7 +114,7 @@ def test_a_header_makes_the_form_that_wrote_it(label: str) -> None:
         (["groups", 8, 0], "values of 8 bits, expected 2 to 7"),
         (["lattice", 3, 0], "a trellis of 3 states"),
         (["float16", 32, 0], "float16 values have 16 bits, not 32"),
-        (["float16", 16, 1], "a correction of the form float16"),
+        (["float16", 16, 1], "the form float16 takes no correction"),
         (["rows", 6, 17], "a correction of rank 17, expected 1 to 16"),
         (["rows", 6, -1], "a correction of rank -1, expected 1 to 16"),
     ],
@@ -125,7 +125,7 @@ def test_impossible_headers_say_why(header: Any, message: str) -> None:
 
 
 def test_a_correction_has_no_correction() -> None:
-    with pytest.raises(ValueError, match="a correction of the form rows"):
+    with pytest.raises(ValueError, match="the form rows takes no correction"):
         CorrectedForm(CorrectedForm(RowsForm(6), 1), 1)
 
 

@@ -3,7 +3,6 @@
 import copy
 import itertools
 import math
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -12,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from stages.common.parallel import World
 from stages.scoring.queries import Queries
 from stages.sliding_eval.params import SlidingEvalParams
 from stages.train.model import Extensions, Model
@@ -28,6 +26,7 @@ from tests.factories import (
     SLIDING,
     TINY,
     TTT,
+    add_between_threads,
     assert_forks_are_independent,
     assert_pieces_and_predictions_agree,
     make_world,
@@ -335,16 +334,7 @@ def test_ranks_share_the_documents_out_without_changing_a_score(monkeypatch):
     """Ranks are threads that add their shares; a piece of a stream may end inside a document."""
     tokens = stream()
     whole = scorer(lr=0.001).score_stream(tokens)
-    meeting, given = threading.Barrier(2), [torch.empty(0), torch.empty(0)]
-
-    def sum_(self: World, tensor: torch.Tensor) -> torch.Tensor:
-        given[self.rank] = tensor.clone()
-        meeting.wait(60)
-        tensor.copy_(given[0] + given[1])
-        meeting.wait(60)
-        return tensor
-
-    monkeypatch.setattr(World, "sum_", sum_)
+    add_between_threads(monkeypatch, 2)
     ranks = [LoRAScorer(random_model(6), SLIDING, lora(lr=0.001), make_world(rank, 2)) for rank in (0, 1)]
     with ThreadPoolExecutor(2) as threads:
         for piece, expected in (

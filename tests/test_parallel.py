@@ -239,6 +239,7 @@ def test_the_docstrings_name_every_delay_with_its_value() -> None:
         (2, 1, []),
         (3, 0, ["PRINT_FIRST_SECONDS"]),
         (1, 2, ["PRINT_FIRST_SECONDS"]),
+        (2, 3, ["LOCAL_REPORT_DELAY_SECONDS"]),
     ],
 )
 def test_the_machine_of_the_failed_rank_decides_the_delay_of_the_report(

@@ -41,17 +41,23 @@ def with_deps(text: str) -> str:
     lines: list[str] = []
     stage = ""
     is_written = False
+    stages_without_sources: set[str] = set()
     for line in text.splitlines():
         started = STAGE_LINE.match(line)
         if started:
             stage = started.group(1)
             is_written = False
+            stages_without_sources.add(stage)
         if not SOURCE_LINE.match(line):
             lines.append(line)
         elif not is_written:
             # The list replaces the first of the old lines; the others are dropped.
             lines += [f"      - {path}" for path in fold(needed_files(stage))]
             is_written = True
+            stages_without_sources.discard(stage)
+    if stages_without_sources:
+        names = ", ".join(sorted(stages_without_sources))
+        raise ValueError(f"the deps of {names} name no file of stages/ to be replaced; add one by hand")
     return "\n".join(lines) + "\n"
 
 

@@ -36,9 +36,11 @@ def main(run: Run[Params]) -> None:
         hessians = collect_hessians(load_file(model_file), run.params, shard_folder, world, run.logger, clock)
         if world.is_main:
             save_file(hessians, run.output / "hessians.safetensors")
-            run.write_json(
-                "metrics.json", {"calibration_tokens": run.params.calibrate.tokens, "hessians": len(hessians)}
-            )
+            metrics = {
+                "calibration_tokens": run.params.calibrate.tokens,
+                "calibration_tensors": len(hessians),
+            }
+            run.write_json("metrics.json", metrics)
         run.timing |= {
             "training_seconds": clock.seconds,
             "hardware": hardware(world.device),

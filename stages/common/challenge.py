@@ -11,7 +11,6 @@ MAX_EVALUATION_SECONDS = 600.0  # of one evaluation process, from its start
 GPUS = 8  # H100 GPUs of one machine; one process for each
 
 VALIDATION_BYTES = 151_078_222  # UTF-8 bytes of the validation text (logs of #1493)
-VALIDATION_DOCUMENTS = 50_000  # the first documents of the FineWeb export
 VALIDATION_TARGETS = 40_540_160  # with the SP8192 tokenizer, as accepted logs count them (#1493)
 
 # A new record must be better than the best one so far by this many nats, at this one-sided p-value.

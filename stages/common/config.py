@@ -81,6 +81,11 @@ def read_parameters(path: Path) -> dict[str, Any]:
 
     A preset is refused: it has no value for the keys that it does not change.
     """
+    if not path.exists() and (PRESET_FOLDER / f"{path}.yaml").exists():
+        raise ValueError(
+            f"there is no file {path}; for the preset of this name,"
+            f" `python -m tools.preset {path} --output FILE` makes a parameter file"
+        )
     raw = read_sections(path, SECTIONS, "name one with --params")
     if path.resolve().parent.name == PRESET_FOLDER.name and not raw.keys() >= set(SECTIONS):
         raise ValueError(

@@ -25,8 +25,8 @@ process; the main thread moves to LEAVING:
 
 An error of the main thread is its own unless it is a RuntimeError, which collectives and the GPU
 raise. A RuntimeError waits for EXPLANATION_WAIT_SECONDS in RUNNING for a peer's end that explains
-it; in PEER_FAILED the main thread waits for REPORTED. The time in REPORTED is limited because the
-main thread may be waiting for the GPU, and the GPU for the dead rank.
+it; in PEER_FAILED a main thread without an error of its own waits for REPORTED. The time in REPORTED
+is limited because the main thread may be waiting for the GPU, and the GPU for the dead rank.
 
 The delays are constants of this module:
 
@@ -61,7 +61,7 @@ A rank dies on another machine. The user started torchrun on machines A and B:
       |             |--- "3 is gone" --->|             |             |            |
       |             |--- "3 is gone" ----|------------>|             |            |
       |             | PEER_FAILED        | PEER_FAILED | PEER_FAILED |            |
-      |             | waits 0 s          | waits 1 s   | waits 5 s   |            |
+      |             | waits 0 s          | waits 1 s   | waits 4 s   |            |
       |             | REPORTED           |             |             +- status -->|
       |             | prints "error:     |             |                  0.1 s   |
       |             |  rank 3 is gone    |             X<-------------- SIGTERM --|
@@ -82,7 +82,7 @@ after the report. Two variants:
   store when B exits, stops its ranks, and prints a RendezvousConnectionError instead of the report.
 - If machine B is switched off, its connections are closed by the probes, after 20 s.
 
-Before its process groups are set up, a rank has no detector; see rendezvous.py.
+Before the rendezvous has ended, a rank has no detector; see rendezvous.py.
 """
 
 import contextlib

@@ -8,6 +8,7 @@ event is a ConnectionError, which local rank 0 prints as one line, and exit code
     a rank has announced that it failed     report_delay() of failure_detector.py
     the store's machine does not answer     at most CONNECT_TIMEOUT_SECONDS = 10
     a rank has not arrived                  RENDEZVOUS_TIMEOUT = 2 minutes
+    rank 0 has not opened its connection    another RENDEZVOUS_TIMEOUT
 
 A rank that dies without an announcement ends the ranks of its own machine at once, which the agent
 stops; those of other machines wait for the timeout, or until their agent loses the rendezvous of
@@ -44,6 +45,11 @@ def connect_ranks(rank: int, size: int) -> tuple[Store, dict[int, socket.socket]
         return store, failure_detector.connect(rank, size, os.environ["MASTER_ADDR"], store, seconds)
     except dist.DistNetworkError as error:
         raise ConnectionError(_unreachable(error)) from None
+    except dist.DistStoreError:
+        raise ConnectionError(
+            f"rank 0 arrived, but opened no connection within {RENDEZVOUS_TIMEOUT.total_seconds():.0f} s;"
+            " the output on its machine may say why"
+        ) from None
 
 
 def announce_failure(reason: str) -> None:
@@ -58,22 +64,23 @@ def _wait_for_ranks(rank: int, size: int) -> Store:
     keys = [f"ready/{other}" for other in range(size)]
     store = _open_store()
     store.set(keys[rank], "")
-    try:
+    with contextlib.suppress(dist.DistStoreError):  # if some are absent
         store.wait(keys, RENDEZVOUS_TIMEOUT)
-    except dist.DistStoreError:
-        absent = [other for other, key in enumerate(keys) if not store.check([key])]
+
+    # A rank that failed before the rendezvous has put its reason there (announce_failure).
+    absent = [other for other, key in enumerate(keys) if not store.check([key])]
+    for other in range(size):
+        reason = "" if other in absent else store.get(keys[other]).decode()
+        if reason:
+            time.sleep(failure_detector.report_delay(other))
+            raise ConnectionError(f"rank {other} failed: {reason}")
+
+    if absent:
         waited = f"{RENDEZVOUS_TIMEOUT.total_seconds():.0f} s"
         raise ConnectionError(
             f"ranks {absent} of {size} did not arrive within {waited};"
             " the output on their machine may say why"
-        ) from None
-
-    # A rank that failed before the rendezvous has put its reason there (announce_failure).
-    for other, key in enumerate(keys):
-        reason = store.get(key).decode()
-        if reason:
-            time.sleep(failure_detector.report_delay(other))
-            raise ConnectionError(f"rank {other} failed: {reason}")
+        )
     return store
 
 

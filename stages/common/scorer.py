@@ -39,3 +39,16 @@ class Scorer(Protocol):
         continue where the last ended and yield one value for each token.
         """
         ...
+
+
+class TimedScorer(Scorer, Protocol):
+    """A scorer that states how many targets it takes until its speed is steady."""
+
+    @property
+    def warm_up_targets(self) -> int:
+        """Number of targets that are scored first and timed separately.
+
+        Scoring a stream in two calls, cut after these targets, forms the same batches as scoring it
+        in one.
+        """
+        ...

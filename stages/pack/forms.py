@@ -23,7 +23,8 @@ In the header of a file a form is [kind, number, rank], which says what the stre
                             correction (low_rank.py): K rows of int8, each a column of one factor
                             and then a row of the other; K float32 steps
 
-Another form is one more class with the methods of `Form`, and its entry in FORMS.
+Another form is one more class with the methods of `Form`, and its entry in FORMS. A file can hold
+it then; for the stage to write it, a quantiser must make its values (quantise/methods.py).
 
 Uses numpy alone, because the process that decodes has no torch (file/decode_process.py). Weights
 are computed by single IEEE 754 operations in the order written here, so they are the same on every
@@ -72,7 +73,7 @@ class Form(Protocol[Values]):
     Forms are immutable. Making an impossible one raises ValueError.
     """
 
-    is_matrix: ClassVar[bool]  # for matrices only; such a form can have a low-rank correction
+    is_matrix: ClassVar[bool]  # for matrices only
 
     @property
     def header(self) -> FormHeader:
@@ -194,8 +195,10 @@ class RowsForm:
         values_RC = _from_bytes(streams[0], INT8, shape)
         steps_R = _from_bytes(streams[1], FLOAT16, shape[:1])
         largest_C = largest_value(self.bits) << extra_bits_C.astype(np.int16)
-        if (np.abs(values_RC.astype(np.int16)) > largest_C).any():
-            raise ValueError(f"it has integers beyond {largest_C.max()}, the largest of {self.bits} bits")
+        is_beyond_C = (np.abs(values_RC.astype(np.int16)) > largest_C).any(0)
+        if is_beyond_C.any():
+            column = int(is_beyond_C.argmax())
+            raise ValueError(f"it has integers beyond {largest_C[column]}, the largest of column {column}")
         return RowQuantised(values_RC, require_finite(steps_R), extra_bits_C)
 
     def dequantise(self, values: RowQuantised) -> np.ndarray:
@@ -256,12 +259,13 @@ class TrellisForm:
     """A matrix of levels on a trellis of `states` states, with factors of its rows and columns."""
 
     states: int
-    kind: ClassVar = "lattice"
+    kind: ClassVar = "lattice"  # the name of the trellis in files
     is_matrix: ClassVar = True
 
     def __post_init__(self) -> None:
         if self.states not in STATE_COUNTS:
-            raise ValueError(f"a trellis of {self.states} states")
+            known = ", ".join(map(str, STATE_COUNTS))
+            raise ValueError(f"a trellis of {self.states} states, expected one of {known}")
 
     @property
     def header(self) -> FormHeader:
@@ -321,7 +325,7 @@ class CorrectedForm:
 
     def __post_init__(self) -> None:
         if not self.base.is_matrix or self.base.header.rank:
-            raise ValueError(f"a correction of the form {self.base.header.kind}")
+            raise ValueError(f"the form {self.base.header.kind} takes no correction")
         if not 1 <= self.rank <= MAX_RANK:
             raise ValueError(f"a correction of rank {self.rank}, expected 1 to {MAX_RANK}")
 

@@ -1,7 +1,7 @@
 """Run a scorer over the validation stream and write the results that all later numbers come from."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -11,26 +11,13 @@ from stages.common.clock import EvalThroughput
 from stages.common.environment import hardware
 from stages.common.parallel import World, distributed
 from stages.common.progress import Logger
-from stages.common.scorer import Scorer
+from stages.common.scorer import Scorer, TimedScorer
 from stages.common.stage import Run
 from stages.pack.file.decode_process import DecodeProcess
 from stages.pack.file.load import PendingModel
 from stages.scoring.stream import ValidationStream, open_stream_for_model
 from stages.train.model import Model, build_model
 from stages.train.ops import attention_backend
-
-
-class TimedScorer(Scorer, Protocol):
-    """A scorer that states how many targets it takes until its speed is steady."""
-
-    @property
-    def warm_up_targets(self) -> int:
-        """Number of targets that are scored first and timed separately.
-
-        Scoring a stream in two calls, cut after these targets, forms the same batches as scoring it
-        in one.
-        """
-        ...
 
 
 class ScorerInputs(NamedTuple):

@@ -13,7 +13,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 import numpy as np
 from torch import Tensor
 
-from stages.common.scorer import Scorer
+from stages.common.scorer import TimedScorer
 from stages.scoring.byte_tree_logits import DeviceByteTrees
 from stages.train.model import Model
 from stages.train.reference import softcapped
@@ -66,13 +66,8 @@ class TargetScores(NamedTuple, Generic[A]):
                 values[..., first : first + new_values.shape[-1]] = new_values
 
 
-class NetworkScorer(Scorer, Protocol):
+class NetworkScorer(TimedScorer, Protocol):
     """A scorer that computes the answers to queries in the same forward pass as the losses."""
-
-    @property
-    def warm_up_targets(self) -> int:
-        """As in evaluate.TimedScorer."""
-        ...
 
     def score(self, tokens: np.ndarray, queries: Queries[np.ndarray] | None) -> TargetScores[np.ndarray]:
         """Score and observe tokens (N,) in order, as `score_stream` does; one query for each target."""

@@ -21,8 +21,9 @@ Unusual here (#1493 and what it builds on):
 
 Test-time training, decoding and calibration add to the same forward pass (`Extensions`): adapters
 (adapters.py) to q, k and v, parallel to attention and to the MLP, and to the head; a KV cache in
-place of attention over the pass alone; an observer of what the matrices multiply. Each is told which
-visit it serves. Without them no operation is added. The operations with a fused form come from `ops`
+place of attention over the pass alone; an observer of what the matrices multiply, for which the MLP
+runs as two products. Each is chosen or called by the number of the visit. Without them no operation
+is added. The operations with a fused form come from `ops`
 (reference.py).
 
 Weights are float32 and are cast to the dtype of the activations where they are used; losses are
@@ -79,7 +80,7 @@ class InputObserver(Protocol):
     """Called before every product with a quantised matrix, to measure the inputs of the product."""
 
     def __call__(self, weight: nn.Parameter, visit: int | None, x: Tensor) -> None:
-        """`x` (..., in) is multiplied by `weight` in this visit; in none, if it is the tied table (the head).
+        """`x` (..., in) is multiplied by `weight`; `visit` is None for the head, which is outside all visits.
 
         Query, key and value have one input, which is reported with the weight of the query.
         """

@@ -1,7 +1,8 @@
 """Builds the scorer of either evaluation by the name of its stage."""
 
+from stages.common.scorer import TimedScorer
 from stages.scoring.byte_tree import build_byte_trees
-from stages.scoring.evaluate import ScorerInputs, TimedScorer
+from stages.scoring.evaluate import ScorerInputs
 from stages.scoring.queries import NetworkScorer
 from stages.sliding_eval.params import SlidingEvalParams
 from stages.sliding_eval.scorer import SlidingScorer

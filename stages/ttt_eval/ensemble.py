@@ -88,7 +88,9 @@ class EnsembleScorer:
         tilt = self.tilt.writable() if self.tilt else None
         mixer = self.mixer.writable() if self.mixer else None
         trees = mixer.trees if mixer else None
+
         piece_size = PIECE if mixer else max(1, len(tokens))
+        unmixed: list[np.ndarray] = []
         mixed: list[Future[np.ndarray]] = []
         with ThreadPoolExecutor(1) as mixing_thread:
             for first in range(0, len(tokens), piece_size):
@@ -110,13 +112,15 @@ class EnsembleScorer:
                 if tilt:
                     tilt.score_and_learn_(scores, hints, targets_N, trees_N, trees)
                 if mixer is None:
-                    return scores.nll_N  # of the only piece
+                    unmixed.append(scores.nll_N)
+                    continue
                 assert scores.path_logits_DN is not None, "byte trees were queried"
                 logits_ND = np.ascontiguousarray(scores.path_logits_DN.T)
                 mixed.append(
                     mixing_thread.submit(mixer.score_and_learn, targets_N, trees_N, logits_ND, scores.nll_N)
                 )
-        return np.concatenate([np.empty(0, np.float32), *(nll_N.result() for nll_N in mixed)])
+        nll_of_pieces = [*unmixed, *(nll_N.result() for nll_N in mixed)]
+        return np.concatenate([np.empty(0, np.float32), *nll_of_pieces])
 
     def _score_pending(self) -> None:
         if self.pending_tokens:

@@ -101,6 +101,8 @@ def check_disjoint(
     # First that the file belongs to these shards, then that the two sides share no document.
     train, listed_val = listed_hashes[:train_count], listed_hashes[train_count:]
     shared = int(np.isin(val_hashes, train).sum())
+
+    # The first of the faults that there are.
     fault = ""
     if len(listed_hashes) != train_count + val_count:
         states = f"{train_count} + {val_count}"

@@ -104,7 +104,7 @@ def probes(
 ) -> list[Perturbation]:
     """Build one probe for each group; the kinds of futures alternate.
 
-    The last kind (B1b) is the future itself with its document boundaries moved: it detects scorers that
+    The last kind is the future itself with its document boundaries moved: it detects scorers that
     sort documents by length or use where they end. tokens: (N,) uint16.
     """
     rng = KeyedRng(key, "future")
@@ -131,13 +131,14 @@ def judge_perturbation(subject: str, groups: list[PerturbationGroup], segments: 
     futures = [future for segment in segments for future in segment.replaced]
     failed = [future for future in futures if future.first is not None]
     if failed:
-        worst = failed[0]
+        # The first loss that changed.
+        first = failed[0]
         positions = sorted({future.position for future in failed})
-        saw = worst.after
-        expected = worst.before
+        saw = first.after
+        expected = first.before
         evidence = (
-            f"with {worst.suffix} after position {worst.position}, the loss of target {worst.first} "
-            f"moved from {worst.before:.6g} to {worst.after:.6g} nats "
+            f"with {first.suffix} after position {first.position}, the loss of target {first.first} "
+            f"moved from {first.before:.6g} to {first.after:.6g} nats "
             f"({len(failed)} of {len(futures)} replaced futures changed a score)"
         )
     else:
@@ -157,7 +158,6 @@ def judge_perturbation(subject: str, groups: list[PerturbationGroup], segments: 
         subject,
         not failed,
         evidence,
-        # The first loss that changed.
         saw=saw,
         expected=expected,
         bound=probe_runner.ROUNDING,
@@ -198,6 +198,7 @@ def judge_recomputation(
     largest = float(np.abs(difference).max())
     mean = float(difference.mean())
     worst = targets[np.nan_to_num(np.abs(difference), nan=np.inf).argmax()]
+
     return Verdict.of(
         check,
         subject,

@@ -195,6 +195,7 @@ def check_denominator(
         "bound": 0,
         "positions": tuple(starts[wrong[:3]].tolist()),
     }
+
     evidence = (
         f"{len(starts)} documents decode to {document_bytes.counted.sum()} bytes, "
         "the same number as was counted for each"
@@ -209,6 +210,7 @@ def check_denominator(
         if document_bytes.replaced[wrong].all():
             evidence += "; all of them hold bytes that are not UTF-8, which decoding replaces"
             return Verdict.cannot_tell(DENOMINATOR, "files", evidence, **numbers)
+
     return Verdict.of(DENOMINATOR, "files", not len(wrong), evidence, **numbers)
 
 

@@ -255,6 +255,7 @@ def judge_substitution(
     # How many ids were tried decides what the check cannot detect.
     ids = sum(finding.ids for finding in findings)
     all_ids = all(finding.ids == vocab_size for finding in findings)
+
     return Verdict.of(
         COUNTERFACTUAL_SUM if all_ids else SAMPLED_COUNTERFACTUAL_SUM.fill(tried=ids),
         subject,
@@ -288,6 +289,7 @@ def judge_commitment(
     deviation = np.nan_to_num(np.abs(written - charged), nan=np.inf)
     failed = targets[deviation > tolerance].tolist()
     worst = int(deviation.argmax())
+
     return Verdict.of(
         LEDGER_COMMITMENT,
         subject,

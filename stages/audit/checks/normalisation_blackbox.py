@@ -109,6 +109,7 @@ def judge(subject: str, results: list[SumResult], tolerance: float, bits: float)
     if all(not len(result.ratios) for result in results):
         worst = max(results, key=lambda result: result.total)
         failed = [result for result in results if not result.total <= 1 + tolerance]
+
         return Verdict.of(
             COUNTERFACTUAL_SUM,
             subject,
@@ -125,6 +126,7 @@ def judge(subject: str, results: list[SumResult], tolerance: float, bits: float)
     ratios = np.concatenate([result.ratios for result in results])
     won = float(log2_wealth(ratios).max())
     standard_error = ratios.std() / np.sqrt(len(ratios))
+
     return Verdict.of(
         SAMPLED_COUNTERFACTUAL_SUM,
         subject,

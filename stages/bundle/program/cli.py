@@ -163,7 +163,7 @@ def _train_and_calibrate(
     }
     run.timing |= trained.timing
     run.logger.log(
-        f"train_gpt: {len(trained.losses)} steps and {len(hessians)} Hessians"
+        f"train_gpt: {len(trained.losses)} steps, {len(hessians)} Hessians and importances"
         f" in {interval.seconds:.1f} s of training"
     )
     return trained.state, hessians

@@ -85,7 +85,7 @@ def _answer_requests(connection: Connection) -> None:
         while True:
             try:
                 request = connection.recv()
-            except EOFError:
+            except (EOFError, ConnectionResetError):  # the parent has ended or was killed
                 return
             try:
                 connection.send(encoder.encode(*request))

@@ -159,7 +159,12 @@ class DecisionBuffers(NamedTuple):
 
 
 class Targets(NamedTuple):
-    """Tokens to score, and the network's scores of them."""
+    """Tokens to score, and the network's scores of them.
+
+    The logits must be those of the whole distribution. Scores that were queried with hints leave the
+    hints out (scoring/queries.py), until `NgramTilt.score_and_learn_`, with the rate 0 if no tilt is
+    wanted, has put them back. With logits that leave something out, losses would be too low.
+    """
 
     tokens_N: np.ndarray  # int64
     trees_N: np.ndarray  # int64: the byte tree that each is in

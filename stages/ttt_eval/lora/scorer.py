@@ -83,8 +83,7 @@ class LoRAScorer:
         self.lora = params.lora
         self.world = world
         self.logger = logger or Logger(is_main=False)
-        plan = model.plans[True]
-        self.layout = AdapterLayout(model.params, self.lora, len(plan.encoder) + len(plan.decoder))
+        self.layout = AdapterLayout(model.params, self.lora, len(model.plans[True].order))
         self.fresh_P = self.layout.fresh(world.device)
 
         # The open document: its tokens, and its adapters, trained on its whole chunks. The tensors

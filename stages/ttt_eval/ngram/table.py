@@ -5,7 +5,7 @@ token that followed, how often it followed since (hits) and how often lately it 
 #1514's token expert does for one length. The guess, called the hint, is that of the longest known
 context. Each length has a hash table whose slots contain 16 bits of the context's hash as the only
 proof. A collision makes a hint worse and can make no score unlawful, because how far a hint is
-trusted is learned (scorer.py). The hashes are of the tokens' text (`ByteTable.text_hashes`), not of
+trusted is learned (tilt.py). The hashes are of the tokens' text (`ByteTable.text_hashes`), not of
 their ids: with ids permuted the same contexts collide.
 
 Shapes: N tokens, K context lengths, V ids.

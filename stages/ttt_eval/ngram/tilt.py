@@ -53,7 +53,7 @@ class TiltState(NamedTuple):
     """All that the tilt learns."""
 
     weights_WX: np.ndarray  # float64; W = K KNOTS, by longest known context and knot
-    updates_W: np.ndarray  # float64: how often each set of weights was updated
+    updates_W: np.ndarray  # float64: sum of the shares with which each set was updated
     hit_rates_KS: np.ndarray  # float64: share of hints that came true, by context length and state
     counts_KS: np.ndarray  # int64: how many there were, up to MAX_RATE_COUNT
 
@@ -241,11 +241,11 @@ class NgramTilt:
         targets_N: np.ndarray,
         trees_N: np.ndarray,
         trees: ByteTrees | None,
-    ) -> TargetScores[np.ndarray]:
+    ) -> None:
         """Tilt the scores of consecutive targets, and learn from each target after it.
 
-        The scores, which were queried with the hints, are changed in place. `trees` are needed if
-        they have path logits.
+        The scores, which were queried with the hints, are changed in place: losses, and path logits,
+        into which the hints are put back. `trees` are needed if there are path logits.
         """
         assert scores.hint_logp_N is not None, "the scores were queried without hints"
         scores.nll_N[:], boosts_N = _score_and_learn(
@@ -255,7 +255,6 @@ class NgramTilt:
             assert trees is not None, "path logits are those of byte trees"
             hint_log_odds_N = scores.hint_logit_N + boosts_N
             _tilt_path_(trees, trees_N, targets_N, hints.ids_N, hint_log_odds_N, scores.path_logits_DN)
-        return scores
 
     def distribution(self, logp_V: np.ndarray) -> np.ndarray:
         """Tilt log-probabilities of the next token, (V,) float64; nothing is learned."""

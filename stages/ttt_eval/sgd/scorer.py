@@ -184,13 +184,16 @@ class TTTScorer:
         Each rank takes every size-th window.
         """
         own_windows = windows[self.world.rank :: self.world.size].copy()
-        inputs_BT, targets_BT = windows_to_device(own_windows, self.world.device)
-        with torch.enable_grad():
-            nll_BT = self.scorer.model(inputs_BT, targets_BT, looped=True)
-            losses_BT = weighted(nll_BT, self.params.weight_by_surprise)
-            (losses_BT.sum() / (len(windows) * self.window)).backward()
+        if len(own_windows):
+            inputs_BT, targets_BT = windows_to_device(own_windows, self.world.device)
+            with torch.enable_grad():
+                nll_BT = self.scorer.model(inputs_BT, targets_BT, looped=True)
+                losses_BT = weighted(nll_BT, self.params.weight_by_surprise)
+                (losses_BT.sum() / (len(windows) * self.window)).backward()
+
         for parameter in self._trained_parameters():
-            assert parameter.grad is not None
+            if parameter.grad is None:  # more ranks than windows: this one adds zeros
+                parameter.grad = torch.zeros_like(parameter)
             self.world.sum_(parameter.grad)
 
     def _trained_parameters(self) -> list[Tensor]:
