@@ -107,10 +107,12 @@ class EnsembleScorer:
                 trees_N = tree_index_after(self.boundary_V, previous_N)
                 hints = tilt.observe(piece).last(len(targets_N)) if tilt else no_hints(len(targets_N))
 
-                # Score with the network, then tilt, then mix in the byte model.
+                # Score with the network, then tilt.
                 scores = self.network.score(piece, Queries(hints.ids_N, trees_N, self.byte_trees))
                 if tilt:
                     tilt.score_and_learn_(scores, hints, targets_N, trees_N, trees)
+
+                # The mixing thread works on this piece while the network scores the next one.
                 if mixer is None:
                     unmixed.append(scores.nll_N)
                     continue
@@ -119,6 +121,7 @@ class EnsembleScorer:
                 mixed.append(
                     mixing_thread.submit(mixer.score_and_learn, targets_N, trees_N, logits_ND, scores.nll_N)
                 )
+
         nll_of_pieces = [*unmixed, *(nll_N.result() for nll_N in mixed)]
         return np.concatenate([np.empty(0, np.float32), *nll_of_pieces])
 
