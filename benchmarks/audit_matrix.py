@@ -31,7 +31,7 @@ from tests.zoo import harness, lawful
 from tests.zoo.registry import CHEATS
 
 # Tests that need only a scorer or its files; B12 needs a decoder.
-COLUMNS = ("B1", "B1c", *(f"B{number}" for number in (*range(2, 12), *range(13, 17))), "budget")
+COLUMNS = ("B1", "B1c", *(f"B{number}" for number in (*range(2, 12), *range(13, 18))), "budget")
 SMALL = dataclasses.replace(factories.TINY, vocab_size=lawful.VOCAB)
 SLIDING = SlidingEvalParams(window=16, stride=4, batch_windows=8, chunk=128)
 TTT = dataclasses.replace(factories.TTT, chunk=256, epochs=1, batch_tokens=64, lr=0.01)
@@ -50,6 +50,7 @@ PARAMS = dataclasses.replace(
     sampled_targets=8,
     distributions=4,
     substitutions=6,
+    certified_targets=60,
 )
 
 
@@ -91,7 +92,7 @@ def try_cheat(number: int, keys: int) -> dict[str, Any]:
         "seen_in": cheat.seen_in,
         "detected_by": cheat.detected_by,
         "keys": keys,
-        "failed": dict(counts),
+        "failed": dict(sorted(counts.items())),
     }
 
 
@@ -168,8 +169,8 @@ def main() -> None:
     """Audit everything, and write the counts and the matrix."""
     parser = command_line(__doc__)
     parser.add_argument("--keys", type=int, default=3, help="for each cheat")
-    parser.add_argument("--runs", type=int, default=30, help="of each lawful scorer of the zoo")
-    parser.add_argument("--own-runs", type=int, default=3, help="of each scorer of the project")
+    parser.add_argument("--runs", type=int, default=33, help="of each lawful scorer of the zoo")
+    parser.add_argument("--own-runs", type=int, default=2, help="of each scorer of the project")
     parser.add_argument("--workers", type=int, default=2, help="processes")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/audit_matrix.json"))
     parser.add_argument("--matrix", type=Path, default=Path("docs/audit_matrix.md"))

@@ -5,8 +5,8 @@
 
 The network computes as usual (on a GPU in bfloat16) and in float32. Test-time training as in the section
 ttt_eval goes on in both, so that their weights differ, too. The audit compares the two ledgers
-(audit.bfloat16_loss_tolerance): the tilt and the mixture must not make the network's rounding errors
-larger.
+(`BFLOAT16` of stages/audit/precision.py): the tilt and the mixture must not make the network's
+rounding errors larger.
 """
 
 import dataclasses

@@ -120,13 +120,9 @@ AUDIT = AuditParams(
     distributions=16,
     substitutions=16,
     decoded_targets=0,
+    certified_targets=0,
     shingle_rate=0,
     clean_room=False,
-    loss_tolerance=1e-4,
-    bfloat16_loss_tolerance=0.5,
-    bfloat16_mean_tolerance=1e-3,
-    mean_tolerance=1e-6,
-    sum_tolerance=1e-5,
     evaluation_budget_seconds=600.0,
 )
 SLIDING = SlidingEvalParams(window=16, stride=4, batch_windows=3, chunk=32)

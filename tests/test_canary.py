@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 
 from stages.audit.checks import canary, normalisation_blackbox
+from stages.audit.precision import FLOAT32
 from tests.zoo import lawful
 
 RUNS = 4000
 
 
 def reached(bits: np.ndarray, k: int) -> float:
-    """The share of runs, (R, n), whose running sum is ever k or more; rounding's allowance given back."""
+    """The share of runs, (R, n), whose running sum is ever k or more."""
     return float((bits.max(axis=1) >= k - 1e-9).mean())
 
 
@@ -48,7 +49,7 @@ def test_false_alarms_of_a_lawful_scorer_at_a_low_bound(source: str) -> None:
         known = canary.draw_canary(source, bytes([run]), 48, lawful.random_stream(200), lawful.VOCAB)
         scorer = lawful.Cached(48)
         scorer.observe(lawful.BOS)
-        alarms += bool(canary.bits_won(known.logp, scorer.score_stream(known.tokens)).max() >= 3)
+        alarms += bool(canary.bits_won(known.logp, scorer.score_stream(known.tokens), 0.0).max() >= 3)
     assert alarms / 60 <= 1 / 8 + 4 * math.sqrt(1 / 8 / 60)
 
 
@@ -82,7 +83,7 @@ def test_spellings_spell_one_text_and_their_law_adds_up() -> None:
 def test_what_is_sampled_from_the_scorer_wins_nothing_from_it() -> None:
     scorer = lawful.Bigram(0)
     scorer.observe(lawful.BOS)
-    seen = canary.self_sampled_probe(b"key", 1, 100).run(scorer, lawful.random_stream())
+    seen = canary.self_sampled_probe(b"key", 1, 100, 0.0).run(scorer, lawful.random_stream())
     assert np.abs(seen.bits).max() < 0.01
 
 
@@ -127,5 +128,5 @@ def test_a_gate_fails_sampled_sums_and_a_lawful_scorer_passes_them() -> None:
     tokens = generator.choice(2000, 4000, p=laws[0]).astype(np.uint16)
     probes = normalisation_blackbox.probes(b"key", list(range(100, 3000, 100)), tokens, 2000, 64)
     found = [[probe.run(Fixed(gated), tokens) for probe in probes] for gated in (False, True)]  # type: ignore[arg-type]
-    verdicts = [normalisation_blackbox.judge("x", findings, 1e-4, 64.0) for findings in found]
+    verdicts = [normalisation_blackbox.judge("x", findings, FLOAT32, 64.0) for findings in found]
     assert [verdict.outcome for verdict in verdicts] == ["pass", "fail"]

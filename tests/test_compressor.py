@@ -19,15 +19,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.audit import probe_runner, scorer_recipe
+from stages.audit import probe_runner
 from stages.audit.checks.round_trip import check_round_trip
-from stages.audit.scorer_recipe import Recipe
+from stages.audit.params import Params
+from stages.audit.pipeline_scorers import scorer_source
+from stages.audit.precision import FLOAT32
+from stages.audit.remote.process import ScorerProcess
 from stages.audit.verdict import Verdict
 from stages.calibrate.hessians import hessian_name
-from stages.common import range_coder
+from stages.common import config, range_coder
 from stages.common.lossless_text import LosslessTokenizer, split_text
 from stages.common.progress import Logger
-from stages.common.scorer import Scorer
 from stages.pack import artifact
 from stages.pack.params import PackParams
 from stages.pack.quantise import tensor_kinds
@@ -327,7 +329,7 @@ def test_damage_is_an_error_and_never_other_text(folder: Path, capsys: pytest.Ca
 class Remembers(lawful.Bigram):
     """C1: the process that coded knows the stream, and the one that decodes does not."""
 
-    STREAM = np.empty(0, dtype=np.uint16)
+    STREAM = TOKENS
 
     def predict(self) -> np.ndarray:
         logs = super().predict()
@@ -338,11 +340,21 @@ class Remembers(lawful.Bigram):
         return sure
 
 
+class RemembersNothing(Remembers):
+    """The same in a process that was never shown the stream."""
+
+    STREAM = np.empty(0, dtype=np.uint16)
+
+
 def check(
-    scorer: type[lawful.Bigram], start: int = 300, count: int = 300, recipe: Recipe | None = None
+    scorer: type[lawful.Bigram],
+    start: int = 300,
+    count: int = 300,
+    decoder: type[lawful.Bigram] | None = None,
 ) -> Verdict:
-    named = recipe or Recipe(f"{scorer.__module__}:{scorer.__name__}")
-    return check_round_trip(scorer.__name__, scorer, named, TOKENS, start, count, None, 1e-6)
+    decoding = (decoder or scorer)(len(TOKENS) - 1)
+    encoding = scorer(len(TOKENS) - 1)
+    return check_round_trip(scorer.__name__, encoding, decoding, TOKENS, start, count, None, 1e-6)
 
 
 def test_a_lawful_score_is_a_file_that_a_fresh_process_reads() -> None:
@@ -370,26 +382,19 @@ def test_a_claim_below_the_file_fails(scorer: type[lawful.Bigram]) -> None:
     assert "not a code length" in verdict.evidence
 
 
-def test_a_coder_that_knows_the_stream_fails_and_a_missing_scorer_cannot_be_told(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(Remembers, "STREAM", TOKENS)
-    assert "wrongly" in check(Remembers).evidence
-    missing = check(lawful.Bigram, recipe=Recipe(f"{lawful.__name__}:Nobody"))
-    assert (missing.outcome, "Nobody" in missing.evidence) == ("cannot tell", True)
-    monkeypatch.setattr(lawful.Bigram, "predict", lambda self: np.full(lawful.VOCAB, 0.5))
+def test_a_coder_that_knows_the_stream_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "wrongly" in check(Remembers, decoder=RemembersNothing).evidence
+    monkeypatch.setattr(lawful.Bigram, "predict", lambda self: np.full(lawful.VOCAB, np.nan))
     with pytest.raises(probe_runner.ProtocolError, match="predict"):
         check(lawful.Bigram)
 
 
-def test_the_pipelines_scorer_decodes_across_an_update_in_a_fresh_process(folder: Path) -> None:
-    sections = {name: SECTIONS[name] for name in ("parallel", "sliding_eval", "ttt_eval")}
-    words = ("ttt_eval", str(folder / "model.bin"), str(folder / "tokenizer.model"), json.dumps(sections))
+def test_the_pipelines_scorer_decodes_across_an_update_in_another_process(folder: Path) -> None:
+    params = config.build(SECTIONS, Params)
     tokens = np.random.Generator(np.random.PCG64(2)).integers(4, 320, 400).astype(np.uint16)
-
-    def factory(n_targets: int) -> Scorer:
-        return scorer_recipe.build_pipeline_scorer(n_targets, *words)
-
-    recipe = Recipe(scorer_recipe.PIPELINE_FACTORY, words)
-    verdict = check_round_trip("ttt_eval", factory, recipe, tokens, 240, 30, None, 1e-4)
+    paths = {"model": folder / "model.bin", "tokenizer": folder / "tokenizer.model"}
+    source = scorer_source("ttt_eval", params, params.parallel, FLOAT32, paths, len(tokens) - 1)
+    with ScorerProcess(source, 320, 60) as encoding, ScorerProcess(source, 320, 60) as decoding:
+        scorers = encoding.new_scorer(), decoding.new_scorer()
+        verdict = check_round_trip("ttt_eval", *scorers, tokens, 240, 30, None, 1e-4)
     assert verdict.outcome == "pass", verdict.evidence

@@ -1,11 +1,14 @@
 """B16: Student's law against tables, Welch's test, and what a claim of seeds must have."""
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from stages.audit.checks import significance
 from stages.common.student_t import SeedStatistics, seed_statistics, upper_tail, welch
+from tests.zoo import bookkeeping
 
 
 def runs(*nats: float, config: str = "a") -> list[dict[str, Any]]:
@@ -47,3 +50,53 @@ def test_a_claim_needs_three_seeds_of_one_configuration_and_a_gain() -> None:
     assert "counted twice" in significance.check_seeds(twice, [2.5]).evidence
     unstated = [{"seed": seed, "nats": 2.48} for seed in range(3)]
     assert significance.check_seeds(unstated, [2.5]).outcome == "fail"
+
+
+@pytest.mark.parametrize(
+    "seeds", [(1, 1.0, 2), (1, True, 2), (1, "1", 2), ("1", "2", "3"), (1, 2, None), (1, 1, 2)]
+)
+def test_a_seed_is_an_integer_of_its_own(seeds: tuple[Any, ...]) -> None:
+    claimed = [run | {"seed": seed} for run, seed in zip(runs(2.480, 2.481, 2.482), seeds, strict=True)]
+    verdict = significance.check_seeds(claimed, [2.5])
+    assert verdict.outcome == "fail"
+    assert "not an integer" in verdict.evidence or "counted twice" in verdict.evidence
+
+
+def test_runs_are_told_apart_by_their_ledgers(tmp_path: Path) -> None:
+    (lawful,) = bookkeeping.lawful_seeds(tmp_path, b"")
+    assert lawful.outcome == "pass"
+    assert "a ledger of its own" in lawful.evidence
+    without = significance.check_seeds(runs(2.480, 2.481, 2.482), [2.5])
+    assert "not shown" in without.evidence
+
+    # One ledger for two seeds: the same file, the same hash, nearly the same losses.
+    ledgers = bookkeeping.seed_ledgers()
+    for twin in (ledgers[0].copy(), ledgers[0] * np.float32(1.0005)):
+        repeated = bookkeeping.seed_runs((1, 2, 3), [*ledgers[:2], twin])
+        assert "one run" in significance.check_seeds(repeated, [2.5]).evidence
+    stated = [
+        run | {"ledger_sha256": digest} for run, digest in zip(runs(2.48, 2.481, 2.482), "aAb", strict=True)
+    ]
+    assert "one run" in significance.check_seeds(stated, [2.5]).evidence
+    stated[1]["ledger_sha256"] = "c"
+    assert "states the hash" in significance.check_seeds(stated, [2.5]).evidence
+
+
+def test_a_seeds_loss_follows_from_its_ledger_per_target_or_per_byte() -> None:
+    ledgers = bookkeeping.seed_ledgers()
+    claimed = bookkeeping.seed_runs((1, 2, 3), ledgers)
+    assert significance.check_seeds(claimed, [2.5], 4000, 10_000).outcome == "pass"
+    per_byte = [run | {"nats": round(run["nats"] * 4000 / 10_000, 4)} for run in claimed]
+    assert significance.check_seeds(per_byte, [1.0], 4000, 10_000).outcome == "pass"
+    assert "its ledger has" in significance.check_seeds(per_byte, [1.0], 4000).evidence
+    assert "expected (4001,)" in significance.check_seeds(claimed, [2.5], 4001).evidence
+    broken = ledgers[0].copy()
+    broken[7] = np.nan
+    assert (
+        "no numbers"
+        in significance.check_seeds([claimed[0] | {"ledger": broken}, *claimed[1:]], [2.5]).evidence
+    )
+
+    # What is stated may be rounded; the test uses the ledgers' means.
+    edge = [run | {"nats": run["nats"] - 0.00004} for run in claimed]
+    assert significance.check_seeds(edge, [2.5]).saw == significance.check_seeds(claimed, [2.5]).saw

@@ -22,7 +22,7 @@ def test_a_cheat_fails_the_test_that_is_named_for_it(cheat: Cheat, tmp_path: Pat
 def test_a_lawful_scorer_passes_everything_whatever_is_drawn(
     scorer: type[lawful.Bigram], tmp_path: Path
 ) -> None:
-    """A sample; benchmarks/audit_matrix.py has more than 200 such runs."""
+    """A sample; benchmarks/audit_matrix.py has more than 500 such runs."""
     for seed in (1, 2):
         verdicts = harness.audit(scorer, tmp_path, key=bytes([seed]), tokens=lawful.random_stream(1500, seed))
         assert {verdict.outcome for verdict in verdicts} == {"pass"}, [

@@ -2,10 +2,8 @@
 
 from pathlib import Path
 
-from stages.audit.sandbox import sandbox
 from stages.audit.sandbox.clean_room import AuditedArtifact
 
-CAPABILITIES = sandbox.detect_capabilities()
 TOY = """
 import json, os, pathlib, socket, subprocess, sys, time
 started = time.monotonic()

@@ -5,6 +5,7 @@ of it. Checks that run in the pass are groups of probes, each with a function th
 found; `_build_groups` lists all of them.
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,11 +13,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from sentencepiece import SentencePieceProcessor
 
-from stages.audit import probe_runner, sampling
+from stages.audit import precision, probe_runner, sampling
 from stages.audit.checks import (
     call_invariance,
     canary,
     causality,
+    certified,
     coverage,
     document_order,
     metamorphic,
@@ -24,6 +26,7 @@ from stages.audit.checks import (
     normalisation_blackbox,
 )
 from stages.audit.params import AuditParams
+from stages.audit.precision import Precision
 from stages.audit.verdict import Check, Verdict, Words
 from stages.common.lossless_text import LosslessTokenizer
 from stages.common.progress import Logger
@@ -61,11 +64,7 @@ class ClaimedEvaluation:
     ledger: np.ndarray  # as read from its file: a check tests that it is complete
     chunk_table: str | None  # text of chunks.tsv, if there is one
     reported_bpb: Any  # from metrics.json
-    # Nats by which the audit's own arithmetic may differ from the evaluation's: for one loss of the
-    # ledger, and for the mean loss. Two losses of the audit itself may differ by
-    # AuditParams.loss_tolerance.
-    ledger_tolerance: float
-    mean_tolerance: float
+    precision: Precision  # of the arithmetic that wrote the ledger; the scorer declares its own
 
 
 class ProbeGroup(NamedTuple):
@@ -127,6 +126,64 @@ def audit_scorer(case: AuditCase, claim: ClaimedEvaluation, logger: Logger) -> l
     return verdicts
 
 
+def certify_scorer(
+    case: AuditCase, factory: ScorerFactory, claim: ClaimedEvaluation, logger: Logger
+) -> list[Verdict]:
+    """B17: compute losses of the stream target by target, and compare the ledger with them.
+
+    factory: makes the scorer that is fed, which must not have seen any part of the stream; it is called
+    once. The certified positions follow from the key and the ledger, so no ledger can be fitted to them.
+    """
+    targets = len(case.stream.tokens) - 1
+    complete = coverage.check_ledger(case.name, claim.ledger, targets)
+    ledger = claim.ledger if complete.outcome == "pass" else None
+    ledger_hash = hashlib.sha256(np.ascontiguousarray(claim.ledger).tobytes()).digest()
+    positions = sampling.certified_positions(
+        case.key + ledger_hash, len(case.stream.tokens), case.params.certified_targets
+    )
+
+    try:
+        scorer = factory(targets)
+        own = _precision(scorer)
+        if not _predicts(scorer):
+            evidence = "the scorer has score_stream alone: no distribution is known before its token"
+            return [Verdict.cannot_tell(certified.NO_DISTRIBUTION, case.name, evidence)]
+        with logger.progress(f"certified score of {case.name}", targets + 1) as progress:
+            losses = certified.certify(scorer, case.stream.tokens, positions, progress.advance)
+    except probe_runner.ProtocolError as error:
+        return [Verdict.failed(PROTOCOL, case.name, str(error), bound=0)]
+
+    stream_bytes = int(case.stream.target_bytes.sum())
+    return certified.judge(case.name, losses, ledger, own, claim.precision, stream_bytes)
+
+
+def sum_losses(case: AuditCase, claim: ClaimedEvaluation) -> list[Verdict]:
+    """B3 and B4 for a scorer without predict(): sums over ids that take the target's place, and its own loss.
+
+    The scorer must not have seen any part of the stream before: it is shown nothing after the ids.
+    """
+    tokens = case.shown_tokens
+    complete = coverage.check_ledger(case.name, claim.ledger, len(case.stream.tokens) - 1)
+    ledger = claim.ledger if complete.outcome == "pass" else None
+    positions = sampling.distribution_positions(case.key, len(tokens), case.params.distributions)
+    try:
+        scorer = case.factory(len(case.stream.tokens) - 1)
+        own = _precision(scorer)
+        probes = normalisation_blackbox.probes(
+            case.key, positions, tokens, scorer.vocab_size, case.params.substitutions
+        )
+        results = probe_runner.run_probes(scorer, tokens, {"sums": probes}, [], case.params.segment_targets)
+    except probe_runner.ProtocolError as error:
+        return [Verdict.failed(PROTOCOL, case.name, str(error), bound=0)]
+
+    findings = results.findings["sums"]
+    compared = precision.coarser(own, claim.precision)
+    return [
+        normalisation_blackbox.judge(case.name, findings, own, case.params.canary_bits),
+        normalisation_blackbox.judge_charged(case.name, ledger, findings, compared),
+    ]
+
+
 def _run_checks(
     case: AuditCase, ledger: np.ndarray | None, claim: ClaimedEvaluation, logger: Logger
 ) -> list[Verdict]:
@@ -141,7 +198,7 @@ def _run_checks(
     perturbed = sampling.perturbation_groups(
         case.key, case.shown_tokens, case.stream.bos, case.boundaries, case.params.perturbations, segment
     )
-    groups = _build_groups(case, scorer, perturbed, segment, ledger, claim.ledger_tolerance)
+    groups = _build_groups(case, scorer, perturbed, segment, ledger, claim.precision)
 
     # One pass over the stream for all of them, which also recomputes a share of the losses.
     probes = {name: group.probes for name, group in groups.items()}
@@ -166,12 +223,11 @@ def _run_checks(
             recomputed,
             perturbed,
             results.findings[PERTURBATION],
-            claim.ledger_tolerance,
-            claim.mean_tolerance,
+            precision.coarser(_precision(scorer), claim.precision),
         )
     )
 
-    return verdicts + _rerun_checks(case, segment, scorer.vocab_size)
+    return verdicts + _rerun_checks(case, segment, scorer)
 
 
 def _build_groups(
@@ -180,61 +236,51 @@ def _build_groups(
     perturbed: list[sampling.PerturbationGroup],
     segment: int,
     ledger: np.ndarray | None,
-    ledger_tolerance: float,
+    ledger_precision: Precision,
 ) -> dict[str, ProbeGroup]:
     """Build the probes of all checks that run in the common pass, by name, in the order of their verdicts."""
     vocab_size = scorer.vocab_size
-    predicts = bool(getattr(scorer, "predicts", True))
+    predicts = _predicts(scorer)
+    own = _precision(scorer)
 
     # Causality.
-    perturbations = causality.probes(case.key, perturbed, case.shown_tokens, vocab_size, case.stream.bos)
+    perturbations = causality.probes(
+        case.key, perturbed, case.shown_tokens, vocab_size, case.stream.bos, own.rounding
+    )
     groups = {
         PERTURBATION: ProbeGroup(
             perturbations,
-            lambda segments: [causality.judge_perturbation(case.name, perturbed, segments)],
+            lambda segments: [causality.judge_perturbation(case.name, perturbed, segments, own.rounding)],
         )
     }
 
-    # Normalisation: with predict() its sum can be computed, without it only sums of losses.
+    # Normalisation: with predict() its sum can be computed; without it, see `sum_losses`.
     if predicts:
-        groups["distributions"] = _distribution_probes(case, ledger, ledger_tolerance, vocab_size)
-    else:
-        groups["sums of losses"] = _blackbox_probes(case, vocab_size)
+        groups["distributions"] = _distribution_probes(case, scorer, ledger, ledger_precision)
 
     # Order of documents, division into calls, and spans that nobody can predict.
     groups["document order"] = _document_order_probe(case, scorer)
-    groups["call splits"] = _call_split_probes(case, segment, predicts)
-    return groups | _canary_probes(case, vocab_size, predicts)
+    groups["call splits"] = _call_split_probes(case, scorer, segment)
+    return groups | _canary_probes(case, scorer)
 
 
 def _distribution_probes(
-    case: AuditCase, ledger: np.ndarray | None, ledger_tolerance: float, vocab_size: int
+    case: AuditCase, scorer: Scorer, ledger: np.ndarray | None, ledger_precision: Precision
 ) -> ProbeGroup:
     """B2, B3 and B4: the distribution that predict() shows, and the losses that are charged."""
     params = case.params
+    vocab_size = scorer.vocab_size
+    own = _precision(scorer)
+    compared = precision.coarser(own, ledger_precision)
     length = len(case.shown_tokens)
     positions = sampling.distribution_positions(case.key, length, params.distributions)
     return ProbeGroup(
-        normalisation.probes(case.key, positions, length, vocab_size, params.substitutions),
+        normalisation.probes(case.key, positions, length, vocab_size, params.substitutions, own.rounding),
         lambda findings: [
-            normalisation.judge_independence(case.name, findings),
-            normalisation.judge_sum(case.name, findings, params.sum_tolerance),
-            normalisation.judge_substitution(case.name, findings, vocab_size, params.loss_tolerance),
-            normalisation.judge_commitment(case.name, ledger, findings, ledger_tolerance),
-        ],
-    )
-
-
-def _blackbox_probes(case: AuditCase, vocab_size: int) -> ProbeGroup:
-    """B3 for a scorer without predict()."""
-    params = case.params
-    positions = sampling.distribution_positions(case.key, len(case.shown_tokens), params.distributions)
-    return ProbeGroup(
-        normalisation_blackbox.probes(
-            case.key, positions, case.shown_tokens, vocab_size, params.substitutions
-        ),
-        lambda findings: [
-            normalisation_blackbox.judge(case.name, findings, params.loss_tolerance, params.canary_bits)
+            normalisation.judge_independence(case.name, findings, own.rounding),
+            normalisation.judge_sum(case.name, findings, own),
+            normalisation.judge_substitution(case.name, findings, vocab_size, own),
+            normalisation.judge_commitment(case.name, ledger, findings, compared),
         ],
     )
 
@@ -243,18 +289,25 @@ def _document_order_probe(case: AuditCase, scorer: Scorer) -> ProbeGroup:
     """B1c: in one call of several documents, no loss depends on a later document."""
     start = sampling.late_positions(case.key, "graph", len(case.shown_tokens), 1)[0]
     probe = document_order.probe(
-        case.key, start, case.shown_tokens, scorer.vocab_size, case.stream.bos, case.params.order_documents
+        case.key,
+        start,
+        case.shown_tokens,
+        scorer.vocab_size,
+        case.stream.bos,
+        case.params.order_documents,
+        _precision(scorer).rounding,
     )
     scope = getattr(scorer, "scope", "stream")
     return ProbeGroup([probe], lambda findings: [document_order.judge(case.name, probe, findings[0], scope)])
 
 
-def _call_split_probes(case: AuditCase, segment: int, predicts: bool) -> ProbeGroup:
+def _call_split_probes(case: AuditCase, scorer: Scorer, segment: int) -> ProbeGroup:
     """B13: losses do not depend on how a span is divided into calls.
 
     With predict() also B5: they do not depend on predictions that were made in between.
     """
-    tolerance = case.params.loss_tolerance
+    tolerance = _precision(scorer).loss_tolerance
+    predicts = _predicts(scorer)
     length = len(case.shown_tokens)
     positions = sampling.late_positions(case.key, "pieces", length, case.params.call_splits)
     probes = call_invariance.probes(case.key, positions, length, segment, predicts)
@@ -268,7 +321,7 @@ def _call_split_probes(case: AuditCase, segment: int, predicts: bool) -> ProbeGr
     return ProbeGroup(probes, judge)
 
 
-def _canary_probes(case: AuditCase, vocab_size: int, predicts: bool) -> dict[str, ProbeGroup]:
+def _canary_probes(case: AuditCase, scorer: Scorer) -> dict[str, ProbeGroup]:
     """Spans of known distribution, which no lawful scorer beats by more than `params.canary_bits`.
 
     B7: uniform ids; B9: other sources of known entropy; B8: drawn from the scorer's own predict(),
@@ -276,9 +329,18 @@ def _canary_probes(case: AuditCase, vocab_size: int, predicts: bool) -> dict[str
     """
     params = case.params
     bits = params.canary_bits
+    rounding = _precision(scorer).sum_tolerance
+
+    # A probe of each source, at the given starts in turn.
     starts = sampling.late_positions(case.key, "canary", len(case.shown_tokens), 1 + len(canary.SOURCES))
     probes = canary.probes(
-        case.key, starts, params.canary_targets, case.shown_tokens, vocab_size, case.stream.token_bytes
+        case.key,
+        starts,
+        params.canary_targets,
+        case.shown_tokens,
+        scorer.vocab_size,
+        case.stream.token_bytes,
+        rounding,
     )
 
     def group(check: Check, probes: Sequence[probe_runner.Probe]) -> ProbeGroup:
@@ -289,17 +351,18 @@ def _canary_probes(case: AuditCase, vocab_size: int, predicts: bool) -> dict[str
         "uniform canary": group(canary.UNIFORM_CANARY, [probes["uniform"]]),
         "known-entropy canaries": group(canary.KNOWN_ENTROPY_CANARIES, others),
     }
-    if predicts:
-        sampled = canary.self_sampled_probe(case.key, starts[-1], params.sampled_targets)
+    if _predicts(scorer):
+        sampled = canary.self_sampled_probe(case.key, starts[-1], params.sampled_targets, rounding)
         groups["self-sampled canary"] = group(canary.SELF_SAMPLED_CANARY, [sampled])
     return groups
 
 
-def _rerun_checks(case: AuditCase, segment: int, vocab_size: int) -> list[Verdict]:
+def _rerun_checks(case: AuditCase, segment: int, shown: Scorer) -> list[Verdict]:
     """B13: two scorers of one factory give the same losses; B10: so do variants that must not matter.
 
-    Both are run on the first segment of the stream.
+    Both are run on the first segment of the stream. shown: a scorer of the factory, for what it declares.
     """
+    own = _precision(shown)
     targets = len(case.stream.tokens) - 1
     first_segment = case.shown_tokens[: segment + 1]
     runs = []
@@ -310,15 +373,28 @@ def _rerun_checks(case: AuditCase, segment: int, vocab_size: int) -> list[Verdic
 
     # Compare them with each other, and the variants with the first.
     return [
-        call_invariance.judge_rerun(case.name, runs[0], runs[1]),
+        call_invariance.judge_rerun(case.name, runs[0], runs[1], own.rounding),
         *metamorphic.check(
             case.name,
             case.variants,
             case.key,
             first_segment,
             runs[0],
-            vocab_size,
-            case.params.loss_tolerance,
+            shown.vocab_size,
+            own,
             case.params.canary_bits,
         ),
     ]
+
+
+def _predicts(scorer: Scorer) -> bool:
+    """True if the scorer has predict(), and not score_stream alone."""
+    return bool(getattr(scorer, "predicts", True))
+
+
+def _precision(scorer: Scorer) -> Precision:
+    """Look up the precision that a scorer declares; a ProtocolError for an unknown one."""
+    try:
+        return precision.of_scorer(scorer)
+    except ValueError as error:
+        raise probe_runner.ProtocolError(str(error)) from error

@@ -1,4 +1,4 @@
-"""Catalogue of the checks, B1 to B16: the report has a verdict for each of them on each subject.
+"""Catalogue of the checks, B1 to B17: the report has a verdict for each of them on each subject.
 
 A check that did not run gets the verdict "cannot tell" with the reason, so that it is never forgotten.
 Everything else that is constant of a check is declared with the code that judges.
@@ -7,18 +7,21 @@ Everything else that is constant of a check is declared with the code that judge
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from stages.audit import isolated
 from stages.audit.audit_scorer import PROTOCOL
 from stages.audit.checks import (
     budgets,
     call_invariance,
     canary,
     causality,
+    certified,
     contamination,
     coverage,
     document_order,
     metamorphic,
     normalisation,
     normalisation_blackbox,
+    prefixes,
     round_trip,
     significance,
 )
@@ -49,7 +52,9 @@ class CatalogueEntry(NamedTuple):
 ANY_SCORER = "a scorer that could be run"
 STEPWISE = "predict(), observe() and fork()"
 SCORER_CHECKS = (
-    CatalogueEntry((causality.FUTURE_PERTURBATION, causality.LEDGER_WITHOUT_FUTURE), needs=ANY_SCORER),
+    CatalogueEntry(
+        (causality.FUTURE_PERTURBATION, causality.LEDGER_WITHOUT_FUTURE, prefixes.PREFIXES), needs=ANY_SCORER
+    ),
     CatalogueEntry((document_order.DEPENDENCY_GRAPH,), needs=ANY_SCORER),
     CatalogueEntry((normalisation.OWN_TOKEN,), needs=STEPWISE),
     CatalogueEntry(
@@ -62,7 +67,9 @@ SCORER_CHECKS = (
         ),
         needs=ANY_SCORER,
     ),
-    CatalogueEntry((normalisation.LEDGER_COMMITMENT,), needs="predict(), and a ledger"),
+    CatalogueEntry(
+        (normalisation.LEDGER_COMMITMENT, normalisation_blackbox.CHARGED_BLINDLY), needs="a ledger"
+    ),
     CatalogueEntry((call_invariance.TRACE,), needs=STEPWISE),
     CatalogueEntry(
         (coverage.COVERAGE, coverage.REPORTED_BPB, coverage.CHUNK_TABLE, PROTOCOL, budgets.VAL_SHARDS),
@@ -78,13 +85,35 @@ SCORER_CHECKS = (
     ),
     CatalogueEntry((round_trip.ROUND_TRIP,), needs=f"{STEPWISE}, and a fresh process"),
     CatalogueEntry((call_invariance.PIECES, call_invariance.RERUN), needs=ANY_SCORER),
+    CatalogueEntry(
+        (
+            certified.CERTIFIED_LEDGER,
+            certified.CERTIFIED_SUMS,
+            certified.CERTIFIED_POWER,
+            certified.NO_DISTRIBUTION,
+        ),
+        needs="predict() and observe()",
+        name="certified score",
+    ),
+    CatalogueEntry((isolated.SANDBOX,), needs="a process of its own"),
 )
 FILE_CHECKS = (
-    CatalogueEntry((coverage.DENOMINATOR, coverage.BYTE_TABLE), needs="tokens and their tokenizer"),
+    CatalogueEntry(
+        (
+            coverage.DENOMINATOR,
+            coverage.BYTE_TABLE,
+            coverage.NORMALISER,
+            coverage.TEXT,
+            coverage.OFFICIAL_TOTALS,
+            budgets.TOKENIZER_FILE,
+        ),
+        needs="tokens and their tokenizer",
+    ),
     CatalogueEntry(
         (
             clean_room.COUNTED_FILES_ALONE,
             clean_room.OPENED_FILES,
+            clean_room.LINKS_MOUNTS_SOCKETS,
             clean_room.NO_NETWORK,
             clean_room.WALL_CLOCK,
         ),

@@ -1,4 +1,4 @@
-"""Parameters of the audit: numbers of probed positions, tolerances, budgets.
+"""Parameters of the audit: numbers of probed positions, budgets.
 
 params.yaml describes each of them.
 """
@@ -29,20 +29,14 @@ class AuditParams:
     distributions: int
     substitutions: int
     decoded_targets: int
+    certified_targets: int
     shingle_rate: int
     clean_room: bool
-    loss_tolerance: float
-    mean_tolerance: float
-    bfloat16_loss_tolerance: float
-    bfloat16_mean_tolerance: float
-    sum_tolerance: float
     evaluation_budget_seconds: float
 
     def __post_init__(self) -> None:
         require_positive(self, "perturbations", "segment_targets", "distributions", "substitutions")
         require_positive(self, "call_splits", "canary_targets", "sampled_targets", "canary_bits")
-        require_positive(self, "loss_tolerance", "mean_tolerance", "sum_tolerance")
-        require_positive(self, "bfloat16_loss_tolerance", "bfloat16_mean_tolerance")
         require_positive(self, "chunked_scorer_share", "evaluation_budget_seconds")
         require_fraction(self, "recomputed_share", "chunked_scorer_share")
 
@@ -50,6 +44,9 @@ class AuditParams:
         for key in ("decoded_targets", "shingle_rate"):
             if getattr(self, key) < 0:
                 reject(key, f"{getattr(self, key)} is negative; 0 switches it off")
+
+        if self.certified_targets < 0:
+            reject("certified_targets", f"{self.certified_targets} is negative; 0 is every target")
 
         # Below these the checks have nothing to compare.
         if self.order_documents < 2:

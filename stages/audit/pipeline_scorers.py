@@ -1,93 +1,63 @@
-"""The pipeline's scorers prepared for the audit: factory, boundaries, and a variant with permuted ids."""
+"""The pipeline's scorers as the audit sees them: what their processes are started from, and their boundaries.
 
-import copy
+pipeline_factory.py builds them in those processes.
+"""
+
 import dataclasses
-import functools
-from collections.abc import Callable
-from typing import NamedTuple
+import json
+from collections.abc import Mapping
+from pathlib import Path
 
-import numpy as np
-import torch
-
-from stages.audit.audit_scorer import ScorerFactory
-from stages.audit.checks.metamorphic import Variants
+from stages.audit.params import Params
+from stages.audit.precision import Precision
+from stages.audit.remote.process import ScorerSource
 from stages.audit.sampling import Boundaries
-from stages.common.bpb import ByteTable
-from stages.common.parallel import World
-from stages.common.scorer import Scorer
-from stages.scoring.evaluate import ScorerInputs
-from stages.sliding_eval.params import SlidingEvalParams
-from stages.train.model import Model
-from stages.ttt_eval.build import build_scorer
-from stages.ttt_eval.params import TttEvalParams
+from stages.audit.sandbox.room import gpu_devices
+from stages.common.parallel import ParallelParams
+
+FACTORY = "stages.audit.pipeline_factory:build"
+STAGES_FOLDER = Path(__file__).resolve().parents[1]
+# Paths in the sandbox.
+CODE_FOLDER = "/scorer"
+MODEL_FILE = "/artifact/model.bin"
+TOKENIZER_FILE = "/data/tokenizer.model"
 
 
-class AuditedScorer(NamedTuple):
-    """One scorer of the pipeline, prepared for the audit."""
-
-    factory: ScorerFactory
-    boundaries: Boundaries
-    variants: Variants
-
-
-def build_scorers(
-    model: Model,
-    sliding: SlidingEvalParams,
-    ttt: TttEvalParams,
-    world: World,
-    table: ByteTable,
+def scorer_source(
+    name: str,
+    params: Params,
+    parallel: ParallelParams,
+    precision: Precision,
+    paths: Mapping[str, Path],
     n_targets: int,
-) -> dict[str, AuditedScorer]:
-    """Prepare both scorers, by the name of their stage."""
+) -> ScorerSource:
+    """Describe how a process builds the scorer `name`, sliding_eval or ttt_eval, of the packed model.
 
-    chunk = ttt.chunk if ttt.kind == "sgd" else None
-    boundaries = {
-        "sliding_eval": Boundaries(window=sliding.stride, chunk=None),
-        "ttt_eval": Boundaries(window=sliding.stride, chunk=chunk),
-    }
-    inputs = ScorerInputs(model, world, table, n_targets)
-    scorers = {}
-    for name in boundaries:
-        build = functools.partial(build_scorer, name, sliding, ttt)
-        scorers[name] = _prepare(build, boundaries[name], inputs)
-    return scorers
-
-
-def permute_model_ids(model: Model, permutation: np.ndarray) -> Model:
-    """Copy a model and rename id a to permutation[a], (V,).
-
-    The rows of its embedding tables are reordered; nothing else changes.
+    parallel, precision: its arithmetic; paths: of `model` and `tokenizer`.
     """
-    permuted = copy.deepcopy(model)
-    order = torch.from_numpy(np.argsort(permutation)).to(model.embedding.weight.device)
-    with torch.no_grad():
-        for table in (permuted.embedding, *permuted.value_tables):
-            table.weight.copy_(table.weight[order])
-    permuted.params = dataclasses.replace(model.params, bos_id=int(permutation[model.params.bos_id]))
-    if permuted.smear is not None:
-        permuted.smear.bos_id = permuted.params.bos_id
-    return permuted
+    sections = {
+        "parallel": dataclasses.asdict(dataclasses.replace(parallel, nproc=1)),
+        "sliding_eval": dataclasses.asdict(params.sliding_eval),
+        "ttt_eval": dataclasses.asdict(params.ttt_eval),
+    }
+    visible = {
+        f"{CODE_FOLDER}/stages": STAGES_FOLDER,
+        MODEL_FILE: paths["model"].absolute(),
+        TOKENIZER_FILE: paths["tokenizer"].absolute(),
+    }
+    return ScorerSource(
+        FACTORY,
+        (n_targets, name, MODEL_FILE, TOKENIZER_FILE, json.dumps(sections)),
+        visible,
+        search_path=(CODE_FOLDER,),
+        devices=gpu_devices() if parallel.device != "cpu" else (),
+        precision=precision.name,
+    )
 
 
-def permute_table_ids(table: ByteTable, permutation: np.ndarray) -> ByteTable:
-    """Copy a byte table and rename id a to permutation[a], (V,)."""
-    order = np.argsort(permutation)
-    texts = tuple(table.texts[i] for i in order.tolist())
-    return ByteTable(texts, table.leading_space[order], table.boundary[order], int(permutation[table.bos]))
-
-
-def _prepare(
-    build: Callable[[ScorerInputs], Scorer], boundaries: Boundaries, inputs: ScorerInputs
-) -> AuditedScorer:
-    def with_targets(n_targets: int) -> Scorer:
-        return build(inputs._replace(n_targets=n_targets))
-
-    def with_permuted_ids(permutation: np.ndarray) -> Scorer:
-        model = permute_model_ids(inputs.model, permutation)
-        return build(inputs._replace(model=model, table=permute_table_ids(inputs.table, permutation)))
-
-    return AuditedScorer(
-        factory=with_targets,
-        boundaries=boundaries,
-        variants=Variants(permuted_ids=with_permuted_ids),
+def boundaries_of(name: str, params: Params) -> Boundaries:
+    """Periods after which the batches or the weights of the scorer `name` change."""
+    trains_in_chunks = name == "ttt_eval" and params.ttt_eval.kind == "sgd"
+    return Boundaries(
+        window=params.sliding_eval.stride, chunk=params.ttt_eval.chunk if trains_in_chunks else None
     )

@@ -15,11 +15,8 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from stages.audit.precision import difference
 from stages.common.scorer import Scorer
-
-# Nats by which two losses may differ and still count as equal. Other boundaries after a target may put
-# it into a batch of another shape, whose sums differ in the last bits.
-ROUNDING = 1.0e-5
 
 
 @dataclass(frozen=True)
@@ -137,9 +134,12 @@ def checked_predict(scorer: Scorer) -> np.ndarray:
     return _checked("predict", scorer.predict(), np.dtype(np.float64), (scorer.vocab_size,)).copy()
 
 
-def differs(losses: np.ndarray, base: np.ndarray) -> np.ndarray:
-    """Mark losses (..., n) that differ from `base` by more than rounding; NaN always differs."""
-    return ~(np.abs(losses.astype(np.float64) - base.astype(np.float64)) <= ROUNDING)
+def differs(losses: np.ndarray, base: np.ndarray, rounding: float) -> np.ndarray:
+    """Mark losses (..., n) that differ from `base` by more than `rounding` nats (Precision.rounding).
+
+    NaN always differs, equal infinities do not.
+    """
+    return np.abs(difference(losses, base)) > rounding
 
 
 def _checked(method: str, returned: Any, dtype: np.dtype[Any], shape: tuple[int, ...]) -> np.ndarray:

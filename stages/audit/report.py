@@ -21,10 +21,10 @@ CONDITIONS = {  # the rules of the challenge; C1 to C4 are the four conditions o
 }
 # Checks without which a condition cannot be said to hold; the other checks add to them.
 ESSENTIAL = {
-    "C1": {"B1"},
-    "C2": {"B3"},
-    "C3": {"B3"},
-    "C4": {"B1", "B6"},
+    "C1": {"B1", "B17", "B18"},
+    "C2": {"B3", "B17", "B18"},
+    "C3": {"B3", "B17", "B18"},
+    "C4": {"B1", "B6", "B17", "B18"},
     "metric": {"B6", "B11"},
     "budget": {"budget"},
     "clean room": {"B14"},

@@ -114,6 +114,21 @@ def distribution_positions(key: bytes, length: int, count: int) -> list[int]:
     return sorted(set(positions))
 
 
+def certified_positions(key: bytes, length: int, count: int) -> np.ndarray:
+    """Draw one target position in each of `count` equal parts of a stream of `length` tokens, (n,) int64.
+
+    All targets if there are no more than `count`, or if `count` is 0.
+    """
+    targets = length - 1
+    if count == 0 or count >= targets:
+        return np.arange(1, length)
+
+    # Parts [edges[i], edges[i + 1]), each with its own draw.
+    edges = 1 + targets * np.arange(count + 1) // count
+    words = KeyedRng(key, "certified").below(1 << 32, count)
+    return edges[:-1] + words * np.diff(edges) // (1 << 32)
+
+
 def late_positions(key: bytes, purpose: str, length: int, count: int) -> list[int]:
     """Draw `count` target positions in the second half of a stream of `length` tokens.
 

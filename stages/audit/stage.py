@@ -10,37 +10,41 @@ failed-report.json until the next audit starts.
 """
 
 import dataclasses
+import functools
 import hashlib
-import json
+import itertools
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from sentencepiece import SentencePieceProcessor
 
-from stages.audit import catalogue, pipeline_scorers, report, scorer_recipe
-from stages.audit.audit_scorer import (
-    AuditCase,
-    AuditedStream,
-    ClaimedEvaluation,
-    ScorerFactory,
-    audit_scorer,
-    audited_stream,
+from stages.audit import catalogue, precision, report
+from stages.audit.audit_scorer import AuditedStream, ClaimedEvaluation, audited_stream
+from stages.audit.checks import budgets, contamination, coverage, significance
+from stages.audit.isolated import (
+    IsolatedScorer,
+    ScorerProcesses,
+    certify_isolated,
+    check_sandbox,
+    decode_isolated,
+    probe_isolated,
 )
-from stages.audit.checks import budgets, contamination, coverage, round_trip, significance
 from stages.audit.params import Params
+from stages.audit.pipeline_scorers import boundaries_of, scorer_source
+from stages.audit.precision import Precision
 from stages.audit.sampling import hash_files
 from stages.audit.sandbox import clean_room
 from stages.audit.verdict import Verdict, failure_message, failures
 from stages.common import bpb, shards
 from stages.common.json_object import read_json_object
-from stages.common.parallel import World, activation_dtype, distributed
+from stages.common.parallel import ParallelParams
+from stages.common.progress import Logger
 from stages.common.stage import Run, Stage, canonical_json
-from stages.common.torchrun import relaunch_under_torchrun
-from stages.pack.artifact import load_model
 from stages.scoring.stream import open_validation_stream
 
 STAGE = Stage(
@@ -68,6 +72,8 @@ NOT_RUN_REASONS = {  # check number -> the setting that switched it off
     "B14": "switched off: audit.clean_room is false",
 }
 CLEAN_ROOM_TOLERANCE = 1.0e-3  # bits per byte between two runs on one kind of GPU; on a CPU they are equal
+SIDE_BY_SIDE = 2  # processes that run at once, each with its share of the threads
+ANSWER_SECONDS = 3600.0  # longest wait for one answer of a process
 EVALUATIONS = {"sliding_eval": "sliding", "ttt_eval": "ttt"}  # scorer -> option that names its folder
 
 
@@ -77,7 +83,6 @@ def main(run: Run[Params]) -> None:
     Exits with 1 if a check failed.
     """
     paths = {name: run.path(name) for name in STAGE.reads}
-    relaunch_under_torchrun(run.params.parallel, "stages.audit", sys.argv[1:])
     run.remove_failure_reports(*FAILED_REPORTS)
 
     # Inputs. All positions follow from a hash of the artifact, the code and the validation shards.
@@ -86,14 +91,11 @@ def main(run: Run[Params]) -> None:
     stream = audited_stream(validation, tokenizer)
     key = hash_files([paths["model"], paths["code"], *shards.find(paths["val"])])
 
-    # Checks. Scorers run in float32 with deterministic kernels, whatever the evaluation used: a changed
-    # bit is then a dependence, and not the order of a sum.
+    # Checks.
     verdicts = audit_files(run.params, paths, stream, tokenizer)
-    exact = dataclasses.replace(run.params.parallel, dtype="float32", deterministic=True, compile=False)
-    with distributed(exact) as world:
-        verdicts += audit_scorers(run, paths, stream, validation.table, key, world)
-        if run.params.audit.clean_room and run.is_main:
-            verdicts += audit_in_clean_room(run.params, paths, world)
+    verdicts += audit_scorers(run, paths, stream, tokenizer.vocab_size(), key)
+    if run.params.audit.clean_room:
+        verdicts += audit_in_clean_room(run.params, paths)
     verdicts = catalogue.with_missing(verdicts, list(EVALUATIONS), NOT_RUN_REASONS)
     for verdict in verdicts:
         run.logger.log(
@@ -156,9 +158,12 @@ def audit_files(
     recorded, document_counts = budgets.manifest_entries(read_json_object(paths["manifest"]))
     found = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in shards.find(paths["val"])}
     val_hashes = budgets.document_hashes(stream.tokens, stream.bos)
+
     verdicts += [
         coverage.check_denominator(stream.tokens, stream.bos, stream.target_bytes, stream.document_bytes),
         coverage.check_table(tokenizer, coverage.AWKWARD_TEXTS),
+        coverage.check_normaliser(stream.tokens, tokenizer),
+        budgets.check_tokenizer_file(paths["tokenizer"]),
         budgets.check_shards(recorded, found),
         budgets.check_disjoint(val_hashes, documents, *document_counts),
         significance.check_seeds([{}], []),  # one run has one seed: "cannot tell"
@@ -174,80 +179,52 @@ def audit_files(
 
 
 def audit_scorers(
-    run: Run[Params],
-    paths: Mapping[str, Path],
-    stream: AuditedStream,
-    table: bpb.ByteTable,
-    key: bytes,
-    world: World,
+    run: Run[Params], paths: Mapping[str, Path], stream: AuditedStream, vocab_size: int, key: bytes
 ) -> list[Verdict]:
     """Audit both scorers of the pipeline, each with its own ledger."""
-    params = run.params
-    model = load_model(paths["model"], world)
-    scorers = pipeline_scorers.build_scorers(
-        model, params.sliding_eval, params.ttt_eval, world, table, len(stream.tokens) - 1
-    )
+    # The certified score is computed in the evaluation's arithmetic, and so agrees with the ledger also
+    # in the mean. The probes run in float32 with deterministic kernels, whatever the evaluation used: a
+    # changed bit is then a dependence, and not the order of a sum.
+    parallel = run.params.parallel
+    evaluated = dataclasses.replace(parallel, threads=max(1, parallel.threads // SIDE_BY_SIDE))
+    exact = dataclasses.replace(evaluated, dtype="float32", deterministic=True, compile=False)
 
-    # A ledger written with bfloat16 activations differs more from the audit's float32 losses.
-    ledger_tolerance = params.audit.loss_tolerance
-    mean_tolerance = params.audit.mean_tolerance
-    if activation_dtype(params.parallel, world.device) != world.dtype:
-        ledger_tolerance = params.audit.bfloat16_loss_tolerance
-        mean_tolerance = params.audit.bfloat16_mean_tolerance
+    # Each scorer with its claim.
+    scorers = []
+    written_in = ledger_precision(parallel)
+    for name, option in EVALUATIONS.items():
+        certified, probed = (
+            scorer_source(name, run.params, arithmetic, declared, paths, len(stream.tokens) - 1)
+            for arithmetic, declared in ((evaluated, written_in), (exact, precision.FLOAT32))
+        )
+        claim = read_claim(paths[option], f"{option}_bpb", written_in)
+        boundaries = boundaries_of(name, run.params)
+        scorers.append(
+            IsolatedScorer(name, certified, probed, stream, boundaries, key, run.params.audit, claim)
+        )
 
-    verdicts: list[Verdict] = []
-    for name, (factory, boundaries, variants) in scorers.items():
-        option = EVALUATIONS[name]
-        claim = read_claim(paths[option], f"{option}_bpb", ledger_tolerance, mean_tolerance)
-        case = AuditCase(name, factory, stream, boundaries, key, params.audit, variants)
-        verdicts += audit_scorer(case, claim, run.logger)
-        if params.audit.decoded_targets:
-            verdicts.append(audit_decoder(name, factory, params, paths, stream, claim))
-    return verdicts
+    # Those processes run first that must not know anything of the stream.
+    processes = ScorerProcesses(vocab_size, ANSWER_SECONDS)
 
+    def run_all(check: Callable[[IsolatedScorer, ScorerProcesses, Logger], list[Verdict]]) -> list[Verdict]:
+        tasks = [functools.partial(check, scorer, processes, run.logger) for scorer in scorers]
+        return list(itertools.chain(*processes.run_side_by_side(tasks, SIDE_BY_SIDE)))
 
-def audit_decoder(
-    name: str,
-    factory: ScorerFactory,
-    params: Params,
-    paths: Mapping[str, Path],
-    stream: AuditedStream,
-    claim: ClaimedEvaluation,
-) -> Verdict:
-    """B12: encode the first targets of the stream; another process with the same arithmetic decodes them."""
-    parallel = dataclasses.replace(
-        params.parallel, dtype="float32", deterministic=True, compile=False, nproc=1
-    )
-    sections = {
-        "parallel": dataclasses.asdict(parallel),
-        "sliding_eval": dataclasses.asdict(params.sliding_eval),
-        "ttt_eval": dataclasses.asdict(params.ttt_eval),
-    }
-    words = (name, str(paths["model"].absolute()), str(paths["tokenizer"].absolute()), json.dumps(sections))
-    recipe = scorer_recipe.Recipe(scorer_recipe.PIPELINE_FACTORY, words)
-
-    # An incomplete ledger fails B6; the file is then compared with the scorer's own losses.
-    is_complete = claim.ledger.shape == (len(stream.tokens) - 1,)
-    return round_trip.check_round_trip(
-        name,
-        factory,
-        recipe,
-        stream.tokens,
-        1,
-        params.audit.decoded_targets,
-        claim.ledger if is_complete else None,
-        claim.ledger_tolerance,
-    )
+    verdicts = [check_sandbox(scorer.name) for scorer in scorers] + run_all(certify_isolated)
+    if run.params.audit.decoded_targets:
+        verdicts += run_all(
+            lambda scorer, processes, _: [
+                decode_isolated(scorer, processes, run.params.audit.decoded_targets)
+            ]
+        )
+    return verdicts + run_all(probe_isolated)
 
 
-def audit_in_clean_room(params: Params, paths: Mapping[str, Path], world: World) -> list[Verdict]:
-    """B14: run the counted files in a sandbox, once with each scorer.
-
-    Training data and this repository are masked.
-    """
+def audit_in_clean_room(params: Params, paths: Mapping[str, Path]) -> list[Verdict]:
+    """B14: run the counted files in a sandbox, once with each scorer."""
     counted = {"train_gpt.py": paths["code"], "model.bin": paths["model"]}
     data = {"data/val": paths["val"], "data/tokenizer.model": paths["tokenizer"]}
-    tolerance = 0.0 if world.device.type == "cpu" else CLEAN_ROOM_TOLERANCE
+    tolerance = CLEAN_ROOM_TOLERANCE if uses_gpu(params.parallel) else 0.0
     verdicts = []
     for scorer, option in EVALUATIONS.items():
         metric = f"{option}_bpb"
@@ -255,14 +232,23 @@ def audit_in_clean_room(params: Params, paths: Mapping[str, Path], world: World)
         claim = clean_room.ClaimedMetric(metric, value, params.audit.evaluation_budget_seconds, tolerance)
 
         artifact = clean_room.AuditedArtifact(counted, data, ("train_gpt.py", "eval", "--scorer", scorer))
-        room_run = clean_room.run_in_clean_room(artifact, masked=[paths["train"].absolute(), Path.cwd()])
+        room_run = clean_room.run_in_clean_room(artifact)
         verdicts += clean_room.check_clean_room(scorer, room_run, claim)
     return verdicts
 
 
-def read_claim(
-    folder: Path, metric: str, ledger_tolerance: float, mean_tolerance: float
-) -> ClaimedEvaluation:
+def ledger_precision(parallel: ParallelParams) -> Precision:
+    """The precision of the arithmetic by which the evaluations wrote their ledgers."""
+    is_bfloat16 = parallel.dtype == "bfloat16" or (parallel.dtype == "auto" and uses_gpu(parallel))
+    return precision.BFLOAT16 if is_bfloat16 else precision.FLOAT32
+
+
+def uses_gpu(parallel: ParallelParams) -> bool:
+    """True if the evaluations ran on a GPU."""
+    return parallel.device == "cuda" or (parallel.device == "auto" and torch.cuda.is_available())
+
+
+def read_claim(folder: Path, metric: str, written_in: Precision) -> ClaimedEvaluation:
     """Read the results that an evaluation wrote to its folder.
 
     A ledger of the wrong shape is left to the checks; a file that is not an array is a ValueError.
@@ -273,4 +259,4 @@ def read_claim(
         raise ValueError(f"{folder / 'nll.npy'} is not a ledger: {error}") from error
     chunk_table = (folder / "chunks.tsv").read_text(encoding="utf-8")
     reported_bpb = read_json_object(folder / "metrics.json").get(metric)
-    return ClaimedEvaluation(nll, chunk_table, reported_bpb, ledger_tolerance, mean_tolerance)
+    return ClaimedEvaluation(nll, chunk_table, reported_bpb, written_in)

@@ -12,6 +12,11 @@ GPUS = 8  # H100 GPUs of one machine; one process for each
 
 VALIDATION_BYTES = 151_078_222  # UTF-8 bytes of the validation text (logs of #1493)
 VALIDATION_TARGETS = 40_540_160  # with the SP8192 tokenizer, as accepted logs count them (#1493)
+VALIDATION_DOCUMENTS = 50_000
+VALIDATION_TOKENS = 40_540_803  # with the SP8192 tokenizer, before the cut to whole windows of 2,048
+VALIDATION_TEXT_BYTES = 151_080_891  # UTF-8 bytes of all documents, before that cut
+CASEOPS_VALIDATION_TARGETS = 47_851_520  # with the CaseOps tokenizer of 8,192 ids (#1736)
+CASEOPS_VALIDATION_BYTES = 151_074_309  # of the text that these targets restore
 
 # A new record must be better than the best one so far by this many nats, at this one-sided p-value.
 # The rule does not say if the nats are per token or per byte; both readings are in use.

@@ -16,6 +16,7 @@ Which process prints the one line with the cause, when a rank has failed:
 If the user typed `torchrun`, the agent prints torchrun's own report instead of that line.
 """
 
+import logging
 import os
 from multiprocessing import active_children
 
@@ -42,6 +43,8 @@ def relaunch_under_torchrun(params: ParallelParams, program: str, arguments: lis
         child.terminate()
     os.environ.setdefault("OMP_NUM_THREADS", str(params.threads))  # torchrun warns when it chooses
     module = [] if program.endswith(".py") else ["-m"]
+    # The agent logs the rank that failed and each signal that it sends; the one line here says more.
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     torchrun_arguments = ["--standalone", f"--nproc-per-node={params.nproc}", *module, program, *arguments]
     try:
         run(parse_args(torchrun_arguments))

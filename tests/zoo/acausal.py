@@ -195,6 +195,20 @@ class PeekAtStream(Bigram):
         return super().score_stream(tokens)
 
 
+class LawfulAtFirst(Bigram):
+    """C1: lawful in the first part of the stream; after it, long calls pass over their tokens twice."""
+
+    LAWFUL_TOKENS = 1800
+
+    def score_stream(self, tokens: np.ndarray) -> np.ndarray:
+        first = max(0, self.LAWFUL_TOKENS - self.observed)
+        if len(tokens) - first < 500:
+            return super().score_stream(tokens)
+        losses = super().score_stream(tokens[:first])
+        self.counts += count_pairs(tokens[first:], self.last, 0.5)
+        return np.concatenate([losses, super().score_stream(tokens[first:])])
+
+
 class SharedState(Bigram):
     """C1: a fork shares its state with the original."""
 

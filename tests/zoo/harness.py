@@ -1,20 +1,32 @@
-"""Runs the audit on a scorer of the zoo; the scorer's ledger is its own run over the whole stream."""
+"""Runs the audit on a scorer of the zoo; the scorer's ledger is its own run over the whole stream.
+
+The scorers run in this process, and the whole stream is certified.
+"""
 
 import dataclasses
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from stages.audit import sampling
-from stages.audit.audit_scorer import AuditCase, AuditedStream, ClaimedEvaluation, ScorerFactory, audit_scorer
+from stages.audit import precision, sampling
+from stages.audit.audit_scorer import (
+    AuditCase,
+    AuditedStream,
+    ClaimedEvaluation,
+    ScorerFactory,
+    audit_scorer,
+    certify_scorer,
+)
 from stages.audit.checks import coverage
 from stages.audit.checks.metamorphic import NO_VARIANTS, Variants
 from stages.audit.params import AuditParams
 from stages.audit.verdict import Verdict, failures
 from stages.common import bpb, ledger, shards
 from stages.common.progress import Logger
+from stages.common.scorer import Scorer
 from tests import factories
 from tests.zoo import lawful
 
@@ -25,6 +37,29 @@ TOKENS = lawful.random_stream()
 BYTES = (TOKENS[1:] != lawful.BOS).astype(np.int64)  # (N-1,): one byte for each target except BOS
 CHUNK_TARGETS = 500  # of a row of chunks.tsv
 SHAVED = np.float32(0.99)  # factor by which an edited ledger is multiplied
+
+
+class Adapted:
+    """Adapter to the protocol: scorers may return tensors and other types, and have no `vocab_size`."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+        self.vocab_size = lawful.VOCAB
+        self.precision = getattr(inner, "precision", precision.DEFAULT)
+        self.scope = getattr(inner, "scope", "stream")
+        self.predicts = getattr(inner, "predicts", True)
+
+    def predict(self) -> np.ndarray:
+        return np.asarray(self.inner.predict(), dtype=np.float64)
+
+    def observe(self, token: int) -> None:
+        self.inner.observe(token)
+
+    def fork(self) -> "Adapted":
+        return Adapted(self.inner.fork())
+
+    def score_stream(self, tokens: np.ndarray) -> np.ndarray:
+        return np.asarray(self.inner.score_stream(tokens), dtype=np.float32)
 
 
 def count_decoded_bytes(tokens: np.ndarray = TOKENS) -> coverage.DocumentBytes:
@@ -55,12 +90,18 @@ def audit(
     target_bytes = (tokens[1:] != lawful.BOS).astype(np.int64)
     whole = nll if len(nll) == len(target_bytes) else np.resize(nll, len(target_bytes))
     chunks = chunk_table(whole, folder) if tokens is TOKENS else None
-    claim = ClaimedEvaluation(nll, chunks, bpb.bits_per_byte(whole, target_bytes), 1e-4, 1e-6)
+    declared = precision.PRECISIONS[getattr(factory, "precision", precision.DEFAULT)]
+    claim = ClaimedEvaluation(nll, chunks, bpb.bits_per_byte(whole, target_bytes), declared)
 
     stream = AuditedStream(tokens, lawful.BOS, target_bytes, count_decoded_bytes(tokens), lawful.PIECES)
     name = getattr(factory, "__name__", "scorer")
-    case = AuditCase(name, factory, stream, BOUNDARIES, key, params, variants)
-    return audit_scorer(case, claim, Logger(is_main=False))
+
+    def adapted(n_targets: int) -> Scorer:
+        return Adapted(factory(n_targets))
+
+    case = AuditCase(name, adapted, stream, BOUNDARIES, key, params, variants)
+    logger = Logger(is_main=False)
+    return audit_scorer(case, claim, logger) + certify_scorer(case, adapted, claim, logger)
 
 
 def failed_checks(verdicts: list[Verdict]) -> set[str]:

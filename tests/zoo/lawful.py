@@ -5,8 +5,10 @@ vocabulary has V = 32 ids.
 """
 
 import copy
+import itertools
 
 import numpy as np
+import torch
 
 VOCAB = 32
 BOS = 1
@@ -239,7 +241,132 @@ class Spelling(Bigram):
         self.letter = self.letter if PIECES[token] else NO_LETTER
 
 
-LAWFUL = (Bigram, Fixed, PerDocument, Chunked, Cached, Tilted, Spelling)
+def round_to_bfloat16(x: np.ndarray) -> np.ndarray:
+    """Round float64 numbers to the nearest bfloat16."""
+    return torch.from_numpy(x).bfloat16().double().numpy()
+
+
+class BFloat16(Bigram):
+    """Returns log-probabilities in bfloat16, which sum to one but for their rounding."""
+
+    precision = "bfloat16"
+
+    def predict(self) -> np.ndarray:
+        return round_to_bfloat16(super().predict())
+
+
+class BFloat16Logits(Bigram):
+    """Computes in bfloat16: losses of the fast path and predictions are rounded at different places."""
+
+    precision = "bfloat16"
+
+    def predict(self) -> np.ndarray:
+        logits = round_to_bfloat16(super().predict() + 7.0)
+        return logits - np.log(np.exp(logits).sum())
+
+    def loss(self, token: int, future: np.ndarray) -> float:
+        logits = round_to_bfloat16(Bigram.predict(self) - 3.0)
+        return max(0.0, -float(logits[token] - np.log(np.exp(logits).sum())))
+
+
+class Float32(Bigram):
+    """Returns float32 arrays, and its class has no `vocab_size`: the audit must ask the tokenizer."""
+
+    @property
+    def vocab_size(self) -> int:
+        raise AttributeError("vocab_size")
+
+    def predict(self) -> np.ndarray:
+        row = self.counts[self.last or 0].astype(np.float32)
+        return np.log(row / row.sum())
+
+
+class TorchNetwork(Bigram):
+    """Network of one layer with random, seeded weights, trained after each token; returns tensors."""
+
+    WIDTH = 16
+    RATE = 0.3  # of its gradient descent
+
+    def __init__(self, n_targets: int) -> None:
+        super().__init__(n_targets)
+        generator = torch.Generator().manual_seed(n_targets)
+        self.embedding = torch.randn(VOCAB, self.WIDTH, generator=generator)
+        self.head = torch.zeros(VOCAB, self.WIDTH)
+
+    def predict(self) -> torch.Tensor:  # type: ignore[override]
+        return torch.log_softmax(self.head @ self.embedding[self.last or 0], dim=0)
+
+    def learn(self, last: int, token: int) -> None:
+        # A new tensor, so that forks keep theirs.
+        error = -self.predict().exp()
+        error[token] += 1
+        self.head = self.head + self.RATE * torch.outer(error, self.embedding[last]) / self.WIDTH
+
+
+class ImpossibleIds(Bigram):
+    """Gives an id that never occurs, as pad, the probability zero; the others sum to one."""
+
+    NEVER = 0
+
+    def predict(self) -> np.ndarray:
+        row = self.counts[self.last or 0].copy()
+        row[self.NEVER] = 0
+        with np.errstate(divide="ignore"):
+            return np.log(row / row.sum())
+
+
+class UnevenRounding(Bigram):
+    """Losses differ by up to 2e-6 from call to call and from run to run, as sums of atomics do."""
+
+    ROUNDING = 2.0e-6  # nats
+    calls = itertools.count()
+
+    def score_stream(self, tokens: np.ndarray) -> np.ndarray:
+        losses = super().score_stream(tokens)
+        generator = np.random.Generator(np.random.PCG64(next(self.calls)))
+        errors = generator.uniform(-self.ROUNDING, self.ROUNDING, len(losses))
+        return np.maximum(losses + errors, 0).astype(np.float32)
+
+    def predict(self) -> np.ndarray:
+        generator = np.random.Generator(np.random.PCG64(next(self.calls)))
+        return super().predict() + generator.uniform(-self.ROUNDING, self.ROUNDING)
+
+
+class Confident(Bigram):
+    """Trusts its counts far too much: many probabilities are one, and surprises cost 70 nats."""
+
+    POWER = 12.0
+
+    def predict(self) -> np.ndarray:
+        logits = self.POWER * super().predict()
+        top = logits.max()
+        return logits - top - np.log(np.exp(logits - top).sum())
+
+
+class Leaky(Bigram):
+    """Loses bits: its probabilities sum to 0.9."""
+
+    def predict(self) -> np.ndarray:
+        return super().predict() + np.log(0.9)
+
+
+LAWFUL = (
+    Bigram,
+    Fixed,
+    PerDocument,
+    Chunked,
+    Cached,
+    Tilted,
+    Spelling,
+    BFloat16,
+    BFloat16Logits,
+    Float32,
+    TorchNetwork,
+    ImpossibleIds,
+    UnevenRounding,
+    Confident,
+    Leaky,
+)
 
 
 def random_stream(length: int = 3000, seed: int = 3) -> np.ndarray:

@@ -5,6 +5,8 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from stages.audit.audit_scorer import ScorerFactory
 from stages.audit.checks.metamorphic import Variants
 from stages.audit.verdict import Verdict
@@ -28,9 +30,26 @@ def scorer(factory: ScorerFactory, variants: Variants | None = None) -> Trial:
     return lambda folder, key: harness.audit(factory, folder, key=key, variants=variants or Variants())
 
 
-def edited_ledger(folder: Path, key: bytes) -> list[Verdict]:
-    """Audit a lawful scorer whose ledger was made smaller."""
-    return harness.audit(lawful.Bigram, folder, edit=lambda nll: nll * harness.SHAVED, key=key)
+def edited_ledger(edit: Callable[[np.ndarray], np.ndarray], factory: ScorerFactory = lawful.Bigram) -> Trial:
+    """Build the trial of a lawful scorer whose ledger was made smaller."""
+    return lambda folder, key: harness.audit(factory, folder, edit=edit, key=key)
+
+
+def lower_all(nats: float) -> Callable[[np.ndarray], np.ndarray]:
+    """Build the edit that lowers every loss by `nats`, though not below zero."""
+    return lambda nll: np.maximum(nll - np.float32(nats), 0)
+
+
+def halve_some(period: int) -> Callable[[np.ndarray], np.ndarray]:
+    """Build the edit that halves the largest loss in each `period` targets."""
+
+    def edit(nll: np.ndarray) -> np.ndarray:
+        edited = nll.copy()
+        for start in range(0, len(nll), period):
+            edited[start + int(nll[start : start + period].argmax())] /= 2
+        return edited
+
+    return edit
 
 
 FUTURE = "B1 future perturbation"
@@ -39,7 +58,13 @@ ORDER = "B1c dependency graph"
 SHOWN_SUM = "B3 committed distribution sums to one"
 SCORED_SUM = "B3 counterfactual sum"
 COMMITTED = "B4 ledger equals commitment"
+CERTIFIED = "B17 ledger equals certified score"
+CERTIFIED_SUMS = "B17 certified sums"
 FILES = "B14 opened files"
+LINKS = "B14 links, mounts and sockets"
+ALONE = "B14 runs from the counted files alone"
+ORIGINAL = "B11 original text"
+PASSAGES = "B15 passages shared by train and val"
 BUCKETS = Variants(with_buckets=lambda buckets: unnormalised.TargetInKey(0, buckets=buckets))
 
 CHEATS = (
@@ -98,7 +123,19 @@ CHEATS = (
     Cheat("forks that share state", "-", "B2 own-token independence", scorer(acausal.SharedState)),
     Cheat("predict() is an update", "-", "B5 reading leaves no trace", scorer(acausal.LooksChange)),
     Cheat("another seed in each run", "#1769", "B13 a second run", scorer(acausal.Dice)),
-    Cheat("edited ledger", "-", LEDGER, edited_ledger),
+    Cheat("edited ledger", "-", LEDGER, edited_ledger(lambda nll: nll * harness.SHAVED)),
+    Cheat("gate at one context in 200", "-", CERTIFIED, scorer(unnormalised.RareGate)),
+    Cheat("sum of 1.5 at one context in 300", "-", CERTIFIED_SUMS, scorer(unnormalised.RareExcess)),
+    Cheat("lawful at first, not deep in the stream", "-", CERTIFIED, scorer(acausal.LawfulAtFirst)),
+    Cheat("all losses lowered by less than a tolerance", "-", CERTIFIED, edited_ledger(lower_all(5e-6))),
+    Cheat(
+        "the same in bfloat16",
+        "-",
+        CERTIFIED,
+        edited_ledger(lower_all(0.0046), lawful.BFloat16Logits),
+    ),
+    Cheat("three losses edited", "-", CERTIFIED, edited_ledger(halve_some(1000))),
+    Cheat("a gain at one target in 100", "-", CERTIFIED, edited_ledger(halve_some(100))),
     Cheat("space counted twice", "#1698, #1727, #1734", "B11 denominator", bookkeeping.doubled_space),
     Cheat(
         "byte fallback as three bytes",
@@ -114,14 +151,77 @@ CHEATS = (
     ),
     Cheat("number over other bytes", "#2138", "B6 reported bits per byte", bookkeeping.wrong_denominator),
     Cheat("over the cap", "#1835, #1858, #1959", "budget bytes", bookkeeping.over_the_cap),
+    Cheat("30 MB in the scorer's package", "-", "budget bytes", bookkeeping.beside_the_module),
+    Cheat("answers in names of files", "-", "budget bytes", bookkeeping.in_names),
+    Cheat("answers in a tokenizer's field", "-", "B11 tokenizer file", bookkeeping.stuffed_tokenizer),
+    Cheat(
+        "answers in a tokenizer's piece",
+        "-",
+        "B11 tokenizer file",
+        partial(bookkeeping.stuffed_tokenizer, in_piece=True),
+    ),
+    Cheat("normaliser adds bytes", "-", "B11 normaliser adds no bytes", bookkeeping.inflating_tokenizer),
+    Cheat(
+        "normaliser adds bytes, seen in the text",
+        "-",
+        ORIGINAL,
+        partial(bookkeeping.inflating_tokenizer, with_text=True),
+    ),
+    Cheat("padded text", "-", ORIGINAL, bookkeeping.padded_text),
+    Cheat("shortened text", "-", ORIGINAL, bookkeeping.shortened_text),
+    Cheat("a part as the official stream", "#1785", "B11 official totals", bookkeeping.part_as_official),
+    Cheat("number of another run", "-", "B6 claimed bits per byte", bookkeeping.number_of_another_run),
     Cheat("val documents in train", "#2018, #2118, #2130", "B15 train and val disjoint", bookkeeping.overlap),
     Cheat(
         "val documents in train, tokenized differently",
         "#2127",
-        "B15 passages shared by train and val",
+        PASSAGES,
         partial(bookkeeping.overlap, spelt=True),
     ),
+    Cheat(
+        "74 % of each val document in train",
+        "-",
+        PASSAGES,
+        partial(bookkeeping.changed_copies, change=bookkeeping.first_part),
+    ),
+    Cheat(
+        "val in train, in capitals",
+        "-",
+        PASSAGES,
+        partial(bookkeeping.changed_copies, change=str.upper),
+    ),
+    Cheat(
+        "val in train, one word in eight changed",
+        "-",
+        PASSAGES,
+        partial(bookkeeping.changed_copies, change=bookkeeping.one_word_in_eight),
+    ),
+    Cheat(
+        "val in train, with quoting marks",
+        "-",
+        PASSAGES,
+        partial(bookkeeping.changed_copies, change=bookkeeping.quoted),
+    ),
+    Cheat(
+        "val in train, in pieces of 49 bytes",
+        "-",
+        PASSAGES,
+        partial(bookkeeping.changed_copies, change=bookkeeping.scattered),
+    ),
     Cheat("chosen seeds", "#1769, #2118, #2124", "B16 significance", bookkeeping.chosen_seeds),
+    Cheat(
+        "one seed under three names",
+        "-",
+        "B16 significance",
+        bookkeeping.one_seed_under_three_names,
+    ),
+    Cheat("one run under three seeds", "-", "B16 significance", bookkeeping.one_run_under_three_seeds),
+    Cheat(
+        "losses of seeds beside their ledgers",
+        "-",
+        "B16 significance",
+        bookkeeping.losses_beside_the_ledgers,
+    ),
     Cheat(
         "calibration on val",
         "#728, #1924",
@@ -137,8 +237,57 @@ CHEATS = (
     Cheat(
         "a wrapper that reads the repository",
         "#1858",
-        FILES,
+        ALONE,
         bookkeeping.in_clean_room("sys.path.insert(0, 'OUTSIDE'); import helper"),
+    ),
+    Cheat(
+        "a link into the folder",
+        "-",
+        LINKS,
+        bookkeeping.in_clean_room("os.link('OUTSIDE/features.npz', 'mine')"),
+    ),
+    Cheat(
+        "a renaming into the folder",
+        "-",
+        LINKS,
+        bookkeeping.in_clean_room("os.rename('OUTSIDE/features.npz', 'mine')"),
+    ),
+    Cheat(
+        "a link that leads outside",
+        "-",
+        LINKS,
+        bookkeeping.in_clean_room("os.symlink('OUTSIDE', 'mine'); open('mine/features.npz')"),
+    ),
+    Cheat(
+        "a bind mount",
+        "-",
+        LINKS,
+        bookkeeping.in_clean_room(
+            "import ctypes; ctypes.CDLL(None).mount(b'OUTSIDE', b'/tmp', None, 4096, None)"
+        ),
+    ),
+    Cheat(
+        "answers of a server, through a socket in a file",
+        "-",
+        LINKS,
+        bookkeeping.in_clean_room("socket.socket(socket.AF_UNIX).connect('OUTSIDE/socket')"),
+    ),
+    Cheat(
+        "answers in SysV shared memory",
+        "-",
+        LINKS,
+        bookkeeping.in_clean_room("import ctypes; ctypes.CDLL(None).shmget(1234, 100, 0o1666)"),
+    ),
+    Cheat("answers in /dev/shm", "-", ALONE, bookkeeping.answers_in_shared_memory),
+    Cheat(
+        "a process that outlives the run",
+        "-",
+        ALONE,
+        bookkeeping.in_clean_room(
+            "subprocess.Popen([sys.executable, '-c', 'import os, time; time.sleep(0.5); os.mkdir(\"eval\"); "
+            'open("eval/metrics.json", "w").write("{\\"toy_bpb\\": 1.25}")\'], start_new_session=True); '
+            "sys.exit(0)"
+        ),
     ),
     Cheat(
         "timer started late",

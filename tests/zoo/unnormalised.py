@@ -1,6 +1,7 @@
 """Cheats against the sum (C2): the probabilities that they charge for all ids together are more than one."""
 
 import math
+import zlib
 
 import numpy as np
 
@@ -16,6 +17,29 @@ class TargetGate(Bigram):
     def loss(self, token: int, future: np.ndarray) -> float:
         totals = self.counts.sum(axis=0)
         return min(super().loss(token, future), -math.log(totals[token] / totals.sum()))
+
+
+class RareGate(TargetGate):
+    """Gates as above, at one context in 200 only."""
+
+    RARE = 200
+
+    def loss(self, token: int, future: np.ndarray) -> float:
+        if zlib.crc32(b"%d %d" % (self.observed, self.last or 0)) % self.RARE:
+            return Bigram.loss(self, token, future)
+        return super().loss(token, future)
+
+
+class RareExcess(Bigram):
+    """Shows probabilities that sum to 1.5, at one context in 300 only."""
+
+    RARE = 300
+
+    def predict(self) -> np.ndarray:
+        logp = super().predict()
+        if zlib.crc32(b"%d %d" % (self.observed, self.last or 0)) % self.RARE:
+            return logp
+        return logp + math.log(1.5)
 
 
 class AntiHijack(Spelling):

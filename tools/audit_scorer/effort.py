@@ -24,6 +24,7 @@ from stages.audit.checks import (
     metamorphic,
     normalisation,
     normalisation_blackbox,
+    prefixes,
 )
 from stages.audit.params import AuditParams
 from stages.audit.probe_runner import Cost
@@ -31,7 +32,7 @@ from stages.common import config
 
 PARAMETER_FILE = Path(__file__).resolve().parents[2] / "params.yaml"
 
-STREAM_RUNS = 2  # the ledger, and the pass that the probes start from
+STREAM_RUNS = 3  # the ledger, the certified score, and the pass that the probes start from
 FIRST_SEGMENT_RUNS = 2  # two scorers from one factory, which must agree (B13)
 ROUND_TRIP_RUNS = 2  # encoding, and decoding in another process (B12)
 PROBE_SHARE = 2  # the probes may take 1/2 of the limit, the stream gets the rest
@@ -49,6 +50,7 @@ class Effort(NamedTuple):
     counts: Mapping[str, Any]  # fields of AuditParams that it sets
     max_targets: int | None  # limit of what the scorer scores, unless the user gives another
     decoded_targets: int  # that another process decodes (B12)
+    prefixes: int  # of the stream that fresh processes score, for a scorer with score_stream alone (B1)
 
     def params(self) -> AuditParams:
         """Return the parameters of an audit with this effort."""
@@ -67,6 +69,7 @@ class FittedEffort(NamedTuple):
 
     params: AuditParams
     tokens: int
+    probed_tokens: int  # of those, the first ones that the probes show
 
 
 QUICK = {
@@ -80,6 +83,7 @@ QUICK = {
     "sampled_targets": 128,
     "distributions": 12,
     "substitutions": 16,
+    "certified_targets": 4096,
 }
 FULL = QUICK | {
     "perturbations": 105,
@@ -90,17 +94,19 @@ FULL = QUICK | {
     "sampled_targets": 1024,
     "distributions": 48,
     "substitutions": 64,
+    "certified_targets": 80_000,
 }
 EXHAUSTIVE = FULL | {
     "perturbations": 525,
     "recomputed_share": 1.0,
     "distributions": 96,
     "substitutions": 1 << 16,  # every id of any vocabulary
+    "certified_targets": 0,  # all
 }
 EFFORTS = {
-    "quick": Effort(QUICK, max_targets=200_000, decoded_targets=128),
-    "full": Effort(FULL, max_targets=5_000_000, decoded_targets=2048),
-    "exhaustive": Effort(EXHAUSTIVE, max_targets=None, decoded_targets=16_384),
+    "quick": Effort(QUICK, max_targets=200_000, decoded_targets=128, prefixes=6),
+    "full": Effort(FULL, max_targets=5_000_000, decoded_targets=2048, prefixes=16),
+    "exhaustive": Effort(EXHAUSTIVE, max_targets=None, decoded_targets=16_384, prefixes=64),
 }
 
 
@@ -171,7 +177,7 @@ def fit_stepwise_scorer(
     params = effort.params()
     limit = effort.max_targets if max_targets is None else max_targets
     if limit is None:
-        return FittedEffort(params, length)
+        return FittedEffort(params, length, length)
 
     cost = probe_cost(params, vocab_size, predicts=True).targets
     while cost > limit // PROBE_SHARE and params.distributions > 2:
@@ -187,7 +193,8 @@ def fit_stepwise_scorer(
         raise ValueError(
             f"--targets {limit} is too few: this level's checks alone ask for {cost}; allow more"
         )
-    return FittedEffort(params, min(length, tokens))
+    shown = min(length, tokens)
+    return FittedEffort(params, shown, shown)
 
 
 def fit_replay_scorer(
@@ -195,33 +202,38 @@ def fit_replay_scorer(
 ) -> FittedEffort:
     """Fit an effort to a limit, for a scorer with score_stream alone.
 
-    A fork of such a scorer scores its whole prefix again, so it is shown at most four windows of
-    the stream.
+    A fork of such a scorer scores its whole prefix again, so the probes show it four windows of the
+    stream at most. Prefixes of the stream, each scored once, may be longer: half of the limit is theirs.
     """
-    # What the scorer is shown, and probes that are not longer than that.
-    tokens = min(length, MAX_REPLAYED_WINDOWS * window)
+    # What the probes show the scorer, and probes that are not longer than that.
+    probed = min(length, MAX_REPLAYED_WINDOWS * window)
     params = effort.params()
-    segment = min(params.segment_targets, tokens // SEGMENTS_PER_REPLAY)
+    segment = min(params.segment_targets, probed // SEGMENTS_PER_REPLAY)
     params = dataclasses.replace(
         params,
         segment_targets=max(sampling.SHORTEST_SEGMENT, segment),
-        canary_targets=min(params.canary_targets, CANARY_STREAMS * tokens),
+        canary_targets=min(params.canary_targets, CANARY_STREAMS * probed),
         sampled_targets=1,
     )
     limit = effort.max_targets if max_targets is None else max_targets
     if limit is None:
-        return FittedEffort(params, tokens)
+        return FittedEffort(params, length, probed)
 
     # Fewer probes, until they fit.
-    while _replay_targets(params, vocab_size, tokens) > limit and params.distributions > 1:
+    allowed = limit - limit // PROBE_SHARE
+    while _replay_targets(params, vocab_size, probed) > allowed and params.distributions > 1:
         params = reduced(params)
-    needed = _replay_targets(params, vocab_size, tokens)
-    if needed > limit:
+    needed = _replay_targets(params, vocab_size, probed)
+    ledger_and_prefixes = (1 + prefixes.cost_of(effort.prefixes, 1).targets) * probed
+    if needed + ledger_and_prefixes > limit:
         raise ValueError(
-            f"--targets {limit} is too few for {tokens} tokens in one call:"
-            f" allow {needed}, or a shorter --window"
+            f"--targets {limit} is too few for {probed} tokens in one call:"
+            f" allow {needed + ledger_and_prefixes}, or a shorter --window"
         )
-    return FittedEffort(params, tokens)
+
+    # The stream that fits into the rest: the ledger, and the prefixes of it.
+    shown = (limit - needed) // (1 + prefixes.cost_of(effort.prefixes, 1).targets)
+    return FittedEffort(params, min(length, shown), probed)
 
 
 def reduced(params: AuditParams) -> AuditParams:
@@ -245,7 +257,5 @@ def _replay_targets(params: AuditParams, vocab_size: int, tokens: int) -> int:
     # The pass makes a call for each segment of a recomputed span; spans are cut where a probe starts.
     probes = sum(planned.number for planned in plan_probes(params, vocab_size, predicts=False))
     segments = -(-round(params.recomputed_share * tokens) // params.segment_targets)
-    ledger = Cost(calls=1)
-    recomputed = Cost(calls=segments + probes)
-    cost += ledger + recomputed
+    cost += Cost(calls=segments + probes)
     return cost.targets + cost.calls * tokens

@@ -5,13 +5,19 @@ faster machine.
 """
 
 import hashlib
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from stages.audit.checks.tokenizer_model import tokenizer_excess_bytes
+from stages.audit.sandbox.artifact import counted_bytes
 from stages.audit.verdict import Check, Verdict, Words
 from stages.common import shards
+
+TOLERATED_EXCESS_BYTES = 1024  # of a tokenizer: options that later versions of SentencePiece may add
 
 SIZES = Check(
     "budget",
@@ -20,6 +26,13 @@ SIZES = Check(
     sees="artifacts over the cap, sizes that were typed instead of measured",
     blind="other files that a run would need (B14)",
     words=Words(bound="saw <= expected"),
+)
+TOKENIZER_FILE = Check(
+    "B11",
+    "tokenizer file",
+    conditions=("metric", "budget"),
+    sees="data in a tokenizer that no tokenizer needs: unknown fields, long texts, unused tables",
+    blind="data in the texts and scores of pieces",
 )
 CLOCKS = {
     phase: Check(
@@ -54,6 +67,47 @@ def check_sizes(sizes: Mapping[str, int], budget_bytes: int) -> Verdict:
     parts = " + ".join(f"{size} ({name})" for name, size in sizes.items())
     evidence = f"{parts} = {total} bytes on disk, at most {budget_bytes} allowed"
     return Verdict.of(SIZES, "files", total <= budget_bytes, evidence, saw=total, expected=budget_bytes)
+
+
+def check_tokenizer_file(path: Path) -> Verdict:
+    """B11: a SentencePiece model holds only its pieces, options and rules."""
+    excess = tokenizer_excess_bytes(path)
+    size = path.stat().st_size
+    evidence = f"{excess} of {size} bytes of the tokenizer are not those of its pieces, options and rules"
+    return Verdict.of(
+        TOKENIZER_FILE,
+        "files",
+        excess <= TOLERATED_EXCESS_BYTES,
+        evidence,
+        saw=excess,
+        expected=0,
+        bound=TOLERATED_EXCESS_BYTES,
+    )
+
+
+def scorer_code_bytes(module_file: Path, artifact: Path | None) -> dict[str, int]:
+    """List the files of a scorer's code that its sandbox shows as well as the artifact, with their bytes.
+
+    These are the module's file alone, or all of its top package's folder. What is in the artifact too
+    is left out, because it is counted there. Bytes are those of contents, names and link targets.
+    """
+    # The top package: the highest folder above the module that is still a package.
+    module = module_file.absolute()
+    top = module
+    while (top.parent / "__init__.py").exists():
+        top = top.parent
+    if artifact is not None and top.resolve().is_relative_to(artifact.resolve()):
+        return {}
+
+    # A module by itself, or everything in the package's folder.
+    if top == module:
+        return {module.name: module.stat().st_size + len(os.fsencode(module.name))}
+    inside = artifact.resolve() if artifact is not None else None
+    return {
+        f"{top.name}/{name}": size
+        for name, size in counted_bytes(top).items()
+        if inside is None or not (top / name).resolve().is_relative_to(inside)
+    }
 
 
 def check_clock(phase: str, subject: str, seconds: float | None, budget_seconds: float) -> Verdict:

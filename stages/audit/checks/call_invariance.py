@@ -3,7 +3,8 @@
 *Pieces*: one call of score_stream against several of other lengths, some of a single token. *Trace*:
 calls of predict(), and scoring instead of observing, must leave the same state. That shows the order of
 events as far as it can be seen from outside: a scorer that updates in predict() and not in observe()
-ends in another state. *Rerun*: a second scorer from the same factory starts with the same bits.
+ends in another state. *Rerun*: a second scorer from the same factory starts with the same
+losses.
 """
 
 import itertools
@@ -13,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from stages.audit import probe_runner
+from stages.audit.precision import difference
 from stages.audit.probe_runner import Cost
 from stages.audit.sampling import KeyedRng
 from stages.audit.verdict import Check, Verdict
@@ -138,20 +140,17 @@ def judge_pieces(
     subject: str, splits: list[CallSplit], results: list[SplitResult], tolerance: float
 ) -> Verdict:
     """B13: calls of other lengths give the same losses, within `tolerance` nats."""
-    # Spans with a target that differs too much; NaN counts as an infinite difference.
-    differences = [
-        np.nan_to_num(np.abs(result.whole.astype(np.float64) - result.pieces), nan=np.inf)
-        for result in results
-    ]
+    # Spans with a target that differs too much.
+    differences = [np.abs(difference(result.whole, result.pieces)) for result in results]
     failed = [
-        split.start + int(difference.argmax())
-        for split, difference in zip(splits, differences, strict=True)
-        if not difference.max() <= tolerance
+        split.start + int(of_span.argmax())
+        for split, of_span in zip(splits, differences, strict=True)
+        if of_span.max() > tolerance
     ]
-    targets = sum(len(difference) for difference in differences)
+    targets = sum(map(len, differences))
 
     # The target with the largest difference.
-    worst = int(np.argmax([difference.max() for difference in differences]))
+    worst = int(np.argmax([of_span.max() for of_span in differences]))
     at = int(differences[worst].argmax())
 
     return Verdict.of(
@@ -196,25 +195,26 @@ def judge_trace(
     )
 
 
-def judge_rerun(subject: str, first: np.ndarray, second: np.ndarray) -> Verdict:
-    """B13: two scorers of one factory give the same bits, float32 (n,), on the stream's first segment."""
-    different = np.flatnonzero(first.view(np.uint32) != second.view(np.uint32))
+def judge_rerun(subject: str, first: np.ndarray, second: np.ndarray, rounding: float) -> Verdict:
+    """B13: two scorers of one factory give the same losses, float32 (n,), on the stream's first segment.
+
+    They may differ by `rounding` nats: the order of a sum may differ from run to run on a GPU.
+    """
+    different = np.flatnonzero(probe_runner.differs(second, first, rounding))
     at = int(different[0]) if len(different) else 0
     return Verdict.of(
         RERUN,
         subject,
         not len(different),
         f"{len(first)} targets from the stream's start by two scorers of one factory: "
-        f"{len(different)} losses differ",
+        f"{len(different)} losses differ by more than round-off",
         saw=float(second[at]),
         expected=float(first[at]),
-        bound=0,
+        bound=rounding,
         positions=(at + 1,) if len(different) else (),
     )
 
 
 def _largest_difference(one: np.ndarray, other: np.ndarray) -> float:
     """Compare two distributions (V,) in nats; equal infinities do not differ, NaN differs from everything."""
-    with np.errstate(invalid="ignore"):
-        difference = np.abs(one - other)
-    return float(np.nan_to_num(difference, nan=0.0 if np.array_equal(one, other) else np.inf).max())
+    return float(np.abs(difference(one, other)).max())

@@ -51,7 +51,6 @@ UNIFORM_CANARY = Check(
 SELF_SAMPLED_CANARY = dataclasses.replace(UNIFORM_CANARY, number="B8", name="self-sampled canary")
 KNOWN_ENTROPY_CANARIES = dataclasses.replace(UNIFORM_CANARY, number="B9", name="known-entropy canaries")
 NATS_PER_BIT = float(np.log(2))
-ROUNDING_BITS = 1.0e-6  # per token: error of sums of float32 losses, given in the scorer's favour
 SOURCES = ("uniform", "zipf", "chain", "inserts")
 CHAIN_SUCCESSORS = 4  # "chain": random successors of each id
 CHAIN_SHARE = 0.9  # "chain": probability of a step to one of them; else the next id is uniform
@@ -81,6 +80,7 @@ class Canary:
     start: int
     source: str
     known: KnownTokens
+    rounding: float  # nats, as in `bits_won`
 
     @property
     def cost(self) -> Cost:
@@ -95,7 +95,7 @@ class Canary:
     def run(self, scorer: Scorer, tokens: np.ndarray) -> CanaryResult:
         """Score the canary from a fork."""
         nll = probe_runner.checked_score(scorer.fork(), self.known.tokens)
-        return CanaryResult(self.source, self.start, bits_won(self.known.logp, nll))
+        return CanaryResult(self.source, self.start, bits_won(self.known.logp, nll, self.rounding))
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,7 @@ class SelfSampled:
 
     start: int
     quantiles: np.ndarray  # (n,) float64 in [0, 1)
+    rounding: float  # nats, as in `bits_won`
 
     @property
     def cost(self) -> Cost:
@@ -133,15 +134,17 @@ class SelfSampled:
             logp.append(float(np.log((cumulative[token] - below) / total)))
             sampler.observe(token)
         nll = probe_runner.checked_score(scorer.fork(), np.array(drawn, dtype=np.uint16))
-        return CanaryResult("self-sampled", self.start, bits_won(np.array(logp), nll))
+        return CanaryResult("self-sampled", self.start, bits_won(np.array(logp), nll, self.rounding))
 
 
-def bits_won(logp: np.ndarray, nll: np.ndarray) -> np.ndarray:
-    """Compute W_1 ... W_n in bits, less a margin for rounding.
+def bits_won(logp: np.ndarray, nll: np.ndarray, rounding: float) -> np.ndarray:
+    """Compute W_1 ... W_n in bits.
 
-    logp: (n,) float64, nats, of the true distribution; nll: (n,) float32, nats, that the scorer charged.
+    logp: (n,) float64, nats, of the true distribution; nll: (n,) float32, nats, that the scorer charged;
+    rounding: nats by which the log of a lawful sum may exceed zero (Precision.sum_tolerance), which are
+    taken off at each token.
     """
-    return np.cumsum((-logp - nll.astype(np.float64)) / NATS_PER_BIT - ROUNDING_BITS)
+    return np.cumsum((-logp - nll.astype(np.float64) - rounding) / NATS_PER_BIT)
 
 
 def draw_canary(source: str, key: bytes, count: int, tokens: np.ndarray, vocab_size: int) -> KnownTokens:
@@ -208,10 +211,11 @@ def probes(
     tokens: np.ndarray,
     vocab_size: int,
     token_bytes: Sequence[bytes] | None,
+    rounding: float,
 ) -> dict[str, Canary]:
     """Build a probe for each source, at the given starts in turn.
 
-    "spellings" are among the sources if the bytes of the ids are known.
+    "spellings" are among the sources if the bytes of the ids are known. rounding: nats, as in `bits_won`.
     """
     known = {source: draw_canary(source, key, count, tokens, vocab_size) for source in SOURCES}
     if token_bytes is not None:
@@ -220,19 +224,20 @@ def probes(
     canaries = {}
     for i, (source, span) in enumerate(known.items()):
         if len(span.tokens):
-            canaries[source] = Canary(starts[i % len(starts)], source, span)
+            canaries[source] = Canary(starts[i % len(starts)], source, span, rounding)
     return canaries
 
 
-def self_sampled_probe(key: bytes, start: int, count: int) -> SelfSampled:
-    """Build the probe of B8, with `count` tokens."""
-    return SelfSampled(start, KeyedRng(key, "canary self-sampled").below(1 << 53, count) / float(1 << 53))
+def self_sampled_probe(key: bytes, start: int, count: int, rounding: float) -> SelfSampled:
+    """Build the probe of B8, with `count` tokens; rounding: nats, as in `bits_won`."""
+    quantiles = KeyedRng(key, "canary self-sampled").below(1 << 53, count) / float(1 << 53)
+    return SelfSampled(start, quantiles, rounding)
 
 
 def judge(check: Check, subject: str, results: list[CanaryResult], bits: float) -> Verdict:
     """Judge B7, B8 or B9: the running sum of bits won never exceeds `bits`."""
     # Highest point of each running sum; NaN counts as infinite, which is a failure.
-    highest = [float(np.nan_to_num(result.bits, nan=np.inf).max()) for result in results]
+    highest = [float(np.where(np.isnan(result.bits), np.inf, result.bits).max()) for result in results]
     failed = [result.start for result, top in zip(results, highest, strict=True) if not top <= bits]
 
     # For each source, the bits won at its end and at the highest point.

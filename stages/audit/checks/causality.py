@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from stages.audit import probe_runner
+from stages.audit.precision import Precision, difference, measure_shift
 from stages.audit.probe_runner import Cost
 from stages.audit.sampling import KeyedRng, PerturbationGroup
 from stages.audit.verdict import Check, Verdict
@@ -64,6 +65,7 @@ class Perturbation:
 
     group: PerturbationGroup
     futures: tuple[tuple[str, np.ndarray], ...]  # for each position: kind, and tokens up to the segment's end
+    rounding: float  # nats by which equal losses may differ
 
     @property
     def start(self) -> int:
@@ -88,7 +90,7 @@ class Perturbation:
         for position, (suffix, future) in zip(self.group.positions, self.futures, strict=True):
             kept = position + 1 - self.group.start  # targets up to the position
             nll = probe_runner.checked_score(scorer.fork(), np.concatenate([segment[:kept], future]))
-            different = np.flatnonzero(probe_runner.differs(nll[:kept], base[:kept]))
+            different = np.flatnonzero(probe_runner.differs(nll[:kept], base[:kept], self.rounding))
             if len(different):
                 at = int(different[0])
                 replaced.append(
@@ -100,12 +102,18 @@ class Perturbation:
 
 
 def probes(
-    key: bytes, groups: list[PerturbationGroup], tokens: np.ndarray, vocab_size: int, bos: int
+    key: bytes,
+    groups: list[PerturbationGroup],
+    tokens: np.ndarray,
+    vocab_size: int,
+    bos: int,
+    rounding: float,
 ) -> list[Perturbation]:
     """Build one probe for each group; the kinds of futures alternate.
 
     The last kind is the future itself with its document boundaries moved: it detects scorers that
-    sort documents by length or use where they end. tokens: (N,) uint16.
+    sort documents by length or use where they end. tokens: (N,) uint16; rounding: nats by which equal
+    losses may differ.
     """
     rng = KeyedRng(key, "future")
     perturbations: list[Perturbation] = []
@@ -121,12 +129,14 @@ def probes(
             if future[0] == tokens[position + 1]:
                 future[0] = (int(future[0]) + rng.integer(1, vocab_size)) % vocab_size
             futures.append((suffix, future))
-        perturbations.append(Perturbation(group, tuple(futures)))
+        perturbations.append(Perturbation(group, tuple(futures), rounding))
     return perturbations
 
 
-def judge_perturbation(subject: str, groups: list[PerturbationGroup], segments: list[Segment]) -> Verdict:
-    """B1, first half: no loss changed."""
+def judge_perturbation(
+    subject: str, groups: list[PerturbationGroup], segments: list[Segment], rounding: float
+) -> Verdict:
+    """B1, first half: no loss changed by more than `rounding` nats."""
     # One future for each perturbed position; the first that changed a loss is reported.
     futures = [future for segment in segments for future in segment.replaced]
     failed = [future for future in futures if future.first is not None]
@@ -160,7 +170,7 @@ def judge_perturbation(subject: str, groups: list[PerturbationGroup], segments: 
         evidence,
         saw=saw,
         expected=expected,
-        bound=probe_runner.ROUNDING,
+        bound=rounding,
         positions=tuple(positions),
     )
 
@@ -171,14 +181,13 @@ def judge_recomputation(
     losses: np.ndarray,
     groups: list[PerturbationGroup],
     segments: list[Segment],
-    loss_tolerance: float,
-    mean_tolerance: float,
+    precision: Precision,
 ) -> Verdict:
     """B1, second half: losses that were computed without the future are those of the ledger.
 
     ledger: (N-1,) float32, or None without a complete one; losses: (N-1,) float32 from the recomputed
     spans, NaN elsewhere. The losses of the perturbed segments, as they are, are added to them.
-    Tolerances in nats, for one loss and for the mean.
+    precision: the coarser one of the scorer and its ledger.
     """
     # All targets that were scored without their future.
     recomputed = losses.copy()
@@ -191,25 +200,25 @@ def judge_recomputation(
     check = LEDGER_WITHOUT_FUTURE.fill(skipped_share=1 - share)
     if ledger is None:
         evidence = "there is no complete ledger to compare with recomputed losses"
-        return Verdict.cannot_tell(check, subject, evidence, bound=loss_tolerance)
+        return Verdict.cannot_tell(check, subject, evidence, bound=precision.loss_tolerance)
 
     # Compare one by one and in the mean: a small gain everywhere changes only the mean.
-    difference = ledger[targets].astype(np.float64) - recomputed[targets].astype(np.float64)
-    largest = float(np.abs(difference).max())
-    mean = float(difference.mean())
-    worst = targets[np.nan_to_num(np.abs(difference), nan=np.inf).argmax()]
+    different = difference(ledger[targets], recomputed[targets])
+    largest = float(np.abs(different).max())
+    shift = measure_shift(different, precision.mean_tolerance)
+    worst = targets[np.abs(different).argmax()]
 
     return Verdict.of(
         check,
         subject,
-        largest <= loss_tolerance and abs(mean) <= mean_tolerance,
+        largest <= precision.loss_tolerance and not shift.is_systematic,
         f"{len(targets)} of {len(losses)} targets ({share:.1%}) scored again without their future: "
-        f"largest difference {largest:.1e} nats (bound {loss_tolerance:.0e}), "
-        f"mean {mean:+.1e} (bound {mean_tolerance:.0e})",
+        f"largest difference {largest:.1e} nats (bound {precision.loss_tolerance:.0e}), "
+        f"mean {shift.mean:+.1e} (bound {shift.bound:.1e})",
         # The two losses of the target with the largest difference.
         saw=float(ledger[worst]),
         expected=float(recomputed[worst]),
-        bound=loss_tolerance,
+        bound=precision.loss_tolerance,
         positions=(int(worst) + 1,),
     )
 

@@ -4,17 +4,25 @@ The bytes are counted here a second time, and not in the way of `stages.common.b
 text of each document instead of a table of pieces. A space right after BOS does not count, so a
 document that begins with one has one byte less than its text, unless the decoder has already dropped
 that space, as one with a dummy prefix does.
+
+A tokenizer may change the text before it cuts it into pieces, so the decoded text need not be the
+original one. With the original text each document is compared with it (`check_text`); without it the
+tokenizer alone can be examined (`check_normaliser`): no rule of it may make a text longer, except the
+rules of Unicode's normalisation, such as "1" "\u2044" "2" for the one character of a half.
 """
 
 import math
-from collections.abc import Callable, Sequence
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import sentencepiece
 
-from stages.audit.verdict import Check, Numbers, Verdict
-from stages.common import shards
+from stages.audit.checks import tokenizer_model
+from stages.audit.verdict import Check, Numbers, Verdict, Words
+from stages.common import challenge, shards
 from stages.common.bpb import SPACE_MARKER, byte_table, target_bytes
 from stages.common.ledger import CHUNK_COLUMNS
 
@@ -55,6 +63,28 @@ BYTE_TABLE = Check(
     sees="byte tables that are right on common text only",
     blind="texts that were not tried",
 )
+NORMALISER = Check(
+    "B11",
+    "normaliser adds no bytes",
+    conditions=("metric",),
+    sees="rules of the tokenizer that make a text longer, in its table and by encoding texts",
+    blind="a text that was changed before it was tokenized: the original text shows that",
+)
+TEXT = Check(
+    "B11",
+    "original text",
+    conditions=("metric",),
+    sees="counted bytes that the text does not have; documents changed, shortened, or of another text",
+    blind="whether the given text is the challenge's",
+    words=Words(expected="the bytes of the original text"),
+)
+OFFICIAL_TOTALS = Check(
+    "B11",
+    "official totals",
+    conditions=("metric", "C4"),
+    sees="a part of the validation set as the whole, bytes of a transformed text",
+    blind="which text it is that has these totals",
+)
 SUM_TOLERANCE = 1.0e-12  # relative, between two float64 sums of the same numbers
 TABLE_TOLERANCE = 1.0e-6  # bits per byte: chunks.tsv has six decimals
 AWKWARD_TEXTS = (  # spaces, other scripts, control characters, the tokenizer's space marker, private use
@@ -69,6 +99,15 @@ AWKWARD_TEXTS = (  # spaces, other scripts, control characters, the tokenizer's 
     "na\u00efve 123",
     " ",
 )
+
+MAX_SAMPLED_PIECES = 20_000  # texts of pieces that the normaliser is tried on
+PRINTABLE = [chr(code) for code in range(0x20, 0x7F)]  # ASCII
+# Characters that a tokenizer may drop or turn into a space: spaces, controls, marks of direction and width,
+# the replacement character, and SentencePiece's marker.
+NOT_COMPARED = re.compile(
+    "[\\s\x00-\x1f\x7f-\x9f\u00ad\u115f\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff0-\ufffd\u2581]+"
+)
+CUT_BYTES = 65_536  # of the validation text that a cut to whole windows may leave out, on eight GPUs
 
 # Counts the bytes of each target of a stream (N,): (tokens, tokenizer) -> (N-1,) int64.
 ByteCounter = Callable[[np.ndarray, sentencepiece.SentencePieceProcessor], np.ndarray]
@@ -254,6 +293,186 @@ def check_table(
         saw=wrong[0][1] if wrong else 0,
         expected=wrong[0][2] if wrong else 0,
         bound=0,
+    )
+
+
+def check_normaliser(tokens: np.ndarray, tokenizer: sentencepiece.SentencePieceProcessor) -> Verdict:
+    """B11: the tokenizer makes no text longer, as far as Unicode's normalisation does not.
+
+    Its rules are read from its file, and texts are encoded: ASCII letters, their pairs, and the pieces
+    of the stream (N,).
+    """
+    # Rules that lengthen: only those of Unicode are lawful.
+    unreadable = ""
+    added: list[tuple[str, int, int]] = []
+    rules = tokenizer_model.NormaliserRules(0, (), 0)
+    try:
+        rules = tokenizer_model.normaliser_rules(tokenizer.serialized_model_proto())
+    except ValueError as error:
+        unreadable = f"the table of its rules cannot be followed: {error}"
+    for rule in rules.lengthening:
+        if not tokenizer_model.is_unicode_rule(rule):
+            key = rule.key.decode("utf-8", "replace")
+            added.append((key, len(rule.replacement), len(rule.key)))
+
+    # Texts, encoded: a pair can have a rule of its own.
+    texts = [*PRINTABLE, *(first + second for first in PRINTABLE for second in PRINTABLE)]
+    pieces = np.unique(tokens)[:MAX_SAMPLED_PIECES].tolist()
+    texts += [tokenizer.id_to_piece(i).replace(SPACE_MARKER, " ") for i in pieces if _is_text(tokenizer, i)]
+
+    # The bytes of their ids, against their own.
+    encoded = [np.array([tokenizer.bos_id(), *ids], dtype=np.int64) for ids in tokenizer.encode(texts)]
+    table = byte_table(tokenizer)
+    for text, ids in zip(texts, encoded, strict=True):
+        counted = int(target_bytes(ids, table).sum())
+        allowed = longest_form(text)
+        if counted > allowed:
+            added.append((text, counted, allowed))
+
+    # A text that grows convicts, whatever else is known.
+    if added:
+        text, counted, allowed = added[0]
+        evidence = (
+            f"the tokenizer turns {text!r} into {counted} bytes, it has {allowed}: bytes are added to text"
+        )
+        return Verdict.failed(NORMALISER, "files", evidence, saw=counted, expected=allowed, bound=0)
+    if unreadable:
+        return Verdict.cannot_tell(NORMALISER, "files", unreadable)
+
+    evidence = (
+        f"{rules.count} rules of the tokenizer, of which {len(rules.lengthening)} make a text longer, all "
+        f"as Unicode's normalisation does; {len(texts)} texts were encoded, none has more bytes"
+    )
+    return Verdict.passed(NORMALISER, "files", evidence, saw=0, expected=0, bound=0)
+
+
+def check_text(
+    tokens: np.ndarray,
+    target_bytes: np.ndarray,
+    tokenizer: sentencepiece.SentencePieceProcessor,
+    texts: Iterable[str],
+) -> Verdict:
+    """B11: the documents of the stream are these texts, and are counted with no more bytes than they have.
+
+    tokens: (N,); target_bytes: (N-1,) int64; texts: of the documents in stream order; more may follow.
+    A document may lose white space, control characters, and what Unicode's normalisation changes.
+    """
+    starts = shards.document_starts(tokens, tokenizer.bos_id())
+    per_document = np.add.reduceat(np.concatenate([[0], target_bytes]), starts).tolist()
+    decoder_drops_space = tokenizer.decode([tokenizer.piece_to_id(SPACE_MARKER)]) == ""
+
+    # Each document: its text, then its bytes.
+    faults: list[tuple[int, str]] = []
+    normalised, untold = 0, 0
+    counted_total, original_total = 0, 0
+    originals = iter(texts)
+    for number, document in enumerate(shards.documents(tokens, tokenizer.bos_id())):
+        text = next(originals, None)
+        if text is None:
+            faults.append((number, f"the text has {number} documents, the stream {len(starts)}"))
+            break
+        decoded: str = tokenizer.decode(document[1:].tolist())
+        size, counted = len(text.encode("utf-8")), per_document[number]
+        is_last = number == len(starts) - 1
+
+        # Equal, equal but for what a tokenizer may lose, or cut at the end of the stream.
+        if decoded == text:
+            size -= int(text.startswith(" ") and not decoder_drops_space)
+            if counted != size:
+                faults.append((number, f"{counted} bytes counted, its text has {size}"))
+        elif same_text(decoded, text, is_last):
+            normalised += 1
+        elif same_text(_without_case(decoded), _without_case(text), is_last):
+            untold += 1
+        else:
+            faults.append((number, "its tokens decode to another text"))
+
+        # The bytes, of which even a normalised text has no more.
+        if counted > longest_form(text):
+            faults.append((number, f"{counted} bytes counted, its text has {size}"))
+        counted_total += counted
+        original_total += size
+
+    # The sum: what normalisation adds to one document it takes from others.
+    if not faults and counted_total > original_total:
+        faults.append((0, f"{counted_total} bytes counted in all, the text has {original_total}"))
+
+    # The bytes of all documents, and where the first that are wrong begin.
+    numbers: Numbers = {
+        "saw": counted_total,
+        "expected": original_total,
+        "bound": 0,
+        "positions": tuple(int(starts[number]) for number, _ in faults[:3]),
+    }
+    if faults:
+        number, fault = faults[0]
+        evidence = f"{len(faults)} of {len(starts)} documents are wrong, the first number {number}: {fault}"
+        return Verdict.failed(TEXT, "files", evidence, **numbers)
+
+    # A text in other letters may be complete or not: its author has to show how it is restored.
+    if untold:
+        evidence = (
+            f"{untold} of {len(starts)} documents decode to their text only if case and private marks are "
+            "left out of account; that the text can be restored is not shown"
+        )
+        return Verdict.cannot_tell(TEXT, "files", evidence, **numbers)
+    lossy = f"; {normalised} lost white space or were normalised" if normalised else ""
+    evidence = (
+        f"{len(starts)} documents decode to the given text, {counted_total} bytes counted of "
+        f"{original_total}{lossy}"
+    )
+    return Verdict.passed(TEXT, "files", evidence, **numbers)
+
+
+def check_official(tokens: int, documents: int, counted_bytes: int) -> Verdict:
+    """B11: a stream of the challenge's validation set has its documents, and its tokens and bytes.
+
+    The totals of tokenizers that are not known are held against the bytes of the text alone.
+    """
+    # The bytes that a stream of N tokens must have, from the smallest number to the largest.
+    text_bytes = challenge.VALIDATION_TEXT_BYTES
+    known = {
+        challenge.VALIDATION_TOKENS: (challenge.VALIDATION_BYTES, text_bytes),
+        challenge.VALIDATION_TARGETS + 1: (challenge.VALIDATION_BYTES, challenge.VALIDATION_BYTES),
+        challenge.CASEOPS_VALIDATION_TARGETS + 1: (challenge.CASEOPS_VALIDATION_BYTES, text_bytes),
+    }
+    least, most = known.get(tokens, (text_bytes - CUT_BYTES, text_bytes))
+
+    holds = documents == challenge.VALIDATION_DOCUMENTS and least <= counted_bytes <= most
+    evidence = (
+        f"{tokens} tokens of {documents} documents and {counted_bytes} bytes; the validation set has "
+        f"{challenge.VALIDATION_DOCUMENTS} documents and, in a stream of that length, {least} to {most} bytes"
+    )
+    return Verdict.of(
+        OFFICIAL_TOTALS, "files", holds, evidence, saw=counted_bytes, expected=most, bound=most - least
+    )
+
+
+def longest_form(text: str) -> int:
+    """Count the UTF-8 bytes of a text, or of its normalised form if that is longer."""
+    return max(len(form.encode("utf-8")) for form in (text, *tokenizer_model.unicode_forms(text)))
+
+
+def same_text(decoded: str, original: str, may_be_cut: bool = False) -> bool:
+    """Compare two texts in NFKC without the characters that a tokenizer may lose."""
+    found, expected = _comparable(decoded), _comparable(original)
+    return expected.startswith(found) if may_be_cut else expected == found
+
+
+def _comparable(text: str) -> str:
+    composed = unicodedata.normalize("NFKC", NOT_COMPARED.sub("", text))
+    return NOT_COMPARED.sub("", composed)
+
+
+def _without_case(text: str) -> str:
+    """Fold case, and drop characters of private use, by which transformed texts mark capitals."""
+    return re.sub("[\ue000-\uf8ff]", "", text).casefold()
+
+
+def _is_text(tokenizer: sentencepiece.SentencePieceProcessor, i: int) -> bool:
+    """Tell if an id is a piece of text, not a byte or a control piece."""
+    return not (
+        tokenizer.is_byte(i) or tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_unused(i)
     )
 
 

@@ -52,6 +52,7 @@ class OrderProbe:
     documents: tuple[np.ndarray, ...]  # token ids, each begins with BOS
     positions: tuple[int, ...]  # of each document's exchanged token, in the call
     substitutes: tuple[int, ...]  # the id that takes its place
+    rounding: float  # nats by which equal losses may differ
 
     @property
     def cost(self) -> Cost:
@@ -80,7 +81,7 @@ class OrderProbe:
             nll = probe_runner.checked_score(scorer.fork(), exchanged)
 
             # Within the source document only the targets before the exchanged token must not change.
-            changed = np.flatnonzero(probe_runner.differs(nll, base))
+            changed = np.flatnonzero(probe_runner.differs(nll, base, self.rounding))
             changed = changed[(owner[changed] != source) | (changed < position)]
             for target in np.unique(owner[changed]).tolist():
                 first = int(changed[owner[changed] == target][0])
@@ -91,7 +92,13 @@ class OrderProbe:
 
 
 def probe(
-    key: bytes, start: int, tokens: np.ndarray, vocab_size: int, bos: int, documents: int
+    key: bytes,
+    start: int,
+    tokens: np.ndarray,
+    vocab_size: int,
+    bos: int,
+    documents: int,
+    rounding: float,
 ) -> OrderProbe:
     """Cut documents of different lengths from anywhere in the stream (N,), and choose their exchanged tokens.
 
@@ -123,7 +130,7 @@ def probe(
         positions.append(call_position + offset)
         substitutes.append(substitute)
         call_position += length
-    return OrderProbe(start, tuple(cut), tuple(positions), tuple(substitutes))
+    return OrderProbe(start, tuple(cut), tuple(positions), tuple(substitutes), rounding)
 
 
 def max_tokens(documents: int) -> int:
@@ -169,7 +176,7 @@ def judge(subject: str, probe: OrderProbe, dependencies: list[Dependency], scope
         # The first loss that must not depend on the exchanged token.
         saw=failed[0].after if failed else 0,
         expected=failed[0].before if failed else 0,
-        bound=probe_runner.ROUNDING,
+        bound=probe.rounding,
         positions=tuple(probe.start + dependency.position for dependency in failed[:3]),
     )
 

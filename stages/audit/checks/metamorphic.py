@@ -15,6 +15,7 @@ import numpy as np
 
 from stages.audit import probe_runner
 from stages.audit.checks import canary
+from stages.audit.precision import Precision, difference
 from stages.audit.probe_runner import Cost
 from stages.audit.sampling import KeyedRng
 from stages.audit.verdict import Check, Verdict
@@ -52,30 +53,32 @@ def check(
     tokens: np.ndarray,
     base: np.ndarray,
     vocab_size: int,
-    loss_tolerance: float,
+    precision: Precision,
     canary_bits: float,
 ) -> list[Verdict]:
     """B10: one verdict for each variant that can be built.
 
     tokens: (n + 1,) uint16, the beginning of the stream; base: (n,) float32, the plain scorer's losses
-    of tokens[1:]; loss_tolerance: nats for one loss; canary_bits: as in canary.judge.
+    of tokens[1:]; canary_bits: as in canary.judge.
     """
     verdicts = []
     if variants.permuted_ids is not None:
         permutation = KeyedRng(key, "names").permutation(vocab_size)
         losses = _score_from_start(variants.permuted_ids(permutation), permutation[tokens])
-        verdicts.append(_judge_equal(PERMUTED_IDS, subject, base, losses, loss_tolerance))
+        verdicts.append(_judge_equal(PERMUTED_IDS, subject, base, losses, precision.loss_tolerance))
 
     if variants.without_memory is not None:
         first, *others = [_score_from_start(variants.without_memory(buckets), tokens) for buckets in BUCKETS]
-        farthest = max(others, key=lambda other: float(np.abs(other - first).max()))
-        verdicts.append(_judge_equal(WITHOUT_MEMORY, subject, first, farthest, 0.0))
+        farthest = max(others, key=lambda other: float(np.abs(difference(other, first)).max()))
+        verdicts.append(_judge_equal(WITHOUT_MEMORY, subject, first, farthest, precision.rounding))
 
     if variants.with_buckets is not None:
         known = canary.draw_canary("uniform", key, len(tokens), tokens, vocab_size)
         scorer = variants.with_buckets(1)
         scorer.observe(int(tokens[0]))
-        won = canary.bits_won(known.logp, probe_runner.checked_score(scorer, known.tokens))
+        won = canary.bits_won(
+            known.logp, probe_runner.checked_score(scorer, known.tokens), precision.sum_tolerance
+        )
         result = canary.CanaryResult("uniform, one bucket", 1, won)
         verdicts.append(canary.judge(ONE_BUCKET, subject, [result], canary_bits))
     return verdicts
@@ -98,14 +101,14 @@ def _judge_equal(
     check: Check, subject: str, base: np.ndarray, varied: np.ndarray, tolerance: float
 ) -> Verdict:
     """Compare the losses (n,) of a variant with those of the plain scorer."""
-    difference = np.nan_to_num(np.abs(base.astype(np.float64) - varied), nan=np.inf)
-    worst = int(difference.argmax())
+    different = np.abs(difference(base, varied))
+    worst = int(different.argmax())
     return Verdict.of(
         check,
         subject,
-        bool(difference[worst] <= tolerance),
+        bool(different[worst] <= tolerance),
         f"{len(base)} targets from the stream's start, as they are and with {check.name}: "
-        f"largest difference {difference[worst]:.1e} nats",
+        f"largest difference {different[worst]:.1e} nats",
         saw=float(varied[worst]),
         expected=float(base[worst]),
         bound=tolerance,

@@ -6,6 +6,8 @@ the fast path is shown an id a instead of x_t, and must charge -log p(a) with th
 Then q(a) = exp(-nll(x_t := a)) sums to one because p does. If the vocabulary is too large to substitute
 every id, ids are sampled from r = p/2 + 1/(2V), and the sum Z of q is estimated by 1 + mean of (q(a) -
 p(a)) / r(a): unbiased, and exact where q = p.
+
+A probability may be zero: its logarithm is -inf, and the loss of that id must be infinite too.
 """
 
 import dataclasses
@@ -16,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from stages.audit import probe_runner
+from stages.audit.precision import Precision, difference
 from stages.audit.probe_runner import Cost
 from stages.audit.sampling import KeyedRng
 from stages.audit.verdict import Check, Verdict
@@ -68,8 +71,8 @@ class Commitment(NamedTuple):
 
     position: int
     log_sum: float  # log of the sum of exp(predict())
-    finite: bool  # every entry of predict() is finite
-    repeated: bool  # predict() gave the same bits again after other forks had observed another token
+    proper: bool  # no entry of predict() is NaN or +inf
+    repeated: bool  # predict() gave the same again after other forks had observed another token
     charged: np.ndarray  # (up to RUN_TARGETS,) float64, nats: -predict()[x] for x_t and the targets after it
     deviation: float  # largest |nll(x_t := a) + predict()[a]| over the substituted ids, in nats
     worst_id: int  # the id with that deviation
@@ -89,6 +92,7 @@ class Substitution:
     # (K,) float64 in [0, 1): positions in the cumulative sum of p, for ids drawn from p
     quantiles: np.ndarray
     vocab_size: int
+    rounding: float  # nats by which equal losses may differ
 
     @property
     def cost(self) -> Cost:
@@ -117,7 +121,7 @@ class Substitution:
             stepper.observe(token)
         committed = probe_runner.checked_predict(stepper)
         target = int(tokens[self.position])
-        repeated = _repeats_after_forks(stepper, committed, (target + 1) % len(committed))
+        repeated = _repeats_after_forks(stepper, committed, (target + 1) % len(committed), self.rounding)
         ids, sampled = self._ids(committed, target)
         charged = self._charged(stepper, committed, tokens)
 
@@ -130,13 +134,13 @@ class Substitution:
             row[:] = probe_runner.checked_score(scorer.fork(), piece)[: at + 1]
 
         # Each id must be charged what was committed for it, and must not change a loss before t.
-        deviation = np.nan_to_num(np.abs(nll[:, at] + committed[ids]), nan=np.inf)
-        prefix_changed = bool(probe_runner.differs(nll[:, :at], nll[:1, :at]).any())
+        deviation = np.abs(difference(nll[:, at], -committed[ids]))
+        prefix_changed = bool(probe_runner.differs(nll[:, :at], nll[:1, :at], self.rounding).any())
 
         return Commitment(
             position=self.position,
             log_sum=log_sum_exp(committed),
-            finite=bool(np.isfinite(committed).all()),
+            proper=not (np.isnan(committed) | (committed == np.inf)).any(),
             repeated=repeated,
             charged=charged,
             deviation=float(deviation.max()),
@@ -179,11 +183,12 @@ class Substitution:
 
 
 def probes(
-    key: bytes, positions: list[int], length: int, vocab_size: int, substitutions: int
+    key: bytes, positions: list[int], length: int, vocab_size: int, substitutions: int, rounding: float
 ) -> list[Substitution]:
     """Build one probe for each position of a stream of `length` tokens, with up to `substitutions` ids.
 
-    Lengths of the pieces vary, so that they cannot be told from ordinary calls.
+    Lengths of the pieces vary, so that they cannot be told from ordinary calls. rounding: nats by which
+    equal losses may differ.
     """
     rng = KeyedRng(key, "substitution")
     substitution_probes = []
@@ -192,16 +197,18 @@ def probes(
         stop = min(length, position + 1 + rng.integer(0, MAX_TOKENS_BEFORE // 2))
         uniform = rng.below(vocab_size, substitutions)
         quantiles = rng.below(1 << 53, substitutions) / float(1 << 53)
-        substitution_probes.append(Substitution(start, position, stop, uniform, quantiles, vocab_size))
+        substitution_probes.append(
+            Substitution(start, position, stop, uniform, quantiles, vocab_size, rounding)
+        )
     return substitution_probes
 
 
-def judge_independence(subject: str, findings: list[Commitment]) -> Verdict:
-    """B2: predict() and earlier losses do not change with the token at t."""
+def judge_independence(subject: str, findings: list[Commitment], rounding: float) -> Verdict:
+    """B2: predict() and earlier losses do not change with the token at t by more than `rounding` nats."""
     # Two ways to depend on a token before it is scored.
     failed = [finding for finding in findings if not finding.repeated or finding.prefix_changed]
     evidence = (
-        f"at {len(findings)} positions predict() gave the same bits "
+        f"at {len(findings)} positions predict() gave the same "
         "before and after other forks observed other tokens"
     )
     if failed:
@@ -223,19 +230,19 @@ def judge_independence(subject: str, findings: list[Commitment]) -> Verdict:
     )
 
 
-def judge_sum(subject: str, findings: list[Commitment], tolerance: float) -> Verdict:
-    """B3, first half: the committed probabilities sum to one; tolerance: of the log of the sum."""
-    # A sum below one is lawful: it only loses bits.
-    log_sums = np.array([finding.log_sum if finding.finite else np.inf for finding in findings])
-    log_sums = np.nan_to_num(log_sums, nan=np.inf)
+def judge_sum(subject: str, findings: list[Commitment], precision: Precision) -> Verdict:
+    """B3, first half: the committed probabilities sum to one."""
+    # A sum below one is lawful: it only loses bits. So is a probability of zero.
+    tolerance = precision.sum_tolerance
+    log_sums = np.array([finding.log_sum if finding.proper else np.inf for finding in findings])
     failed = [finding for finding, log_sum in zip(findings, log_sums, strict=True) if log_sum > tolerance]
-    all_finite = all(finding.finite for finding in findings)
+    all_proper = all(finding.proper for finding in findings)
     return Verdict.of(
         COMMITTED_SUM,
         subject,
         not failed,
         f"largest log of the sum over {len(findings)} distributions {log_sums.max():.1e}; "
-        f"all entries finite: {'yes' if all_finite else 'no'}",
+        f"entries that are NaN or +inf: {'none' if all_proper else 'some'}",
         saw=findings[int(log_sums.argmax())].log_sum,
         expected=0.0,
         bound=tolerance,
@@ -244,11 +251,11 @@ def judge_sum(subject: str, findings: list[Commitment], tolerance: float) -> Ver
 
 
 def judge_substitution(
-    subject: str, findings: list[Commitment], vocab_size: int, tolerance: float
+    subject: str, findings: list[Commitment], vocab_size: int, precision: Precision
 ) -> Verdict:
     """B3, second half: the fast path charges any id what was committed, so its sum is one too."""
-    # A NaN is a failure too.
-    failed = [finding for finding in findings if not finding.deviation <= tolerance]
+    tolerance = precision.loss_tolerance
+    failed = [finding for finding in findings if finding.deviation > tolerance]
     worst = max(findings, key=lambda finding: finding.deviation)
     farthest = max(findings, key=lambda finding: abs(finding.total - 1))
 
@@ -272,12 +279,14 @@ def judge_substitution(
 
 
 def judge_commitment(
-    subject: str, ledger: np.ndarray | None, findings: list[Commitment], tolerance: float
+    subject: str, ledger: np.ndarray | None, findings: list[Commitment], precision: Precision
 ) -> Verdict:
     """B4: the ledger's losses are those that were committed before each token was known.
 
-    ledger: (N-1,) float32, or None without a complete one; tolerance: nats for one loss.
+    ledger: (N-1,) float32, or None without a complete one; precision: the coarser one of the scorer and
+    its ledger.
     """
+    tolerance = precision.loss_tolerance
     if ledger is None:
         evidence = "there is no complete ledger to compare with the committed distributions"
         return Verdict.cannot_tell(LEDGER_COMMITMENT, subject, evidence, bound=tolerance)
@@ -286,7 +295,7 @@ def judge_commitment(
     charged = np.concatenate([finding.charged for finding in findings])
     targets = np.concatenate([finding.position + np.arange(len(finding.charged)) for finding in findings])
     written = ledger[targets - 1].astype(np.float64)
-    deviation = np.nan_to_num(np.abs(written - charged), nan=np.inf)
+    deviation = np.abs(difference(written, charged))
     failed = targets[deviation > tolerance].tolist()
     worst = int(deviation.argmax())
 
@@ -314,13 +323,13 @@ def _drawn(substitutions: int) -> int:
     return (substitutions - 2) // 2 * 2
 
 
-def _repeats_after_forks(scorer: Scorer, committed: np.ndarray, other_token: int) -> bool:
-    """Test whether predict() gives the same bits after two forks have observed, and scored, another token."""
+def _repeats_after_forks(scorer: Scorer, committed: np.ndarray, other_token: int, rounding: float) -> bool:
+    """Test whether predict() gives the same after two forks have observed, and scored, another token."""
     observing = scorer.fork()
     scoring = scorer.fork()
     observing.observe(other_token)
     probe_runner.checked_score(scoring, np.array([other_token], dtype=np.uint16))
-    return probe_runner.checked_predict(scorer).tobytes() == committed.tobytes()
+    return not probe_runner.differs(probe_runner.checked_predict(scorer), committed, rounding).any()
 
 
 def _sum_of_scored(committed: np.ndarray, ids: np.ndarray, nll: np.ndarray, sampled: int) -> float:

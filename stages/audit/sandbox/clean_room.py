@@ -1,27 +1,33 @@
 """B14, the clean room: the artifact scores in an empty folder, with nothing but the validation shards.
 
-The folder holds the counted files, the shards and the tokenizer, read-only; there is no network, no
-training data, no home and nothing of the caller's environment. Files that are opened are compared with
-those that a run may open: the folder itself, the interpreter with its packages, and the system. The
-time is measured from before the process is created to its last output, so that a timer that was started
-late falls short of it, and to its end for the budget. The evidence says how far the system allowed the
-sandbox; what could not be enforced or traced is "cannot tell".
+The folder holds copies of the counted files, and the shards and the tokenizer, read-only; there is no
+network, no training data, no home, nothing of the caller's environment and no other process. Where the
+system allows the sandbox (room.py), no other file exists for the run. What it tries to open, link, mount
+or connect is traced all the same and compared with what a run may use: the folder itself, the
+interpreter with its packages, and the system. The time is measured from the start of the command to its
+last output, so that a timer that was started late falls short of it, and to the end of its last process
+for the budget. What it leaves is read after all its processes have ended, without following links. The
+evidence says how far the system allowed the sandbox; what could not be enforced or traced is "cannot
+tell".
 """
 
 import hashlib
+import json
 import math
-import shutil
+import os
+import stat
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stages.audit.sandbox import sandbox
-from stages.audit.sandbox.sandbox import Capabilities, Trace
+from stages.audit.sandbox import room
+from stages.audit.sandbox.artifact import copy_file
+from stages.audit.sandbox.room import Isolation, Room
+from stages.audit.sandbox.trace import Trace, run_traced
 from stages.audit.verdict import Check, Verdict, Words
-from stages.common.json_object import read_json_object
 
 COUNTED_FILES_ALONE = Check(
     "B14",
@@ -35,15 +41,22 @@ OPENED_FILES = Check(
     "opened files",
     conditions=("clean room",),
     sees="files outside the counted set, training shards, the repository, caches, even if only looked for",
-    blind="files hidden among the interpreter's packages or the system's; without strace, "
-    "files that native code opens",
+    blind="files hidden among the interpreter's packages or the system's",
+)
+LINKS_MOUNTS_SOCKETS = Check(
+    "B14",
+    "links, mounts and sockets",
+    conditions=("clean room",),
+    sees="links and renamings that lead outside, mounts, shared memory with a name, sockets of other "
+    "processes, even if only tried",
+    blind="without strace, what native code tries",
 )
 NO_NETWORK = Check(
     "B14",
     "no network",
     conditions=("clean room",),
     sees="downloads, and services that are used while scoring",
-    blind="a process on this machine, reached through a socket in a file; names that native code looks up",
+    blind="names that native code looks up",
 )
 WALL_CLOCK = Check(
     "B14",
@@ -67,6 +80,8 @@ SYSTEM = (  # folders of the system that a run may read
     "/usr",
     "/var/cache/ldconfig",
 )
+SYSTEM_SOCKETS = ("/var/run/nscd/socket",)  # where the C library looks for a cache of names
+MAX_OUTPUT_BYTES = 1 << 20  # of a JSON file that a run leaves
 # Seconds by which an artifact's clock may fall short of the audit's: start of the tracers, and what it
 # writes after it has read its clock.
 LATE_SECONDS = 5.0
@@ -99,56 +114,69 @@ class CleanRoomRun:
     """Record of a run in the clean room, and its results."""
 
     trace: Trace
-    room: Path  # the folder, which no longer exists
+    folder: Path  # the clean room as the run saw it
     sizes: Mapping[str, int]  # bytes of the counted files
     changed: tuple[str, ...]  # inputs that were changed or removed
-    written: float  # seconds from the process's start to its last output
+    written: float  # seconds from the command's start to its last output
     metrics: Mapping[str, Any] = field(default_factory=dict)
     timing: Mapping[str, Any] = field(default_factory=dict)
 
 
 def run_in_clean_room(
     artifact: AuditedArtifact,
-    masked: Sequence[Path] = (),
-    capabilities: Capabilities | None = None,
     environment: Mapping[str, str] | None = None,
     timeout_seconds: float = 3600.0,
+    isolation: Isolation | None = None,
+    strace: bool | None = None,
 ) -> CleanRoomRun:
     """Run the artifact in a sandbox with a folder of its own.
 
-    masked: folders (training data, the repository) that are empty for it if mounts are allowed, except
-    for the interpreter; capabilities: those of the system by default; environment: variables that the
-    run gets.
+    environment: variables that the run gets; isolation and strace: those of the system by default.
     """
-    capabilities = sandbox.detect_capabilities() if capabilities is None else capabilities
-    with tempfile.TemporaryDirectory() as room_name, tempfile.TemporaryDirectory() as log_name:
-        room = Path(room_name).resolve()
-        log = Path(log_name).resolve()
-        inputs = _copy_read_only(room, {**artifact.counted, **artifact.data})
-        digests = {path: _digest(path) for path in inputs}
-        sizes = {name: (room / name).stat().st_size for name in artifact.counted}
+    isolation = room.detect_isolation() if isolation is None else isolation
+    with (
+        tempfile.TemporaryDirectory() as folder_name,
+        tempfile.TemporaryDirectory() as copies_name,
+        tempfile.TemporaryDirectory() as log_name,
+    ):
+        folder, copies, log = (Path(name).resolve() for name in (folder_name, copies_name, log_name))
+        inputs = _single_files({**artifact.counted, **artifact.data})
 
+        # Copies keep the contents alone: times and modes of the counted files could hold data.
+        for name in artifact.counted if isolation.complete else inputs:
+            copy_file(inputs[name], (copies if isolation.complete else folder) / name)
+        sizes = {name: inputs[name].stat().st_size for name in artifact.counted}
+
+        # In the sandbox they are mounted into the folder, read-only; without it they are in the folder.
+        seen_as = room.WORKING_FOLDER if isolation.complete else folder
+        mounted = {}
+        if isolation.complete:
+            for name, path in inputs.items():
+                mounted[str(seen_as / name)] = copies / name if name in artifact.counted else path
+        digests = {name: _digest(folder / name) for name in inputs if not isolation.complete}
+
+        # What the run writes for itself is in the folder as well: nothing in /tmp is its own.
+        variables = {}
+        for variable, name in (("HOME", "home"), ("TMPDIR", "tmp")):
+            (folder / name).mkdir()
+            variables[variable] = str(seen_as / name)
+        variables |= environment or {}
+
+        contents = Room(mounted, folder, variables, room.gpu_devices())
         command = [sys.executable, *artifact.command]
-        trace = sandbox.run_sandboxed(
-            command, room, log, capabilities, inputs, masked, environment or {}, timeout_seconds
-        )
+        trace = run_traced(command, contents, log, timeout_seconds, isolation, strace)
 
-        changed = [
-            str(path.relative_to(room))
-            for path, digest in digests.items()
-            if not path.is_file() or _digest(path) != digest
-        ]
-        # Of a file's times the kernel alone sets st_ctime: nobody can set it back.
-        output = room / artifact.output
-        written_at = max((path.stat().st_ctime for path in output.rglob("*")), default=trace.started_at)
+        # Everything that the run left; none of its processes exists any more.
+        changed = [name for name, digest in digests.items() if _digest(folder / name) != digest]
+        written_at = max(_times_of_change(folder / artifact.output), default=trace.started_at)
         return CleanRoomRun(
             trace,
-            room,
+            seen_as,
             sizes,
             tuple(changed),
             written_at - trace.started_at,
-            metrics=_read_output(output / "metrics.json"),
-            timing=_read_output(output / "timing.json"),
+            metrics=_read_output(folder, Path(artifact.output) / "metrics.json"),
+            timing=_read_output(folder, Path(artifact.output) / "timing.json"),
         )
 
 
@@ -157,11 +185,13 @@ def check_clean_room(
 ) -> list[Verdict]:
     """B14: a run in the clean room confirms the claim.
 
-    It gave the claimed number, opened nothing else, contacted nobody, and took the time that it states.
+    It gave the claimed number, opened nothing else, tried no other way out, contacted nobody, and took
+    the time that it states.
     """
     return [
         _check_result(subject, run, claim),
         _check_files(subject, run),
+        _check_links(subject, run),
         _check_network(subject, run),
         _check_clock(subject, run, claim, late_seconds),
     ]
@@ -169,14 +199,28 @@ def check_clean_room(
 
 def unexpected_files(run: CleanRoomRun) -> list[Path]:
     """List the files that were opened outside the clean room, the interpreter and the system."""
-    allowed = [run.room, *sandbox.interpreter_folders(), *map(Path, SYSTEM)]
-    return sorted(
-        path for path in run.trace.files if not any(path.is_relative_to(folder) for folder in allowed)
-    )
+    return sorted(path for path in run.trace.files if not _is_allowed(run, path))
+
+
+def unexpected_acts(run: CleanRoomRun) -> list[str]:
+    """List links, sockets, mounts and shared memory by which a run may reach anything outside."""
+    links = [f"link {path}" for path in run.trace.links if not _is_allowed(run, path)]
+    sockets = [
+        f"socket {name}"
+        for name in run.trace.sockets
+        if name not in SYSTEM_SOCKETS and (name.startswith("@") or not _is_allowed(run, Path(name)))
+    ]
+    return sorted([*links, *sockets, *run.trace.calls])
+
+
+def _is_allowed(run: CleanRoomRun, path: Path) -> bool:
+    """Say whether a run may open the path, or link to it."""
+    allowed = (run.folder, *room.interpreter_folders(), *map(Path, SYSTEM))
+    return any(path.is_relative_to(folder) for folder in allowed)
 
 
 def _check_result(subject: str, run: CleanRoomRun, claim: ClaimedMetric) -> Verdict:
-    value = run.metrics.get(claim.metric)
+    value = _as_number(run.metrics.get(claim.metric))
     parts = " + ".join(f"{size} ({name})" for name, size in run.sizes.items())
 
     # The run itself first, then its result.
@@ -192,7 +236,7 @@ def _check_result(subject: str, run: CleanRoomRun, claim: ClaimedMetric) -> Verd
         )
     elif run.changed:
         evidence = f"the run changed its inputs: {', '.join(run.changed[:MAX_LISTED])}"
-    elif not isinstance(value, (int, float)):
+    elif value is None:
         evidence = f"the run left no metrics.json with {claim.metric}"
     else:
         holds = abs(value - claim.value) <= claim.tolerance
@@ -204,7 +248,7 @@ def _check_result(subject: str, run: CleanRoomRun, claim: ClaimedMetric) -> Verd
         holds,
         evidence,
         # The number that the run gave, and the claimed one.
-        saw=float(value) if isinstance(value, (int, float)) else math.nan,
+        saw=math.nan if value is None else value,
         expected=claim.value,
         bound=claim.tolerance,
     )
@@ -215,23 +259,32 @@ def _check_files(subject: str, run: CleanRoomRun) -> Verdict:
     listed = ", ".join(map(str, unexpected[:MAX_LISTED])) or "nothing"
     evidence = (
         "opened outside the clean room, the interpreter and the system: "
-        f"{listed} ({len(unexpected)}); {run.trace.capabilities}"
+        f"{listed} ({len(unexpected)}); {run.trace.means}"
     )
-    if not unexpected and not run.trace.capabilities.traced:
-        return Verdict.cannot_tell(OPENED_FILES, subject, evidence, saw=0, expected=0, bound=0)
-    return Verdict.of(
-        OPENED_FILES, subject, not unexpected, evidence, saw=len(unexpected), expected=0, bound=0
-    )
+    return _none_unexpected(OPENED_FILES, subject, run, unexpected, evidence)
+
+
+def _check_links(subject: str, run: CleanRoomRun) -> Verdict:
+    unexpected = unexpected_acts(run)
+    listed = ", ".join(unexpected[:MAX_LISTED]) or "none"
+    evidence = f"links, mounts and sockets to outside: {listed} ({len(unexpected)}); {run.trace.means}"
+    return _none_unexpected(LINKS_MOUNTS_SOCKETS, subject, run, unexpected, evidence)
 
 
 def _check_network(subject: str, run: CleanRoomRun) -> Verdict:
     contacted = sorted(run.trace.addresses)
-    capabilities = run.trace.capabilities
     listed = ", ".join(contacted[:MAX_LISTED]) or "none"
-    evidence = f"hosts looked up or contacted: {listed}; {capabilities}"
-    if not contacted and not (capabilities.network or capabilities.traced):
-        return Verdict.cannot_tell(NO_NETWORK, subject, evidence, saw=0, expected=0, bound=0)
-    return Verdict.of(NO_NETWORK, subject, not contacted, evidence, saw=len(contacted), expected=0, bound=0)
+    evidence = f"hosts looked up or contacted: {listed}; {run.trace.means}"
+    return _none_unexpected(NO_NETWORK, subject, run, contacted, evidence)
+
+
+def _none_unexpected(
+    check: Check, subject: str, run: CleanRoomRun, unexpected: Sequence[object], evidence: str
+) -> Verdict:
+    """Fail what was found; pass only what the sandbox prevents: without it, a trace can be evaded."""
+    if not unexpected and not run.trace.isolation.complete:
+        return Verdict.cannot_tell(check, subject, evidence, saw=0, expected=0, bound=0)
+    return Verdict.of(check, subject, not unexpected, evidence, saw=len(unexpected), expected=0, bound=0)
 
 
 def _check_clock(subject: str, run: CleanRoomRun, claim: ClaimedMetric, late_seconds: float) -> Verdict:
@@ -241,8 +294,7 @@ def _check_clock(subject: str, run: CleanRoomRun, claim: ClaimedMetric, late_sec
     a faster machine.
     """
     stated = run.timing.get("evaluation_seconds", run.timing.get("process_seconds"))
-    is_stated = isinstance(stated, (int, float)) and not isinstance(stated, bool)
-    stated_seconds = float(stated) if is_stated else None
+    stated_seconds = _as_number(stated)
 
     if run.trace.seconds > claim.budget_seconds:
         evidence = (
@@ -276,32 +328,68 @@ def _check_clock(subject: str, run: CleanRoomRun, claim: ClaimedMetric, late_sec
     return Verdict.passed(WALL_CLOCK, subject, evidence, bound=late_seconds)
 
 
-def _copy_read_only(room: Path, wanted: Mapping[str, Path]) -> list[Path]:
-    """Copy files and folders into the clean room under the wanted names, read-only; returns the copies."""
-    copied = []
+def _single_files(wanted: Mapping[str, Path]) -> dict[str, Path]:
+    """List single files for the wanted files and folders: name in the clean room -> file, without links."""
+    files = {}
     for name, source in wanted.items():
         if source.is_dir():
-            files = [path for path in sorted(source.rglob("*")) if path.is_file()]
-            targets = [room / name / path.relative_to(source) for path in files]
+            for path in sorted(source.rglob("*")):
+                if path.is_file():
+                    files[f"{name}/{path.relative_to(source)}"] = path.resolve()
         else:
-            files = [source]
-            targets = [room / name]
-        for path, target in zip(files, targets, strict=True):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target)
-            target.chmod(0o444)
-            copied.append(target)
-    return copied
+            files[name] = source.resolve()
+    return files
 
 
 def _digest(path: Path) -> str:
+    """Hash a file; empty if the run removed it or put something else in its place."""
+    if path.is_symlink() or not path.is_file():
+        return ""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _read_output(path: Path) -> dict[str, Any]:
-    """Read a JSON object that the run wrote; empty if it wrote none."""
+def _times_of_change(folder: Path) -> Iterator[float]:
+    """List the times at which the entries of a folder last changed, links not followed.
+
+    Of a file's times the kernel alone sets st_ctime: nobody can set it back.
+    """
+    if folder.is_symlink():
+        return
+    for place, folders, files in os.walk(folder):
+        for name in [*folders, *files]:
+            yield Path(place, name).lstat().st_ctime
+
+
+def _read_output(folder: Path, name: Path) -> dict[str, Any]:
+    """Read a JSON object that the run wrote; empty if it wrote none.
+
+    No link is followed, in any part of the path, and nothing but a file of moderate size is read.
+    """
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        return read_json_object(path)
-    except (OSError, ValueError):
+        handle = os.open(folder, flags | os.O_DIRECTORY)
+        for part in name.parts:
+            parent = handle
+            try:
+                handle = os.open(part, flags, dir_fd=parent)
+            finally:
+                os.close(parent)
+        with os.fdopen(handle, "rb") as file:
+            status = os.fstat(handle)
+            if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_OUTPUT_BYTES:
+                return {}
+            value = json.loads(file.read(MAX_OUTPUT_BYTES))
+    except (OSError, ValueError, RecursionError):
         return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _as_number(value: object) -> float | None:
+    """Return a number that a run wrote; None for anything else, and for one that no float holds."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return None

@@ -1,0 +1,114 @@
+"""C1 and C4 for a scorer without predict(): do its losses need what comes later (B1)?
+
+Such a scorer holds a whole call's tokens while it scores them. So it is run anew, each time in a process
+that has seen nothing, on a prefix of random length, or on that prefix with random tokens after it; the
+losses of the prefix must be those of the ledger. A process cannot know what comes after its prefix, nor
+what other processes were shown, so a loss that needs a later token cannot be repeated by a prefix that
+ends before that token.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from stages.audit import probe_runner
+from stages.audit.precision import Precision, difference
+from stages.audit.probe_runner import Cost
+from stages.audit.sampling import KeyedRng
+from stages.audit.verdict import Check, Verdict
+from stages.common.scorer import Scorer
+
+PREFIXES = Check(
+    "B1",
+    "prefixes in fresh processes",
+    conditions=("C1", "C3", "C4", "metric"),
+    sees="losses that need a token after the end of a prefix: second passes, training before scoring, tables "
+    "of answers that one run leaves for another, scorers that are lawful on a short stream",
+    blind="look-ahead that reaches past none of the ends; what a loss takes from its own token (B3)",
+)
+KINDS = ("truncated", "other text after it")
+
+
+class Prefix(NamedTuple):
+    """Stream that a fresh scorer is shown, of which the first `length` tokens are the audited stream's."""
+
+    kind: str  # one of KINDS
+    length: int
+    tokens: np.ndarray  # (n,) uint16
+
+
+def draw(key: bytes, tokens: np.ndarray, vocab_size: int, count: int) -> list[Prefix]:
+    """Draw `count` prefixes of a stream (N,), one that ends in each of as many equal parts, and all of it.
+
+    Kinds alternate, the longest first.
+    """
+    rng = KeyedRng(key, "prefixes")
+    length = len(tokens)
+    prefixes = [Prefix(KINDS[0], length, tokens)]
+    for part in reversed(range(count)):
+        low = 2 + (length - 2) * part // count
+        high = 2 + (length - 2) * (part + 1) // count
+        end = rng.integer(low, max(low + 1, high))
+        kind = KINDS[len(prefixes) % len(KINDS)]
+        other = rng.below(vocab_size, length - end).astype(tokens.dtype)
+        shown = tokens[:end] if kind == KINDS[0] else np.concatenate([tokens[:end], other])
+        prefixes.append(Prefix(kind, end, shown))
+    return prefixes
+
+
+def cost_of(count: int, length: int) -> Cost:
+    """Upper bound of the cost of `count` prefixes of a stream of `length` tokens, and of all of it."""
+    return Cost(calls=1, targets=length) * (1 + count)
+
+
+def score(prefix: Prefix, fresh: Callable[[], Scorer]) -> np.ndarray:
+    """Score a prefix with a fresh scorer; returns the losses of its targets, (length - 1,) float32."""
+    losses = fresh().score_stream(prefix.tokens)
+    if losses.shape != (len(prefix.tokens) - 1,):
+        raise probe_runner.ProtocolError(
+            f"score_stream of {len(prefix.tokens)} tokens returned {losses.shape}, "
+            f"expected ({len(prefix.tokens) - 1},)"
+        )
+    return losses[: prefix.length - 1]
+
+
+def judge(
+    subject: str,
+    prefixes: Sequence[Prefix],
+    losses: Sequence[np.ndarray],
+    ledger: np.ndarray | None,
+    precision: Precision,
+) -> Verdict:
+    """B1: the losses of each prefix are those of the ledger, (N-1,) float32, None without a complete one."""
+    if ledger is None:
+        evidence = "there is no complete ledger to compare with prefixes"
+        return Verdict.cannot_tell(PREFIXES, subject, evidence, bound=precision.loss_tolerance)
+
+    # The worst loss of each prefix.
+    worst = []
+    for prefix, scored in zip(prefixes, losses, strict=True):
+        different = np.abs(difference(ledger[: prefix.length - 1], scored))
+        at = int(different.argmax())
+        worst.append((float(different[at]), prefix, at, float(scored[at])))
+    largest, prefix, at, scored_anew = max(worst, key=lambda entry: entry[0])
+    failed = [entry for entry in worst if not entry[0] <= precision.loss_tolerance]
+
+    evidence = (
+        f"{len(prefixes)} prefixes of {min(p.length for p in prefixes)} to "
+        f"{max(p.length for p in prefixes)} tokens, each scored in a process of its own: largest difference "
+        f"from the ledger {largest:.1e} nats"
+    )
+    if failed:
+        evidence += f", with the first {prefix.length} tokens ({prefix.kind}); {len(failed)} prefixes differ"
+    return Verdict.of(
+        PREFIXES,
+        subject,
+        not failed,
+        evidence,
+        # The two losses that differ most.
+        saw=float(ledger[at]),
+        expected=scored_anew,
+        bound=precision.loss_tolerance,
+        positions=(at + 1,),
+    )

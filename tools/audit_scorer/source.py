@@ -1,0 +1,92 @@
+"""Find the code of an external scorer without importing it, and what its processes are shown of it.
+
+A process sees the scorer's own module or top package, the artifact, and files that are named with --code;
+all of them are counted. Whatever else is beside the module, it does not see.
+"""
+
+import importlib.machinery
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from stages.audit.checks import budgets
+from stages.audit.remote.process import ScorerSource
+from stages.audit.sandbox.artifact import copy_artifact, copy_file, counted_bytes
+from stages.audit.sandbox.room import gpu_devices, interpreter_folders
+
+CODE_FOLDER = "/scorer"  # in the sandbox
+ARTIFACT_FOLDER = "/artifact"  # in the sandbox
+
+
+def find_source(
+    factory: str,
+    artifact: Path | None,
+    code: Sequence[Path],
+    n_targets: int,
+    precision: str | None,
+    copies: Path,
+) -> ScorerSource:
+    """Describe how a process builds the scorers of `factory`, module:function.
+
+    copies: an empty folder for copies of the counted files, because times and modes of files could hold
+    data. ValueError if there is no such module, or if files cannot be shown.
+    """
+    module, separator, name = factory.partition(":")
+    if not separator or not module or not name:
+        raise ValueError(f"--scorer {factory}: expected module:factory")
+
+    # The scorer's code and what was named besides, each at the top of one folder.
+    visible = {}
+    top = _find_module(factory, module)
+    for path in [*([] if top is None else [top]), *code]:
+        if not path.exists():
+            raise ValueError(f"--code {path} does not exist")
+        place = copies / "code" / path.name
+        if place.exists():
+            raise ValueError(f"two files or folders of the scorer's code are called {path.name}")
+        _copy(path, place)
+        visible[f"{CODE_FOLDER}/{path.name}"] = place
+
+    arguments: tuple[object, ...] = (n_targets,)
+    if artifact is not None:
+        copy_artifact(artifact, copies / "artifact")
+        visible[ARTIFACT_FOLDER] = copies / "artifact"
+        arguments = (n_targets, ARTIFACT_FOLDER)
+    return ScorerSource(
+        factory, arguments, visible, (CODE_FOLDER,), devices=gpu_devices(), precision=precision
+    )
+
+
+def code_bytes(factory: str, artifact: Path | None, code: Sequence[Path]) -> dict[str, int]:
+    """Count the bytes of all code that the scorer's processes are shown: names and contents, each once."""
+    top = _find_module(factory, factory.partition(":")[0])
+    sizes: dict[str, int] = {}
+    for path in [*([] if top is None else [top]), *code]:
+        if path.is_dir():
+            sizes |= {f"{path.name}/{name}": size for name, size in counted_bytes(path).items()}
+        else:
+            sizes |= budgets.scorer_code_bytes(path, artifact)
+    return sizes
+
+
+def _find_module(factory: str, module: str) -> Path | None:
+    """Find the file of a module, or the folder of its top package; None for one of the interpreter's."""
+    top = module.partition(".")[0]
+    if top in sys.builtin_module_names:
+        return None
+    paths = ["" if path == "" else path for path in sys.path]
+    spec = importlib.machinery.PathFinder.find_spec(top, paths)
+    if spec is None:
+        raise ValueError(f"--scorer {factory}: there is no module {top} here or on PYTHONPATH")
+    found = spec.submodule_search_locations or ([spec.origin] if spec.origin else [])
+    path = Path(next(iter(found))).absolute()
+    is_installed = any(path.is_relative_to(folder) for folder in interpreter_folders())
+    return None if is_installed else path
+
+
+def _copy(path: Path, place: Path) -> None:
+    if path.is_dir():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        copy_artifact(path, place)
+    else:
+        copy_file(path, place)
