@@ -42,6 +42,7 @@ SECTIONS: dict[str, Any] = {
             sampled_targets=4,
             call_splits=1,
             order_documents=3,
+            certified_targets=24,
         )
     ),
 }

@@ -5,7 +5,6 @@ The file has the size that the losses claim.
 
 import dataclasses
 import io
-import json
 import math
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from hypothesis import strategies as st
 from stages.audit import probe_runner
 from stages.audit.checks.round_trip import check_round_trip
 from stages.audit.params import Params
-from stages.audit.pipeline_scorers import scorer_source
+from stages.audit.pipeline_scorers import decode_model, scorer_source
 from stages.audit.precision import FLOAT32
 from stages.audit.remote.process import ScorerProcess
 from stages.audit.verdict import Verdict
@@ -392,7 +391,8 @@ def test_a_coder_that_knows_the_stream_fails(monkeypatch: pytest.MonkeyPatch) ->
 def test_the_pipelines_scorer_decodes_across_an_update_in_another_process(folder: Path) -> None:
     params = config.build(SECTIONS, Params)
     tokens = np.random.Generator(np.random.PCG64(2)).integers(4, 320, 400).astype(np.uint16)
-    paths = {"model": folder / "model.bin", "tokenizer": folder / "tokenizer.model"}
+    paths = {"weights": folder / "weights.safetensors", "tokenizer": folder / "tokenizer.model"}
+    decode_model(folder / "model.bin", paths["weights"])
     source = scorer_source("ttt_eval", params, params.parallel, FLOAT32, paths, len(tokens) - 1)
     with ScorerProcess(source, 320, 60) as encoding, ScorerProcess(source, 320, 60) as decoding:
         scorers = encoding.new_scorer(), decoding.new_scorer()

@@ -138,9 +138,8 @@ def certify_scorer(
     complete = coverage.check_ledger(case.name, claim.ledger, targets)
     ledger = claim.ledger if complete.outcome == "pass" else None
     ledger_hash = hashlib.sha256(np.ascontiguousarray(claim.ledger).tobytes()).digest()
-    positions = sampling.certified_positions(
-        case.key + ledger_hash, len(case.stream.tokens), case.params.certified_targets
-    )
+    shown = len(case.shown_tokens)
+    positions = sampling.certified_positions(case.key + ledger_hash, shown, case.params.certified_targets)
 
     try:
         scorer = factory(targets)
@@ -148,13 +147,14 @@ def certify_scorer(
         if not _predicts(scorer):
             evidence = "the scorer has score_stream alone: no distribution is known before its token"
             return [Verdict.cannot_tell(certified.NO_DISTRIBUTION, case.name, evidence)]
-        with logger.progress(f"certified score of {case.name}", targets + 1) as progress:
+        with logger.progress(f"certified score of {case.name}", shown) as progress:
             losses = certified.certify(scorer, case.stream.tokens, positions, progress.advance)
     except probe_runner.ProtocolError as error:
         return [Verdict.failed(PROTOCOL, case.name, str(error), bound=0)]
 
     stream_bytes = int(case.stream.target_bytes.sum())
-    return certified.judge(case.name, losses, ledger, own, claim.precision, stream_bytes)
+    verdicts = certified.judge(case.name, losses, ledger, own, claim.precision, stream_bytes)
+    return [certified.limit_to_part(verdict, shown - 1, targets) for verdict in verdicts]
 
 
 def sum_losses(case: AuditCase, claim: ClaimedEvaluation) -> list[Verdict]:

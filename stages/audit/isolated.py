@@ -158,7 +158,7 @@ def certify_isolated(scorer: IsolatedScorer, processes: ScorerProcesses, logger:
         return certify_scorer(case, case.factory, scorer.claim, logger)
 
 
-def decode_isolated(scorer: IsolatedScorer, processes: ScorerProcesses, count: int) -> Verdict:
+def decode_isolated(scorer: IsolatedScorer, processes: ScorerProcesses, count: int) -> list[Verdict]:
     """B12: one process encodes the first `count` targets of the stream, another one decodes them."""
     source = scorer.probed_source
     with processes.start(source) as encoding, processes.start(source) as decoding:
@@ -167,7 +167,7 @@ def decode_isolated(scorer: IsolatedScorer, processes: ScorerProcesses, count: i
         is_complete = ledger.shape == (len(scorer.stream.tokens) - 1,)
         encoder = encoding.new_scorer()
         tolerance = max(of_scorer(encoder).loss_tolerance, scorer.claim.precision.loss_tolerance)
-        return check_round_trip(
+        verdict = check_round_trip(
             scorer.name,
             encoder,
             decoding.new_scorer(),
@@ -177,6 +177,7 @@ def decode_isolated(scorer: IsolatedScorer, processes: ScorerProcesses, count: i
             ledger=ledger if is_complete else None,
             tolerance=tolerance,
         )
+    return [verdict]
 
 
 def sum_isolated(scorer: IsolatedScorer, processes: ScorerProcesses) -> list[Verdict]:

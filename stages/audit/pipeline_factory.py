@@ -12,14 +12,17 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 
+from stages.audit.pipeline_scorers import MODEL_PARAMETERS
 from stages.common import config
 from stages.common.bpb import ByteTable, byte_table, load_tokenizer
 from stages.common.parallel import World, distributed
 from stages.common.scorer import Scorer
-from stages.pack.artifact import load_model
 from stages.scoring.evaluate import ScorerInputs
-from stages.train.model import Model
+from stages.train.model import Model, build_model
+from stages.train.params import ModelParams
 from stages.ttt_eval.build import build_scorer
 from stages.ttt_eval.params import Params
 
@@ -36,17 +39,18 @@ class Loaded(NamedTuple):
 def build(
     n_targets: int,
     name: str,
-    model_file: str,
+    weights_file: str,
     tokenizer_file: str,
     sections: str,
     permutation: np.ndarray | None = None,
 ) -> Scorer:
-    """Build the scorer of the stage `name`, sliding_eval or ttt_eval, over the packed model.
+    """Build the scorer of the stage `name`, sliding_eval or ttt_eval, over the packed model's weights.
 
-    sections: the parameter sections parallel, sliding_eval and ttt_eval as JSON; permutation: (V,), the
-    same scorer with id a renamed to permutation[a].
+    weights_file: as pipeline_scorers.decode_model writes it. sections: the parameter sections parallel,
+    sliding_eval and ttt_eval as JSON. permutation: (V,), the same scorer with id a renamed to
+    permutation[a].
     """
-    params, world, model, table = _load(model_file, tokenizer_file, sections)
+    params, world, model, table = _load(weights_file, tokenizer_file, sections)
     if permutation is not None:
         model = permute_model_ids(model, permutation)
         table = permute_table_ids(table, permutation)
@@ -78,9 +82,12 @@ def permute_table_ids(table: ByteTable, permutation: np.ndarray) -> ByteTable:
 
 
 @functools.lru_cache(maxsize=1)
-def _load(model_file: str, tokenizer_file: str, sections: str) -> Loaded:
+def _load(weights_file: str, tokenizer_file: str, sections: str) -> Loaded:
     """Set up the device and load the model, once in the life of the process."""
     params = config.build(json.loads(sections), Params)
     world = distributed(params.parallel).__enter__()  # for the rest of the process's life
-    model = load_model(Path(model_file), world)
+    with safe_open(weights_file, framework="pt") as file:
+        model_params = config.build(json.loads(file.metadata()[MODEL_PARAMETERS]), ModelParams)
+    model = build_model(model_params, world)
+    model.load_state_dict(load_file(weights_file))
     return Loaded(params, world, model, byte_table(load_tokenizer(Path(tokenizer_file))))

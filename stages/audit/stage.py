@@ -12,9 +12,9 @@ failed-report.json until the next audit starts.
 import dataclasses
 import functools
 import hashlib
-import itertools
 import math
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from stages.audit.isolated import (
     probe_isolated,
 )
 from stages.audit.params import Params
-from stages.audit.pipeline_scorers import boundaries_of, scorer_source
+from stages.audit.pipeline_scorers import boundaries_of, decode_model, scorer_source
 from stages.audit.precision import Precision
 from stages.audit.sampling import hash_files
 from stages.audit.sandbox import clean_room
@@ -43,7 +43,6 @@ from stages.audit.verdict import Verdict, failure_message, failures
 from stages.common import bpb, shards
 from stages.common.json_object import read_json_object
 from stages.common.parallel import ParallelParams
-from stages.common.progress import Logger
 from stages.common.stage import Run, Stage, canonical_json
 from stages.scoring.stream import open_validation_stream
 
@@ -93,7 +92,10 @@ def main(run: Run[Params]) -> None:
 
     # Checks.
     verdicts = audit_files(run.params, paths, stream, tokenizer)
-    verdicts += audit_scorers(run, paths, stream, tokenizer.vocab_size(), key)
+    with tempfile.TemporaryDirectory() as folder:
+        paths["weights"] = Path(folder, "weights.safetensors")
+        decode_model(paths["model"], paths["weights"])
+        verdicts += audit_scorers(run, paths, stream, tokenizer.vocab_size(), key)
     if run.params.audit.clean_room:
         verdicts += audit_in_clean_room(run.params, paths)
     verdicts = catalogue.with_missing(verdicts, list(EVALUATIONS), NOT_RUN_REASONS)
@@ -193,31 +195,33 @@ def audit_scorers(
     scorers = []
     written_in = ledger_precision(parallel)
     for name, option in EVALUATIONS.items():
-        certified, probed = (
+        as_evaluated, as_probed = (
             scorer_source(name, run.params, arithmetic, declared, paths, len(stream.tokens) - 1)
             for arithmetic, declared in ((evaluated, written_in), (exact, precision.FLOAT32))
         )
         claim = read_claim(paths[option], f"{option}_bpb", written_in)
         boundaries = boundaries_of(name, run.params)
         scorers.append(
-            IsolatedScorer(name, certified, probed, stream, boundaries, key, run.params.audit, claim)
+            IsolatedScorer(name, as_evaluated, as_probed, stream, boundaries, key, run.params.audit, claim)
         )
 
     # Those processes run first that must not know anything of the stream.
     processes = ScorerProcesses(vocab_size, ANSWER_SECONDS)
 
-    def run_all(check: Callable[[IsolatedScorer, ScorerProcesses, Logger], list[Verdict]]) -> list[Verdict]:
-        tasks = [functools.partial(check, scorer, processes, run.logger) for scorer in scorers]
-        return list(itertools.chain(*processes.run_side_by_side(tasks, SIDE_BY_SIDE)))
+    def run_all(check: Callable[[IsolatedScorer], list[Verdict]]) -> list[list[Verdict]]:
+        tasks = [functools.partial(check, scorer) for scorer in scorers]
+        return processes.run_side_by_side(tasks, SIDE_BY_SIDE)
 
-    verdicts = [check_sandbox(scorer.name) for scorer in scorers] + run_all(certify_isolated)
-    if run.params.audit.decoded_targets:
-        verdicts += run_all(
-            lambda scorer, processes, _: [
-                decode_isolated(scorer, processes, run.params.audit.decoded_targets)
-            ]
-        )
-    return verdicts + run_all(probe_isolated)
+    count = run.params.audit.decoded_targets
+    certified = run_all(lambda scorer: certify_isolated(scorer, processes, run.logger))
+    decoded = run_all(lambda scorer: decode_isolated(scorer, processes, count) if count else [])
+    probed = run_all(lambda scorer: probe_isolated(scorer, processes, run.logger))
+
+    # By scorer, the checks of its files first.
+    verdicts = []
+    for index, scorer in enumerate(scorers):
+        verdicts += [*probed[index], check_sandbox(scorer.name), *certified[index], *decoded[index]]
+    return verdicts
 
 
 def audit_in_clean_room(params: Params, paths: Mapping[str, Path]) -> list[Verdict]:

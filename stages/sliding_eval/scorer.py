@@ -22,6 +22,7 @@ from stages.scoring.queries import Queries, TargetScores, score_targets, zero_sc
 from stages.sliding_eval.params import SlidingEvalParams
 from stages.sliding_eval.windows import Window, plan_windows, window_start
 from stages.train.model import Model
+from stages.train.reference import softcapped
 
 
 class SlidingScorer:
@@ -68,7 +69,8 @@ class SlidingScorer:
             raise ValueError("nothing is observed yet: the first token of a stream is given, not predicted")
         start = window_start(target, self.params.window, self.params.stride)
         inputs_BW = self._gather([Window(start, target, target + 1)], self.kept_N, self._kept_from)
-        logits_V = self.model.logits(inputs_BW, looped=True)[0, target - start]
+        z_11V = self.model.raw_logits(inputs_BW, True, slice(target - start, target - start + 1))
+        logits_V = softcapped(z_11V[0, 0], self.model.params.logit_softcap)
         return torch.log_softmax(logits_V.double(), dim=-1).cpu().numpy()
 
     def score_stream(self, tokens: np.ndarray) -> np.ndarray:

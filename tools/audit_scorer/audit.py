@@ -24,9 +24,9 @@ from stages.audit.sampling import Boundaries
 from stages.audit.verdict import Verdict, failures
 from stages.common.progress import Logger
 from tools.audit_scorer import claims, effort
+from tools.audit_scorer.source import SIDE_BY_SIDE
 
 SUBJECT = "scorer"  # its name in verdicts
-PREFIXES_SIDE_BY_SIDE = 2
 ROUNDED_BPB = 5.0e-5  # error of a number that is claimed to four decimals, as leaderboards print them
 
 
@@ -91,7 +91,7 @@ def audit_external(
         verdicts += isolated.certify_isolated(scorer, processes, settings.logger)
         if not failures(verdicts):
             count = min(effort.EFFORTS[settings.level].decoded_targets, fitted.tokens - 1)
-            verdicts.append(isolated.decode_isolated(scorer, processes, count))
+            verdicts += isolated.decode_isolated(scorer, processes, count)
     else:
         count = effort.EFFORTS[settings.level].prefixes
         verdicts.append(check_prefixes(scorer, processes, declared_precision, count))
@@ -134,7 +134,7 @@ def check_prefixes(
             return prefixes.score(prefix, process.new_scorer)
 
     tasks: list[Callable[[], np.ndarray]] = [functools.partial(run, prefix) for prefix in drawn]
-    losses = processes.run_side_by_side(tasks, PREFIXES_SIDE_BY_SIDE)
+    losses = processes.run_side_by_side(tasks, SIDE_BY_SIDE)
     complete = coverage.check_ledger(SUBJECT, scorer.claim.ledger, len(tokens) - 1)
     ledger = scorer.claim.ledger if complete.outcome == "pass" else None
     return prefixes.judge(SUBJECT, drawn, losses, ledger, declared)
@@ -192,20 +192,13 @@ def _limit_to_part(verdicts: list[Verdict], shown: int, length: int) -> list[Ver
     """Drop or restrict the verdicts that a part of the stream does not prove for the whole."""
     kept = []
     for verdict in verdicts:
-        if verdict.check == coverage.REPORTED_BPB:  # checked with the claim
-            continue
-        if shown == length or verdict.outcome == "fail":
-            kept.append(verdict)
-            continue
-        if verdict.check == coverage.COVERAGE:
-            continue
-        if verdict.check in (certified.CERTIFIED_POWER, prefixes.PREFIXES):
-            evidence = (
-                f"of the first {shown - 1} targets: {verdict.evidence}; the other {length - shown} of the "
-                "stream were not covered (--targets, --level)"
-            )
-            verdict = Verdict.cannot_tell(verdict.check, verdict.subject, evidence, bound=verdict.bound)
-        kept.append(verdict)
+        is_part = shown < length and verdict.outcome != "fail"
+        if verdict.check == prefixes.PREFIXES and is_part:
+            evidence = f"of the first {shown - 1} targets: {verdict.evidence}; the others were not covered"
+            kept.append(Verdict.cannot_tell(prefixes.PREFIXES, verdict.subject, evidence))
+        elif verdict.check != coverage.REPORTED_BPB and not (verdict.check == coverage.COVERAGE and is_part):
+            # The reported number was checked with the claim.
+            kept.append(certified.limit_to_part(verdict, shown - 1, length - 1))
     return kept
 
 

@@ -13,9 +13,11 @@ from stages.audit.checks import budgets
 from stages.audit.remote.process import ScorerSource
 from stages.audit.sandbox.artifact import copy_artifact, copy_file, counted_bytes
 from stages.audit.sandbox.room import gpu_devices, interpreter_folders
+from stages.common.concurrency import usable_cores
 
 CODE_FOLDER = "/scorer"  # in the sandbox
 ARTIFACT_FOLDER = "/artifact"  # in the sandbox
+SIDE_BY_SIDE = 2  # processes of one scorer that run at once, at most
 
 
 def find_source(
@@ -53,7 +55,13 @@ def find_source(
         visible[ARTIFACT_FOLDER] = copies / "artifact"
         arguments = (n_targets, ARTIFACT_FOLDER)
     return ScorerSource(
-        factory, arguments, visible, (CODE_FOLDER,), devices=gpu_devices(), precision=precision
+        factory,
+        arguments,
+        visible,
+        search_path=(CODE_FOLDER,),
+        environment={"OMP_NUM_THREADS": str(max(1, usable_cores() // SIDE_BY_SIDE))},
+        devices=gpu_devices(),
+        precision=precision,
     )
 
 

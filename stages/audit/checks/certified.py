@@ -330,6 +330,16 @@ def judge_power(
     return Verdict.cannot_tell(CERTIFIED_POWER, subject, evidence, saw=missed, bound=MAX_GAIN)
 
 
+def limit_to_part(verdict: Verdict, shown: int, targets: int) -> Verdict:
+    """Turn a passed power into "cannot tell" if the first `shown` targets alone could be drawn."""
+    if verdict.check != CERTIFIED_POWER or verdict.outcome != "pass" or shown == targets:
+        return verdict
+    evidence = (
+        f"among the first {shown} targets: {verdict.evidence}; the other {targets - shown} were not covered"
+    )
+    return Verdict.cannot_tell(CERTIFIED_POWER, verdict.subject, evidence, bound=verdict.bound)
+
+
 def lawful_charges(certified: CertifiedLosses, precision: Precision) -> np.ndarray:
     """Compute what the ledger must hold, (n,) float64 nats.
 

@@ -207,7 +207,7 @@ class ScorerProcess:
                 precision=source.precision or str(declared["precision"]),
                 variants=tuple(map(str, declared["variants"])),
             )
-        except (ValueError, LookupError, TypeError) as error:
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise self._failure(f"described itself in another form ({error})") from None
 
     def _send_observed(self) -> None:
