@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.audit import probe_runner
-from stages.audit.checks.round_trip import check_round_trip
+from stages.audit.checks import round_trip
 from stages.audit.params import Params
 from stages.audit.pipeline_scorers import decode_model, scorer_source
 from stages.audit.precision import FLOAT32
@@ -351,9 +351,13 @@ def check(
     count: int = 300,
     decoder: type[lawful.Bigram] | None = None,
 ) -> Verdict:
-    decoding = (decoder or scorer)(len(TOKENS) - 1)
-    encoding = scorer(len(TOKENS) - 1)
-    return check_round_trip(scorer.__name__, encoding, decoding, TOKENS, start, count, None, 1e-6)
+    encoded = round_trip.encode_span(scorer(len(TOKENS) - 1), TOKENS, start, count, None)
+
+    def decode() -> np.ndarray:
+        decoding = (decoder or scorer)(len(TOKENS) - 1)
+        return round_trip.decode_span(decoding, TOKENS[:start], encoded.payload, count)
+
+    return round_trip.judge(scorer.__name__, encoded, decode, 1e-6)
 
 
 def test_a_lawful_score_is_a_file_that_a_fresh_process_reads() -> None:
@@ -394,7 +398,12 @@ def test_the_pipelines_scorer_decodes_across_an_update_in_another_process(folder
     paths = {"weights": folder / "weights.safetensors", "tokenizer": folder / "tokenizer.model"}
     decode_model(folder / "model.bin", paths["weights"])
     source = scorer_source("ttt_eval", params, params.parallel, FLOAT32, paths, len(tokens) - 1)
-    with ScorerProcess(source, 320, 60) as encoding, ScorerProcess(source, 320, 60) as decoding:
-        scorers = encoding.new_scorer(), decoding.new_scorer()
-        verdict = check_round_trip("ttt_eval", *scorers, tokens, 240, 30, None, 1e-4)
+    with ScorerProcess(source, 320, 60) as process:
+        encoded = round_trip.encode_span(process.new_scorer(), tokens, 240, 30, None)
+
+    def decode() -> np.ndarray:
+        with ScorerProcess(source, 320, 60) as process:
+            return round_trip.decode_span(process.new_scorer(), tokens[:240], encoded.payload, 30)
+
+    verdict = round_trip.judge("ttt_eval", encoded, decode, 1e-4)
     assert verdict.outcome == "pass", verdict.evidence

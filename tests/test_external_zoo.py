@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import os
 import socket
 import subprocess
 import sys
@@ -110,14 +111,15 @@ def test_nobody_reaches_a_server_outside(stream: Path, tmp_path: Path, server: l
 
 
 @pytest.mark.parametrize("name", ["files", "sockets", "shared_memory", "queues", "page_cache"])
-def test_answers_reach_another_process_without_a_sandbox(name: str) -> None:
+def test_answers_reach_another_process_without_a_sandbox(name: str, tmp_path: Path) -> None:
     """A cheat with a channel that works nowhere would prove nothing."""
     channel = channels.CHANNELS[name]
     program = f"import sys; from external import channels; channels.CHANNELS[{name!r}]"
     command = [sys.executable, "-c", f"{program}.store(sys.stdin.buffer.read())"]
     data = bytes(range(256)) * 4
     try:
-        subprocess.run(command, input=data, cwd=external_audit.PACKAGE.parent, check=True, timeout=20)
+        environment = os.environ | {"PYTHONPATH": str(external_audit.PACKAGE.parent)}
+        subprocess.run(command, input=data, cwd=tmp_path, env=environment, check=True, timeout=20)
         assert channel.load() == data
     finally:
         channel.remove()

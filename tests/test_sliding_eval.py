@@ -16,6 +16,7 @@ from stages.scoring.stream import ValidationStream, open_stream_for_model
 from stages.sliding_eval.params import SlidingEvalParams
 from stages.sliding_eval.scorer import SlidingScorer
 from stages.sliding_eval.windows import plan_windows, window_start
+from stages.train.reference import softcapped
 from tests.factories import SLIDING, TINY, make_world, random_model, two_byte_table
 
 
@@ -127,6 +128,35 @@ def scorer_after(tokens: np.ndarray) -> SlidingScorer:
     s = scorer()
     s.score_stream(tokens)
     return s
+
+
+def test_cached_predictions_are_those_of_a_pass_over_the_window():
+    """One after another, with gaps, twice at one place, after a fork, and scores from them."""
+    tokens = tokens_of(90)
+    one = scorer()
+    one.observe(int(tokens[0]))
+    for position in range(1, len(tokens)):
+        if position % 7 not in (3, 4):
+            cached = one.predict()
+            assert cached.tobytes() == one.predict().tobytes()
+            assert one._uses_cache
+
+            # The same from a fork, which has no cache, and from the whole window.
+            twin = one.fork()
+            twin.cache = None
+            start = window_start(position - 1, SLIDING.window, SLIDING.stride)
+            z_V = softcapped(twin._window_logits(start), TINY.logit_softcap)
+            whole = torch.log_softmax(z_V.detach().double(), dim=-1).numpy()
+            np.testing.assert_allclose(cached, whole, rtol=0, atol=2e-5)
+            np.testing.assert_allclose(one.fork().predict(), whole, rtol=0, atol=2e-5)
+
+            # The loss of the token that was predicted.
+            loss = one.fork().score_stream(tokens[position : position + 1])[0]
+            kept = one.fork()
+            kept.predict()
+            assert abs(kept.score_stream(tokens[position : position + 1])[0] - loss) < 2e-5
+            assert abs(loss + cached[tokens[position]]) < 2e-5
+        one.observe(int(tokens[position]))
 
 
 def test_nothing_is_predicted_before_the_first_token():

@@ -25,6 +25,7 @@ from stages.audit.checks import (
     normalisation,
     normalisation_blackbox,
 )
+from stages.audit.checks.certified import CertifiedLosses
 from stages.audit.params import AuditParams
 from stages.audit.precision import Precision
 from stages.audit.verdict import Check, Verdict, Words
@@ -127,34 +128,45 @@ def audit_scorer(case: AuditCase, claim: ClaimedEvaluation, logger: Logger) -> l
 
 
 def certify_scorer(
-    case: AuditCase, factory: ScorerFactory, claim: ClaimedEvaluation, logger: Logger
-) -> list[Verdict]:
-    """B17: compute losses of the stream target by target, and compare the ledger with them.
+    case: AuditCase, factory: ScorerFactory, ledger: np.ndarray | None, logger: Logger
+) -> CertifiedLosses | Verdict:
+    """B17: compute losses of the stream target by target; a verdict if that is not possible.
 
     factory: makes the scorer that is fed, which must not have seen any part of the stream; it is called
-    once. The certified positions follow from the key and the ledger, so no ledger can be fitted to them.
+    once. ledger: as it is claimed, or None if it is made later. The certified positions follow from the
+    key and the ledger, so no ledger can be fitted to them.
     """
     targets = len(case.stream.tokens) - 1
-    complete = coverage.check_ledger(case.name, claim.ledger, targets)
-    ledger = claim.ledger if complete.outcome == "pass" else None
-    ledger_hash = hashlib.sha256(np.ascontiguousarray(claim.ledger).tobytes()).digest()
+    ledger_bytes = b"" if ledger is None else np.ascontiguousarray(ledger).tobytes()
+    key = case.key + hashlib.sha256(ledger_bytes).digest()
     shown = len(case.shown_tokens)
-    positions = sampling.certified_positions(case.key + ledger_hash, shown, case.params.certified_targets)
+    positions = sampling.certified_positions(key, shown, case.params.certified_targets)
 
     try:
         scorer = factory(targets)
-        own = _precision(scorer)
+        _precision(scorer)
         if not _predicts(scorer):
             evidence = "the scorer has score_stream alone: no distribution is known before its token"
-            return [Verdict.cannot_tell(certified.NO_DISTRIBUTION, case.name, evidence)]
+            return Verdict.cannot_tell(certified.NO_DISTRIBUTION, case.name, evidence)
         with logger.progress(f"certified score of {case.name}", shown) as progress:
-            losses = certified.certify(scorer, case.stream.tokens, positions, progress.advance)
+            return certified.certify(scorer, case.stream.tokens, positions, progress.advance)
     except probe_runner.ProtocolError as error:
-        return [Verdict.failed(PROTOCOL, case.name, str(error), bound=0)]
+        return Verdict.failed(PROTOCOL, case.name, str(error), bound=0)
 
+
+def judge_certified(
+    case: AuditCase, losses: CertifiedLosses | Verdict, own: Precision, claim: ClaimedEvaluation
+) -> list[Verdict]:
+    """B17: hold the ledger against certified losses; own: the precision of the scorer."""
+    if isinstance(losses, Verdict):
+        return [losses]
+    targets = len(case.stream.tokens) - 1
+    complete = coverage.check_ledger(case.name, claim.ledger, targets)
+    ledger = claim.ledger if complete.outcome == "pass" else None
     stream_bytes = int(case.stream.target_bytes.sum())
     verdicts = certified.judge(case.name, losses, ledger, own, claim.precision, stream_bytes)
-    return [certified.limit_to_part(verdict, shown - 1, targets) for verdict in verdicts]
+    shown = len(case.shown_tokens) - 1
+    return [certified.limit_to_part(verdict, shown, targets) for verdict in verdicts]
 
 
 def sum_losses(case: AuditCase, claim: ClaimedEvaluation) -> list[Verdict]:

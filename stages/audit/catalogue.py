@@ -75,7 +75,7 @@ SCORER_CHECKS = (
         (coverage.COVERAGE, coverage.REPORTED_BPB, coverage.CHUNK_TABLE, PROTOCOL, budgets.VAL_SHARDS),
         needs="a ledger of the whole stream",
     ),
-    CatalogueEntry((canary.UNIFORM_CANARY,), needs=ANY_SCORER),
+    CatalogueEntry((canary.UNIFORM_CANARY, prefixes.UNIFORM_TAILS), needs=ANY_SCORER),
     CatalogueEntry((canary.SELF_SAMPLED_CANARY,), needs=STEPWISE),
     CatalogueEntry((canary.KNOWN_ENTROPY_CANARIES,), needs=ANY_SCORER),
     CatalogueEntry(

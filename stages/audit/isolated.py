@@ -18,12 +18,15 @@ audit's own process imports nothing of the scorer.
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from threading import Lock
 from typing import TypeVar
 
+import numpy as np
+
 from stages.audit.audit_scorer import (
+    PROTOCOL,
     AuditCase,
     AuditedStream,
     ClaimedEvaluation,
@@ -31,12 +34,13 @@ from stages.audit.audit_scorer import (
     certify_scorer,
     sum_losses,
 )
-from stages.audit.checks.metamorphic import Variants
-from stages.audit.checks.round_trip import check_round_trip
+from stages.audit.checks import round_trip
+from stages.audit.checks.certified import CertifiedLosses
+from stages.audit.checks.metamorphic import NO_VARIANTS, Variants
 from stages.audit.params import AuditParams
-from stages.audit.precision import of_scorer
-from stages.audit.probe_runner import Cost
-from stages.audit.remote.process import ScorerProcess, ScorerSource
+from stages.audit.precision import coarser, of_scorer
+from stages.audit.probe_runner import Cost, ProtocolError
+from stages.audit.remote.process import Description, ScorerProcess, ScorerSource
 from stages.audit.sampling import Boundaries
 from stages.audit.sandbox.room import detect_isolation
 from stages.audit.verdict import Check, Verdict
@@ -63,15 +67,25 @@ class ScorerProcesses:
     answer_seconds: float  # longest wait for one answer of a process
     cost: Cost = field(default_factory=Cost)  # work that was asked of those that have ended
     _running: list[ScorerProcess] = field(default_factory=list)
+    _descriptions: dict[tuple[object, ...], Description] = field(default_factory=dict)
     _lock: Lock = field(default_factory=Lock)
 
     @contextlib.contextmanager
     def start(self, source: ScorerSource) -> Iterator[ScorerProcess]:
-        """Start a process for the scorers of a factory; it ends with the context."""
+        """Start a process for the scorers of a factory; it ends with the context.
+
+        Raises ProtocolError if the scorers describe themselves in another way than in an earlier process:
+        one that had predict() only where it is not certified could choose what is held against it.
+        """
         process = ScorerProcess(source, self.vocab_size, self.answer_seconds)
         with self._lock:
             self._running.append(process)
         try:
+            factory = (source.factory, source.arguments, source.precision)
+            with self._lock:
+                first = self._descriptions.setdefault(factory, process.description)
+            if process.description != first:
+                raise ProtocolError(f"the scorer is {process.description}, in another process it was {first}")
             yield process
         finally:
             process.close()
@@ -85,16 +99,19 @@ class ScorerProcesses:
         After the first error all processes are ended, so that the other tasks end too.
         """
         with ThreadPoolExecutor(workers) as pool:
-            futures = [pool.submit(task) for task in tasks]
+            tasks_by_future = [pool.submit(task) for task in tasks]
             try:
-                return [future.result() for future in futures]
+                finished, _ = wait(tasks_by_future, return_when=FIRST_EXCEPTION)
+                for future in finished:
+                    future.result()
             except BaseException:
-                for future in futures:
+                for future in tasks_by_future:
                     future.cancel()
                 with self._lock:
                     for process in self._running:
                         process.close()
                 raise
+            return [future.result() for future in tasks_by_future]
 
 
 @dataclass(frozen=True)
@@ -110,21 +127,15 @@ class IsolatedScorer:
     params: AuditParams
     claim: ClaimedEvaluation
 
-    def case(self, process: ScorerProcess) -> AuditCase:
-        """Build the case of a scorer in a process."""
+    def case(self, process: ScorerProcess | None = None) -> AuditCase:
+        """Build the case of a scorer in a process; without one, only to judge what another has answered."""
 
         def make(n_targets: int) -> Scorer:
+            assert process is not None
             return process.new_scorer()
 
-        return AuditCase(
-            self.name,
-            make,
-            self.stream,
-            self.boundaries,
-            self.key,
-            self.params,
-            variants_of(process),
-        )
+        variants = NO_VARIANTS if process is None else variants_of(process)
+        return AuditCase(self.name, make, self.stream, self.boundaries, self.key, self.params, variants)
 
 
 def check_sandbox(subject: str) -> Verdict:
@@ -151,42 +162,63 @@ def variants_of(process: ScorerProcess) -> Variants:
     return variants
 
 
-def certify_isolated(scorer: IsolatedScorer, processes: ScorerProcesses, logger: Logger) -> list[Verdict]:
-    """B17, in a process that gets each token after it has predicted it, and nothing else."""
-    with processes.start(scorer.certified_source) as process:
-        case = scorer.case(process)
-        return certify_scorer(case, case.factory, scorer.claim, logger)
+def certify_isolated(
+    scorer: IsolatedScorer, processes: ScorerProcesses, is_claimed: bool, logger: Logger
+) -> CertifiedLosses | Verdict:
+    """B17, in a process that gets each token after it has predicted it, and nothing else.
+
+    is_claimed: the ledger is known before; otherwise a process makes it afterwards.
+    """
+    try:
+        with processes.start(scorer.certified_source) as process:
+            case = scorer.case(process)
+            return certify_scorer(case, case.factory, scorer.claim.ledger if is_claimed else None, logger)
+    except ProtocolError as error:
+        return Verdict.failed(PROTOCOL, scorer.name, str(error), bound=0)
 
 
 def decode_isolated(scorer: IsolatedScorer, processes: ScorerProcesses, count: int) -> list[Verdict]:
     """B12: one process encodes the first `count` targets of the stream, another one decodes them."""
     source = scorer.probed_source
-    with processes.start(source) as encoding, processes.start(source) as decoding:
-        # An incomplete ledger fails B6; the file is then compared with the scorer's own losses.
-        ledger = scorer.claim.ledger
-        is_complete = ledger.shape == (len(scorer.stream.tokens) - 1,)
-        encoder = encoding.new_scorer()
-        tolerance = max(of_scorer(encoder).loss_tolerance, scorer.claim.precision.loss_tolerance)
-        verdict = check_round_trip(
+    tokens = scorer.stream.tokens
+    start = 1
+
+    def decode(payload: bytes, size: int) -> np.ndarray:
+        with processes.start(source) as process:
+            return round_trip.decode_span(process.new_scorer(), tokens[:start], payload, size)
+
+    # An incomplete ledger fails B6; the file is then compared with the scorer's own losses.
+    is_complete = scorer.claim.ledger.shape == (len(tokens) - 1,)
+    ledger = scorer.claim.ledger if is_complete else None
+    try:
+        with processes.start(source) as process:
+            encoder = process.new_scorer()
+            own = of_scorer(encoder)
+            encoded = round_trip.encode_span(encoder, tokens, start, count, ledger)
+        verdict = round_trip.judge(
             scorer.name,
-            encoder,
-            decoding.new_scorer(),
-            scorer.stream.tokens,
-            start=1,
-            count=count,
-            ledger=ledger if is_complete else None,
-            tolerance=tolerance,
+            encoded,
+            lambda: decode(encoded.payload, len(encoded.span)),
+            coarser(own, scorer.claim.precision).loss_tolerance,
         )
+    except ProtocolError as error:
+        verdict = Verdict.failed(PROTOCOL, scorer.name, str(error), bound=0)
     return [verdict]
 
 
 def sum_isolated(scorer: IsolatedScorer, processes: ScorerProcesses) -> list[Verdict]:
     """B3 and B4 of a scorer without predict(), in a process that is shown nothing after a target."""
-    with processes.start(scorer.certified_source) as process:
-        return sum_losses(scorer.case(process), scorer.claim)
+    try:
+        with processes.start(scorer.certified_source) as process:
+            return sum_losses(scorer.case(process), scorer.claim)
+    except ProtocolError as error:
+        return [Verdict.failed(PROTOCOL, scorer.name, str(error), bound=0)]
 
 
 def probe_isolated(scorer: IsolatedScorer, processes: ScorerProcesses, logger: Logger) -> list[Verdict]:
     """All checks that show a scorer later or other tokens."""
-    with processes.start(scorer.probed_source) as process:
-        return audit_scorer(scorer.case(process), scorer.claim, logger)
+    try:
+        with processes.start(scorer.probed_source) as process:
+            return audit_scorer(scorer.case(process), scorer.claim, logger)
+    except ProtocolError as error:
+        return [Verdict.failed(PROTOCOL, scorer.name, str(error), bound=0)]

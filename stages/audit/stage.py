@@ -24,7 +24,12 @@ import torch
 from sentencepiece import SentencePieceProcessor
 
 from stages.audit import catalogue, precision, report
-from stages.audit.audit_scorer import AuditedStream, ClaimedEvaluation, audited_stream
+from stages.audit.audit_scorer import (
+    AuditedStream,
+    ClaimedEvaluation,
+    audited_stream,
+    judge_certified,
+)
 from stages.audit.checks import budgets, contamination, coverage, significance
 from stages.audit.isolated import (
     IsolatedScorer,
@@ -43,6 +48,7 @@ from stages.audit.verdict import Verdict, failure_message, failures
 from stages.common import bpb, shards
 from stages.common.json_object import read_json_object
 from stages.common.parallel import ParallelParams
+from stages.common.progress import Logger
 from stages.common.stage import Run, Stage, canonical_json
 from stages.scoring.stream import open_validation_stream
 
@@ -213,7 +219,7 @@ def audit_scorers(
         return processes.run_side_by_side(tasks, SIDE_BY_SIDE)
 
     count = run.params.audit.decoded_targets
-    certified = run_all(lambda scorer: certify_isolated(scorer, processes, run.logger))
+    certified = run_all(lambda scorer: certify_in_sandbox(scorer, processes, run.logger))
     decoded = run_all(lambda scorer: decode_isolated(scorer, processes, count) if count else [])
     probed = run_all(lambda scorer: probe_isolated(scorer, processes, run.logger))
 
@@ -222,6 +228,12 @@ def audit_scorers(
     for index, scorer in enumerate(scorers):
         verdicts += [*probed[index], check_sandbox(scorer.name), *certified[index], *decoded[index]]
     return verdicts
+
+
+def certify_in_sandbox(scorer: IsolatedScorer, processes: ScorerProcesses, logger: Logger) -> list[Verdict]:
+    """B17: certify drawn targets, and hold the ledger against them."""
+    losses = certify_isolated(scorer, processes, is_claimed=True, logger=logger)
+    return judge_certified(scorer.case(), losses, scorer.claim.precision, scorer.claim)
 
 
 def audit_in_clean_room(params: Params, paths: Mapping[str, Path]) -> list[Verdict]:

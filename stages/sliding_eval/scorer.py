@@ -19,9 +19,10 @@ from torch import Tensor
 from stages.common.parallel import World
 from stages.common.progress import Logger
 from stages.scoring.queries import Queries, TargetScores, score_targets, zero_scores
+from stages.sliding_eval.kv_cache import CachedPass, KVStorage
 from stages.sliding_eval.params import SlidingEvalParams
 from stages.sliding_eval.windows import Window, plan_windows, window_start
-from stages.train.model import Model
+from stages.train.model import Extensions, Model
 from stages.train.reference import softcapped
 
 
@@ -41,6 +42,10 @@ class SlidingScorer:
         self.observed = 0  # number of tokens of the prefix
         # The last tokens of the prefix, as many as a later window can read.
         self.kept_N = np.empty(0, dtype=np.int64)
+        # For predictions one after another: the cache of the window that starts at this target.
+        self.cache: KVStorage | None = None
+        self.cache_start = 0
+        self.cached_z_V = torch.empty(0)  # logits of the next token, once all tokens are cached
 
     @property
     def vocab_size(self) -> int:
@@ -54,7 +59,13 @@ class SlidingScorer:
 
     def fork(self) -> "SlidingScorer":
         """An independent copy; the model, which nothing changes, is shared."""
-        return copy.copy(self)
+        twin = copy.copy(self)
+        twin.cache = None
+        return twin
+
+    def forget_cache(self) -> None:
+        """Compute the next prediction from the start of its window, because the model has changed."""
+        self.cache = None
 
     def observe(self, token: int) -> None:
         """Append a token to the prefix."""
@@ -68,10 +79,46 @@ class SlidingScorer:
         if target < 0:
             raise ValueError("nothing is observed yet: the first token of a stream is given, not predicted")
         start = window_start(target, self.params.window, self.params.stride)
-        inputs_BW = self._gather([Window(start, target, target + 1)], self.kept_N, self._kept_from)
-        z_11V = self.model.raw_logits(inputs_BW, True, slice(target - start, target - start + 1))
-        logits_V = softcapped(z_11V[0, 0], self.model.params.logit_softcap)
+        z_V = self._cached_logits(start) if self._uses_cache else self._window_logits(start)
+        logits_V = softcapped(z_V, self.model.params.logit_softcap)
         return torch.log_softmax(logits_V.double(), dim=-1).cpu().numpy()
+
+    @property
+    def _uses_cache(self) -> bool:
+        """The cache knows no document boundaries, and the fused kernels know no cache."""
+        return self.model.params.attention == "windows" and not self.world.kernels
+
+    def _window_logits(self, start: int) -> Tensor:
+        """Logits (V,) of the next token from a pass over its whole window."""
+        target = self.observed - 1
+        inputs_1W = self._gather([Window(start, target, target + 1)], self.kept_N, self._kept_from)
+        position = target - start
+        return self.model.raw_logits(inputs_1W, True, slice(position, position + 1))[0, 0]
+
+    def _cached_logits(self, start: int) -> Tensor:
+        """Logits (V,) of the next token from a pass over the tokens that are not cached yet."""
+        # A new window, and one that has grown by more than a token, from its start.
+        cache = self.cache
+        tokens = self.observed - start
+        if self._is_predicted(start, tokens):
+            return self.cached_z_V
+        if cache is None or self.cache_start != start or cache.cached != tokens - 1:
+            cache = KVStorage(self.model.params, self.params.window, 1, self.world)
+            self.cache, self.cache_start = cache, start
+
+        # A single token comes with the one before it if the model mixes the two.
+        new = tokens - cache.cached
+        before = 1 if cache.cached and self.model.smear is not None else 0
+        inputs_N = self.kept_N[len(self.kept_N) - new - before :]
+        inputs_1T = torch.from_numpy(inputs_N[None]).to(self.world.device)
+        extensions = Extensions(kv_cache=CachedPass(cache, new, slice(None), self.model.ops.attend))
+        self.cached_z_V = self.model.raw_logits(inputs_1T, True, slice(-1, None), extensions)[0, -1]
+        cache.cached = tokens
+        return self.cached_z_V
+
+    def _is_predicted(self, start: int, tokens: int) -> bool:
+        """True if `cached_z_V` are the logits after the first `tokens` of the window at `start`."""
+        return self.cache is not None and self.cache_start == start and self.cache.cached == tokens
 
     def score_stream(self, tokens: np.ndarray) -> np.ndarray:
         """Score and observe tokens (N,) in order; nats, float32. See the protocol for the first call."""
@@ -85,8 +132,13 @@ class SlidingScorer:
         self._append(tokens.astype(np.int64))
         end = max(first, self.observed - 1)
 
-        # Each rank scores every size-th batch, and leaves zeros where others score.
+        # A single target that was predicted is scored from the same logits.
         device = self.world.device
+        start = window_start(first, self.params.window, self.params.stride)
+        if end - first == 1 and self.world.size == 1 and self._is_predicted(start, end - start):
+            return self._score_predicted(queries)
+
+        # Each rank scores every size-th batch, and leaves zeros where others score.
         scores = zero_scores(end - first, queries, lambda shape: torch.zeros(shape, device=device))
         windows = plan_windows(first, end, self.params.window, self.params.stride)
         with self.logger.progress("score", len(windows)) as progress:
@@ -96,6 +148,18 @@ class SlidingScorer:
 
         self._trim()
         return scores.map(lambda values: self.world.sum_(values).cpu().numpy())
+
+    def _score_predicted(self, queries: Queries[np.ndarray] | None) -> TargetScores[np.ndarray]:
+        """Score the last token of the prefix from the logits that were predicted before it."""
+
+        def on_device(ids_N: np.ndarray) -> Tensor:
+            return torch.from_numpy(ids_N).to(self.world.device)
+
+        target_1 = on_device(self.kept_N[-1:])
+        self._trim()
+        query = None if queries is None else queries.map(on_device)
+        scores = score_targets(self.model, self.cached_z_V[None], target_1, query)
+        return scores.map(lambda values: values.cpu().numpy())
 
     def _batches(self, windows: list[Window]) -> list[list[Window]]:
         """Group the windows that score only their last stride.

@@ -19,6 +19,7 @@ from stages.audit.audit_scorer import (
     ScorerFactory,
     audit_scorer,
     certify_scorer,
+    judge_certified,
 )
 from stages.audit.checks import coverage
 from stages.audit.checks.metamorphic import NO_VARIANTS, Variants
@@ -101,7 +102,8 @@ def audit(
 
     case = AuditCase(name, adapted, stream, BOUNDARIES, key, params, variants)
     logger = Logger(is_main=False)
-    return audit_scorer(case, claim, logger) + certify_scorer(case, adapted, claim, logger)
+    losses = certify_scorer(case, adapted, nll, logger)
+    return audit_scorer(case, claim, logger) + judge_certified(case, losses, declared, claim)
 
 
 def failed_checks(verdicts: list[Verdict]) -> set[str]:

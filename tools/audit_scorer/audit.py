@@ -5,9 +5,7 @@ is imported here, and the report is written after the last process has ended.
 """
 
 import dataclasses
-import functools
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,16 +13,17 @@ import numpy as np
 from sentencepiece import SentencePieceProcessor
 
 from stages.audit import catalogue, isolated, precision
-from stages.audit.audit_scorer import AuditedStream, ClaimedEvaluation
+from stages.audit.audit_scorer import PROTOCOL, AuditedStream, ClaimedEvaluation, judge_certified
 from stages.audit.checks import certified, coverage, prefixes
+from stages.audit.checks.certified import CertifiedLosses
 from stages.audit.isolated import IsolatedScorer, ScorerProcesses
 from stages.audit.precision import Precision
+from stages.audit.probe_runner import ProtocolError
 from stages.audit.remote.process import Description, ScorerSource
 from stages.audit.sampling import Boundaries
 from stages.audit.verdict import Verdict, failures
 from stages.common.progress import Logger
 from tools.audit_scorer import claims, effort
-from tools.audit_scorer.source import SIDE_BY_SIDE
 
 SUBJECT = "scorer"  # its name in verdicts
 ROUNDED_BPB = 5.0e-5  # error of a number that is claimed to four decimals, as leaderboards print them
@@ -66,13 +65,11 @@ def audit_external(
     description = _describe(source, processes)
     declared_precision = precision.by_name(description.precision)
 
-    # The part of the stream that the scorer is shown, and its ledger.
+    # The part of the stream that the scorer is shown.
     length = len(stream.tokens)
     fitted = _fit_effort(settings, description, length, tokenizer.vocab_size())
     part = shorten_stream(stream, fitted.tokens, tokenizer)
-    ledger = claimed_ledger
-    if ledger is None:
-        ledger = make_ledger(source, processes, part.tokens)
+    ledger = np.empty(0, dtype=np.float32) if claimed_ledger is None else claimed_ledger
     claim = ClaimedEvaluation(ledger[: fitted.tokens - 1], None, None, declared_precision)
     scorer = IsolatedScorer(
         SUBJECT,
@@ -85,16 +82,30 @@ def audit_external(
         claim=claim,
     )
 
-    # Processes that must not know later tokens come first.
+    # Processes that must not know later tokens come first. Then the ledger, unless it was claimed.
     verdicts = [isolated.check_sandbox(SUBJECT)]
+    losses: CertifiedLosses | Verdict | None = None
     if description.predicts:
-        verdicts += isolated.certify_isolated(scorer, processes, settings.logger)
+        is_claimed = claimed_ledger is not None
+        losses = isolated.certify_isolated(scorer, processes, is_claimed, settings.logger)
+    if claimed_ledger is None:
+        made = make_ledger(source, processes, part.tokens)
+        if isinstance(made, Verdict):
+            verdicts.append(made)
+        else:
+            ledger = made
+        claim = dataclasses.replace(claim, ledger=ledger)
+        scorer = dataclasses.replace(scorer, claim=claim)
+
+    # The ledger against the certified losses, or against prefixes and sums.
+    if losses is not None:
+        verdicts += judge_certified(scorer.case(), losses, declared_precision, claim)
         if not failures(verdicts):
             count = min(effort.EFFORTS[settings.level].decoded_targets, fitted.tokens - 1)
             verdicts += isolated.decode_isolated(scorer, processes, count)
     else:
         count = effort.EFFORTS[settings.level].prefixes
-        verdicts.append(check_prefixes(scorer, processes, declared_precision, count))
+        verdicts += check_prefixes(scorer, processes, declared_precision, count)
         short = shorten_stream(stream, fitted.probed_tokens, tokenizer)
         claim = dataclasses.replace(claim, ledger=ledger[: fitted.probed_tokens - 1])
         scorer = dataclasses.replace(scorer, stream=short, claim=claim)
@@ -116,28 +127,40 @@ def audit_external(
     return ScorerAudit(_limit_to_part(verdicts, fitted.tokens, length), declared, own)
 
 
-def make_ledger(source: ScorerSource, processes: ScorerProcesses, tokens: np.ndarray) -> np.ndarray:
-    """Let a process of its own score a stream (N,) in one call; returns the losses as they come, float32."""
-    with processes.start(source) as process:
-        return process.new_scorer().score_stream(tokens)
+def make_ledger(source: ScorerSource, processes: ScorerProcesses, tokens: np.ndarray) -> np.ndarray | Verdict:
+    """Let a process of its own score a stream (N,) in one call; returns the losses as they come, float32.
+
+    A verdict if there is not one for each target.
+    """
+    try:
+        with processes.start(source) as process:
+            return process.new_scorer().score_stream(tokens)
+    except ProtocolError as error:
+        return Verdict.failed(PROTOCOL, SUBJECT, str(error), bound=0)
 
 
 def check_prefixes(
     scorer: IsolatedScorer, processes: ScorerProcesses, declared: Precision, count: int
-) -> Verdict:
-    """B1: score prefixes of the stream, each in a process of its own."""
+) -> list[Verdict]:
+    """B1 and B7: score prefixes of the stream, each in a process of its own, one after another."""
     tokens = scorer.stream.tokens
     drawn = prefixes.draw(scorer.key, tokens, processes.vocab_size, count)
+    losses = []
+    try:
+        for prefix in drawn:
+            with processes.start(scorer.certified_source) as process:
+                losses.append(prefixes.score(prefix, process.new_scorer))
+    except ProtocolError as error:
+        return [Verdict.failed(PROTOCOL, SUBJECT, str(error), bound=0)]
 
-    def run(prefix: prefixes.Prefix) -> np.ndarray:
-        with processes.start(scorer.certified_source) as process:
-            return prefixes.score(prefix, process.new_scorer)
-
-    tasks: list[Callable[[], np.ndarray]] = [functools.partial(run, prefix) for prefix in drawn]
-    losses = processes.run_side_by_side(tasks, SIDE_BY_SIDE)
     complete = coverage.check_ledger(SUBJECT, scorer.claim.ledger, len(tokens) - 1)
     ledger = scorer.claim.ledger if complete.outcome == "pass" else None
-    return prefixes.judge(SUBJECT, drawn, losses, ledger, declared)
+    bits = scorer.params.canary_bits
+    rounding = declared.sum_tolerance
+    return [
+        prefixes.judge(SUBJECT, drawn, losses, ledger, declared),
+        prefixes.judge_tails(SUBJECT, drawn, losses, processes.vocab_size, bits, rounding),
+    ]
 
 
 def own_score(

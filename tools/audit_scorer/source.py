@@ -13,11 +13,9 @@ from stages.audit.checks import budgets
 from stages.audit.remote.process import ScorerSource
 from stages.audit.sandbox.artifact import copy_artifact, copy_file, counted_bytes
 from stages.audit.sandbox.room import gpu_devices, interpreter_folders
-from stages.common.concurrency import usable_cores
 
 CODE_FOLDER = "/scorer"  # in the sandbox
 ARTIFACT_FOLDER = "/artifact"  # in the sandbox
-SIDE_BY_SIDE = 2  # processes of one scorer that run at once, at most
 
 
 def find_source(
@@ -59,7 +57,6 @@ def find_source(
         arguments,
         visible,
         search_path=(CODE_FOLDER,),
-        environment={"OMP_NUM_THREADS": str(max(1, usable_cores() // SIDE_BY_SIDE))},
         devices=gpu_devices(),
         precision=precision,
     )

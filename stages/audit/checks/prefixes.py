@@ -7,12 +7,14 @@ what other processes were shown, so a loss that needs a later token cannot be re
 ends before that token.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from stages.audit import probe_runner
+from stages.audit.checks import canary
 from stages.audit.precision import Precision, difference
 from stages.audit.probe_runner import Cost
 from stages.audit.sampling import KeyedRng
@@ -27,6 +29,7 @@ PREFIXES = Check(
     "of answers that one run leaves for another, scorers that are lawful on a short stream",
     blind="look-ahead that reaches past none of the ends; what a loss takes from its own token (B3)",
 )
+UNIFORM_TAILS = dataclasses.replace(canary.UNIFORM_CANARY, name="uniform ids after prefixes")
 KINDS = ("truncated", "other text after it")
 
 
@@ -41,12 +44,12 @@ class Prefix(NamedTuple):
 def draw(key: bytes, tokens: np.ndarray, vocab_size: int, count: int) -> list[Prefix]:
     """Draw `count` prefixes of a stream (N,), one that ends in each of as many equal parts, and all of it.
 
-    Kinds alternate, the longest first.
+    Kinds alternate. The shortest is first: no process may know what a later one is shown.
     """
     rng = KeyedRng(key, "prefixes")
     length = len(tokens)
-    prefixes = [Prefix(KINDS[0], length, tokens)]
-    for part in reversed(range(count)):
+    prefixes: list[Prefix] = []
+    for part in range(count):
         low = 2 + (length - 2) * part // count
         high = 2 + (length - 2) * (part + 1) // count
         end = rng.integer(low, max(low + 1, high))
@@ -54,7 +57,7 @@ def draw(key: bytes, tokens: np.ndarray, vocab_size: int, count: int) -> list[Pr
         other = rng.below(vocab_size, length - end).astype(tokens.dtype)
         shown = tokens[:end] if kind == KINDS[0] else np.concatenate([tokens[:end], other])
         prefixes.append(Prefix(kind, end, shown))
-    return prefixes
+    return [*prefixes, Prefix(KINDS[0], length, tokens)]
 
 
 def cost_of(count: int, length: int) -> Cost:
@@ -63,14 +66,14 @@ def cost_of(count: int, length: int) -> Cost:
 
 
 def score(prefix: Prefix, fresh: Callable[[], Scorer]) -> np.ndarray:
-    """Score a prefix with a fresh scorer; returns the losses of its targets, (length - 1,) float32."""
+    """Score a prefix with a fresh scorer; returns the losses of all that it is shown, float32."""
     losses = fresh().score_stream(prefix.tokens)
     if losses.shape != (len(prefix.tokens) - 1,):
         raise probe_runner.ProtocolError(
             f"score_stream of {len(prefix.tokens)} tokens returned {losses.shape}, "
             f"expected ({len(prefix.tokens) - 1},)"
         )
-    return losses[: prefix.length - 1]
+    return losses
 
 
 def judge(
@@ -80,7 +83,10 @@ def judge(
     ledger: np.ndarray | None,
     precision: Precision,
 ) -> Verdict:
-    """B1: the losses of each prefix are those of the ledger, (N-1,) float32, None without a complete one."""
+    """B1: the losses of each prefix are those of the ledger, (N-1,) float32, None without a complete one.
+
+    losses: of each prefix, and of what follows it.
+    """
     if ledger is None:
         evidence = "there is no complete ledger to compare with prefixes"
         return Verdict.cannot_tell(PREFIXES, subject, evidence, bound=precision.loss_tolerance)
@@ -88,7 +94,7 @@ def judge(
     # The worst loss of each prefix.
     worst = []
     for prefix, scored in zip(prefixes, losses, strict=True):
-        different = np.abs(difference(ledger[: prefix.length - 1], scored))
+        different = np.abs(difference(ledger[: prefix.length - 1], scored[: prefix.length - 1]))
         at = int(different.argmax())
         worst.append((float(different[at]), prefix, at, float(scored[at])))
     largest, prefix, at, scored_anew = max(worst, key=lambda entry: entry[0])
@@ -112,3 +118,27 @@ def judge(
         bound=precision.loss_tolerance,
         positions=(at + 1,),
     )
+
+
+def judge_tails(
+    subject: str,
+    prefixes: Sequence[Prefix],
+    losses: Sequence[np.ndarray],
+    vocab_size: int,
+    bits: float,
+    rounding: float,
+) -> Verdict:
+    """B7: on the uniform ids that follow prefixes no scorer wins more than `bits` bits.
+
+    These are canaries anywhere in the stream, where the other probes do not come.
+    """
+    results = []
+    for prefix, scored in zip(prefixes, losses, strict=True):
+        tail = scored[prefix.length - 1 :]
+        if len(tail):
+            logp = np.full(len(tail), -np.log(vocab_size))
+            won = canary.bits_won(logp, tail, rounding)
+            results.append(canary.CanaryResult(f"after {prefix.length}", prefix.length, won))
+    if not results:
+        return Verdict.cannot_tell(UNIFORM_TAILS, subject, "no prefix was long enough", bound=bits)
+    return canary.judge(UNIFORM_TAILS, subject, results, bits)

@@ -12,6 +12,8 @@ nothing but the first token is given.
 """
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -33,44 +35,61 @@ ROUND_TRIP = Check(
 )
 
 
-def check_round_trip(
-    subject: str,
-    encoding: Scorer,
-    decoding: Scorer,
-    tokens: np.ndarray,
-    start: int,
-    count: int,
-    ledger: np.ndarray | None,
-    tolerance: float,
-) -> Verdict:
-    """B12: encode tokens[start : start + count] of the stream (N,) uint16, and decode them elsewhere.
+class EncodedSpan(NamedTuple):
+    """A span of the stream in the range coder's file."""
 
-    encoding, decoding: scorers in two processes that have observed nothing; start: 1 or more. The
-    claimed losses are those of `ledger`, (N-1,) float32, or without one those of score_stream in the
-    encoding process; `predict` may differ from them by `tolerance` nats per target.
+    span: np.ndarray  # (count,) uint16
+    start: int  # its position in the stream
+    claimed_nats: np.ndarray  # (count,) float32
+    payload: bytes
+    vocab_size: int
+
+
+def encode_span(
+    scorer: Scorer, tokens: np.ndarray, start: int, count: int, ledger: np.ndarray | None
+) -> EncodedSpan:
+    """Encode tokens[start : start + count] of the stream (N,) uint16, start 1 or more, with a fresh scorer.
+
+    The claimed losses are those of `ledger`, (N-1,) float32, or without one those of score_stream.
     """
-    # Both are at the beginning of the span.
     count = min(count, len(tokens) - start)
     span = tokens[start : start + count]
-    for scorer in (encoding, decoding):
-        for token in tokens[:start].tolist():
-            scorer.observe(token)
+    for token in tokens[:start].tolist():
+        scorer.observe(token)
 
-    # Bits that were claimed, and bits of the file.
     if ledger is None:
-        claimed_nats = probe_runner.checked_score(encoding.fork(), span)
+        claimed_nats = probe_runner.checked_score(scorer.fork(), span)
     else:
         claimed_nats = ledger[start - 1 : start - 1 + count]
-    claimed_bits = float(claimed_nats.sum(dtype=np.float64)) / math.log(2)
-    payload = encode(encoding, span)
-    bits = 8.0 * len(payload)
-    bound = range_coder.max_overhead_bits(count, encoding.vocab_size) + count * tolerance / math.log(2)
+    return EncodedSpan(span, start, claimed_nats, encode(scorer, span), scorer.vocab_size)
+
+
+def decode_span(scorer: Scorer, given: np.ndarray, payload: bytes, count: int) -> np.ndarray:
+    """Decode `count` tokens, uint16, with a fresh scorer that is given the tokens (start,) before them."""
+    for token in given.tolist():
+        scorer.observe(token)
+    return decode(scorer, payload, count)
+
+
+def judge(
+    subject: str, encoded: EncodedSpan, decode_elsewhere: Callable[[], np.ndarray], tolerance: float
+) -> Verdict:
+    """B12: the file is no larger than was claimed, and another process decodes it.
+
+    decode_elsewhere: called if the file has the right size; returns the tokens. tolerance: nats per
+    target by which `predict` may differ from the claimed losses.
+    """
+    # Bits that were claimed, and bits of the file.
+    count = len(encoded.span)
+    claimed_bits = float(encoded.claimed_nats.sum(dtype=np.float64)) / math.log(2)
+    bits = 8.0 * len(encoded.payload)
+    bound = range_coder.max_overhead_bits(count, encoded.vocab_size) + count * tolerance / math.log(2)
 
     # The file must not be larger than the claim; False if the claim is NaN.
     check = ROUND_TRIP.fill(bits=bound)
     numbers: Numbers = {"saw": bits, "expected": claimed_bits, "bound": bound}
-    numbers["positions"] = (start, start + count - 1)
-    size = f"{count} targets in {len(payload)} bytes"
+    numbers["positions"] = (encoded.start, encoded.start + count - 1)
+    size = f"{count} targets in {len(encoded.payload)} bytes"
     if not bits <= claimed_bits + bound:
         excess = f"{bits - claimed_bits:.1f} bits more than claimed"
         evidence = f"{size}, {excess}: the claim is not a code length"
@@ -78,7 +97,7 @@ def check_round_trip(
 
     # The other process must decode it.
     size = f"{size}, {bits - claimed_bits:+.1f} bits against the claim"
-    wrong = np.flatnonzero(decode(decoding, payload, count) != span)
+    wrong = np.flatnonzero(decode_elsewhere() != encoded.span)
     if len(wrong):
         evidence = (
             f"{size}; another process decoded token number {wrong[0]} wrongly: "

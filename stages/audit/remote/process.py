@@ -38,6 +38,7 @@ from stages.audit.sandbox import room
 
 SERVER_PATH = "/audit/server.py"  # in the sandbox
 MAX_DESCRIPTION_BYTES = 1 << 16
+MAX_NAME_CHARACTERS = 50  # of a scope or a precision
 MAX_BUFFERED_TOKENS = 1 << 14  # observed tokens that are sent together
 KEPT_OUTPUT_BYTES = 2000  # of the end of what the scorer prints
 QUOTED_OUTPUT_CHARACTERS = 200
@@ -163,7 +164,7 @@ class ScorerProcess:
         status, length = server.ANSWER.unpack(self._receive(server.ANSWER.size, deadline))
         is_error = status in (server.SCORER_RAISED, server.WRONG_RESULT)
         if is_error and length <= 4 * server.MAX_ERROR_CHARACTERS:
-            message = self._receive(length, deadline).decode("utf-8", errors="replace")
+            message = _printable(self._receive(length, deadline))
             if status == server.WRONG_RESULT:
                 raise ProtocolError(message)
             raise self._failure(f"raised {message}")
@@ -203,8 +204,8 @@ class ScorerProcess:
             return Description(
                 vocab_size=declared["vocab_size"],
                 predicts=bool(declared["predicts"]),
-                scope=str(declared["scope"]),
-                precision=source.precision or str(declared["precision"]),
+                scope=str(declared["scope"])[:MAX_NAME_CHARACTERS],
+                precision=source.precision or str(declared["precision"])[:MAX_NAME_CHARACTERS],
                 variants=tuple(map(str, declared["variants"])),
             )
         except (ValueError, LookupError, TypeError, RecursionError) as error:
@@ -258,8 +259,7 @@ class ScorerProcess:
         except subprocess.TimeoutExpired:
             return "closed its pipe"
         self._reader.join(END_SECONDS)
-        printed = bytes(self._printed).decode("utf-8", errors="replace")
-        words = " ".join(printed.split())[-QUOTED_OUTPUT_CHARACTERS:]
+        words = _printable(bytes(self._printed))[-QUOTED_OUTPUT_CHARACTERS:]
         how = f"ended with exit code {code}" if code >= 0 else f"was killed by signal {-code}"
         if code in (-9, 137):
             how = "was killed (signal 9; perhaps out of memory)"
@@ -334,6 +334,12 @@ class RemoteScorer:
         answer = self.process.request(server.SCORE, self.handle, payload=payload, answer_bytes=[4 * targets])
         self.observed += len(tokens)
         return np.frombuffer(answer, dtype="<f4").astype(np.float32)
+
+
+def _printable(sent: bytes) -> str:
+    """Decode what a scorer sent as one line without control characters."""
+    text = sent.decode("utf-8", errors="replace")
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 def _descriptors(process: "subprocess.Popen[bytes]") -> tuple[int, int]:

@@ -56,7 +56,7 @@ AF_INET, SOCK_DGRAM = 2, 2
 
 # Filter of system calls (seccomp(2)): classic BPF over nr, arch and arguments.
 BPF_LOAD, BPF_EQUAL, BPF_AT_LEAST, BPF_ANY_BIT, BPF_RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
-OFFSET_NUMBER, OFFSET_MACHINE, OFFSET_FIRST_ARGUMENT = 0, 4, 16
+OFFSET_NUMBER, OFFSET_MACHINE, OFFSET_FIRST_ARGUMENT, OFFSET_THIRD_ARGUMENT = 0, 4, 16, 32
 ALLOW, FAIL = 0x7FFF0000, 0x00050000
 EPERM, ENOSYS, EAFNOSUPPORT = 1, 38, 97
 FOREIGN_CALLS = 0x40000000  # from here on, x86_64 numbers of its 32-bit variant (x32)
@@ -73,6 +73,12 @@ MACHINES: dict[str, tuple[int, dict[str, int]]] = {
             "add_key": 248,
             "request_key": 249,
             "keyctl": 250,
+            "fadvise64": 221,
+            "preadv2": 327,
+            "pwritev2": 328,
+            "mincore": 27,
+            "readahead": 187,
+            "madvise": 28,
         },
     ),
     "aarch64": (
@@ -85,10 +91,21 @@ MACHINES: dict[str, tuple[int, dict[str, int]]] = {
             "add_key": 217,
             "request_key": 218,
             "keyctl": 219,
+            "fadvise64": 223,
+            "preadv2": 286,
+            "pwritev2": 287,
+            "mincore": 232,
+            "readahead": 213,
+            "madvise": 233,
         },
     ),
 }
-IO_URING_SETUP, CLONE3 = 425, 435  # on every machine
+IO_URING_SETUP, CLONE3, PROCESS_MADVISE, CACHESTAT = 425, 435, 440, 451  # on every machine
+# Refused: clone3 (the C library then calls clone), what a trace does not show, and what reads or changes
+# which pages of a file are in memory, because all processes of the machine share that.
+REFUSED = ("add_key", "request_key", "keyctl", "fadvise64", "preadv2", "pwritev2", "mincore", "readahead")
+REFUSED_EVERYWHERE = (CLONE3, IO_URING_SETUP, PROCESS_MADVISE, CACHESTAT)
+MADV_COLD, MADV_PAGEOUT = 20, 21
 
 USER = 1000  # user and group in the sandbox
 HOST_NAME = "sandbox"
@@ -342,8 +359,8 @@ def drop_privileges() -> None:
 def filter_system_calls() -> None:
     """Make calls fail that leave a namespace, or that a trace of system calls does not show.
 
-    New user namespaces, keyrings (a session's is inherited), io_uring, ptrace, sockets of families that a
-    network namespace does not hold back, and calls in another machine's numbers.
+    New user namespaces, keyrings (a session's is inherited), io_uring, ptrace, the state of the page cache,
+    sockets of families that a network namespace does not hold back, and calls in another machine's numbers.
     """
     known = MACHINES.get(os.uname().machine)
     if known is None:
@@ -359,7 +376,7 @@ def filter_system_calls() -> None:
         (BPF_AT_LEAST, 0, 1, FOREIGN_CALLS),
         (BPF_RETURN, 0, 0, FAIL | ENOSYS),
     ]
-    for number in (CLONE3, IO_URING_SETUP, *(numbers[name] for name in ("add_key", "request_key", "keyctl"))):
+    for number in (*REFUSED_EVERYWHERE, *(numbers[name] for name in REFUSED)):
         program += [(BPF_EQUAL, 0, 1, number), (BPF_RETURN, 0, 0, FAIL | ENOSYS)]
     program += [(BPF_EQUAL, 0, 1, numbers["ptrace"]), (BPF_RETURN, 0, 0, FAIL | EPERM)]
 
@@ -371,6 +388,16 @@ def filter_system_calls() -> None:
             (BPF_RETURN, 0, 0, FAIL | EPERM),
             (BPF_RETURN, 0, 0, ALLOW),
         ]
+
+    # Advice that evicts pages.
+    program += [
+        (BPF_EQUAL, 0, 5, numbers["madvise"]),
+        (BPF_LOAD, 0, 0, OFFSET_THIRD_ARGUMENT),
+        (BPF_EQUAL, 1, 0, MADV_COLD),
+        (BPF_EQUAL, 0, 1, MADV_PAGEOUT),
+        (BPF_RETURN, 0, 0, FAIL | EPERM),
+        (BPF_RETURN, 0, 0, ALLOW),
+    ]
 
     # Sockets of the listed families, and everything else.
     families = len(SOCKET_FAMILIES)

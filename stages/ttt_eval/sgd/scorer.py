@@ -163,6 +163,7 @@ class TTTScorer:
     def _train_on(self, tokens: np.ndarray) -> None:
         """Train on a scored chunk: tokens (chunk + 1,)."""
         self.scorer.model, momenta = self.weights.writable()
+        self.scorer.forget_cache()
         parameters = self._trained_parameters()
         lr = chunk_lr(self.chunk, self.chunks, self.params.lr)
 

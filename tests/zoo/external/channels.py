@@ -7,6 +7,7 @@ lawful to look at. The channels work between two processes of one machine; `CHAN
 
 import contextlib
 import ctypes
+import functools
 import os
 import re
 import socket
@@ -239,8 +240,7 @@ class PageCache:
 
     def open(self) -> int:
         """Open the largest file of the interpreter's packages, such that each page is loaded by itself."""
-        files = [path for path in Path(np.__file__).parents[1].rglob("*") if path.is_file()]
-        file = os.open(max(files, key=lambda path: path.stat().st_size), os.O_RDONLY)
+        file = os.open(largest_file(), os.O_RDONLY)
         with contextlib.suppress(OSError):
             os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)
         return file
@@ -263,6 +263,7 @@ class PageCache:
         if not packed or zlib.crc32(packed) != int.from_bytes(frame[4:], "little"):
             return b""
         data = zlib.decompress(packed)
+        time.sleep(WAIT_SECONDS)  # until pages that are being loaded can be dropped
         self.store(data)
         return data
 
@@ -327,6 +328,13 @@ class Informed(BigramModel):
                 losses.append(-float(self.predict()[token]))
             self.observe(token)
         return np.array(losses, dtype=np.float32)
+
+
+@functools.cache
+def largest_file() -> Path:
+    """Find the largest library of the interpreter's packages."""
+    files = Path(np.__file__).parents[1].rglob("*.so")
+    return max(files, key=lambda path: path.stat().st_size)
 
 
 def receive_all(client: socket.socket) -> bytes:

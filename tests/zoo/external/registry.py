@@ -6,6 +6,7 @@ ALONE = ("--window", "20", "--targets", "60000")  # for score_stream alone: shor
 SOON = ("--answer-seconds", "2")
 CERTIFIED = "B17 ledger equals certified score"
 CERTIFIED_SUMS = "B17 certified sums"
+TAILS = "B7 uniform ids after prefixes"
 PREFIXES = "B1 prefixes in fresh processes"
 PROTOCOL = "B6 protocol"
 COMPLETE = "B6 coverage"
@@ -71,7 +72,12 @@ CHEATS = (
     convicted("two passes in the whole call", "selective:whole_call", CERTIFIED),
     convicted("two passes in the whole call, scores alone", "selective:alone_whole_call", PREFIXES, *ALONE),
     convicted("target gate at one in 200", "selective:rare_gate", CERTIFIED, ledger="rare_gate"),
-    convicted("target gate far from the beginning, scores alone", "selective:deep_gate", "B3", *ALONE),
+    convicted(
+        "target gate far from the beginning, scores alone",
+        "selective:deep_gate",
+        TAILS,
+        *ALONE,
+    ),
     convicted("sum of 1.5 at one in 300", "selective:rare_sum", CERTIFIED_SUMS),
     convicted("lowered by 5e-6 nats", "selective:lowered", CERTIFIED, ledger="lowered"),
     convicted("lowered by 0.0046 nats in bfloat16", "selective:lowered_coarsely", CERTIFIED),
