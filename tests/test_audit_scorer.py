@@ -160,11 +160,14 @@ def test_a_claim_is_held_against_what_can_be_counted(val: Path, tmp_path: Path) 
     ]
     (counted / "train_gpt.py").write_text("\n".join(lines))
 
+    # The original text.
     (tmp_path / "val.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
 
     found = []
     for name, claim in (("right", right), ("wrong", wrong)):
         (tmp_path / f"{name}.json").write_text(json.dumps(claim))
+
+        # The audit of that claim.
         more = ["--window", "40", "--claim", str(tmp_path / f"{name}.json")]
         more += [
             "--artifact",

@@ -95,7 +95,7 @@ def test_an_incomplete_ledger_is_no_ledger(tmp_path: Path) -> None:
 
 
 def test_the_code_of_a_scorer_is_counted_once(tmp_path: Path) -> None:
-    # A module by itself: what is beside it is not shown, and not counted.
+    # A module by itself: other files of its folder are not shown, and not counted.
     (tmp_path / "scorer.py").write_text("x = 1")
     (tmp_path / "beside.bin").write_bytes(bytes(1000))
     assert budgets.scorer_code_bytes(tmp_path / "scorer.py", None) == {"scorer.py": 5 + len("scorer.py")}

@@ -343,13 +343,17 @@ def test_every_module_says_what_it_is(source: str) -> None:
     assert source.endswith("__init__.py") or ast.get_docstring(tree_of(source))
 
 
+# Whatever a foreign scorer raises, SystemExit among it, is an answer to the audit.
+SERVER = "stages/audit/remote/server.py"
+
+
 @each_source
 def test_no_broad_except_and_no_pickle(source: str) -> None:
     for node in ast.walk(tree_of(source)):
         if isinstance(node, ast.ExceptHandler):
             broad = node.type is None or ast.unparse(node.type) in ("Exception", "BaseException")
             raises_again = isinstance(node.body[-1], ast.Raise) and node.body[-1].exc is None
-            assert not broad or raises_again, f"{source}:{node.lineno}"
+            assert not broad or raises_again or source == SERVER, f"{source}:{node.lineno}"
     assert not {name.partition(".")[0] for name in imported(source)} & {"pickle", "dill", "joblib", "marshal"}
 
 
@@ -501,7 +505,7 @@ def test_every_tool_is_a_command_with_a_line_in_the_list() -> None:
 
 def test_the_challenges_constants_are_written_in_one_module() -> None:
     large = {value for value in vars(challenge).values() if isinstance(value, int) and value > 1_000_000}
-    assert len(large) == 3
+    assert len(large) == 7
     elsewhere = [
         f"{path}: {node.value}"
         for folder in ("stages", "tools", "benchmarks", "experiments")

@@ -13,6 +13,7 @@ import torch
 from stages.audit import sampling
 from stages.audit.audit_scorer import AuditCase, AuditedStream, ClaimedEvaluation, audit_scorer
 from stages.audit.checks import coverage
+from stages.audit.precision import FLOAT32
 from stages.audit.verdict import failure_message, failures
 from stages.common import bpb, ledger, shards
 from stages.common.progress import Logger
@@ -324,7 +325,7 @@ def test_the_audit_passes_adaptive_scorers(
         hashlib.sha256(b"tilt").digest(),
         of_kind[kind],
     )
-    claim = ClaimedEvaluation(nll, table.read_text(), bpb.bits_per_byte(nll, counted), 1e-4, 1e-6)
+    claim = ClaimedEvaluation(nll, table.read_text(), bpb.bits_per_byte(nll, counted), FLOAT32)
     verdicts = audit_scorer(case, claim, Logger(is_main=False))
     failed = [failure_message(verdict) for verdict in failures(verdicts)]
     assert {verdict.outcome for verdict in verdicts} == {"pass"}, failed

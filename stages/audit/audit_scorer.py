@@ -174,9 +174,12 @@ def sum_losses(case: AuditCase, claim: ClaimedEvaluation) -> list[Verdict]:
 
     The scorer must not have seen any part of the stream before: it is shown nothing after the ids.
     """
+    # An incomplete ledger is not compared with anything.
     tokens = case.shown_tokens
     complete = coverage.check_ledger(case.name, claim.ledger, len(case.stream.tokens) - 1)
     ledger = claim.ledger if complete.outcome == "pass" else None
+
+    # One pass for these probes alone.
     positions = sampling.distribution_positions(case.key, len(tokens), case.params.distributions)
     try:
         scorer = case.factory(len(case.stream.tokens) - 1)

@@ -190,11 +190,14 @@ def decode_isolated(scorer: IsolatedScorer, processes: ScorerProcesses, count: i
     # An incomplete ledger fails B6; the file is then compared with the scorer's own losses.
     is_complete = scorer.claim.ledger.shape == (len(tokens) - 1,)
     ledger = scorer.claim.ledger if is_complete else None
+
+    # The decoder does not run at the same time.
     try:
         with processes.start(source) as process:
             encoder = process.new_scorer()
             own = of_scorer(encoder)
             encoded = round_trip.encode_span(encoder, tokens, start, count, ledger)
+
         verdict = round_trip.judge(
             scorer.name,
             encoded,

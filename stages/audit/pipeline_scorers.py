@@ -39,16 +39,20 @@ def scorer_source(
 
     parallel, precision: its arithmetic; paths: of `weights` (decode_model) and `tokenizer`.
     """
+    # Its parameters.
     sections = {
         "parallel": dataclasses.asdict(dataclasses.replace(parallel, nproc=1)),
         "sliding_eval": dataclasses.asdict(params.sliding_eval),
         "ttt_eval": dataclasses.asdict(params.ttt_eval),
     }
+
+    # All that its process sees.
     visible = {
         f"{CODE_FOLDER}/stages": STAGES_FOLDER,
         WEIGHTS_FILE: paths["weights"].absolute(),
         TOKENIZER_FILE: paths["tokenizer"].absolute(),
     }
+
     return ScorerSource(
         FACTORY,
         (n_targets, name, WEIGHTS_FILE, TOKENIZER_FILE, json.dumps(sections)),
@@ -62,7 +66,7 @@ def scorer_source(
 
 
 def decode_model(model_file: Path, weights_file: Path) -> None:
-    """Decode the packed model once for all processes, each of which would compile the decoder anew."""
+    """Decode the packed model once for all processes, each of which would have to compile the decoder."""
     params, state = unpack(model_file.read_bytes())
     metadata = {MODEL_PARAMETERS: json.dumps(dataclasses.asdict(params))}
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, weights_file, metadata)

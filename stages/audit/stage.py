@@ -12,10 +12,12 @@ failed-report.json until the next audit starts.
 import dataclasses
 import functools
 import hashlib
+import itertools
 import math
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -96,12 +98,15 @@ def main(run: Run[Params]) -> None:
     stream = audited_stream(validation, tokenizer)
     key = hash_files([paths["model"], paths["code"], *shards.find(paths["val"])])
 
-    # Checks.
-    verdicts = audit_files(run.params, paths, stream, tokenizer)
-    with tempfile.TemporaryDirectory() as folder:
+    # Checks: of the files in this process, while the scorers' processes work.
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(1) as background:
+        of_files = background.submit(audit_files, run.params, dict(paths), stream, tokenizer)
         paths["weights"] = Path(folder, "weights.safetensors")
         decode_model(paths["model"], paths["weights"])
-        verdicts += audit_scorers(run, paths, stream, tokenizer.vocab_size(), key)
+        of_scorers = audit_scorers(run, paths, stream, tokenizer.vocab_size(), key)
+        verdicts = of_files.result() + of_scorers
+
+    # The counted files in a clean room, and what did not run.
     if run.params.audit.clean_room:
         verdicts += audit_in_clean_room(run.params, paths)
     verdicts = catalogue.with_missing(verdicts, list(EVALUATIONS), NOT_RUN_REASONS)
@@ -211,29 +216,25 @@ def audit_scorers(
             IsolatedScorer(name, as_evaluated, as_probed, stream, boundaries, key, run.params.audit, claim)
         )
 
-    # Those processes run first that must not know anything of the stream.
+    # Both side by side, each in processes one after another.
     processes = ScorerProcesses(vocab_size, ANSWER_SECONDS)
-
-    def run_all(check: Callable[[IsolatedScorer], list[Verdict]]) -> list[list[Verdict]]:
-        tasks = [functools.partial(check, scorer) for scorer in scorers]
-        return processes.run_side_by_side(tasks, SIDE_BY_SIDE)
-
-    count = run.params.audit.decoded_targets
-    certified = run_all(lambda scorer: certify_in_sandbox(scorer, processes, run.logger))
-    decoded = run_all(lambda scorer: decode_isolated(scorer, processes, count) if count else [])
-    probed = run_all(lambda scorer: probe_isolated(scorer, processes, run.logger))
-
-    # By scorer, the checks of its files first.
-    verdicts = []
-    for index, scorer in enumerate(scorers):
-        verdicts += [*probed[index], check_sandbox(scorer.name), *certified[index], *decoded[index]]
-    return verdicts
+    decoded_targets = run.params.audit.decoded_targets
+    tasks = [
+        functools.partial(audit_in_sandbox, scorer, processes, decoded_targets, run.logger)
+        for scorer in scorers
+    ]
+    return list(itertools.chain(*processes.run_side_by_side(tasks, SIDE_BY_SIDE)))
 
 
-def certify_in_sandbox(scorer: IsolatedScorer, processes: ScorerProcesses, logger: Logger) -> list[Verdict]:
-    """B17: certify drawn targets, and hold the ledger against them."""
+def audit_in_sandbox(
+    scorer: IsolatedScorer, processes: ScorerProcesses, decoded_targets: int, logger: Logger
+) -> list[Verdict]:
+    """Audit one scorer: first in the processes that must not know anything of the stream."""
     losses = certify_isolated(scorer, processes, is_claimed=True, logger=logger)
-    return judge_certified(scorer.case(), losses, scorer.claim.precision, scorer.claim)
+    certified = judge_certified(scorer.case(), losses, scorer.claim.precision, scorer.claim)
+    decoded = decode_isolated(scorer, processes, decoded_targets) if decoded_targets else []
+    probed = probe_isolated(scorer, processes, logger)
+    return [*probed, check_sandbox(scorer.name), *certified, *decoded]
 
 
 def audit_in_clean_room(params: Params, paths: Mapping[str, Path]) -> list[Verdict]:

@@ -373,7 +373,7 @@ def chosen_seeds(folder: Path, key: bytes) -> list[Verdict]:
 def in_clean_room(line: str) -> Callable[[Path, bytes], list[Verdict]]:
     """Build a cheat of one more line in the toy program, run in the clean room.
 
-    OUTSIDE in that line stands for a folder that the program must not open.
+    OUTSIDE in that line is replaced by a folder that the program must not open.
     """
 
     def run(folder: Path, key: bytes) -> list[Verdict]:

@@ -69,14 +69,18 @@ def audit_external(
     length = len(stream.tokens)
     fitted = _fit_effort(settings, description, length, tokenizer.vocab_size())
     part = shorten_stream(stream, fitted.tokens, tokenizer)
+
     ledger = np.empty(0, dtype=np.float32) if claimed_ledger is None else claimed_ledger
     claim = ClaimedEvaluation(ledger[: fitted.tokens - 1], None, None, declared_precision)
+
+    # Without a claimed ledger, the scorer's is made below.
+    boundaries = Boundaries(window=settings.window, chunk=settings.chunk)
     scorer = IsolatedScorer(
         SUBJECT,
         certified_source=source,
         probed_source=source,
         stream=part,
-        boundaries=Boundaries(window=settings.window, chunk=settings.chunk),
+        boundaries=boundaries,
         key=settings.key,
         params=fitted.params,
         claim=claim,
@@ -85,9 +89,13 @@ def audit_external(
     # Processes that must not know later tokens come first. Then the ledger, unless it was claimed.
     verdicts = [isolated.check_sandbox(SUBJECT)]
     losses: CertifiedLosses | Verdict | None = None
+
+    # The certified score, before anything else is shown to the scorer.
     if description.predicts:
         is_claimed = claimed_ledger is not None
         losses = isolated.certify_isolated(scorer, processes, is_claimed, settings.logger)
+
+    # One call for the whole part.
     if claimed_ledger is None:
         made = make_ledger(source, processes, part.tokens)
         if isinstance(made, Verdict):

@@ -62,6 +62,8 @@ def run_audit(arguments: argparse.Namespace) -> list[Verdict]:
     claim = claims.read_claim(arguments.claim)
     tokenizer = bpb.load_tokenizer(arguments.tokenizer)
     stream = _load_stream(arguments.tokens, tokenizer)
+
+    # What is claimed and counted.
     n_targets = len(stream.tokens) - 1
     ledger = claims.complete_ledger(claim, n_targets)
     if arguments.artifact is not None and not arguments.artifact.is_dir():
@@ -77,6 +79,8 @@ def run_audit(arguments: argparse.Namespace) -> list[Verdict]:
         answer_seconds=arguments.answer_seconds,
         logger=Logger(is_main=not arguments.quiet),
     )
+
+    # Copies of the counted files, since times and modes could hold data.
     with tempfile.TemporaryDirectory() as copies:
         source = find_source(
             arguments.scorer,
@@ -237,6 +241,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PATH",
         help="another file or folder that the scorer's module imports or reads beside it; may be repeated",
     )
+
+    # Its arithmetic.
     add(
         "--precision",
         choices=tuple(precision.PRECISIONS),

@@ -1,7 +1,7 @@
 """Find the code of an external scorer without importing it, and what its processes are shown of it.
 
 A process sees the scorer's own module or top package, the artifact, and files that are named with --code;
-all of them are counted. Whatever else is beside the module, it does not see.
+all of them are counted. It does not see anything else of the module's folder.
 """
 
 import importlib.machinery
@@ -35,7 +35,7 @@ def find_source(
     if not separator or not module or not name:
         raise ValueError(f"--scorer {factory}: expected module:factory")
 
-    # The scorer's code and what was named besides, each at the top of one folder.
+    # The scorer's code, and what --code names, each at the top of one folder.
     visible = {}
     top = _find_module(factory, module)
     for path in [*([] if top is None else [top]), *code]:
@@ -47,11 +47,13 @@ def find_source(
         _copy(path, place)
         visible[f"{CODE_FOLDER}/{path.name}"] = place
 
+    # The counted files.
     arguments: tuple[object, ...] = (n_targets,)
     if artifact is not None:
         copy_artifact(artifact, copies / "artifact")
         visible[ARTIFACT_FOLDER] = copies / "artifact"
         arguments = (n_targets, ARTIFACT_FOLDER)
+
     return ScorerSource(
         factory,
         arguments,

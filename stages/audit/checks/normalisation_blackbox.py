@@ -166,12 +166,16 @@ def judge_charged(
         evidence = "there is no complete ledger to compare with"
         return Verdict.cannot_tell(CHARGED_BLINDLY, subject, evidence, bound=precision.loss_tolerance)
 
+    # The losses of the targets, in the ledger and here.
     positions = np.array([result.position for result in results])
     charged = np.array([result.charged for result in results])
     written = ledger[positions - 1].astype(np.float64)
     different = np.abs(difference(written, charged))
+
+    # Those that differ by more than round-off.
     failed = positions[~(different <= precision.loss_tolerance)].tolist()
     worst = int(different.argmax())
+
     return Verdict.of(
         CHARGED_BLINDLY,
         subject,

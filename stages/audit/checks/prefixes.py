@@ -1,10 +1,10 @@
 """C1 and C4 for a scorer without predict(): do its losses need what comes later (B1)?
 
-Such a scorer holds a whole call's tokens while it scores them. So it is run anew, each time in a process
-that has seen nothing, on a prefix of random length, or on that prefix with random tokens after it; the
-losses of the prefix must be those of the ledger. A process cannot know what comes after its prefix, nor
-what other processes were shown, so a loss that needs a later token cannot be repeated by a prefix that
-ends before that token.
+Such a scorer holds a whole call's tokens while it scores them. So it is run again and again, each time in
+a process that has seen nothing, on a prefix of random length, or on that prefix with random tokens after
+it; the losses of the prefix must be those of the ledger. A process cannot know what comes after its
+prefix, nor what other processes were shown, so a loss that needs a later token cannot be repeated by a
+prefix that ends before that token.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ UNIFORM_TAILS = dataclasses.replace(canary.UNIFORM_CANARY, name="uniform ids aft
 KINDS = ("truncated", "other text after it")
 
 
-class Prefix(NamedTuple):
+class ShownPrefix(NamedTuple):
     """Stream that a fresh scorer is shown, of which the first `length` tokens are the audited stream's."""
 
     kind: str  # one of KINDS
@@ -41,14 +41,14 @@ class Prefix(NamedTuple):
     tokens: np.ndarray  # (n,) uint16
 
 
-def draw(key: bytes, tokens: np.ndarray, vocab_size: int, count: int) -> list[Prefix]:
+def draw(key: bytes, tokens: np.ndarray, vocab_size: int, count: int) -> list[ShownPrefix]:
     """Draw `count` prefixes of a stream (N,), one that ends in each of as many equal parts, and all of it.
 
     Kinds alternate. The shortest is first: no process may know what a later one is shown.
     """
     rng = KeyedRng(key, "prefixes")
     length = len(tokens)
-    prefixes: list[Prefix] = []
+    prefixes: list[ShownPrefix] = []
     for part in range(count):
         low = 2 + (length - 2) * part // count
         high = 2 + (length - 2) * (part + 1) // count
@@ -56,8 +56,8 @@ def draw(key: bytes, tokens: np.ndarray, vocab_size: int, count: int) -> list[Pr
         kind = KINDS[len(prefixes) % len(KINDS)]
         other = rng.below(vocab_size, length - end).astype(tokens.dtype)
         shown = tokens[:end] if kind == KINDS[0] else np.concatenate([tokens[:end], other])
-        prefixes.append(Prefix(kind, end, shown))
-    return [*prefixes, Prefix(KINDS[0], length, tokens)]
+        prefixes.append(ShownPrefix(kind, end, shown))
+    return [*prefixes, ShownPrefix(KINDS[0], length, tokens)]
 
 
 def cost_of(count: int, length: int) -> Cost:
@@ -65,7 +65,7 @@ def cost_of(count: int, length: int) -> Cost:
     return Cost(calls=1, targets=length) * (1 + count)
 
 
-def score(prefix: Prefix, fresh: Callable[[], Scorer]) -> np.ndarray:
+def score(prefix: ShownPrefix, fresh: Callable[[], Scorer]) -> np.ndarray:
     """Score a prefix with a fresh scorer; returns the losses of all that it is shown, float32."""
     losses = fresh().score_stream(prefix.tokens)
     if losses.shape != (len(prefix.tokens) - 1,):
@@ -78,7 +78,7 @@ def score(prefix: Prefix, fresh: Callable[[], Scorer]) -> np.ndarray:
 
 def judge(
     subject: str,
-    prefixes: Sequence[Prefix],
+    prefixes: Sequence[ShownPrefix],
     losses: Sequence[np.ndarray],
     ledger: np.ndarray | None,
     precision: Precision,
@@ -97,16 +97,18 @@ def judge(
         different = np.abs(difference(ledger[: prefix.length - 1], scored[: prefix.length - 1]))
         at = int(different.argmax())
         worst.append((float(different[at]), prefix, at, float(scored[at])))
-    largest, prefix, at, scored_anew = max(worst, key=lambda entry: entry[0])
+    largest, prefix, at, scored_again = max(worst, key=lambda entry: entry[0])
     failed = [entry for entry in worst if not entry[0] <= precision.loss_tolerance]
+    shortest, longest = prefixes[0].length, prefixes[-1].length
 
+    # Evidence: how far the losses differ, and in how many prefixes by too much.
     evidence = (
-        f"{len(prefixes)} prefixes of {min(p.length for p in prefixes)} to "
-        f"{max(p.length for p in prefixes)} tokens, each scored in a process of its own: largest difference "
-        f"from the ledger {largest:.1e} nats"
+        f"{len(prefixes)} prefixes of {shortest} to {longest} tokens, each scored in a process of its own: "
+        f"largest difference from the ledger {largest:.1e} nats"
     )
     if failed:
         evidence += f", with the first {prefix.length} tokens ({prefix.kind}); {len(failed)} prefixes differ"
+
     return Verdict.of(
         PREFIXES,
         subject,
@@ -114,7 +116,7 @@ def judge(
         evidence,
         # The two losses that differ most.
         saw=float(ledger[at]),
-        expected=scored_anew,
+        expected=scored_again,
         bound=precision.loss_tolerance,
         positions=(at + 1,),
     )
@@ -122,7 +124,7 @@ def judge(
 
 def judge_tails(
     subject: str,
-    prefixes: Sequence[Prefix],
+    prefixes: Sequence[ShownPrefix],
     losses: Sequence[np.ndarray],
     vocab_size: int,
     bits: float,

@@ -74,7 +74,7 @@ def decode_span(scorer: Scorer, given: np.ndarray, payload: bytes, count: int) -
 def judge(
     subject: str, encoded: EncodedSpan, decode_elsewhere: Callable[[], np.ndarray], tolerance: float
 ) -> Verdict:
-    """B12: the file is no larger than was claimed, and another process decodes it.
+    """B12: the file is as large as was claimed at most, and another process decodes it.
 
     decode_elsewhere: called if the file has the right size; returns the tokens. tolerance: nats per
     target by which `predict` may differ from the claimed losses.

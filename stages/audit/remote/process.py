@@ -36,6 +36,7 @@ from stages.audit.probe_runner import Cost, ProtocolError
 from stages.audit.remote import server
 from stages.audit.sandbox import room
 
+METHODS = {server.PREDICT: "predict", server.SCORE: "score_stream"}
 SERVER_PATH = "/audit/server.py"  # in the sandbox
 MAX_DESCRIPTION_BYTES = 1 << 16
 MAX_NAME_CHARACTERS = 50  # of a scope or a precision
@@ -64,7 +65,7 @@ class ScorerSource:
 
 
 class Description(NamedTuple):
-    """What the scorers of a factory offer, as their process says."""
+    """Interface and declarations of the scorers of a factory, as their process describes them."""
 
     vocab_size: int | None
     predicts: bool  # predict, observe and fork; otherwise score_stream alone
@@ -160,6 +161,7 @@ class ScorerProcess:
         self._send_observed()
         self._send(operation, handle, second, payload)
 
+        # The status, which may be that of an error.
         deadline = time.monotonic() + self.answer_seconds
         status, length = server.ANSWER.unpack(self._receive(server.ANSWER.size, deadline))
         is_error = status in (server.SCORER_RAISED, server.WRONG_RESULT)
@@ -170,14 +172,15 @@ class ScorerProcess:
             raise self._failure(f"raised {message}")
         if status != server.OK:
             raise self._failure(f"answered with status {status} and {length} bytes, which no answer has")
+
+        # The length. An array of another size is a wrong result, all else a broken protocol.
         if operation == server.BUILD:
             answer_bytes = range(MAX_DESCRIPTION_BYTES)
         if length not in answer_bytes:
-            if operation in (server.PREDICT, server.SCORE):
+            if operation in METHODS:
                 self._failure("returned an array of another size")
-                method = "predict" if operation == server.PREDICT else "score_stream"
                 expected = " or ".join(map(str, answer_bytes))
-                raise ProtocolError(f"{method} returned {length} bytes, expected {expected}")
+                raise ProtocolError(f"{METHODS[operation]} returned {length} bytes, expected {expected}")
             raise self._failure(f"answered with {length} bytes, which is not the length of that answer")
         return self._receive(length, deadline)
 

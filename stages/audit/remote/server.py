@@ -192,7 +192,11 @@ class Server:
             self.scorers.pop(handle, None)
             return b""
 
-        scorer = self.scorers[handle]
+        # All others concern one scorer.
+        return self.ask(operation, self.scorers[handle], second, payload)
+
+    def ask(self, operation: int, scorer: ServedScorer, second: int, payload: bytes) -> bytes:
+        """Carry out an operation on a scorer; returns the payload of its answer."""
         if operation == OBSERVE:
             for token in np.frombuffer(payload, dtype="<u2").tolist():
                 scorer.observe(token)
