@@ -16,6 +16,8 @@ import pytest
 
 from examples import external_scorer
 from examples.external_scorer import ScoresOnly
+from stages.audit import isolated
+from stages.audit.sandbox import room
 from stages.common import bpb, shards
 from stages.tokenize import tokenizer
 from tools.audit_scorer import cli as outside
@@ -118,6 +120,19 @@ def test_scores_alone_are_enough_to_pass_and_to_fail(val: Path, tmp_path: Path) 
     found = outcomes(report)
     assert code == 1
     assert {found[check] for check in ("B1", "B1c", "B3", "B13")} == {"fail"}
+
+
+def test_without_a_sandbox_the_four_conditions_cannot_be_told(
+    val: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a system that allows no namespaces: the scorer runs, sees its folders, and nothing passes."""
+    for module in (isolated, room):
+        monkeypatch.setattr(module, "detect_isolation", lambda: room.Isolation(False, "not tried"))
+    (tmp_path / "counted").mkdir()
+    more = ["--artifact", str(tmp_path / "counted"), "--targets", "12000"]
+    code, report = audit(val, tmp_path / "audit", "make", *more)
+    assert (code, report["audit_fail"], outcomes(report)["B18"]) == (0, 0, "cannot tell")
+    assert {report["conditions"][key]["scorer"] for key in ("C1", "C2", "C3", "C4")} == {"cannot tell"}
 
 
 def test_the_nonce_repeats_an_audit_and_another_draws_other_positions(

@@ -7,11 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stages.audit.checks import budgets
 from stages.common import bpb
 from tests.zoo import bookkeeping
 from tests.zoo.bookkeeping import TEXTS
-from tools.audit_scorer import claims
+from tools.audit_scorer import claims, source
 
 
 def written(folder: Path, claim: dict[str, Any]) -> Path:
@@ -94,26 +93,21 @@ def test_an_incomplete_ledger_is_no_ledger(tmp_path: Path) -> None:
     assert claims.complete_ledger({}, 10) is None
 
 
-def test_the_code_of_a_scorer_is_counted_once(tmp_path: Path) -> None:
-    # A module by itself: other files of its folder are not shown, and not counted.
-    (tmp_path / "scorer.py").write_text("x = 1")
-    (tmp_path / "beside.bin").write_bytes(bytes(1000))
-    assert budgets.scorer_code_bytes(tmp_path / "scorer.py", None) == {"scorer.py": 5 + len("scorer.py")}
-    assert budgets.scorer_code_bytes(tmp_path / "scorer.py", tmp_path) == {}
+def test_all_code_is_counted_also_if_names_are_equal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "lonely_scorer.py").write_text("x = 1")
+    (tmp_path / "other.bin").write_bytes(bytes(1000))
+    alone = source.code_bytes("lonely_scorer:make", [])
+    assert alone == {"/scorer/lonely_scorer.py": 5 + len("lonely_scorer.py")}
 
-    # A package: everything in its highest folder.
-    inner = tmp_path / "package" / "inner"
-    inner.mkdir(parents=True)
-    for place in (inner, inner.parent):
-        (place / "__init__.py").write_text("")
-    (inner / "scorer.py").write_text("x = 1")
-    (inner.parent / "data.bin").write_bytes(bytes(1000))
-    found = budgets.scorer_code_bytes(inner / "scorer.py", None)
-    assert sum(found.values()) == 1005 + sum(len(name.removeprefix("package/").rstrip("/")) for name in found)
-    assert found["package/data.bin"] == 1000 + len("data.bin")
-    # The artifact inside the package is counted as the artifact.
-    left = budgets.scorer_code_bytes(inner / "scorer.py", inner)
-    assert set(left) == {"package/__init__.py", "package/data.bin"}
+    # Files that are named with --code, and a package: everything in its highest folder.
+    more = source.code_bytes("lonely_scorer:make", [tmp_path / "other.bin"])
+    assert more == alone | {"/scorer/other.bin": 1000 + len("other.bin")}
+    (tmp_path / "lonely_package" / "inner").mkdir(parents=True)
+    (tmp_path / "lonely_package" / "__init__.py").write_text("")
+    (tmp_path / "lonely_package" / "inner" / "data.bin").write_bytes(bytes(1000))
+    found = source.code_bytes("lonely_package.inner.scorer:make", [])
+    assert found["/scorer/lonely_package/inner/data.bin"] == 1000 + len("inner/data.bin")
 
 
 def test_texts_are_read_from_json_lines_and_plain_text(tmp_path: Path) -> None:

@@ -135,13 +135,13 @@ WAYS_OUT = {
 
 
 @pytest.fixture
-def ways(outside: Path) -> Iterator[dict[str, str]]:
+def ways(outside: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
     """The ways out, each with something at its end."""
     number = os.getpid()
     libc = ctypes.CDLL(None)
     memory, queue = libc.shmget(number, 100, 0o1666), libc.msgget(number, 0o1666)
     with socket.socket(socket.AF_UNIX) as in_file, socket.socket(socket.AF_UNIX) as abstract:
-        os.chdir(outside)  # whose path may be too long for a socket
+        monkeypatch.chdir(outside)  # whose path may be too long for a socket
         in_file.bind("socket")
         in_file.listen()
         abstract.bind(f"\0caddie-{number}")

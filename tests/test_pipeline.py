@@ -90,10 +90,9 @@ def test_every_stage_runs_and_the_audit_passes(repository):
     assert metrics["audit"]["audit_passed"] == 1
     assert report["verdicts"]
     assert {verdict["outcome"] for verdict in report["verdicts"]} == {"pass", "cannot tell"}
-    switched_off_or_of_several_seeds = {"B12", "B14", "B16"}
-    assert {
-        verdict["check"] for verdict in report["verdicts"] if verdict["outcome"] != "pass"
-    } == switched_off_or_of_several_seeds
+    # Switched off, of several seeds, or of more certified targets.
+    unknown = {verdict["check"] for verdict in report["verdicts"] if verdict["outcome"] != "pass"}
+    assert unknown == {"B12", "B14", "B16", "B17"}
     submission = json.loads((repository / "artifacts/submission/submission.json").read_text())
     assert submission["val_bpb"] == metrics["ttt_eval"]["ttt_bpb"] == metrics["submission"]["val_bpb"]
     assert metrics["sliding_eval"]["sliding_targets"] == metrics["ttt_eval"]["ttt_targets"] > 500

@@ -136,7 +136,7 @@ def test_a_process_that_reads_nothing_is_an_error() -> None:
         ("ReturnsText", "predict returned"),
         ("ReturnsNothing", "predict returned object"),
         ("ReturnsIntegers", "predict returned int64"),
-        ("ReturnsTooFew", "predict returned 2553 bytes, expected 2561 or 1281"),
+        ("ReturnsTooFew", "predict returned 2552 bytes, expected 320 numbers"),
     ],
 )
 def test_a_result_of_another_kind_breaks_the_protocol(kind: str, message: str) -> None:
@@ -267,8 +267,11 @@ def test_after_one_error_all_processes_side_by_side_end() -> None:
             return float(scorer.predict()[0])
 
     tasks = [lambda: score("failing:hangsInPredict"), lambda: score("failing:raises")]
+    begin = time.monotonic()
     with pytest.raises(ScorerError, match="shapes differ"):
         processes.run_side_by_side(tasks, workers=2)
+    assert time.monotonic() - begin < 6
+    assert children() == []
 
 
 def test_the_package_is_not_this_projects() -> None:

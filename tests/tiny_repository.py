@@ -30,8 +30,9 @@ TINY = {
     "train": {"steps": 30, "batch_tokens": 256, "micro_batch_tokens": 128, "ema_decay": 0.9},
     "calibrate": {"tokens": 512, "importance_tokens": 256, "micro_batch_tokens": 256},
     "sliding_eval": {"window": 32, "stride": 8, "batch_windows": 16, "chunk": 256},
-    "ttt_eval": {"chunk": 256, "epochs": 1, "batch_tokens": 256},
-    "audit": {"distributions": 16, "segment_targets": 32},
+    # Without the byte mixture, which every process of the audit would have to compile.
+    "ttt_eval": {"chunk": 256, "epochs": 1, "batch_tokens": 256, "mixer_rate": 0.0},
+    "audit": {"segment_targets": 32, "certified_targets": 16},
 }
 WORDS = "tensor gradient matrix returns shape loss the of a to in and is for with norm".split()  # noqa: SIM905
 

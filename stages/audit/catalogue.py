@@ -1,4 +1,4 @@
-"""Catalogue of the checks, B1 to B17: the report has a verdict for each of them on each subject.
+"""Catalogue of the checks, B1 to B18: the report has a verdict for each of them on each subject.
 
 A check that did not run gets the verdict "cannot tell" with the reason, so that it is never forgotten.
 Everything else that is constant of a check is declared with the code that judges.
@@ -83,7 +83,7 @@ SCORER_CHECKS = (
         needs="a factory that takes `permutation`, `buckets` or `memory_weight`",
         name="metamorphic variants",
     ),
-    CatalogueEntry((round_trip.ROUND_TRIP,), needs=f"{STEPWISE}, and a fresh process"),
+    CatalogueEntry((round_trip.ROUND_TRIP,), needs=f"{STEPWISE}, and another process"),
     CatalogueEntry((call_invariance.PIECES, call_invariance.RERUN), needs=ANY_SCORER),
     CatalogueEntry(
         (

@@ -5,7 +5,7 @@ What a process has been handed decides what its answers prove, so there is one f
     process     handed                                          its answers prove
     ----------  ----------------------------------------------  ------------------------------------
     ledger      the whole stream in one call, without a claim   nothing: they are the claim
-    certified   each token after it has predicted it            C1 to C4 for those targets (B17)
+    certified   each certified target after its prediction      C1 to C4 for those targets (B17)
     encoding,   each token after it has predicted it, or after  that another process repeats the
     decoding    the audit has decoded it                        predictions (B12)
     prefix      score_stream alone: a prefix of the stream      that its losses need nothing later (B1)
@@ -40,7 +40,7 @@ from stages.audit.checks.metamorphic import NO_VARIANTS, Variants
 from stages.audit.params import AuditParams
 from stages.audit.precision import coarser, of_scorer
 from stages.audit.probe_runner import Cost, ProtocolError
-from stages.audit.remote.process import Description, ScorerProcess, ScorerSource
+from stages.audit.remote.process import Description, ScorerError, ScorerProcess, ScorerSource
 from stages.audit.sampling import Boundaries
 from stages.audit.sandbox.room import detect_isolation
 from stages.audit.verdict import Check, Verdict
@@ -69,6 +69,7 @@ class ScorerProcesses:
     _running: list[ScorerProcess] = field(default_factory=list)
     _descriptions: dict[tuple[object, ...], Description] = field(default_factory=dict)
     _lock: Lock = field(default_factory=Lock)
+    _is_stopped: bool = False  # after an error in one of several tasks
 
     @contextlib.contextmanager
     def start(self, source: ScorerSource) -> Iterator[ScorerProcess]:
@@ -77,10 +78,12 @@ class ScorerProcesses:
         Raises ProtocolError if the scorers describe themselves in another way than in an earlier process:
         one that had predict() only where it is not certified could choose what is held against it.
         """
+        self._require_running()
         process = ScorerProcess(source, self.vocab_size, self.answer_seconds)
         with self._lock:
             self._running.append(process)
         try:
+            self._require_running()
             factory = (source.factory, source.arguments, source.precision)
             with self._lock:
                 first = self._descriptions.setdefault(factory, process.description)
@@ -92,6 +95,10 @@ class ScorerProcesses:
             with self._lock:
                 self._running.remove(process)
                 self.cost += process.cost
+
+    def _require_running(self) -> None:
+        if self._is_stopped:
+            raise ScorerError("was ended")
 
     def run_side_by_side(self, tasks: Sequence[Callable[[], T]], workers: int) -> list[T]:
         """Run tasks that start processes, `workers` at once; returns their results in order.
@@ -108,8 +115,9 @@ class ScorerProcesses:
                 for future in tasks_by_future:
                     future.cancel()
                 with self._lock:
+                    self._is_stopped = True
                     for process in self._running:
-                        process.close()
+                        process.kill()
                 raise
             return [future.result() for future in tasks_by_future]
 

@@ -79,7 +79,7 @@ def as_markdown(verdicts: list[Verdict], declared: Mapping[str, Any]) -> str:
     lines = [
         "# Audit",
         "",
-        f"**{'fail' if failed else 'pass'}**: {counts['audit_pass']} passed, {counts['audit_fail']} failed,"
+        f"**{_headline(verdicts)}**: {counts['audit_pass']} passed, {counts['audit_fail']} failed,"
         f" {counts['audit_cannot_tell']} cannot tell.",
         "",
     ]
@@ -95,6 +95,19 @@ def as_markdown(verdicts: list[Verdict], declared: Mapping[str, Any]) -> str:
     lines += _table(["check", "name", "detects", "cannot detect"], _detection_rows(verdicts))
     lines += ["", "A verdict holds for this run and the drawn positions only.", ""]
     return "\n".join(lines)
+
+
+def untold_conditions(verdicts: list[Verdict]) -> list[str]:
+    """List the conditions C1 to C4 that cannot be told for some subject."""
+    table = outcomes_by_condition(verdicts)
+    return [name for name in ("C1", "C2", "C3", "C4") if "cannot tell" in table[name].values()]
+
+
+def _headline(verdicts: list[Verdict]) -> str:
+    if failures(verdicts):
+        return "fail"
+    untold = untold_conditions(verdicts)
+    return f"no check failed, but {', '.join(untold)} cannot be told" if untold else "pass"
 
 
 def _combine(condition: str, verdicts: list[Verdict]) -> Outcome:

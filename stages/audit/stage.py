@@ -44,6 +44,7 @@ from stages.audit.isolated import (
 from stages.audit.params import Params
 from stages.audit.pipeline_scorers import boundaries_of, decode_model, scorer_source
 from stages.audit.precision import Precision
+from stages.audit.remote.process import ScorerError
 from stages.audit.sampling import hash_files
 from stages.audit.sandbox import clean_room
 from stages.audit.verdict import Verdict, failure_message, failures
@@ -92,7 +93,8 @@ def main(run: Run[Params]) -> None:
     paths = {name: run.path(name) for name in STAGE.reads}
     run.remove_failure_reports(*FAILED_REPORTS)
 
-    # Inputs. All positions follow from a hash of the artifact, the code and the validation shards.
+    # Inputs. All positions follow from a hash of the artifact, the code and the
+    # validation shards; certified ones from the ledger as well.
     tokenizer = bpb.load_tokenizer(paths["tokenizer"])
     validation = open_validation_stream(paths["val"], paths["tokenizer"])
     stream = audited_stream(validation, tokenizer)
@@ -230,10 +232,13 @@ def audit_in_sandbox(
     scorer: IsolatedScorer, processes: ScorerProcesses, decoded_targets: int, logger: Logger
 ) -> list[Verdict]:
     """Audit one scorer: first in the processes that must not know anything of the stream."""
-    losses = certify_isolated(scorer, processes, is_claimed=True, logger=logger)
+    try:
+        losses = certify_isolated(scorer, processes, is_claimed=True, logger=logger)
+        decoded = decode_isolated(scorer, processes, decoded_targets) if decoded_targets else []
+        probed = probe_isolated(scorer, processes, logger)
+    except ScorerError as error:
+        raise ScorerError(f"{scorer.name} {error}") from None
     certified = judge_certified(scorer.case(), losses, scorer.claim.precision, scorer.claim)
-    decoded = decode_isolated(scorer, processes, decoded_targets) if decoded_targets else []
-    probed = probe_isolated(scorer, processes, logger)
     return [*probed, check_sandbox(scorer.name), *certified, *decoded]
 
 

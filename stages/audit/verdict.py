@@ -38,7 +38,7 @@ NO_WORDS = Words()  # of a verdict without numbers
 class Check:
     """Constant part of a check's verdicts. A pass means no more than `sees` and `blind` say."""
 
-    number: str  # "B1" ... "B17", "B1c" as in catalogue.py, or "budget"
+    number: str  # "B1" ... "B18", "B1c" as in catalogue.py, or "budget"
     name: str  # one number may have several checks
     conditions: tuple[str, ...]  # keys of report.CONDITIONS: the rules of the challenge that it tests
     sees: str  # what a check like this detects; may have placeholders for `fill`

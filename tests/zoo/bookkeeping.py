@@ -21,7 +21,7 @@ from stages.audit.verdict import Verdict
 from stages.common import bpb, shards
 from stages.tokenize import tokenizer
 from tests import toy_program
-from tools.audit_scorer import claims
+from tools.audit_scorer import claims, source
 
 TEXTS = [
     f"Document {i} says that {i * i} is the square of {i}; caf\u00e9 {chr(0x2603 + i)}.\n" * 2
@@ -213,7 +213,7 @@ def beside_the_module(folder: Path, key: bytes) -> list[Verdict]:
     for name in ("__init__.py", "scorer.py"):
         (folder / "package" / name).write_text("")
     sizes = counted_bytes(folder / "artifact")
-    code = budgets.scorer_code_bytes(folder / "package" / "scorer.py", folder / "artifact")
+    code = source.bytes_in_code_folder([folder / "package"])
     return [budgets.check_sizes(sizes | code, 16_000_000)]
 
 

@@ -105,19 +105,19 @@ def audit_external(
         claim = dataclasses.replace(claim, ledger=ledger)
         scorer = dataclasses.replace(scorer, claim=claim)
 
-    # The ledger against the certified losses, or against prefixes and sums.
+    # The ledger against the certified losses, or against prefixes and sums; then the probes.
+    level = effort.EFFORTS[settings.level]
     if losses is not None:
         verdicts += judge_certified(scorer.case(), losses, declared_precision, claim)
         if not failures(verdicts):
-            count = min(effort.EFFORTS[settings.level].decoded_targets, fitted.tokens - 1)
-            verdicts += isolated.decode_isolated(scorer, processes, count)
+            verdicts += isolated.decode_isolated(scorer, processes, level.decoded_targets)
     else:
-        count = effort.EFFORTS[settings.level].prefixes
-        verdicts += check_prefixes(scorer, processes, declared_precision, count)
+        verdicts += check_prefixes(scorer, processes, declared_precision, level.prefixes)
         short = shorten_stream(stream, fitted.probed_tokens, tokenizer)
         claim = dataclasses.replace(claim, ledger=ledger[: fitted.probed_tokens - 1])
         scorer = dataclasses.replace(scorer, stream=short, claim=claim)
         verdicts += isolated.sum_isolated(scorer, processes)
+
     verdicts += isolated.probe_isolated(scorer, processes, settings.logger)
 
     # Everything that a reader needs to judge the extent of this audit.

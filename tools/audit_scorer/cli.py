@@ -7,6 +7,7 @@ the audit could not be run, because of the options, or because a process of the 
 
 import argparse
 import secrets
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,10 +30,11 @@ from stages.common.cli_errors import exit_with_error
 from stages.common.progress import Logger
 from stages.common.stage import canonical_json
 from stages.scoring.stream import ValidationStream
-from tools.audit_scorer import audit, claims, effort
-from tools.audit_scorer.source import code_bytes, find_source
+from tools.audit_scorer import audit, claims, effort, source
 
 NONCE_BYTES = 16
+INTERRUPTED = 130  # exit code after Ctrl-C, as of a shell
+CODE_HINT = "its process sees the scorer's own module or package alone: name other files with --code"
 REPORTS = ("report.json", "report.md")
 
 
@@ -45,7 +47,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             (arguments.output / name).unlink(missing_ok=True)
         verdicts = run_audit(arguments)
     except ScorerError as error:
-        exit_with_error("audit_scorer", f"{arguments.scorer} {error}; it could not be audited")
+        hint = f"; {CODE_HINT}" if "ModuleNotFoundError" in str(error) else ""
+        exit_with_error("audit_scorer", f"{arguments.scorer} {error}; it could not be audited{hint}")
+    except KeyboardInterrupt:
+        sys.stderr.write("error: audit_scorer: interrupted\n")
+        raise SystemExit(INTERRUPTED) from None
     except (ValueError, OSError) as error:
         exit_with_error("audit_scorer", error)
     for verdict in failures(verdicts):
@@ -82,7 +88,7 @@ def run_audit(arguments: argparse.Namespace) -> list[Verdict]:
 
     # Copies of the counted files, since times and modes could hold data.
     with tempfile.TemporaryDirectory() as copies:
-        source = find_source(
+        scorer_source = source.find_source(
             arguments.scorer,
             arguments.artifact,
             arguments.code,
@@ -90,7 +96,7 @@ def run_audit(arguments: argparse.Namespace) -> list[Verdict]:
             arguments.precision,
             Path(copies),
         )
-        found = audit.audit_external(source, stream, tokenizer, ledger, settings)
+        found = audit.audit_external(scorer_source, stream, tokenizer, ledger, settings)
 
     # Checks of the claim and of files.
     texts = None if arguments.text is None else claims.read_texts(arguments.text)
@@ -141,8 +147,9 @@ def _check_sizes(arguments: argparse.Namespace) -> list[Verdict]:
     """Check the size of the counted files and of the scorer's code, if the counted files are given."""
     if arguments.artifact is None:
         return []
-    sizes = counted_bytes(arguments.artifact)
-    sizes |= code_bytes(arguments.scorer, arguments.artifact, arguments.code)
+    counted = counted_bytes(arguments.artifact)
+    sizes = {f"{source.ARTIFACT_FOLDER}/{name}": size for name, size in counted.items()}
+    sizes |= source.code_bytes(arguments.scorer, arguments.code)
     return [budgets.check_sizes(sizes, challenge.MAX_ARTIFACT_BYTES)]
 
 
@@ -200,6 +207,8 @@ def _write_report(folder: Path, verdicts: list[Verdict], declared: dict[str, Any
     (folder / "report.json").write_text(as_json, encoding="utf-8")
     (folder / "report.md").write_text(audit_report.as_markdown(verdicts, declared), encoding="utf-8")
     counts = audit_report.count_outcomes(verdicts)
+    if untold := audit_report.untold_conditions(verdicts):
+        print(f"{', '.join(untold)} cannot be told: the report says why", flush=True)
     print(
         f"{counts['audit_pass']} passed, {counts['audit_fail']} failed,"
         f" {counts['audit_cannot_tell']} cannot tell; see {folder / 'report.md'}",

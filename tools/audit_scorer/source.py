@@ -1,7 +1,7 @@
 """Find the code of an external scorer without importing it, and what its processes are shown of it.
 
 A process sees the scorer's own module or top package, the artifact, and files that are named with --code;
-all of them are counted. It does not see anything else of the module's folder.
+with an artifact all of them are counted. It does not see anything else of the module's folder.
 """
 
 import importlib.machinery
@@ -9,7 +9,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from stages.audit.checks import budgets
 from stages.audit.remote.process import ScorerSource
 from stages.audit.sandbox.artifact import copy_artifact, copy_file, counted_bytes
 from stages.audit.sandbox.room import gpu_devices, interpreter_folders
@@ -64,15 +63,19 @@ def find_source(
     )
 
 
-def code_bytes(factory: str, artifact: Path | None, code: Sequence[Path]) -> dict[str, int]:
-    """Count the bytes of all code that the scorer's processes are shown: names and contents, each once."""
+def code_bytes(factory: str, code: Sequence[Path]) -> dict[str, int]:
+    """Count the bytes of all code that the scorer's processes are shown: contents, paths and link targets."""
     top = _find_module(factory, factory.partition(":")[0])
-    sizes: dict[str, int] = {}
-    for path in [*([] if top is None else [top]), *code]:
-        if path.is_dir():
-            sizes |= {f"{path.name}/{name}": size for name, size in counted_bytes(path).items()}
-        else:
-            sizes |= budgets.scorer_code_bytes(path, artifact)
+    return bytes_in_code_folder([*([] if top is None else [top]), *code])
+
+
+def bytes_in_code_folder(paths: Sequence[Path]) -> dict[str, int]:
+    """Count the bytes of files and folders at the top of the code folder, by their paths in the sandbox."""
+    sizes = {}
+    for path in paths:
+        for name, size in counted_bytes(path).items():
+            inside = f"{path.name}/{name}" if path.is_dir() else name
+            sizes[f"{CODE_FOLDER}/{inside}"] = size
     return sizes
 
 
@@ -81,8 +84,7 @@ def _find_module(factory: str, module: str) -> Path | None:
     top = module.partition(".")[0]
     if top in sys.builtin_module_names:
         return None
-    paths = ["" if path == "" else path for path in sys.path]
-    spec = importlib.machinery.PathFinder.find_spec(top, paths)
+    spec = importlib.machinery.PathFinder.find_spec(top, sys.path)
     if spec is None:
         raise ValueError(f"--scorer {factory}: there is no module {top} here or on PYTHONPATH")
     found = spec.submodule_search_locations or ([spec.origin] if spec.origin else [])

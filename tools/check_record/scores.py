@@ -11,6 +11,7 @@ from decimal import Decimal
 from typing import Any
 
 from stages.common.challenge import (
+    CASEOPS_VALIDATION_TARGETS,
     MAX_EVALUATION_SECONDS,
     MAX_TRAINING_SECONDS,
     MIN_RECORD_SEEDS,
@@ -22,7 +23,11 @@ from tools.check_record.folder import README, SUMMARY, RecordFolder, with_canoni
 from tools.check_record.logs import Log
 
 # Targets of the challenge's validation set by tokenizer, as accepted logs count them.
-TOKENS = {VALIDATION_TARGETS: "SP8192", 47_851_520: "CaseOps", 47_853_343: "CaseOps with the tail"}
+TOKENS = {
+    VALIDATION_TARGETS: "SP8192",
+    CASEOPS_VALIDATION_TARGETS: "CaseOps",
+    47_853_343: "CaseOps with the tail",
+}
 BYTES_TOLERANCE = 5e-4  # relative; accepted counts of the same text differ by 4e-5
 # Wrong counts of known defects.
 WRONG_TOKENS = {9_662_464: "the first 10,000 documents", 36_562_944: "a partition that lost shards"}

@@ -5,7 +5,6 @@ faster machine.
 """
 
 import hashlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from stages.audit.checks.tokenizer_model import tokenizer_excess_bytes
-from stages.audit.sandbox.artifact import counted_bytes
 from stages.audit.verdict import Check, Verdict, Words
 from stages.common import shards
 
@@ -83,31 +81,6 @@ def check_tokenizer_file(path: Path) -> Verdict:
         expected=0,
         bound=TOLERATED_EXCESS_BYTES,
     )
-
-
-def scorer_code_bytes(module_file: Path, artifact: Path | None) -> dict[str, int]:
-    """List the files of a scorer's code that its sandbox shows as well as the artifact, with their bytes.
-
-    These are the module's file alone, or all of its top package's folder. What is in the artifact too
-    is left out, because it is counted there. Bytes are those of contents, names and link targets.
-    """
-    # The top package: the highest folder above the module that is still a package.
-    module = module_file.absolute()
-    top = module
-    while (top.parent / "__init__.py").exists():
-        top = top.parent
-    if artifact is not None and top.resolve().is_relative_to(artifact.resolve()):
-        return {}
-
-    # A module by itself, or everything in the package's folder.
-    if top == module:
-        return {module.name: module.stat().st_size + len(os.fsencode(module.name))}
-    inside = artifact.resolve() if artifact is not None else None
-    return {
-        f"{top.name}/{name}": size
-        for name, size in counted_bytes(top).items()
-        if inside is None or not (top / name).resolve().is_relative_to(inside)
-    }
 
 
 def check_clock(phase: str, subject: str, seconds: float | None, budget_seconds: float) -> Verdict:

@@ -79,7 +79,7 @@ CERTIFIED_POWER = Check(
 NO_DISTRIBUTION = Check(
     "B17",
     "certified score",
-    conditions=("metric",),
+    conditions=("C1", "C2", "C3", "C4"),
     sees="nothing here",
     blind="everything: without predict() there is no distribution to certify",
 )

@@ -22,6 +22,7 @@ import os
 import select
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -36,7 +37,6 @@ from stages.audit.probe_runner import Cost, ProtocolError
 from stages.audit.remote import server
 from stages.audit.sandbox import room
 
-METHODS = {server.PREDICT: "predict", server.SCORE: "score_stream"}
 SERVER_PATH = "/audit/server.py"  # in the sandbox
 MAX_DESCRIPTION_BYTES = 1 << 16
 MAX_NAME_CHARACTERS = 50  # of a scope or a precision
@@ -89,22 +89,35 @@ class ScorerProcess:
         self._handles = itertools.count()
         self._observed_handle = 0  # of the tokens that are not sent yet
         self._observed: list[int] = []
+        self._dropped: collections.deque[int] = collections.deque()
 
+        # Without a sandbox, what is visible in it is linked into a folder, and paths begin with that.
         visible = {SERVER_PATH: Path(server.__file__)} | dict(source.visible)
-        self._process = room.start(
-            room.Room(read_only=visible, environment=source.environment, devices=source.devices),
-            [sys.executable, "-I", SERVER_PATH],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
+        isolation = room.detect_isolation()
+        self._folder = None if isolation.complete else tempfile.TemporaryDirectory()
+        root = "" if self._folder is None else _link_into(self._folder.name, visible)
+
+        # Start it.
+        try:
+            self._process = room.start(
+                room.Room(read_only=visible, environment=source.environment, devices=source.devices),
+                [sys.executable, "-I", root + SERVER_PATH],
+                isolation,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise ScorerError(f"could not be started: {error}") from None
+
+        # Its pipes, and a thread that reads what it prints.
         self._requests, self._answers = _descriptors(self._process)
         self._printed: collections.deque[int] = collections.deque(maxlen=KEPT_OUTPUT_BYTES)
         self._reader = threading.Thread(target=self._keep_end_of_output, daemon=True)
         self._reader.start()
 
         try:
-            self.description = self._build(source)
+            self.description = self._build(source, root)
         except BaseException:
             self.close()
             raise
@@ -144,10 +157,11 @@ class ScorerProcess:
         return copy
 
     def drop(self, handle: int) -> None:
-        """Forget a scorer that is not used any more."""
-        with contextlib.suppress(ScorerError):
-            self._send_observed()
-            self._send(server.DROP, handle)
+        """Forget a scorer that is not used any more, before the next request.
+
+        The garbage collector may call this at any time, so nothing is sent here.
+        """
+        self._dropped.append(handle)
 
     def request(
         self,
@@ -177,12 +191,24 @@ class ScorerProcess:
         if operation == server.BUILD:
             answer_bytes = range(MAX_DESCRIPTION_BYTES)
         if length not in answer_bytes:
-            if operation in METHODS:
+            if operation in (server.PREDICT, server.SCORE):
                 self._failure("returned an array of another size")
-                expected = " or ".join(map(str, answer_bytes))
-                raise ProtocolError(f"{METHODS[operation]} returned {length} bytes, expected {expected}")
+                raise ProtocolError(self._wrong_size(operation, length, answer_bytes))
             raise self._failure(f"answered with {length} bytes, which is not the length of that answer")
         return self._receive(length, deadline)
+
+    def _wrong_size(self, operation: int, length: int, expected: Sequence[int]) -> str:
+        if operation == server.SCORE:
+            return f"score_stream returned {length // 4} losses, expected {expected[0] // 4}"
+        return (
+            f"predict returned {length - 1} bytes, expected {self.vocab_size} numbers of 8 or 4 bytes, "
+            "one for each id of the tokenizer"
+        )
+
+    def kill(self) -> None:
+        """End the process from another thread; the one that waits for an answer gets a ScorerError."""
+        self.ended = self.ended or "was ended"
+        self._process.kill()
 
     def close(self) -> None:
         """End the process, and with it everything that it has started."""
@@ -192,14 +218,19 @@ class ScorerProcess:
                 with contextlib.suppress(OSError):
                     stream.close()
         self._process.kill()
-        self._process.wait(END_SECONDS)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(END_SECONDS)
         self._reader.join(END_SECONDS)
+        if self._folder is not None:
+            self._folder.cleanup()
 
-    def _build(self, source: ScorerSource) -> Description:
+    def _build(self, source: ScorerSource, root: str) -> Description:
         task = {
             "factory": source.factory,
-            "arguments": source.arguments,
-            "search_path": source.search_path,
+            "arguments": [
+                root + argument if argument in source.visible else argument for argument in source.arguments
+            ],
+            "search_path": [root + path for path in source.search_path],
         }
         answer = self.request(server.BUILD, payload=json.dumps(task).encode())
         try:
@@ -215,6 +246,8 @@ class ScorerProcess:
             raise self._failure(f"described itself in another form ({error})") from None
 
     def _send_observed(self) -> None:
+        while self._dropped:
+            self._send(server.DROP, self._dropped.popleft())
         if self._observed:
             tokens = np.array(self._observed, dtype="<u2").tobytes()
             self._observed.clear()
@@ -337,6 +370,15 @@ class RemoteScorer:
         answer = self.process.request(server.SCORE, self.handle, payload=payload, answer_bytes=[4 * targets])
         self.observed += len(tokens)
         return np.frombuffer(answer, dtype="<f4").astype(np.float32)
+
+
+def _link_into(folder: str, visible: Mapping[str, Path]) -> str:
+    """Link files and folders into a folder at their paths in a sandbox; returns the folder."""
+    for name, path in visible.items():
+        place = Path(folder + name)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.symlink_to(path.absolute())
+    return folder
 
 
 def _printable(sent: bytes) -> str:

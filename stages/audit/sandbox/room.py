@@ -9,10 +9,11 @@ is a file system in memory, with
 - a network of the loopback interface alone.
 
 It has no capabilities, not even those of a user namespace, and cannot get any. A filter of system
-calls refuses new user namespaces, keyrings, io_uring, ptrace and sockets of other families than files,
-IPv4, IPv6 and netlink. Only the three standard streams are open, and the environment is the room's.
-When the command ends, when the caller ends it, or when the caller itself ends, the kernel kills all
-processes of the namespace, whatever group or session they are in.
+calls refuses new user namespaces, keyrings, io_uring, ptrace, what shows or changes which pages of a
+file are in memory, and sockets of other families than files, IPv4, IPv6 and netlink. Only the three
+standard streams are open, and the environment is the room's. When the command ends, when the caller
+ends it, or when the caller itself ends, the kernel kills all processes of the namespace, whatever group
+or session they are in.
 
 Only the kernel is needed (Linux 5.12 or later, user namespaces allowed), no program such as bubblewrap,
 and no privileges. What two sandboxes on one machine can still exchange: locks on files that both can
