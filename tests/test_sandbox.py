@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -232,6 +233,7 @@ def test_a_sandbox_ends_with_its_caller(tmp_path: Path) -> None:
     caller = f"""
 import os, subprocess, sys, time
 sys.path.insert(0, {str(ROOT)!r})
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from stages.audit.sandbox import room
 program = {GRANDCHILD.replace("SECONDS", "2.0")!r} + "\\ntime.sleep(60)"
@@ -343,3 +345,22 @@ def test_a_system_without_namespaces_is_found_out(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(room, "start", refuse)
     found = room.detect_isolation.__wrapped__()
     assert (found.complete, str(found)) == (False, "no sandbox (unshare: Operation not permitted)")
+
+
+def test_many_sandboxes_start_side_by_side() -> None:
+    """The process outside shares its root with the one that exchanges it, and must not need files by then."""
+
+    def start_one(number: int) -> tuple[int, bytes]:
+        process = room.start(
+            Room(),
+            [sys.executable, "-I", "-S", "-c", ""],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        assert process.stderr is not None
+        printed = process.stderr.read()
+        return process.wait(), printed
+
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(start_one, range(60))) == {(0, b"")}

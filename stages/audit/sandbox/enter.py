@@ -127,7 +127,10 @@ def main() -> "NoReturn":
     config_file, ready, lifeline = map(int, sys.argv[1:4])
     with os.fdopen(config_file, "rb") as file:
         config = read_fields(file.read())
+
+    # The null device is opened before the child exchanges the root, which is that of this process too.
     try:
+        null = os.open("/dev/null", os.O_RDWR)
         enter_namespaces()
         receiver, sender = os.pipe()
         child = os.fork()
@@ -137,10 +140,10 @@ def main() -> "NoReturn":
     if child == 0:
         os.close(receiver)
         os.close(lifeline)
-        run_init(config, ready, sender)
+        run_init(config, ready, sender, null)
     os.close(sender)
     os.close(ready)
-    wait_outside(child, lifeline, receiver)
+    wait_outside(child, lifeline, receiver, null)
 
 
 def read_fields(data: bytes) -> "dict[str, list[str]]":
@@ -171,12 +174,12 @@ def enter_namespaces() -> None:
     _write("/proc/self/uid_map", f"{USER} {user} 1")
 
 
-def wait_outside(child: int, lifeline: int, receiver: int) -> "NoReturn":
+def wait_outside(child: int, lifeline: int, receiver: int, null: int) -> "NoReturn":
     """Wait for process 1 of the namespace, then end as the command ended.
 
     The child is killed, and all others with it, when a byte arrives on the lifeline or its other end closes.
     """
-    _close_standard_streams()
+    _close_standard_streams(null)
     poll = select.poll()
     poll.register(lifeline, select.POLLIN)
     poll.register(receiver, select.POLLIN)
@@ -197,7 +200,7 @@ def wait_outside(child: int, lifeline: int, receiver: int) -> "NoReturn":
     os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
 
 
-def run_init(config: "dict[str, list[str]]", ready: int, sender: int) -> "NoReturn":
+def run_init(config: "dict[str, list[str]]", ready: int, sender: int, null: int) -> "NoReturn":
     """Build the sandbox as process 1 of its namespace, start the command, and report its status."""
     try:
         _prctl(PR_SET_PDEATHSIG, _signal.SIGKILL)
@@ -221,7 +224,7 @@ def run_init(config: "dict[str, list[str]]", ready: int, sender: int) -> "NoRetu
 
     # Keep nothing open but the pipe for the status.
     os.close(ready)
-    _close_standard_streams()
+    _close_standard_streams(null)
     while True:
         child, status = os.wait()
         if child == command:
@@ -426,9 +429,8 @@ def _make_file(path: str, text: str) -> None:
         file.write(text)
 
 
-def _close_standard_streams() -> None:
+def _close_standard_streams(null: int) -> None:
     """Put the null device in their place, so that the command alone holds them."""
-    null = os.open("/dev/null", os.O_RDWR)
     for descriptor in range(3):
         os.dup2(null, descriptor)
     os.close(null)
