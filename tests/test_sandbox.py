@@ -351,16 +351,15 @@ def test_many_sandboxes_start_side_by_side() -> None:
     """The process outside shares its root with the one that exchanges it, and must not need files by then."""
 
     def start_one(number: int) -> tuple[int, bytes]:
-        process = room.start(
+        with room.start(
             Room(),
             [sys.executable, "-I", "-S", "-c", ""],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
-        )
-        assert process.stderr is not None
-        printed = process.stderr.read()
-        return process.wait(), printed
+        ) as process:
+            _, printed = process.communicate()
+        return process.returncode, printed
 
     with ThreadPoolExecutor(8) as pool:
         assert set(pool.map(start_one, range(60))) == {(0, b"")}
